@@ -1,0 +1,171 @@
+"""The one exception tree.
+
+Every error that a caller may see carries an ``errno`` (what a FUSE request answers) and an
+``exit_code`` (what a command ends with, in the sense of mount(8) and fsck(8)).  The text of an
+error is one line that says what is wrong and what to do; nobody shows its traceback.
+
+Exit codes: 1 wrong use or permission, 2 system error, 4 internal bug, 8 interrupted or
+operational error, 16 usage (fsck), 32 mount failure.
+"""
+
+from __future__ import annotations
+
+import errno as _errno
+import os
+
+
+class IvshmemfsError(Exception):
+    """Base of all errors of this project; ``errno`` and ``exit_code`` say how it surfaces."""
+
+    errno: int = _errno.EIO
+    exit_code: int = 1
+
+
+# --- opening a region -----------------------------------------------------------------------
+
+
+class UsageError(IvshmemfsError):
+    """The arguments make no sense together."""
+
+    errno = _errno.EINVAL
+    exit_code = 1
+
+
+class RegionError(IvshmemfsError):
+    """The region could not be opened or mapped."""
+
+    errno = _errno.EIO
+    exit_code = 32
+
+
+class RegionMissing(RegionError):
+    """There is no such file or device."""
+
+    errno = _errno.ENOENT
+
+
+class RegionDenied(RegionError):
+    """The region exists, and this user may not open it."""
+
+    errno = _errno.EACCES
+
+
+class RegionAmbiguous(RegionError):
+    """Several regions match and the user must choose."""
+
+    errno = _errno.ENOTUNIQ
+
+
+class RegionSize(RegionError):
+    """The size of a region is unknown, too small or not what it should be."""
+
+    errno = _errno.EINVAL
+
+
+class RegionUnfit(RegionError):
+    """The mapping lacks something that writing needs, such as a working compare-and-swap."""
+
+    errno = _errno.EOPNOTSUPP
+
+
+# --- what stands on the region --------------------------------------------------------------
+
+
+class FormatError(IvshmemfsError):
+    """The bytes on the region are not a filesystem that this version can use."""
+
+    errno = _errno.EINVAL
+    exit_code = 32
+
+
+class NotFormatted(FormatError):
+    """The region carries no filesystem at all."""
+
+
+class ForeignFormat(FormatError):
+    """The region carries something that is not ours."""
+
+
+class UnsupportedVersion(FormatError):
+    """The filesystem was written by a version or with features that this one does not know."""
+
+    errno = _errno.EPROTONOSUPPORT
+
+
+class GeometryMismatch(FormatError):
+    """The region is smaller or larger than its superblock says."""
+
+
+class InUse(IvshmemfsError):
+    """Refused because live peers, or an existing filesystem, would be harmed."""
+
+    errno = _errno.EBUSY
+    exit_code = 1
+
+
+class TooManyPeers(IvshmemfsError):
+    """Every slot of the peer table is taken."""
+
+    errno = _errno.EUSERS
+    exit_code = 32
+
+
+class MountError(IvshmemfsError):
+    """The mount itself failed: mount point, /dev/fuse, fusermount3."""
+
+    errno = _errno.EINVAL
+    exit_code = 32
+
+
+# --- while it is in use ---------------------------------------------------------------------
+
+
+class FsError(IvshmemfsError):
+    """An ordinary POSIX failure of one operation, such as ENOENT."""
+
+    def __init__(self, code: int, message: str = "") -> None:
+        super().__init__(message or os.strerror(code))
+        self.errno = code
+
+
+class StaleHandle(FsError):
+    """What the caller means is gone: another machine removed it, or the region was reformatted."""
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(_errno.ESTALE, message)
+
+
+class NoSpace(FsError):
+    """No free blocks are left for this operation."""
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(_errno.ENOSPC, message)
+
+
+class Corrupt(FsError):
+    """Something on the region contradicts the format; the message says what and where."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(_errno.EUCLEAN, message)
+
+
+class Busy(IvshmemfsError):
+    """Not now: another peer is committing.  Nothing was changed; try again in a moment."""
+
+    errno = _errno.EAGAIN
+
+
+class Fenced(IvshmemfsError):
+    """This incarnation was declared gone by another peer; it must rejoin before it writes again."""
+
+    errno = _errno.ESTALE
+
+
+class LockLost(IvshmemfsError):
+    """A lock between machines is no longer held: its holder was silent for too long."""
+
+    errno = _errno.ENOLCK
+
+
+class Restart(Busy):
+    """The snapshot that an operation read was overtaken; it starts again from the new root."""
