@@ -1,0 +1,100 @@
+"""Where everything stands on a region of a given size.
+
+    0      superblock (its copy at 2048)
+    1024   commit word, alone in its cache lines
+    1152   hint word, alone in its cache lines
+    1280   scratch words, which mean nothing: a mount tries one before it trusts the mapping
+    4096   peer table: peer_count slots of 512 bytes
+    ...    block tags: one word per block
+    ...    blocks, the first aligned to the block size
+
+The two words have cache lines of their own, because every mount reads or swaps them all the time.
+"""
+
+from typing import NamedTuple
+
+from ivshmemfs.format import peer, words
+
+COMMIT_OFFSET = 1024
+HINT_OFFSET = 1152
+SCRATCH_OFFSET = 1280
+SCRATCH_SIZE = 768
+PEERS_OFFSET = 4096
+CONTROL_SIGNATURE = f"commit@{COMMIT_OFFSET} hint@{HINT_OFFSET} peers@{PEERS_OFFSET}"
+
+MIN_BLOCK_SIZE = 1024
+MAX_BLOCK_SIZE = 65536
+MIN_BLOCKS = 48
+MAX_PEERS = 255
+DEFAULT_PEERS = 16
+SMALL_REGION = 16 << 20  # below this size blocks are small, so that little is lost to rounding
+
+
+def _align(value: int, to: int) -> int:
+    return -(-value // to) * to
+
+
+class Geometry(NamedTuple):
+    """All sizes and offsets in bytes, counts in pieces."""
+
+    region_size: int
+    block_size: int
+    peer_count: int
+    block_count: int
+    peers_offset: int
+    tags_offset: int
+    data_offset: int
+    reserve: int
+
+    def problem(self) -> str | None:
+        """What is impossible about these numbers, or None.  They may come from a hostile region."""
+        size = self.block_size
+        if not MIN_BLOCK_SIZE <= size <= MAX_BLOCK_SIZE or size & (size - 1):
+            return f"block size {size}"
+        if not 1 <= self.peer_count <= MAX_PEERS:
+            return f"{self.peer_count} peers"
+        if not MIN_BLOCKS <= self.block_count <= words.MAX_BLOCKS:
+            return f"{self.block_count} blocks"
+        if self.peers_offset != PEERS_OFFSET or self.reserve >= self.block_count:
+            return f"peer table at {self.peers_offset}, reserve {self.reserve}"
+        peers_end = self.peers_offset + self.peer_count * peer.SLOT_SIZE
+        tags_end = self.tags_offset + self.block_count * words.WORD
+        blocks_end = self.data_offset + self.block_count * size
+        if self.tags_offset % 64 or self.data_offset % size:
+            return "misaligned tables"
+        if not peers_end <= self.tags_offset or not tags_end <= self.data_offset:
+            return "overlapping tables"
+        if blocks_end > self.region_size:
+            return f"blocks end at {blocks_end} of {self.region_size}"
+        return None
+
+
+def default_block_size(region_size: int) -> int:
+    """1 KiB for small regions, 4 KiB otherwise, more where block numbers would run out."""
+    size = 1024 if region_size < SMALL_REGION else 4096
+    while region_size // size >= words.MAX_BLOCKS and size < MAX_BLOCK_SIZE:
+        size *= 2
+    return size
+
+
+def reserve_blocks(block_count: int) -> int:
+    """How many blocks only removals may use: enough for the paths they copy, at most 1/32."""
+    return min(64, max(12, block_count // 32))
+
+
+def plan(
+    region_size: int, block_size: int | None = None, peer_count: int = DEFAULT_PEERS
+) -> Geometry:
+    """The geometry for a region of `region_size` bytes; ValueError says what does not fit."""
+    size = block_size or default_block_size(region_size)
+    tags_offset = _align(PEERS_OFFSET + peer_count * peer.SLOT_SIZE, 64)
+    count = min(max(0, region_size - tags_offset) // (size + words.WORD), words.MAX_BLOCKS)
+    while count and _align(tags_offset + count * words.WORD, size) + count * size > region_size:
+        count -= 1
+    geometry = Geometry(
+        region_size, size, peer_count, count, PEERS_OFFSET, tags_offset,
+        _align(tags_offset + count * words.WORD, size), reserve_blocks(count),
+    )  # fmt: skip
+    if problem := geometry.problem():
+        raise ValueError(f"a region of {region_size} bytes cannot be formatted so: {problem}")
+    return geometry

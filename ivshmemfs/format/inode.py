@@ -1,0 +1,57 @@
+"""The inode block: header, record, payload, small extended attributes.
+
+    0    node header (kind INODE, owner = inode number)
+    32   inode record
+    192  payload (`payload_size` bytes), then extended attributes (`xattr_inline` bytes)
+
+What the payload is, `payload` says: nothing, the file's bytes (small files, symlink targets), the
+top of the block map (16-byte pointers), the directory entries themselves, or the top of the
+directory tree.  One block thus serves a small file, a symlink or a small directory whole.
+"""
+
+from typing import Annotated, NamedTuple
+
+from ivshmemfs.format import node
+from ivshmemfs.format.record import At, Layout
+
+ROOT_INO = 1
+ORPHANS_INO = 2  # hidden directory: inodes without links that are still open somewhere
+FIRST_INO = 3
+MAX_INO = (1 << 56) - 1
+
+EMPTY, INLINE, MAP, DIRLEAF, DIRTREE = range(5)
+PAYLOAD_NAMES = ("empty", "inline", "map", "dirleaf", "dirtree")
+
+
+class InodeRecord(NamedTuple):
+    """Attributes of one file, directory, symlink or special file."""
+
+    mode: Annotated[int, At(0, "I", "type and permissions as in stat(2)")]
+    nlink: Annotated[int, At(4, "I", "links; 0 while only open handles keep it")]
+    uid: Annotated[int, At(8, "I", "owner")]
+    gid: Annotated[int, At(12, "I", "group")]
+    size: Annotated[int, At(16, "Q", "bytes")]
+    blocks: Annotated[int, At(24, "Q", "blocks of this inode, the inode block included")]
+    atime_ns: Annotated[int, At(32, "q", "last access, ns since 1970")]
+    mtime_ns: Annotated[int, At(40, "q", "last change of the contents")]
+    ctime_ns: Annotated[int, At(48, "q", "last change of the inode")]
+    btime_ns: Annotated[int, At(56, "q", "creation")]
+    rdev: Annotated[int, At(64, "Q", "device number of a device node")]
+    parent: Annotated[int, At(72, "Q", "directories: the directory that holds it")]
+    entries: Annotated[int, At(80, "Q", "directories: names in it")]
+    payload: Annotated[int, At(88, "B", "0 empty, 1 inline, 2 map, 3 dirleaf, 4 dirtree")]
+    height: Annotated[int, At(89, "B", "levels below the payload's pointers")]
+    xattr_height: Annotated[int, At(90, "B", "levels below the extended attributes' pointer")]
+    payload_size: Annotated[int, At(92, "I", "bytes of payload at byte 192")]
+    xattr_size: Annotated[int, At(96, "I", "bytes of all extended attributes as one string")]
+    xattr_inline: Annotated[int, At(100, "I", "the same if they stand here, else 0")]
+    xattr_pointer: Annotated[bytes, At(104, "16s", "pointer to them if they do not")]
+
+
+INODE = Layout(InodeRecord, 160)
+PAYLOAD_OFFSET = node.HEADER_SIZE + INODE.size
+
+
+def payload_capacity(block_size: int) -> int:
+    """Bytes that payload and inline extended attributes may take together."""
+    return block_size - PAYLOAD_OFFSET

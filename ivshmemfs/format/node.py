@@ -1,0 +1,66 @@
+"""Metadata blocks: the header that they all begin with, and the root block.
+
+A metadata block is written once, before the commit that publishes it, and never modified.  Its
+checksum covers bytes 4 to `used`; `tag` repeats the claim, and `owner` the inode, so that a
+pointer that leads to the wrong place is recognised.
+"""
+
+from typing import Annotated, NamedTuple
+
+from ivshmemfs.format import words
+from ivshmemfs.format.record import At, Layout
+
+ROOT, INODE, INDEX, DIRLEAF, DIRNODE = range(1, 6)
+KIND_NAMES = {
+    ROOT: "root",
+    INODE: "inode",
+    INDEX: "index",
+    DIRLEAF: "dirleaf",
+    DIRNODE: "dirnode",
+}
+
+HEADER_SIZE = 32
+MAX_HEIGHT = 12  # of any tree; 2^64 leaves need fewer levels at the smallest block size
+
+
+class HeaderRecord(NamedTuple):
+    """The first 32 bytes of every metadata block."""
+
+    crc: Annotated[int, At(0, "I", "CRC32C of bytes 4 to `used`")]
+    kind: Annotated[int, At(4, "B", "1 root, 2 inode, 3 index, 4 dirleaf, 5 dirnode")]
+    level: Annotated[int, At(5, "B", "height above the leaves of its tree")]
+    count: Annotated[int, At(6, "H", "entries (directory nodes)")]  # type: ignore[assignment]
+    used: Annotated[int, At(8, "I", "bytes in use, header included")]
+    owner: Annotated[int, At(16, "Q", "inode that it belongs to; 0 root and inode table")]
+    tag: Annotated[int, At(24, "Q", "tag of the claim that wrote it")]
+
+
+HEADER = Layout(HeaderRecord, HEADER_SIZE)
+
+
+class RootRecord(NamedTuple):
+    """What follows the header in a root block; the inode table's pointers follow at byte 128."""
+
+    fsid: Annotated[int, At(0, "Q", "first eight bytes of the filesystem's UUID")]
+    sequence: Annotated[int, At(8, "Q", "low 36 bits: of the commit word that published it")]
+    next_ino: Annotated[int, At(16, "Q", "next inode number; numbers are never used twice")]
+    used: Annotated[int, At(24, "Q", "blocks reachable from this root, itself included")]
+    inodes: Annotated[int, At(32, "Q", "inodes in the table, both of mkfs included")]
+    orphans: Annotated[int, At(40, "Q", "inodes without links that some peer may hold open")]
+    time_ns: Annotated[int, At(48, "q", "when, ns since 1970 by the committer's clock")]
+    height: Annotated[int, At(56, "I", "levels of index blocks between root and inode blocks")]
+    slots: Annotated[int, At(60, "I", "pointers that follow")]
+
+
+ROOT_RECORD = Layout(RootRecord, 96)
+ROOT_POINTERS = HEADER_SIZE + ROOT_RECORD.size
+
+
+def index_fanout(block_size: int) -> int:
+    """Pointers in an index block."""
+    return (block_size - HEADER_SIZE) // words.POINTER_SIZE
+
+
+def root_capacity(block_size: int) -> int:
+    """Inode table pointers in a root block."""
+    return (block_size - ROOT_POINTERS) // words.POINTER_SIZE

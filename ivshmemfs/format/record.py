@@ -1,0 +1,94 @@
+"""How a record is declared, once: a NamedTuple whose annotations carry offset, code and meaning.
+
+    class Sample(NamedTuple):
+        length: Annotated[int, At(0, "Q", "bytes in use")]
+
+    SAMPLE = Layout(Sample, size=16)
+
+`Layout` turns the declaration into one `struct.Struct` (little-endian, gaps zero-filled), so a
+record costs one struct call whichever way it goes, and nothing can disagree with the tables
+that `dump` and docs/format.md print from the same fields.
+"""
+
+import struct
+from collections.abc import Iterator
+from typing import Annotated, Any, Generic, NamedTuple, TypeVar, get_args, get_origin
+
+T = TypeVar("T", bound=tuple[Any, ...])
+Buffer = bytes | bytearray | memoryview
+
+
+class At(NamedTuple):
+    """Where a field stands: byte offset in its record, struct code, meaning."""
+
+    offset: int
+    code: str
+    doc: str
+
+
+class Field(NamedTuple):
+    """One row of a field table; offset and width in bytes."""
+
+    name: str
+    offset: int
+    width: int
+    code: str
+    doc: str
+
+
+def _fields(cls: type) -> Iterator[Field]:
+    for name, annotation in cls.__annotations__.items():
+        origin: object = get_origin(annotation)
+        if origin is not Annotated:
+            raise TypeError(f"{cls.__name__}.{name} does not say where it stands")
+        at = next(a for a in get_args(annotation)[1:] if isinstance(a, At))
+        yield Field(name, at.offset, struct.calcsize("<" + at.code), at.code, at.doc)
+
+
+class Layout(Generic[T]):
+    """Packs and unpacks one record type; `size` in bytes."""
+
+    def __init__(self, cls: type[T], size: int) -> None:
+        self.cls = cls
+        self.name = cls.__name__
+        self.size = size
+        self.fields = tuple(_fields(cls))
+        self._struct = struct.Struct(self._format())
+        if self._struct.size != size:
+            raise TypeError(f"{self.name} takes {self._struct.size} bytes, not {size}")
+        self._make = cls._make  # type: ignore[attr-defined]
+        self.pack_values = self._struct.pack  # the fields in order, for hot paths
+        self._offsets = {field.name: field.offset for field in self.fields}
+
+    def _format(self) -> str:
+        parts, at = ["<"], 0
+        for field in self.fields:
+            if field.offset < at:
+                raise TypeError(f"{self.name}.{field.name} overlaps the field before it")
+            if field.code in "QqIiHh" and field.offset % field.width:
+                raise TypeError(f"{self.name}.{field.name} is not aligned")
+            if field.offset > at:
+                parts.append(f"{field.offset - at}x")
+            parts.append(field.code)
+            at = field.offset + field.width
+        if self.size > at:
+            parts.append(f"{self.size - at}x")
+        return "".join(parts)
+
+    def unpack(self, buffer: Buffer, offset: int = 0) -> T:
+        """The record at `offset` of `buffer`; raises struct.error when it is too short."""
+        record: T = self._make(self._struct.unpack_from(buffer, offset))
+        return record
+
+    def pack(self, record: T) -> bytes:
+        """`size` bytes; raises struct.error when a value does not fit its field."""
+        return self._struct.pack(*record)
+
+    def offset(self, name: str) -> int:
+        """Byte offset of a field in the record."""
+        return self._offsets[name]
+
+    def signature(self) -> str:
+        """A text that changes whenever a name, a place or a width does."""
+        columns = ",".join(f"{f.name}@{f.offset}:{f.code}" for f in self.fields)
+        return f"{self.name}[{self.size}]({columns})"

@@ -1,0 +1,192 @@
+"""The superblock: what the region is, which version wrote it, and where everything stands.
+
+It is written by mkfs and never changes afterwards.  A copy stands at `COPY_OFFSET`, so that fsck
+can restore it.
+"""
+
+import hashlib
+import uuid as _uuid
+from typing import Annotated, NamedTuple
+
+from ivshmemfs.errors import (
+    Corrupt,
+    ForeignFormat,
+    GeometryMismatch,
+    NotFormatted,
+    UnsupportedVersion,
+)
+from ivshmemfs.format import peer, words
+from ivshmemfs.format.geometry import CONTROL_SIGNATURE, Geometry
+from ivshmemfs.format.record import At, Buffer, Layout
+from ivshmemfs.region._memory import crc32c
+
+MAGIC = b"IVSHMFS\x01"
+MAJOR = 1
+MINOR = 0
+LABEL_SIZE = 64
+
+# Feature bits that this version knows: (compat, ro_compat, incompat).  An unknown compat bit is
+# harmless, an unknown ro_compat bit allows reading only, an unknown incompat bit refuses.
+KNOWN_COMPAT = 0
+KNOWN_RO_COMPAT = 0
+KNOWN_INCOMPAT = 0
+
+OFFSET = 0
+COPY_OFFSET = 2048
+
+
+class SuperblockRecord(NamedTuple):
+    """The superblock as it stands on the region."""
+
+    magic: Annotated[bytes, At(0, "8s", "names the format")]
+    major: Annotated[int, At(8, "H", "version; another major is refused")]
+    minor: Annotated[int, At(10, "H", "version; a newer minor is refused")]
+    size: Annotated[int, At(12, "I", "bytes of this record")]
+    compat: Annotated[int, At(16, "Q", "features that any version may ignore")]
+    ro_compat: Annotated[int, At(24, "Q", "features that a reader may ignore")]
+    incompat: Annotated[int, At(32, "Q", "features that must be understood")]
+    uuid: Annotated[bytes, At(40, "16s", "identity of this filesystem")]
+    label: Annotated[bytes, At(56, "64s", "name given by the user, UTF-8, zero-padded")]
+    region_size: Annotated[int, At(120, "Q", "bytes of the region")]
+    block_size: Annotated[int, At(128, "I", "bytes of a block, a power of two")]
+    peer_count: Annotated[int, At(132, "I", "slots of the peer table, 1 to 255")]
+    block_count: Annotated[int, At(136, "Q", "blocks")]
+    peers_offset: Annotated[int, At(144, "Q", "where the peer table starts")]
+    tags_offset: Annotated[int, At(152, "Q", "where the block tags start")]
+    data_offset: Annotated[int, At(160, "Q", "where block 0 starts")]
+    reserve: Annotated[int, At(168, "Q", "blocks that only removals may use")]
+    layout_signature: Annotated[int, At(176, "Q", "folds the layout of all that changes in place")]
+    created_ns: Annotated[int, At(184, "q", "when it was formatted, ns since 1970 by that clock")]
+    crc: Annotated[int, At(508, "I", "CRC32C of bytes 0 to 507")]
+
+
+SUPERBLOCK = Layout(SuperblockRecord, 512)
+
+
+def layout_signature() -> int:
+    """One number for everything that peers store to in place.
+
+    Builds that differ in it would misread each other's words, so they refuse each other; the idea
+    is LMDB's lock format number.
+    """
+    text = "|".join(
+        (
+            peer.SLOT.signature(),
+            words.POINTER_LAYOUT.signature(),
+            CONTROL_SIGNATURE,
+            f"tag 8/20/36 commit 36/{words.BLOCK_BITS} filter {words.FILTER_BITS}",
+            f"filter words {peer.FILTER_WORDS} at {peer.FILTER_OFFSET}",
+        )
+    )
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+
+
+class Superblock(NamedTuple):
+    """A superblock that was checked: what callers work with."""
+
+    uuid: bytes
+    label: str
+    geometry: Geometry
+    created_ns: int
+    read_only: bool  # an unknown ro_compat feature forbids writing
+
+    @property
+    def fsid(self) -> int:
+        """The first eight bytes of the UUID, which every root block repeats."""
+        return int.from_bytes(self.uuid[:8], "little")
+
+
+def encode(uuid: bytes, label: str, geometry: Geometry, created_ns: int) -> bytes:
+    """The 512 bytes of a new superblock; ValueError when the label is too long."""
+    name = label.encode()
+    if len(name) > LABEL_SIZE:
+        raise ValueError(f"a label has at most {LABEL_SIZE} bytes; this one has {len(name)}")
+    record = SuperblockRecord(
+        MAGIC, MAJOR, MINOR, SUPERBLOCK.size, 0, 0, 0, uuid, name,
+        geometry.region_size, geometry.block_size, geometry.peer_count, geometry.block_count,
+        geometry.peers_offset, geometry.tags_offset, geometry.data_offset, geometry.reserve,
+        layout_signature(), created_ns, 0,
+    )  # fmt: skip
+    return seal(record)
+
+
+def seal(record: SuperblockRecord) -> bytes:
+    """`record` with its checksum made good."""
+    raw = SUPERBLOCK.pack(record)
+    return SUPERBLOCK.pack(record._replace(crc=crc32c(raw[: SUPERBLOCK.offset("crc")])))
+
+
+def geometry_of(record: SuperblockRecord) -> Geometry:
+    """The geometry that a superblock states, unchecked."""
+    return Geometry(
+        record.region_size, record.block_size, record.peer_count, record.block_count,
+        record.peers_offset, record.tags_offset, record.data_offset, record.reserve,
+    )  # fmt: skip
+
+
+def crc_valid(raw: Buffer) -> bool:
+    """Whether the checksum in a superblock's 512 bytes is right."""
+    crc_at = SUPERBLOCK.offset("crc")
+    return crc32c(bytes(raw[:crc_at])) == SUPERBLOCK.unpack(raw).crc
+
+
+def check_version(record: SuperblockRecord) -> None:
+    """Raise UnsupportedVersion unless this program can use what `record` describes."""
+    if record.major != MAJOR or record.minor > MINOR:
+        raise UnsupportedVersion(
+            f"the filesystem has format {record.major}.{record.minor} and this program knows "
+            f"{MAJOR}.{MINOR}: use a matching version of ivshmemfs"
+        )
+    if unknown := record.incompat & ~KNOWN_INCOMPAT:
+        raise UnsupportedVersion(
+            f"the filesystem uses features (incompat {unknown:#x}) that this program does not "
+            "know: use a newer version of ivshmemfs"
+        )
+    if record.layout_signature != layout_signature():
+        raise UnsupportedVersion(
+            "the filesystem was made by a build whose shared words are laid out differently: "
+            "use the same version of ivshmemfs on all machines"
+        )
+
+
+def decode(raw: Buffer, region_size: int | None = None) -> Superblock:
+    """Check the superblock at the start of `raw` (at least 512 bytes).
+
+    `region_size` in bytes is what the mapping offers.  Raises NotFormatted, ForeignFormat,
+    UnsupportedVersion, GeometryMismatch or Corrupt, each with what to do.
+    """
+    if len(raw) < SUPERBLOCK.size:
+        raise NotFormatted("the region is too small to carry a filesystem")
+    record = SUPERBLOCK.unpack(raw)
+    if record.magic != MAGIC:
+        if not any(bytes(raw[: SUPERBLOCK.size])):
+            raise NotFormatted("no filesystem on the region: format it with mkfs.ivshmemfs")
+        raise ForeignFormat(
+            "the region carries something else than an ivshmemfs filesystem: "
+            "if it may be overwritten, format it with mkfs.ivshmemfs --force"
+        )
+    if not crc_valid(raw):
+        raise Corrupt("the superblock's checksum is wrong: run fsck.ivshmemfs -y on the region")
+    check_version(record)
+    geometry = geometry_of(record)
+    if problem := geometry.problem():
+        raise Corrupt(f"the superblock's geometry is impossible: {problem}")
+    if region_size is not None and region_size != geometry.region_size:
+        relation = "smaller" if region_size < geometry.region_size else "larger"
+        raise GeometryMismatch(
+            f"the region has {region_size} bytes, {relation} than the {geometry.region_size} "
+            "bytes it was formatted with: give it its old size, or format it anew"
+        )
+    label = record.label.rstrip(b"\0").decode(errors="replace")
+    read_only = bool(record.ro_compat & ~KNOWN_RO_COMPAT)
+    return Superblock(record.uuid, label, geometry, record.created_ns, read_only)
+
+
+def identify(raw: Buffer) -> tuple[str, str] | None:
+    """(label, UUID text) of the filesystem that starts with `raw`; None when there is none."""
+    if len(raw) < SUPERBLOCK.size:
+        return None
+    record = SUPERBLOCK.unpack(raw)
+    if record.magic != MAGIC or not crc_valid(raw):
+        return None
+    return record.label.rstrip(b"\0").decode(errors="replace"), str(_uuid.UUID(bytes=record.uuid))

@@ -1,0 +1,101 @@
+"""The 64-bit words that change in place, and the pointer: how their bits are divided.
+
+    tag          slot 8 | incarnation 20 | counter 36      who claimed a block, in which transaction
+    commit word  sequence 36 | root block 28               the one word that publishes a transaction
+    state word   state 8 | incarnation 20 | counter 36     what a peer slot is doing
+    hint word    slot 8 | need 8 | progress 48             who is about to commit (advice only)
+    filter word  incarnation (low 16) | filter bits 48     which inodes a peer holds open
+
+A tag never comes back to the same block: the counter grows with each transaction of an
+incarnation and the incarnation with each mount that uses a slot.  Counters wrap after 2^36
+transactions (8 days at 100,000/s; the peer then rejoins with a new incarnation), incarnations
+after 2^20 mounts of one slot, the commit word after 2^36 commits (a peer would have to sleep for
+exactly that many, and the root would have to stand in the same block, for its stale
+compare-and-swap to succeed).
+"""
+
+import struct
+from typing import Annotated, NamedTuple
+
+from ivshmemfs.format.record import At, Layout
+
+WORD = 8
+
+SLOT_SHIFT = 56
+INCARNATION_SHIFT = 36
+INCARNATION_MASK = (1 << 20) - 1
+COUNTER_MASK = (1 << 36) - 1
+
+BLOCK_BITS = 28
+BLOCK_MASK = (1 << BLOCK_BITS) - 1
+SEQUENCE_MASK = (1 << 36) - 1
+MAX_BLOCKS = 1 << BLOCK_BITS
+
+NEED_SHIFT = 48
+NEED_MASK = (1 << 8) - 1
+PROGRESS_MASK = (1 << NEED_SHIFT) - 1
+FILTER_BITS = 48
+FILTER_MASK = (1 << FILTER_BITS) - 1
+
+# States of a peer slot, in the order in which they follow each other (shm/peers.py says who may
+# change which).
+FREE, JOINING, IDLE, ACTIVE, DEAD = range(5)
+STATE_NAMES = ("free", "joining", "idle", "active", "dead")
+
+
+class PointerRecord(NamedTuple):
+    """Names a block together with the tag that it must still bear; all zero is the null pointer."""
+
+    block: Annotated[int, At(0, "I", "block number")]
+    weight: Annotated[int, At(4, "I", "blocks in the subtree, this one included (1 for a leaf)")]
+    tag: Annotated[int, At(8, "Q", "tag that the block bears while the pointer is valid")]
+
+
+POINTER_LAYOUT = Layout(PointerRecord, 16)
+POINTER = struct.Struct("<IIQ")
+POINTER_SIZE = POINTER_LAYOUT.size
+NULL = bytes(POINTER_SIZE)
+
+
+def make_tag(slot: int, incarnation: int, counter: int) -> int:
+    """The tag of a claim; `slot` counts from 1, so that a tag is never 0."""
+    return slot << SLOT_SHIFT | incarnation << INCARNATION_SHIFT | counter
+
+
+def split_tag(tag: int) -> tuple[int, int, int]:
+    """(slot, incarnation, counter)"""
+    return (
+        tag >> SLOT_SHIFT,
+        tag >> INCARNATION_SHIFT & INCARNATION_MASK,
+        tag & COUNTER_MASK,
+    )
+
+
+def make_commit(sequence: int, block: int) -> int:
+    """The commit word that publishes root `block` as the `sequence`-th commit."""
+    return (sequence & SEQUENCE_MASK) << BLOCK_BITS | block
+
+
+def split_commit(word: int) -> tuple[int, int]:
+    """(sequence, root block)"""
+    return word >> BLOCK_BITS, word & BLOCK_MASK
+
+
+def make_state(state: int, incarnation: int, counter: int) -> int:
+    """A peer slot's state word."""
+    return state << SLOT_SHIFT | incarnation << INCARNATION_SHIFT | counter
+
+
+def split_state(word: int) -> tuple[int, int, int]:
+    """(state, incarnation, counter); the same division as a tag's."""
+    return split_tag(word)
+
+
+def make_hint(slot: int, need: int, progress: int) -> int:
+    """The hint word of a writer that needs about `need` ms; any change of it counts as progress."""
+    return slot << SLOT_SHIFT | min(need, NEED_MASK) << NEED_SHIFT | progress & PROGRESS_MASK
+
+
+def hint_need(word: int) -> int:
+    """How many ms the writer of a hint word expects to take."""
+    return word >> NEED_SHIFT & NEED_MASK
