@@ -1,0 +1,38 @@
+"""Where the bytes of a region are mapped from, and how they are touched.
+
+A Memory gives words, fences and copies on a mapping, Blocks the operations on tagged blocks in it;
+what the bytes mean is the business of the layers above.
+"""
+
+from __future__ import annotations
+
+from ivshmemfs.region._memory import DEVICE, NORMAL, WRITE_COMBINING, Blocks, Memory, crc32c
+from ivshmemfs.region.file import create_file
+from ivshmemfs.region.locate import Candidate, discover, identified, open_region
+from ivshmemfs.region.mapped import Region
+from ivshmemfs.region.probe import Probe, Scratch, probe, refuse_unfit
+from ivshmemfs.region.roots import Roots
+from ivshmemfs.region.sizes import exact_size, parse_size, readable_size
+
+__all__ = [
+    "DEVICE",
+    "NORMAL",
+    "WRITE_COMBINING",
+    "Blocks",
+    "Candidate",
+    "Memory",
+    "Probe",
+    "Region",
+    "Roots",
+    "Scratch",
+    "crc32c",
+    "create_file",
+    "discover",
+    "exact_size",
+    "identified",
+    "open_region",
+    "parse_size",
+    "probe",
+    "readable_size",
+    "refuse_unfit",
+]

@@ -1,0 +1,83 @@
+"""Physical memory through /dev/mem, for guests whose BAR2 no other way reaches."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+from collections.abc import Iterator
+
+from ivshmemfs.errors import RegionDenied, RegionError, RegionMissing, RegionSize, UsageError
+from ivshmemfs.region._memory import DEVICE, WRITE_COMBINING, Memory
+from ivshmemfs.region.mapped import Region, open_descriptor, refuse_small, translate
+from ivshmemfs.region.roots import HERE, Roots
+from ivshmemfs.region.sizes import exact_size, parse_number, parse_size
+
+PAGE = os.sysconf("SC_PAGE_SIZE")
+_LINE = re.compile(r"\s*([0-9a-f]+)-([0-9a-f]+) : (.*)")
+
+
+def parse_place(text: str) -> tuple[int, int]:
+    """(address, size) from ``0xADDRESS:SIZE``; raises UsageError."""
+    address_text, colon, size_text = text.partition(":")
+    if not colon:
+        raise UsageError(f"'mem:{text}' lacks a size; write it like mem:0xfe000000:1M")
+    address, size = parse_number(address_text), parse_size(size_text)
+    if address < 0 or address % PAGE or address + size > 1 << 63:
+        raise UsageError(f"{address_text} is not the address of a page ({PAGE} bytes)")
+    return address, size
+
+
+def _ram(roots: Roots) -> Iterator[tuple[int, int]]:
+    """[start, end] of the kernel's own memory; all zero when the kernel hides addresses."""
+    try:
+        lines = (roots.proc / "iomem").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return
+    for line in lines:
+        match = _LINE.fullmatch(line)
+        if match and match[3] == "System RAM":
+            yield int(match[1], 16), int(match[2], 16)
+
+
+def _refuse_ram(address: int, size: int, roots: Roots) -> None:
+    for start, end in _ram(roots):
+        if end and address <= end and start < address + size:
+            raise RegionError(
+                f"mem:{address:#x} is memory that this kernel uses itself; give the address of "
+                "the device's BAR2 (lspci -v)"
+            )
+
+
+def open_devmem(place: str, *, readonly: bool = False, roots: Roots = HERE) -> Region:
+    """Map a physical range, ``0xADDRESS:SIZE``; raises a RegionError or UsageError."""
+    address, size = parse_place(place)
+    spec = f"mem:{address:#x}:{exact_size(size)}"
+    path = roots.dev / "mem"
+    refuse_small(size, spec)
+    _refuse_ram(address, size, roots)
+    try:
+        descriptor = open_descriptor(path, readonly=readonly, extra_flags=os.O_SYNC)
+    except RegionMissing:
+        raise RegionMissing(
+            f"{spec}: this kernel has no /dev/mem; use pci or a character device instead"
+        ) from None
+    access = WRITE_COMBINING if roots.x86 else DEVICE
+    try:
+        memory = Memory(descriptor, size, address, writable=not readonly, access=access)
+    except OSError as error:
+        raise _cannot_map(error, spec) from None
+    finally:
+        os.close(descriptor)
+    return Region(memory=memory, spec=spec, path=path, kind="physical memory")
+
+
+def _cannot_map(error: OSError, spec: str) -> RegionError:
+    if error.errno in (errno.EPERM, errno.EACCES):
+        return RegionDenied(
+            f"{spec}: this kernel keeps the range from /dev/mem (strict devmem, or a driver has "
+            "it); use pci or that driver's character device instead"
+        )
+    if error.errno in (errno.EINVAL, errno.ENXIO, errno.EFAULT):
+        return RegionSize(f"{spec}: there is no such physical range; check address and size")
+    return translate(error, spec)

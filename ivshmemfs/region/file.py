@@ -1,0 +1,101 @@
+"""Regions in regular files: tmpfs, hugetlbfs, or any filesystem that maps files."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import stat
+from pathlib import Path
+
+from ivshmemfs.errors import RegionError, RegionMissing, RegionSize
+from ivshmemfs.region._memory import NORMAL
+from ivshmemfs.region.mapped import (
+    Region,
+    kind_of,
+    look_at,
+    map_descriptor,
+    open_descriptor,
+    shown,
+    translate,
+)
+from ivshmemfs.region.sizes import readable_size
+
+
+def open_file(path: Path, *, readonly: bool = False) -> Region:
+    """Map a whole regular file, exactly to its end; raises a RegionError."""
+    try:
+        mode = look_at(path).st_mode
+    except RegionMissing:
+        raise RegionMissing(
+            f"{shown(path)}: no such file; create it with: mkfs.ivshmemfs --size 1M {shown(path)}"
+        ) from None
+    if not stat.S_ISREG(mode):
+        raise RegionError(f"{shown(path)}: is {kind_of(mode)}; name a file or character device")
+    descriptor = open_descriptor(path, readonly=readonly)
+    size = os.fstat(descriptor).st_size
+    if size == 0:
+        os.close(descriptor)
+        raise RegionSize(
+            f"{shown(path)}: is empty; give it a size with: "
+            f"mkfs.ivshmemfs --force --size 1M {shown(path)}"
+        )
+    memory = map_descriptor(descriptor, size, 0, path=path, readonly=readonly, access=NORMAL)
+    whole = path.absolute()
+    return Region(memory=memory, spec=str(whole), path=whole, kind="file")
+
+
+def create_file(path: str | os.PathLike[str], size: int, *, exist_ok: bool = False) -> None:
+    """Make a file of `size` bytes, sparse and readable by its owner and group alone.
+
+    A file that is there already is refused unless `exist_ok`; then it gets the size and keeps
+    what it holds up to there.  Raises a RegionError; a file that could not get its size is removed.
+    """
+    target = Path(path)
+    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK
+    created = True
+    try:
+        descriptor = os.open(target, flags | os.O_EXCL, 0o660)
+    except FileExistsError:
+        if not exist_ok:
+            raise RegionError(
+                f"{shown(target)}: exists already; leave out --size to format it as it is, or use "
+                "--force to overwrite it"
+            ) from None
+        created, descriptor = False, open_descriptor(target, readonly=False)
+    except OSError as error:
+        raise _cannot_create(error, target) from None
+    try:
+        _set_size(descriptor, target, size)
+    except RegionError:
+        if created:
+            with contextlib.suppress(OSError):
+                target.unlink()
+        raise
+    finally:
+        os.close(descriptor)
+
+
+def _cannot_create(error: OSError, target: Path) -> RegionError:
+    if error.errno in (errno.ENOENT, errno.ENOTDIR):
+        return RegionMissing(f"{shown(target.parent)}: no such directory; create it first")
+    return translate(error, target)
+
+
+def _set_size(descriptor: int, target: Path, size: int) -> None:
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        raise RegionError(f"{shown(target)}: is not a regular file; leave out --size")
+    try:
+        os.ftruncate(descriptor, size)
+    except OSError as error:
+        if error.errno == errno.EINVAL:
+            unit = os.fstatvfs(descriptor).f_bsize
+            raise RegionSize(
+                f"{shown(target)}: cannot have {size} bytes there; use a multiple of "
+                f"{readable_size(unit)}"
+            ) from None
+        if error.errno in (errno.EFBIG, errno.ENOSPC, errno.EDQUOT):
+            raise RegionSize(
+                f"{shown(target)}: {readable_size(size)} do not fit there; use a smaller size"
+            ) from None
+        raise translate(error, target) from None

@@ -1,0 +1,127 @@
+"""What a mapping can do, measured: nothing about it is assumed.
+
+The same device may be cached, write-combining or uncached, depending on hypervisor, guest kernel
+and architecture, and not every mapping can compare and swap.  Reading tells most of it; the rest
+needs a few bytes that nobody else uses.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import NamedTuple
+
+from ivshmemfs.errors import RegionUnfit
+from ivshmemfs.region._memory import Memory
+
+SMALLEST_SAMPLE = 4096
+LARGEST_SAMPLE = 256 * 1024
+BUDGET = 0.005  # seconds for each direction; an uncached mapping needs them all
+SLOW_MBPS = 500.0  # below this the mapping is surely not cached
+_PATTERN = 0x5AA5_C33C_0FF0_9669
+
+
+class Scratch(NamedTuple):
+    """Bytes of the region that only the caller uses; both multiples of 8, at least 8 bytes."""
+
+    offset: int
+    length: int
+
+
+class Probe(NamedTuple):
+    """Findings; None where nothing could be found out without storing."""
+
+    unaligned_ok: bool
+    cas_ok: bool | None
+    read_mbps: float
+    write_mbps: float | None
+
+    def describe(self) -> str:
+        """One line for people."""
+        parts = [f"reads {self.read_mbps:.0f} MB/s"]
+        if self.write_mbps is not None:
+            parts.append(f"writes {self.write_mbps:.0f} MB/s")
+        if not self.unaligned_ok:
+            parts.append("aligned accesses only")
+        if self.cas_ok is not None:
+            parts.append("compare-and-swap " + ("works" if self.cas_ok else "does not work"))
+        return ", ".join(parts)
+
+    def warning(self) -> str | None:
+        """One line when the mapping works but is slow, and what to do about it."""
+        if self.read_mbps >= SLOW_MBPS:
+            return None
+        return (
+            f"this mapping is not cached: {self.read_mbps:.0f} MB/s; a kernel driver that maps "
+            "the device cached, or a newer hypervisor, may help"
+        )
+
+
+def _sample_rate(memory: Memory, sample: int) -> float:
+    start = time.perf_counter()
+    memory.read(0, sample)
+    return sample / max(time.perf_counter() - start, 1e-9) / 1e6
+
+
+def read_rate(memory: Memory, budget: float = BUDGET) -> float:
+    """MB/s of reading the start of the region: the best of growing samples within `budget`."""
+    end = time.perf_counter() + budget
+    sample = min(SMALLEST_SAMPLE, memory.length)
+    best = _sample_rate(memory, sample)
+    while time.perf_counter() < end:
+        sample = min(2 * sample, LARGEST_SAMPLE, memory.length)
+        best = max(best, _sample_rate(memory, sample))
+    return best
+
+
+def write_rate(memory: Memory, scratch: Scratch, budget: float = BUDGET) -> float:
+    """MB/s of writing to `scratch`; what it held is put back."""
+    before = memory.read(scratch.offset, scratch.length)
+    best, end = 0.0, time.perf_counter() + budget
+    while best == 0.0 or time.perf_counter() < end:
+        start = time.perf_counter()
+        memory.write(scratch.offset, before)
+        memory.fence()
+        taken = max(time.perf_counter() - start, 1e-9)
+        best = max(best, scratch.length / taken / 1e6)
+    return best
+
+
+def cas_works(memory: Memory, offset: int) -> bool:
+    """Whether compare-and-swap stores exactly when it should; the word is as before afterwards."""
+    try:
+        before = memory.load(offset)
+        other = before ^ _PATTERN
+        swapped = memory.cas(offset, before, other) == before and memory.load(offset) == other
+        refused = memory.cas(offset, before, 0) == other and memory.load(offset) == other
+        restored = memory.cas(offset, other, before) == other and memory.load(offset) == before
+    except OSError:
+        return False
+    return swapped and refused and restored
+
+
+def probe(memory: Memory, scratch: Scratch | None = None) -> Probe:
+    """Measure a mapping in some milliseconds.
+
+    Stores nothing without `scratch`; with it only there, and its bytes are the same afterwards.
+    Raises OSError when the region cannot even be read.
+    """
+    writing = scratch is not None and memory.writable
+    return Probe(
+        unaligned_ok=memory.unaligned_ok(0),
+        cas_ok=cas_works(memory, scratch.offset) if scratch and writing else None,
+        read_mbps=read_rate(memory),
+        write_mbps=(
+            write_rate(memory, scratch)
+            if scratch and writing and scratch.length >= SMALLEST_SAMPLE
+            else None
+        ),
+    )
+
+
+def refuse_unfit(found: Probe, spec: str) -> None:
+    """Raise RegionUnfit when a mapping must not be written to: its compare-and-swap fails."""
+    if found.cas_ok is False:
+        raise RegionUnfit(
+            f"{spec}: compare-and-swap does not work on this mapping, so writing would destroy "
+            "data; mount it with -o ro, or map it cached (resource2_wc, a kernel driver)"
+        )

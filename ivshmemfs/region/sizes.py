@@ -1,0 +1,47 @@
+"""Sizes as people write them: 4096, 0x1000, 64K, 1M, 16GiB."""
+
+from __future__ import annotations
+
+import re
+
+from ivshmemfs.errors import UsageError
+
+_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+_SIZE = re.compile(r"(0x[0-9a-f]+|[0-9]+)(?:([KMGT]?)(?:i?B)?)", re.IGNORECASE | re.ASCII)
+MAX_SIZE = (1 << 63) - 1
+
+
+def parse_number(text: str) -> int:
+    """Decimal or 0x-hexadecimal to int; raises UsageError."""
+    try:
+        return int(text, 16 if text.lower().startswith("0x") else 10)
+    except ValueError:
+        raise UsageError(f"{text!r} is not a number; write it like 4096 or 0x1000") from None
+
+
+def parse_size(text: str) -> int:
+    """Bytes that a text such as ``1M`` stands for, at least 1; raises UsageError."""
+    match = _SIZE.fullmatch(text.strip())
+    if match is None:
+        raise UsageError(f"{text!r} is not a size; write it like 4096, 64K, 1M or 16G")
+    number, unit = match.groups()
+    size = parse_number(number) * _UNITS[unit.upper()]
+    if not 0 < size <= MAX_SIZE:
+        raise UsageError(f"{text!r} is not a possible size; write it like 4096, 64K, 1M or 16G")
+    return size
+
+
+def exact_size(size: int) -> str:
+    """The shortest text that parse_size() turns back into `size`."""
+    for unit in ("T", "G", "M", "K"):
+        if size and size % _UNITS[unit] == 0:
+            return f"{size // _UNITS[unit]}{unit}"
+    return str(size)
+
+
+def readable_size(size: int) -> str:
+    """A size for reading, rounded: 1 MiB, 1.5 GiB, 700 bytes."""
+    for unit in ("T", "G", "M", "K"):
+        if size >= _UNITS[unit]:
+            return f"{size / _UNITS[unit]:.4g} {unit}iB"
+    return f"{size} bytes"
