@@ -1,0 +1,383 @@
+"""The peer table: who has the region mounted, and what each is doing.
+
+States of a slot, and who may change them (always by compare-and-swap of the state word, which
+also carries incarnation and counter, so that nobody acts on a slot that has moved on):
+
+    FREE     -> JOINING   a newcomer, with the next incarnation
+    JOINING  -> IDLE      its owner, once its identity stands
+    IDLE     -> ACTIVE    its owner, counter + 1: a transaction begins, and claims bear that counter
+    ACTIVE   -> IDLE      its owner, when everything it claimed is settled: published or released
+    IDLE     -> FREE      its owner leaves
+    IDLE     -> JOINING   a newcomer takes the slot of a peer that is gone, or silent when the
+                          table is full; safe at any time, since an idle peer has nothing claimed
+                          and cannot begin a transaction any more
+    JOINING  -> FREE      anybody, when it stays so for seconds: its owner died before it could say
+                          who it is, or will start again; safe, as above
+    ACTIVE   -> DEAD      whoever knows that the owner is gone, or was told so by an administrator
+    DEAD     -> FREE      anybody, after a fence of the commit word: what the owner planned can no
+                          longer be published, so its claims are settled and may be collected
+
+Settled claims are reachable from the root or garbage for ever.  Claims are settled that bear an
+older incarnation of their slot, a counter below the slot's, or any counter of a slot that is not
+ACTIVE or DEAD.  A silent peer in ACTIVE keeps its claims (quarantine): it may still be writing.
+
+An owner that finds its state word changed was declared gone: `Fenced`.  It joins again, as a new
+incarnation, and goes on.
+
+The open filter lists, coarsely, which inodes the owner holds open (a set bit may stand for
+several).  Opening: list, fence, look whether the inode still exists, and whether anybody intends
+to free it.  Freeing: store the intent, fence, look whether anybody lists it.  One of two that do
+so at once sees the other.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from array import array
+from collections.abc import Iterator
+from contextlib import suppress
+from typing import NamedTuple
+
+from ivshmemfs.errors import Busy, Fenced, TooManyPeers
+from ivshmemfs.format import peer, words
+from ivshmemfs.format.geometry import Geometry
+from ivshmemfs.format.words import ACTIVE, DEAD, FREE, IDLE, JOINING
+from ivshmemfs.region import Memory
+from ivshmemfs.shm import identity
+from ivshmemfs.shm.control import Control
+
+JOIN_ATTEMPTS = 20
+POLL = 0.05  # seconds between two looks at a full table
+SILENCE = 3.0  # seconds without a heartbeat after which an idle slot may be taken when none is free
+FILTER_SIZE = peer.FILTER_WORDS * words.FILTER_BITS
+
+
+class Peer(NamedTuple):
+    """One slot as somebody else sees it."""
+
+    slot: int  # from 1
+    word: int
+    state: int
+    incarnation: int
+    counter: int
+    record: peer.SlotRecord
+    identity_valid: bool
+
+    @property
+    def gone(self) -> bool:
+        """Whether its owner is surely gone."""
+        return self.identity_valid and identity.gone(self.record)
+
+
+class PeerTable:
+    """All slots of one region, seen from outside."""
+
+    def __init__(self, memory: Memory, geometry: Geometry, control: Control) -> None:
+        self.memory = memory
+        self.control = control
+        self.count = geometry.peer_count
+        self._base = geometry.peers_offset
+
+    def offset(self, slot: int, field: int = 0) -> int:
+        """Byte offset in the region of a slot (from 1) and a place in it."""
+        return self._base + (slot - 1) * peer.SLOT_SIZE + field
+
+    def state(self, slot: int) -> int:
+        """A slot's state word."""
+        return self.memory.load(self.offset(slot))
+
+    def swap(self, slot: int, old: int, new: int) -> bool:
+        """Change a slot's state word if it is still `old`."""
+        return self.memory.cas(self.offset(slot), old, new) == old
+
+    def peer(self, slot: int) -> Peer:
+        """What stands in a slot."""
+        raw = self.memory.read(self.offset(slot), peer.SLOT_SIZE)
+        record = peer.SLOT.unpack(raw)
+        state, incarnation, counter = words.split_state(record.state)
+        valid = peer.identity_valid(raw) and record.incarnation == incarnation
+        return Peer(slot, record.state, state, incarnation, counter, record, valid)
+
+    def peers(self) -> Iterator[Peer]:
+        """All slots that are not free."""
+        for slot in range(1, self.count + 1):
+            if self.state(slot) >> words.SLOT_SHIFT != FREE:
+                yield self.peer(slot)
+
+    def limits(self) -> array[int]:
+        """For each slot number, what is not yet settled; 0 where there is no such slot.
+
+        A word (incarnation, counter): claims of an older incarnation, or of this one with a lower
+        counter, are settled; those of a newer incarnation are not (the slot moved on since).
+        """
+        limits = array("Q", bytes(256 * words.WORD))
+        for slot in range(1, self.count + 1):
+            state, incarnation, counter = words.split_state(self.state(slot))
+            settled = counter if state in (ACTIVE, DEAD) else counter + 1
+            limits[slot] = words.make_state(state, incarnation, settled)
+        return limits
+
+    def heartbeats(self) -> dict[int, tuple[int, int]]:
+        """(state word, heartbeat) by slot, of all that are not free."""
+        found = {}
+        for slot in range(1, self.count + 1):
+            word = self.state(slot)
+            if word >> words.SLOT_SHIFT != FREE:
+                beat = self.memory.load(self.offset(slot, peer.HEARTBEAT_OFFSET))
+                found[slot] = (word, beat)
+        return found
+
+    def retire(self, slot: int, word: int) -> bool:
+        """Declare the owner of a slot gone; the caller answers for that being true.
+
+        Returns whether it was this call that did it; then the caller should collect, since the
+        peer may have left claims, or have owed the collection of what another left.  Safe against
+        anybody else who does the same at once.
+        """
+        state, incarnation, counter = words.split_state(word)
+        free = words.make_state(FREE, incarnation, counter)
+        if state in (IDLE, JOINING):
+            return self.swap(slot, word, free)
+        dead = words.make_state(DEAD, incarnation, counter)
+        if state == ACTIVE and not self.swap(slot, word, dead):
+            return False
+        if state not in (ACTIVE, DEAD):
+            return False
+        self.control.fence()
+        self.swap(slot, dead, free)
+        return True
+
+    def retire_gone(self, own: int = 0) -> bool:
+        """Retire all peers that are surely gone; whether there may be something to collect."""
+        found = False
+        for other in self.peers():
+            if other.slot != own and (other.state == DEAD or other.gone):
+                found |= self.retire(other.slot, other.word)
+        return found
+
+    def lists(self, index: int, own: int) -> bool:
+        """Whether any slot but `own` lists filter index `index` as open."""
+        place, bit = divmod(index, words.FILTER_BITS)
+        for slot in range(1, self.count + 1):
+            word = self.state(slot)
+            if slot == own or word >> words.SLOT_SHIFT not in (IDLE, ACTIVE, DEAD):
+                continue
+            listed = self.memory.load(self.offset(slot, peer.FILTER_OFFSET + place * words.WORD))
+            low = word >> words.INCARNATION_SHIFT & 0xFFFF
+            if listed >> words.FILTER_BITS == low and listed >> bit & 1:
+                return True
+        return False
+
+    def intends(self, ino: int, own: int) -> bool:
+        """Whether any slot but `own` is about to free inode `ino`."""
+        for slot in range(1, self.count + 1):
+            if slot != own and self.memory.load(self.offset(slot, peer.INTENT_OFFSET)) == ino:
+                return True
+        return False
+
+
+class Membership:
+    """This mount's own slot.  Not thread-safe; one per mount."""
+
+    def __init__(self, table: PeerTable) -> None:
+        self.table = table
+        self.slot = 0
+        self.incarnation = 0
+        self.counter = 0
+        self._at = 0  # where the own slot, and so its state word, stands
+        self._word = 0
+        self._beat = 0
+        self._own = b""  # identity as it stands in the slot
+        self._filter = [0] * peer.FILTER_WORDS
+        self._opens = [0] * FILTER_SIZE
+        self._intent = 0
+        self.must_collect = False
+
+    # --- joining and leaving ---
+
+    def join(self, wait: float = SILENCE) -> None:
+        """Take a slot; raises TooManyPeers when none falls free within `wait` seconds."""
+        for _ in range(JOIN_ATTEMPTS):
+            self._take_slot(wait)
+            with suppress(Fenced):  # it took so long that somebody else has the slot now
+                self._settle_in()
+                return
+        raise Busy("other peers take every slot before this one has settled in")
+
+    def _take_slot(self, wait: float) -> None:
+        table = self.table
+        if not self._join_free():
+            self.must_collect |= table.retire_gone()
+            if not self._join_free() and not self._join_silent(wait):
+                raise TooManyPeers(
+                    f"all {table.count} peer slots are taken: unmount one, or see "
+                    "`ivshmemfs peers` and let go of a machine that will not come back "
+                    "with `ivshmemfs evict`"
+                )
+
+    def _join_free(self) -> bool:
+        for slot in range(1, self.table.count + 1):
+            word = self.table.state(slot)
+            if word >> words.SLOT_SHIFT == FREE and self._claim(slot, word):
+                return True
+        return False
+
+    def _join_silent(self, wait: float) -> bool:
+        before = self.table.heartbeats()
+        for _ in range(math.ceil(wait / POLL)):
+            time.sleep(min(POLL, wait))
+            if self._join_free():
+                return True
+        for slot, seen in self.table.heartbeats().items():
+            idle = seen[0] >> words.SLOT_SHIFT in (IDLE, JOINING)
+            if idle and before.get(slot) == seen and self._claim(slot, seen[0]):
+                return True
+        return False
+
+    def _claim(self, slot: int, word: int) -> bool:
+        incarnation = (words.split_state(word)[1] + 1) & words.INCARNATION_MASK
+        joining = words.make_state(JOINING, incarnation, 0)
+        if not self.table.swap(slot, word, joining):
+            return False
+        self.slot, self.incarnation, self.counter = slot, incarnation, 0
+        self._at = self.table.offset(slot)
+        self._word = joining
+        return True
+
+    def _settle_in(self) -> None:
+        self._own = peer.encode_identity(identity.current(self.incarnation))
+        self._store(peer.IDENTITY_OFFSET, self._own)
+        self._store(peer.INTENT_OFFSET, bytes(words.WORD))
+        self._intent = 0
+        self._beat = self.table.memory.load(self.table.offset(self.slot, peer.HEARTBEAT_OFFSET))
+        base = (self.incarnation & 0xFFFF) << words.FILTER_BITS
+        self._filter = [base | word & words.FILTER_MASK for word in self._filter]
+        self._store(peer.FILTER_OFFSET, array("Q", self._filter).tobytes())
+        self._move(IDLE, 0)
+
+    def _store(self, field: int, content: bytes) -> None:
+        """Store words of the own slot, but not over those of whoever took it meanwhile: a value
+        that was seen while the slot was ours is replaced, or nothing.  Raises Fenced.
+
+        Filter words bear an incarnation, so those of the next owner are never equal to what was
+        seen.  Words of its identity may be, and are set right with its next beat.
+        """
+        memory, at = self.table.memory, self.table.offset(self.slot, field)
+        for word in memoryview(content).cast("Q"):
+            seen = memory.load(at)
+            while seen != word:
+                if self.table.state(self.slot) != self._word:
+                    raise Fenced("another peer took this mount's slot while it was silent")
+                before, seen = seen, memory.cas(at, seen, word)
+                if seen == before:
+                    break
+            at += words.WORD
+
+    def leave(self) -> None:
+        """Give the slot back; harmless when it was taken from us already."""
+        if self.slot:
+            free = words.make_state(FREE, self.incarnation, self.counter)
+            self.table.swap(self.slot, self._word, free)
+            self.slot = 0
+
+    # --- transactions ---
+
+    def _move(self, state: int, counter: int) -> None:
+        new = words.make_state(state, self.incarnation, counter)
+        if self.table.memory.cas(self._at, self._word, new) != self._word:
+            raise Fenced("another peer declared this mount gone while it was silent")
+        self._word, self.counter = new, counter
+
+    def begin(self) -> int:
+        """Start a transaction; returns the tag for its claims.  Raises Fenced."""
+        if self.counter >= words.COUNTER_MASK - 1:
+            self.leave()
+            self.join()
+        self._move(ACTIVE, self.counter + 1)
+        return words.make_tag(self.slot, self.incarnation, self.counter)
+
+    def check(self) -> None:
+        """Raise Fenced unless this incarnation still stands; after loading the commit word."""
+        if self.table.memory.load(self._at) != self._word:
+            raise Fenced("another peer declared this mount gone in the middle of a transaction")
+
+    def end(self) -> None:
+        """Everything claimed under the tag is settled.  Raises Fenced."""
+        self._move(IDLE, self.counter)
+
+    @property
+    def active(self) -> bool:
+        """Whether a transaction is under way."""
+        return self._word >> words.SLOT_SHIFT == ACTIVE
+
+    def beat(self) -> None:
+        """Show life.  Raises Fenced when the slot is no longer ours."""
+        at = self.table.offset(self.slot)
+        if self.table.state(self.slot) != self._word:
+            raise Fenced("another peer declared this mount gone while it was silent")
+        seen = self.table.memory.cas(at + peer.HEARTBEAT_OFFSET, self._beat, self._beat + 1)
+        self._beat = seen + 1 if seen == self._beat else seen
+        self._store(peer.IDENTITY_OFFSET, self._own)
+
+    # --- open inodes ---
+
+    def _index(self, ino: int) -> int:
+        return (ino * 0x9E3779B97F4A7C15 >> 20) % FILTER_SIZE
+
+    def list_open(self, ino: int) -> None:
+        """Tell everybody that `ino` is open here; ends with a fence.  Raises Fenced."""
+        index = self._index(ino)
+        self._opens[index] += 1
+        if self._opens[index] == 1:
+            place, bit = divmod(index, words.FILTER_BITS)
+            try:
+                self._filter_word(place, self._filter[place] | 1 << bit)
+            except Fenced:
+                self._filter[place] |= 1 << bit  # rejoining publishes it
+                raise
+
+    def unlist_open(self, ino: int) -> None:
+        """One handle of `ino` less.  Ends with a fence; never raises."""
+        index = self._index(ino)
+        self._opens[index] -= 1
+        if self._opens[index] == 0:
+            place, bit = divmod(index, words.FILTER_BITS)
+            new = self._filter[place] & ~(1 << bit)
+            try:
+                self._filter_word(place, new)
+            except Fenced:
+                self._filter[place] = new  # the next beat notices and rejoins
+
+    def _filter_word(self, place: int, new: int) -> None:
+        at = self.table.offset(self.slot, peer.FILTER_OFFSET + place * words.WORD)
+        old = self._filter[place]
+        if self.table.memory.cas(at, old, new) != old:
+            raise Fenced("another peer took this mount's slot while it was silent")
+        self._filter[place] = new
+
+    def intend(self, ino: int) -> None:
+        """Announce that `ino` is about to be freed, then fence."""
+        memory = self.table.memory
+        if self._intent == ino:
+            return
+        at = self.table.offset(self.slot, peer.INTENT_OFFSET)
+        if memory.cas(at, self._intent, ino) != self._intent:
+            raise Fenced("another peer took this mount's slot while it was silent")
+        self._intent = ino
+        memory.fence()
+
+    def withdraw(self) -> None:
+        """Take back what was announced, if anything was."""
+        if self._intent:
+            at = self.table.offset(self.slot, peer.INTENT_OFFSET)
+            self.table.memory.cas(at, self._intent, 0)
+            self._intent = 0
+
+    def listed_elsewhere(self, ino: int) -> bool:
+        """Whether another peer may hold `ino` open."""
+        return self.table.lists(self._index(ino), self.slot)
+
+    def intended_elsewhere(self, ino: int) -> bool:
+        """Whether another peer is about to free `ino`."""
+        return self.table.intends(ino, self.slot)

@@ -1,0 +1,196 @@
+"""The private side of one transaction: blocks that it claimed, nodes that it will publish.
+
+States of a block in a transaction:
+
+    claimed    (tag table: 0 -> our tag)        in the pool, nobody points at it
+    used       taken from the pool for a node or for data; still private
+    published  the commit word was swapped to a root from which it is reachable
+    replaced   a published block that the new root no longer reaches; released after the commit
+
+Until the commit nothing that anybody else can reach was stored to, so giving up at any point
+leaves nothing but claims, which `abandon` (or, after a death, a collector) takes back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import suppress
+from typing import Any
+
+from ivshmemfs.errors import NoSpace
+from ivshmemfs.format import words
+from ivshmemfs.format.node import HEADER, HEADER_SIZE
+from ivshmemfs.shm.store import Node, Store
+
+_POINTER = words.POINTER
+_pack_header = HEADER.pack_values
+FIRST_CLAIM = 6  # blocks that an ordinary transaction needs
+SMALL_CLAIM = 4
+NEAR = 4096  # tags that may be scanned in vain for the sake of warm blocks
+BULK = 64  # released blocks that are worth any way
+
+
+class Space:
+    """Blocks of one transaction.  `tag` must come from `Membership.begin`."""
+
+    def __init__(self, store: Store, tag: int, cursor: int) -> None:
+        self._store = store
+        self.tag = tag
+        self.cursor = cursor
+        self._pool: list[int] = []
+        self._nodes: dict[int, Node] = {}
+        self._taken: set[int] = set()
+        self._bulk = b""  # packed, used as `_taken` is
+        self._spare = b""  # packed, claimed and unused as `_pool` is
+        self._replaced = bytearray()
+        self.replaced_count = 0
+        self.keep = 0  # free blocks that must be left, where they are few
+
+    # --- taking blocks ---
+
+    def _fill_pool(self, want: int) -> None:
+        self._watch_room(want)
+        got, self.cursor = self._store.blocks.claim(want, self.tag, self.cursor)
+        self._pool += memoryview(got).cast("I")[::4].tolist()
+
+    def _watch_room(self, want: int) -> None:
+        if self.keep and self._store.blocks.free_count() - want < self.keep:
+            raise NoSpace("the region is full")
+
+    def claim(self, count: int) -> bytes:
+        """`count` packed pointers to fresh private blocks; NoSpace if there are not that many."""
+        if count > BULK:
+            return self._claim_many(count)
+        if len(self._pool) < count:
+            self._fill_pool(count - len(self._pool))
+            if len(self._pool) < count:
+                raise NoSpace("no free blocks are left on the region")
+        blocks = self._pool[:count]
+        del self._pool[:count]
+        self._taken.update(blocks)
+        return self._pack(blocks)
+
+    def _claim_many(self, count: int) -> bytes:
+        """The same for so many that they are kept packed; those of a failed plan come first."""
+        if len(self._spare) == count * words.POINTER_SIZE:
+            got, self._spare = self._spare, b""
+        else:
+            self._watch_room(count)
+            got, self.cursor = self._store.blocks.claim(count, self.tag, self.cursor)
+        self._bulk += got
+        if len(got) < count * words.POINTER_SIZE:
+            raise NoSpace("no free blocks are left on the region")
+        return got
+
+    def _pack(self, blocks: Iterable[int]) -> bytes:
+        pack, tag = _POINTER.pack, self.tag
+        return b"".join([pack(block, 1, tag) for block in blocks])
+
+    def _take(self) -> int:
+        if not self._pool:
+            self._fill_pool(SMALL_CLAIM if self._taken else FIRST_CLAIM)
+            if not self._pool:
+                raise NoSpace("no free blocks are left on the region")
+        block = self._pool.pop()
+        self._taken.add(block)
+        return block
+
+    def add_node(
+        self,
+        kind: int,
+        level: int,
+        owner: int,
+        count: int,
+        body: bytes,
+        weight: int = 1,
+        parsed: Any = None,
+    ) -> bytes:
+        """A private node with `body` after its header; returns its packed pointer.
+
+        It is stored to the region at the commit.
+        """
+        block, tag = self._take(), self.tag
+        data = _pack_header(0, kind, level, count, HEADER_SIZE + len(body), owner, tag) + body
+        node = Node(block, tag, kind, level, owner, count, data)
+        node.parsed = parsed
+        self._nodes[block] = node
+        return _POINTER.pack(block, weight, tag)
+
+    def node(self, block: int, tag: int) -> Node | None:
+        """A node that this transaction added itself."""
+        return self._nodes.get(block) if tag == self.tag else None
+
+    def replace(self, pointer: bytes) -> None:
+        """The new root will not reach this block (the block alone, not what it points at)."""
+        block, _, tag = _POINTER.unpack(pointer)
+        if tag == self.tag:
+            self._nodes.pop(block, None)
+            self._taken.discard(block)
+            self._pool.append(block)
+        elif tag:
+            self._replaced += pointer
+            self.replaced_count += 1
+
+    def replace_many(self, pointers: bytes, count: int) -> None:
+        """The same for packed pointers of published data, `count` of them not null."""
+        self._replaced += pointers
+        self.replaced_count += count
+
+    @property
+    def balance(self) -> int:
+        """How many blocks more would be in use after the commit than before."""
+        bulk = len(self._bulk) // words.POINTER_SIZE
+        return len(self._taken) + bulk - self.replaced_count
+
+    def _release(self, pointers: bytes) -> None:
+        try:
+            self._store.blocks.release(pointers)
+        except ValueError:  # a damaged tree led to a block that does not exist
+            for at in range(0, len(pointers), words.POINTER_SIZE):
+                with suppress(ValueError):
+                    self._store.blocks.release(pointers[at : at + words.POINTER_SIZE])
+
+    def _aim(self, released: bytes) -> None:
+        """Claim next where blocks were just released: their memory is warm, and exists."""
+        blocks = memoryview(released).cast("I")
+        lowest = min(blocks[0], blocks[-4])
+        if 0 <= self.cursor - lowest < NEAR or len(blocks) > 4 * BULK:
+            self.cursor = lowest
+
+    # --- ending ---
+
+    def store_nodes(self) -> None:
+        """Write the nodes to the region; they are private still."""
+        write = self._store.blocks.write_node
+        for block, node in self._nodes.items():
+            write(block, node.data)
+        self._store.memory.fence()
+
+    def publish(self, planned_on: int, root_block: int) -> bool:
+        """Swap the commit word; False when somebody else committed first."""
+        if not self._store.control.publish(planned_on, root_block):
+            return False
+        for node in self._nodes.values():
+            self._store.cache.put(node)
+        return True
+
+    def forget_plan(self) -> None:
+        """Back to claims alone, for planning again: all used blocks return to the pool."""
+        self._pool += self._taken
+        self._spare, self._bulk = self._spare + self._bulk, b""
+        self._nodes.clear()
+        self._taken.clear()
+        self._replaced.clear()
+        self.replaced_count = 0
+
+    def settle(self, published: bool) -> None:
+        """Release what was replaced (if the commit succeeded) and every claim not published."""
+        if not published:
+            self.forget_plan()
+        released = self._pack(self._pool) + self._spare + self._replaced
+        if released:
+            self._release(released)
+            self._aim(released)
+        self._pool.clear()
+        self._spare = b""
+        self._replaced.clear()

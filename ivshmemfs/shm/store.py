@@ -1,0 +1,189 @@
+"""Reading published blocks: the snapshot, verified nodes, and the cache of them.
+
+A published block is never modified, so a node read under (block, tag) stays true as long as
+anybody points at it by that pair; the cache is keyed so and needs no invalidation.  One load of
+the commit word tells whether the root that a mount knows is the present one.
+
+Whatever contradicts itself raises Corrupt; what was merely overtaken by other peers raises
+Restart, and the operation starts again from the new root.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+from ivshmemfs.errors import Corrupt, Restart, StaleHandle
+from ivshmemfs.format import node as fmt
+from ivshmemfs.format import words
+from ivshmemfs.format.superblock import Superblock
+from ivshmemfs.region import Blocks, Memory
+from ivshmemfs.shm.control import Control
+
+CACHE_BYTES = 16 << 20
+
+
+class Node:
+    """One metadata block in private memory.  Immutable; `parsed` is what a reader made of it."""
+
+    __slots__ = ("block", "count", "data", "kind", "level", "owner", "parsed", "tag")
+
+    def __init__(
+        self, block: int, tag: int, kind: int, level: int, owner: int, count: int, data: bytes
+    ) -> None:
+        self.block: Final = block
+        self.tag: Final = tag
+        self.kind: Final = kind
+        self.level: Final = level
+        self.owner: Final = owner
+        self.count: Final = count
+        self.data: Final = data  # header included
+        self.parsed: Any = None
+
+
+class NodeCache:
+    """Bounded cache by (block, tag); two generations, so that what is used survives."""
+
+    def __init__(self, limit: int = CACHE_BYTES) -> None:
+        self._limit = limit // 2
+        self._size = 0
+        self._young: dict[int, Node] = {}
+        self._old: dict[int, Node] = {}
+
+    def get(self, block: int, tag: int) -> Node | None:
+        """The node that stood in `block` under `tag`, if it is known."""
+        node = self._young.get(block)
+        if node is None:
+            node = self._old.get(block)
+            if node is None:
+                return None
+            if node.tag == tag:
+                self.put(node)
+        return node if node.tag == tag else None
+
+    def put(self, node: Node) -> None:
+        """Remember a node that was read, or that was published."""
+        if self._size > self._limit:
+            self._old, self._young, self._size = self._young, {}, 0
+        self._young[node.block] = node
+        self._size += len(node.data) + 400
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self._young, self._old, self._size = {}, {}, 0
+
+
+class Store:
+    """The published blocks of one region."""
+
+    def __init__(self, memory: Memory, superblock: Superblock) -> None:
+        geometry = superblock.geometry
+        self.memory = memory
+        self.superblock = superblock
+        self.geometry = geometry
+        self.control = Control(memory)
+        self.blocks = Blocks(
+            memory,
+            geometry.tags_offset,
+            geometry.data_offset,
+            geometry.block_size,
+            geometry.block_count,
+        )
+        self.cache = NodeCache()
+        self._word = 0
+        self._root: Node | None = None
+
+    def snapshot(self) -> tuple[int, Node]:
+        """(commit word, root node) of this moment.
+
+        Raises StaleHandle when the region was reformatted, Corrupt when the root makes no sense.
+        """
+        word = self.control.load()
+        if word == self._word and self._root is not None:
+            return word, self._root
+        for _ in range(1000):
+            root = self._read_root(word)
+            if root is not None:
+                self._word, self._root = word, root
+                return word, root
+            word, before = self.control.load(), word
+            if word == before and not self._overtaken(word):
+                block = word & words.BLOCK_MASK
+                raise Corrupt(f"the commit word leads to block {block}, which is free")
+        raise Restart("the root moves on faster than it can be read")
+
+    def _overtaken(self, word: int) -> bool:
+        return self._read_root(word) is not None or self.control.load() != word
+
+    def _read_root(self, word: int) -> Node | None:
+        if word == 0:
+            raise StaleHandle("the region is being formatted")
+        block = word & words.BLOCK_MASK
+        if block >= self.geometry.block_count:
+            raise Corrupt(f"the commit word {word:#x} leads past the end of the region")
+        tag = self.blocks.tag(block)
+        if tag == 0:
+            return None
+        root = self.cache.get(block, tag)
+        if root is None or root.kind != fmt.ROOT:
+            try:
+                root = self._load(block, tag, fmt.ROOT, 0, 0)
+            except (Corrupt, Restart):
+                if self.control.load() != word:
+                    return None
+                raise
+        if root is not None and self.control.load() != word:
+            return None
+        if root is not None and root.data[32:40] != self.superblock.uuid[:8]:
+            raise StaleHandle("the region was formatted anew: unmount it and mount it again")
+        return root
+
+    def _load(self, block: int, tag: int, kind: int, level: int, owner: int | None) -> Node | None:
+        try:
+            data = self.blocks.read_node(block, tag)
+        except ValueError as error:
+            raise Corrupt(f"block {block}: {error}") from None
+        if data is None:
+            return None
+        header = fmt.HEADER.unpack(data)
+        node = Node(block, tag, header.kind, header.level, header.owner, header.count, data)
+        self._expect(node, kind, level, owner)
+        self.cache.put(node)
+        return node
+
+    def _expect(self, node: Node, kind: int, level: int, owner: int | None) -> None:
+        if owner is None:
+            owner = node.owner
+        if (node.kind, node.level, node.owner) != (kind, level, owner):
+            raise Corrupt(
+                f"block {node.block} is a {fmt.KIND_NAMES.get(node.kind, node.kind)} of level "
+                f"{node.level} of inode {node.owner} where a {fmt.KIND_NAMES[kind]} of level "
+                f"{level} of inode {owner} should be"
+            )
+
+    def node(self, block: int, tag: int, kind: int, level: int, owner: int | None) -> Node:
+        """The node that a pointer leads to, of any owner if None.
+
+        Raises Restart when it was replaced, or Corrupt.
+        """
+        node = self.cache.get(block, tag)
+        if node is None:
+            node = self._load(block, tag, kind, level, owner)
+            if node is None:
+                raise Restart(f"block {block} was replaced")
+        elif node.kind != kind or node.level != level or node.owner != owner:
+            self._expect(node, kind, level, owner)
+        return node
+
+    def gather(self, pointers: bytes, skip: int, length: int) -> bytearray:
+        """`length` bytes from `skip` bytes into the blocks named by `pointers` (packed).
+
+        Null pointers read as zeros.  Raises Restart when a block was replaced, or Corrupt.
+        """
+        out = bytearray(length)
+        try:
+            good = self.blocks.gather(pointers, skip, length, out)
+        except ValueError as error:
+            raise Corrupt(f"a block map leads astray: {error}") from None
+        if not good:
+            raise Restart("a data block was replaced")
+        return out
