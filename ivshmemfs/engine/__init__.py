@@ -1,0 +1,23 @@
+"""Filesystem semantics, synchronous and without any knowledge of FUSE.
+
+`Filesystem` is what callers use; a change goes through exactly one kind of `Transaction`.
+"""
+
+from ivshmemfs.engine.filesystem import NOW, Filesystem, Handle
+from ivshmemfs.engine.inode import Attr, Context, StatFs
+from ivshmemfs.engine.lock import FileLock
+from ivshmemfs.engine.names import RENAME_EXCHANGE, RENAME_NOREPLACE
+from ivshmemfs.format.inode import ROOT_INO
+
+__all__ = [
+    "NOW",
+    "RENAME_EXCHANGE",
+    "RENAME_NOREPLACE",
+    "ROOT_INO",
+    "Attr",
+    "Context",
+    "FileLock",
+    "Filesystem",
+    "Handle",
+    "StatFs",
+]

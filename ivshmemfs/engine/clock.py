@@ -1,0 +1,32 @@
+"""The time of a change, by the clock that the kernel itself uses for files.
+
+That clock runs in steps of some milliseconds.  The kernel sends its reading when a program sets a
+time to the present, so a finer clock here would let `touch` move a time backwards.  Newer kernels
+may be ahead of the steps at times; what they send as the present is remembered, so that the next
+change is not before it.
+"""
+
+from __future__ import annotations
+
+import time
+
+_REALTIME_COARSE = 5  # CLOCK_REALTIME_COARSE of Linux, which the module time does not name
+
+
+class Clock:
+    """One mount's clock.  Never ahead of the machine's own."""
+
+    def __init__(self) -> None:
+        self._latest = 0
+
+    def now(self) -> int:
+        """The present, in ns since 1970."""
+        present = time.clock_gettime_ns(_REALTIME_COARSE)
+        if present < self._latest <= time.time_ns():
+            return self._latest
+        return present
+
+    def seen(self, moment: int) -> None:
+        """The kernel gave a time to a file; maybe as the present."""
+        if self._latest < moment <= time.time_ns():
+            self._latest = moment

@@ -1,0 +1,140 @@
+"""Collection: giving back blocks that nobody will ever reach.
+
+A block leaks when a peer dies between claiming it and publishing or releasing it, or between a
+commit and the release of what that replaced.  Collection finds such blocks in this order:
+
+1. `limits`: which claims are settled, from all slots' state words, *before* the root is loaded;
+2. mark: walk from the root and note the tag of every block that is reachable;
+3. sweep: release every block whose claim is settled and which was not marked under its tag.
+
+A settled claim that is unreachable from one root is so from all later ones, so the tree may
+change while it is walked.  A node that turns out replaced sends the walk to the new root;
+subtrees that were walked whole need no second walk, because a pair (block, tag) never changes its
+contents.  What they mark needlessly is collected another time.
+"""
+
+from __future__ import annotations
+
+import time
+from array import array
+from collections.abc import Iterator
+
+from ivshmemfs.engine.inode import Inode
+from ivshmemfs.engine.radix import NULL, SIZE
+from ivshmemfs.engine.transaction import View
+from ivshmemfs.errors import Corrupt, InUse, Restart
+from ivshmemfs.format import inode as fmt
+from ivshmemfs.format import words
+from ivshmemfs.format.dirent import decode_interior
+from ivshmemfs.format.node import DIRNODE, HEADER_SIZE, INDEX
+from ivshmemfs.shm.peers import PeerTable
+from ivshmemfs.shm.store import Store
+
+_POINTER = words.POINTER
+SWEEP_STEP = 1 << 16  # blocks per slice
+
+
+class Collector:
+    """One collection, done in slices.
+
+    LIMITS -> MARKING (restarting as often as it is overtaken) -> SWEEPING -> done.
+    """
+
+    def __init__(self, store: Store, table: PeerTable) -> None:
+        self._store = store
+        self._limits = table.limits()
+        self._marks = array("Q", bytes(store.geometry.block_count * words.WORD))
+        self._work = self._run()
+        self.released = 0
+        self.done = False
+
+    def step(self, seconds: float | None = None) -> bool:
+        """Work on for about `seconds` (None: to the end); returns whether it is done."""
+        until = time.monotonic() + (seconds if seconds is not None else float("inf"))
+        for _ in self._work:
+            if time.monotonic() > until:
+                return False
+        self.done = True
+        return True
+
+    def _run(self) -> Iterator[None]:
+        self._store.memory.fence()
+        while True:
+            word, root = self._store.snapshot()
+            view = View(self._store, word, root)
+            try:
+                yield from self._mark_root(view)
+                break
+            except Restart as overtaken:
+                if self._store.control.load() == word:
+                    raise Corrupt(f"the present root leads astray: {overtaken}") from None
+                yield
+        for start in range(0, self._store.geometry.block_count, SWEEP_STEP):
+            stop = min(start + SWEEP_STEP, self._store.geometry.block_count)
+            garbage = self._store.blocks.sweep(self._marks, self._limits, start, stop)
+            self.released += self._store.blocks.release(garbage)
+            yield
+
+    def _marked(self, pointer: bytes) -> bool:
+        block, _, tag = _POINTER.unpack(pointer)
+        return bool(self._marks[block] == tag)
+
+    def _mark(self, pointers: bytes) -> None:
+        self._store.blocks.mark(pointers, self._marks)
+
+    def _mark_root(self, view: View) -> Iterator[None]:
+        table = view.root.table
+        yield from self._mark_slots(view, table.slots, table.height, 0)
+        self._mark(view.root.pointer)
+
+    def _mark_slots(self, view: View, slots: bytes, height: int, owner: int) -> Iterator[None]:
+        """Walk what `slots` lead to; a mark on a pointer means that all below it is done."""
+        if height == 0 and owner:
+            self._mark(slots)
+            return
+        for at in range(0, len(slots), SIZE):
+            pointer = slots[at : at + SIZE]
+            if pointer == NULL or self._marked(pointer):
+                continue
+            if height:
+                body = view.pointed(pointer, INDEX, height - 1, owner).data[HEADER_SIZE:]
+                yield from self._mark_slots(view, body, height - 1, owner)
+            else:
+                yield from self._mark_inode(view, view.inode_at(pointer))
+            self._mark(pointer)
+            yield
+
+    def _mark_inode(self, view: View, inode: Inode) -> Iterator[None]:
+        record = inode.record
+        if record.payload == fmt.MAP:
+            yield from self._mark_slots(view, inode.data, record.height, inode.ino)
+        elif record.payload == fmt.DIRTREE:
+            pointers = decode_interior(inode.data, len(inode.data) // (8 + SIZE)).pointers
+            yield from self._mark_children(view, pointers, record.height - 1, inode.ino)
+        if record.xattr_pointer != NULL:
+            yield from self._mark_slots(view, record.xattr_pointer, record.xattr_height, inode.ino)
+
+    def _mark_children(self, view: View, pointers: bytes, level: int, owner: int) -> Iterator[None]:
+        for at in range(0, len(pointers), SIZE):
+            pointer = pointers[at : at + SIZE]
+            if self._marked(pointer):
+                continue
+            if level:
+                node = view.pointed(pointer, DIRNODE, level, owner)
+                body = node.data[HEADER_SIZE + 8 * node.count :]
+                yield from self._mark_children(view, body, level - 1, owner)
+            self._mark(pointer)
+            yield
+
+
+def evict(store: Store, table: PeerTable, slot: int, word: int) -> int:
+    """Declare the owner of a slot in state `word` gone, and collect what it had claimed.
+
+    The caller answers for its being gone, and need not have joined.  Returns how many blocks were
+    given back; raises InUse when the slot moved on meanwhile, Corrupt.
+    """
+    if not table.retire(slot, word):
+        raise InUse(f"the peer in slot {slot} is moving on: try again")
+    collector = Collector(store, table)
+    collector.step()
+    return collector.released

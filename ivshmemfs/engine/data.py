@@ -1,0 +1,173 @@
+"""File data: reading, writing and truncating, all within one view or one transaction.
+
+    EMPTY   no bytes (or a hole of `size` bytes, once a size was set)
+    INLINE  all bytes stand in the inode block; the file is as long as the payload
+    MAP     a tree of data blocks; missing blocks are holes
+
+Bytes behind the end of the file within its last block are zero, so that growing it shows zeros.
+"""
+
+from __future__ import annotations
+
+import errno
+from typing import Any, Protocol
+
+from ivshmemfs.engine import radix
+from ivshmemfs.engine.inode import Inode
+from ivshmemfs.engine.radix import NULL, SIZE, Reader, Tree, Writer
+from ivshmemfs.errors import FsError
+from ivshmemfs.format import inode as fmt
+from ivshmemfs.shm.store import Store
+
+MAX_SIZE = (1 << 62) - 1
+Buffer = bytes | bytearray | memoryview
+
+
+class DataReader(Reader, Protocol):
+    """A snapshot that knows where data stands."""
+
+    store: Store
+    block_size: int
+
+
+class DataWriter(Writer, Protocol):
+    """A transaction."""
+
+    store: Store
+    block_size: int
+    now: int
+
+
+def read(view: DataReader, inode: Inode, offset: int, length: int) -> Buffer:
+    """Up to `length` bytes from `offset`; fewer at the end of the file."""
+    record = inode.record
+    length = min(length, record.size - offset)
+    if length <= 0:
+        return b""
+    if record.payload == fmt.INLINE:
+        return inode.data[offset : offset + length]
+    if record.payload == fmt.EMPTY:
+        return bytes(length)
+    size = view.block_size
+    first, skip = divmod(offset, size)
+    count = (skip + length - 1) // size + 1
+    pointers = radix.find_range(view, Tree(record.height, inode.data), inode.ino, first, count)
+    return view.store.gather(pointers, skip, length)
+
+
+def _capacity(tx: DataWriter, inode: Inode) -> int:
+    return fmt.payload_capacity(tx.block_size) - len(inode.xattr)
+
+
+def _slots(tx: DataWriter, inode: Inode) -> int:
+    return _capacity(tx, inode) // SIZE
+
+
+def write(tx: DataWriter, inode: Inode, offset: int, data: Buffer) -> Inode:
+    """The file with `data` at `offset`; raises NoSpace, EFBIG."""
+    end = offset + len(data)
+    if end > MAX_SIZE:
+        raise FsError(errno.EFBIG)
+    record = inode.record
+    size = max(record.size, end)
+    small = record.payload == fmt.INLINE or (record.payload == fmt.EMPTY and not record.size)
+    if small and size <= _capacity(tx, inode):
+        old = inode.data
+        if len(old) < offset:
+            old += bytes(offset - len(old))
+        new = b"".join((old[:offset], data, old[end:]))
+        return inode.evolve(
+            data=new, payload=fmt.INLINE, height=0, size=size, mtime_ns=tx.now, ctime_ns=tx.now
+        )
+    before = tx.space.balance
+    inode = _as_map(tx, inode)
+    first, buffer = _whole_blocks(tx, inode, offset, data)
+    count = -(-len(buffer) // tx.block_size)
+    pointers = tx.space.claim(count)
+    tx.store.blocks.scatter(pointers, buffer)
+    tree = Tree(inode.record.height, inode.data)
+    tree = radix.store(tx, tree, inode.ino, first, pointers, _slots(tx, inode))
+    return inode.evolve(
+        data=tree.slots,
+        payload=fmt.MAP,
+        height=tree.height,
+        size=size,
+        mtime_ns=tx.now,
+        ctime_ns=tx.now,
+        blocks=record.blocks + tx.space.balance - before,
+    )
+
+
+def _as_map(tx: DataWriter, inode: Inode) -> Inode:
+    """The same file with its bytes in blocks; the caller accounts for the block."""
+    if inode.record.payload == fmt.MAP:
+        return inode
+    slots = b""
+    if inode.data:
+        slots = tx.space.claim(1)
+        tx.store.blocks.scatter(slots, inode.data)
+    return inode.evolve(data=slots, payload=fmt.MAP, height=0)
+
+
+def _whole_blocks(tx: DataWriter, inode: Inode, offset: int, data: Buffer) -> tuple[int, Buffer]:
+    """(first block, bytes from its start on): `data` completed by what stands around it."""
+    size = tx.block_size
+    first, skip = divmod(offset, size)
+    end = offset + len(data)
+    rest = min(-end % size, max(inode.record.size - end, 0))
+    if not skip and not rest:
+        return first, data
+    head = _old_bytes(tx, inode, offset - skip, skip) if skip else b""
+    tail = _old_bytes(tx, inode, end, rest) if rest else b""
+    return first, b"".join((head, data, tail))
+
+
+def _old_bytes(tx: DataWriter, inode: Inode, offset: int, length: int) -> Buffer:
+    """`length` bytes within one block, zeros where the file has none."""
+    got = _read_map(tx, inode, offset, min(length, max(inode.record.size - offset, 0)))
+    return got if len(got) == length else bytes(got) + bytes(length - len(got))
+
+
+def _read_map(tx: DataWriter, inode: Inode, offset: int, length: int) -> Buffer:
+    if length <= 0:
+        return b""
+    tree = Tree(inode.record.height, inode.data)
+    first, skip = divmod(offset, tx.block_size)
+    pointer = radix.find(tx, tree, inode.ino, first)
+    return tx.store.gather(pointer, skip, length)
+
+
+def truncate(tx: DataWriter, inode: Inode, size: int) -> Inode:
+    """The file cut or extended to `size` bytes."""
+    if size > MAX_SIZE:
+        raise FsError(errno.EFBIG)
+    times: dict[str, Any] = {"mtime_ns": tx.now, "ctime_ns": tx.now, "size": size}
+    record = inode.record
+    before = tx.space.balance
+    if record.payload == fmt.INLINE:
+        if size <= _capacity(tx, inode):
+            data = inode.data[:size] + bytes(max(size - record.size, 0))
+            kind = fmt.INLINE if size else fmt.EMPTY
+            return inode.evolve(data=data, payload=kind, **times)
+        inode = _as_map(tx, inode)
+    elif record.payload == fmt.MAP and size < record.size:
+        inode = _cut(tx, inode, size)
+    blocks = record.blocks + tx.space.balance - before
+    if not size:
+        return inode.evolve(data=b"", payload=fmt.EMPTY, height=0, blocks=blocks, **times)
+    return inode.evolve(blocks=blocks, **times)
+
+
+def _cut(tx: DataWriter, inode: Inode, size: int) -> Inode:
+    block_size, ino = tx.block_size, inode.ino
+    tree = Tree(inode.record.height, inode.data)
+    tree = radix.cut(tx, tree, ino, -(-size // block_size))
+    last, rest = divmod(size, block_size)
+    if rest:
+        pointer = radix.find(tx, tree, ino, last)
+        if pointer != NULL:
+            kept = tx.store.gather(pointer, 0, rest)
+            fresh = tx.space.claim(1)
+            tx.store.blocks.scatter(fresh, kept)
+            tree = radix.store(tx, tree, ino, last, fresh, _slots(tx, inode))
+    return inode.evolve(data=tree.slots, height=tree.height)

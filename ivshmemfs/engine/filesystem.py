@@ -1,0 +1,518 @@
+"""The filesystem as callers see it: POSIX operations, each one look or one change."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from ivshmemfs.engine import data, directory, names, xattr
+from ivshmemfs.engine.directory import Entry
+from ivshmemfs.engine.inode import Attr, Context, Inode, StatFs, attributes
+from ivshmemfs.engine.mount import ATTEMPTS, Mount
+from ivshmemfs.engine.names import RENAME_EXCHANGE, RENAME_NOREPLACE
+from ivshmemfs.engine.transaction import Transaction, View
+from ivshmemfs.errors import Busy, FsError, NoSpace, StaleHandle
+from ivshmemfs.format.dirent import NAME_MAX
+
+if TYPE_CHECKING:
+    from ivshmemfs.region import Region
+
+T = TypeVar("T")
+
+NOW = 1 << 63  # as a time: the time of the operation
+EARLIEST, LATEST = -(1 << 63), (1 << 63) - 1  # ns since 1970, as they can be stored
+CAREFUL = 5.0  # seconds that a mount looks up carefully after something vanished under a caller
+PINNED = 1.0  # seconds that a careful look-up lists a file as open
+GHOSTS = 4096  # removed inodes that are remembered at most
+NAMES_MAX = 1000  # look-ups that are remembered until somebody commits
+
+
+class Handle:
+    """An open file or directory.  `append` and `unprivileged` are as of its opening."""
+
+    __slots__ = ("append", "ino", "readable", "unprivileged", "writable")
+
+    def __init__(self, ino: int, flags: int, ctx: Context | None) -> None:
+        self.ino = ino
+        self.append = bool(flags & os.O_APPEND)
+        access = flags & os.O_ACCMODE
+        self.readable = access != os.O_WRONLY
+        self.writable = access != os.O_RDONLY
+        self.unprivileged = ctx is not None and ctx.uid != 0
+
+
+class Filesystem(Mount):
+    """The operations of one mount.  Not thread-safe.
+
+    Callers look a name up first and name the inode in a second call.  Two things bridge the time
+    between, in which anybody may remove it:
+
+    * *Ghosts*: what this mount itself removed keeps its attributes, without links, until the
+      caller forgets the inode: a directory that somebody is in, a path that somebody holds.
+    * *Pins*: once something vanished so under a caller (ESTALE; the kernel then walks the path
+      again), files that are looked up are listed as open for a moment, so that the second walk
+      cannot fail the same way however fast others replace the name.
+    """
+
+    def __init__(self, region: Region, *, readonly: bool = False) -> None:
+        super().__init__(region, readonly=readonly)
+        self._ghosts: dict[int, Inode] = {}
+        self._pins: deque[tuple[float, int]] = deque()
+        self._careful_until = 0.0
+
+    def tick(self) -> None:
+        """Show life and do a bounded piece of housekeeping; about once a second.  Raises Busy."""
+        self._unpin(time.monotonic())
+        super().tick()
+
+    def unmount(self) -> None:
+        """Leave the peer table.  Files that are still open and have no links are given back."""
+        self._unpin(float("inf"))
+        super().unmount()
+
+    # --- what vanishes between two calls ------------------------------------------------------
+
+    def _careful(self, stale: StaleHandle) -> StaleHandle:
+        """Note that something vanished under a caller."""
+        self._careful_until = time.monotonic() + CAREFUL
+        return stale
+
+    def _ghost(self, ino: int, stale: StaleHandle) -> Inode:
+        ghost = self._ghosts.get(ino)
+        if ghost is None:
+            raise self._careful(stale)
+        return ghost
+
+    def _remember(self, removed: Iterable[Inode]) -> None:
+        for inode in removed:
+            if len(self._ghosts) >= GHOSTS:
+                self._ghosts.pop(next(iter(self._ghosts)))
+            self._ghosts[inode.ino] = inode
+
+    def forget(self, ino: int) -> None:
+        """The caller will not name inode `ino` again before it has looked it up again."""
+        self._ghosts.pop(ino, None)
+
+    def _pinned(self, attr: Attr, look_again: Callable[[], Attr]) -> Attr:
+        """What was looked up, made sure to exist for the next call."""
+        now = time.monotonic()
+        self._unpin(now)
+        if now > self._careful_until:
+            self._careful_until = 0.0
+            return attr
+        for _ in range(ATTEMPTS):
+            if self._secured(attr, now):
+                return attr
+            attr = look_again()
+        raise Busy("the name is replaced faster than it can be looked up")
+
+    def _secured(self, attr: Attr, now: float) -> bool:
+        """Pin a file, remember a directory; False when it is gone already."""
+        if stat.S_ISDIR(attr.mode):
+            folder = self.look(lambda view: view.find_inode(attr.ino))
+            self._remember([folder.evolve(nlink=0)] if folder is not None else [])
+            return folder is not None
+        self._hold(attr.ino)
+        try:
+            self._confirm(attr.ino)
+        except StaleHandle:
+            self._let_go(attr.ino)
+            return False
+        self._pins.append((now + PINNED, attr.ino))
+        return True
+
+    def _unpin(self, now: float) -> None:
+        while self._pins and self._pins[0][0] < now:
+            self._let_go(self._pins.popleft()[1])
+
+    # --- looking ----------------------------------------------------------------------------
+
+    def _attr(self, inode: Inode) -> Attr:
+        return inode.attr or attributes(inode, self.block_size)
+
+    def lookup(self, parent: int, name: bytes) -> Attr:
+        """The attributes of an entry; raises ENOENT, ENOTDIR."""
+
+        def read(view: View) -> Attr:
+            known = view.names.get((parent, name))
+            if known is not None:
+                return self._attr(known)
+            folder = names.folder_of(view, parent)
+            if name == b".":
+                return self._attr(folder)
+            if name == b"..":
+                return self._attr(view.inode(folder.record.parent))
+            if len(name) > NAME_MAX:
+                raise FsError(errno.ENAMETOOLONG)
+            entry = directory.find(view, folder, name)
+            if entry is None:
+                raise FsError(errno.ENOENT)
+            inode = names.target(view, entry)
+            if len(view.names) < NAMES_MAX:
+                view.names[parent, name] = inode
+            return self._attr(inode)
+
+        attr = self.look(read)
+        if self._careful_until:
+            return self._pinned(attr, lambda: self.look(read))
+        return attr
+
+    def getattr(self, ino: int) -> Attr:
+        """The attributes of an inode; raises ESTALE."""
+        try:
+            return self.look(lambda view: self._attr(view.inode(ino)))
+        except StaleHandle as stale:
+            return self._attr(self._ghost(ino, stale))
+
+    def readlink(self, ino: int) -> bytes:
+        """The target of a symbolic link."""
+
+        def read(view: View) -> bytes:
+            inode = view.inode(ino)
+            if not stat.S_ISLNK(inode.record.mode):
+                raise FsError(errno.EINVAL)
+            return bytes(data.read(view, inode, 0, inode.record.size))
+
+        return self._look_at(read)
+
+    def _look_at(self, read: Callable[[View], T]) -> T:
+        """Look at an inode that was looked up before."""
+        try:
+            return self.look(read)
+        except StaleHandle as stale:
+            raise self._careful(stale) from None
+
+    def statfs(self) -> StatFs:
+        """Sizes; `blocks_avail` leaves out the reserve for removals."""
+        geometry = self.superblock.geometry
+        record = self.look(lambda view: view.root.record)
+        free = max(geometry.block_count - record.used, 0)
+        avail = max(free - geometry.reserve, 0)
+        return StatFs(
+            self.block_size, geometry.block_count, free, avail,
+            record.inodes + avail, avail, NAME_MAX,
+        )  # fmt: skip
+
+    # --- attributes -------------------------------------------------------------------------
+
+    def setattr(
+        self,
+        ino: int,
+        ctx: Context,
+        *,
+        mode: int | None = None,
+        uid: int | None = None,
+        gid: int | None = None,
+        size: int | None = None,
+        atime_ns: int | None = None,
+        mtime_ns: int | None = None,
+    ) -> Attr:
+        """Change attributes; times may be NOW."""
+
+        wanted = {"mode": mode, "uid": uid, "gid": gid, "atime_ns": atime_ns, "mtime_ns": mtime_ns}
+        changes = {field: value for field, value in wanted.items() if value is not None}
+        for moment in (atime_ns, mtime_ns):
+            if moment is not None:
+                self.clock.seen(moment)
+
+        def plan(tx: Transaction) -> Attr:
+            inode = tx.inode(ino)
+            if size is not None:
+                inode = self._resized(tx, inode, size, ctx)
+            if uid is not None or gid is not None:
+                inode = _without_privileges(tx, inode, unprivileged=not inode.is_dir)
+            return self._attr(tx.put(_changed(inode, changes, tx.now)))
+
+        try:
+            shrinking = size is None or self.look(lambda view: view.inode(ino).record.size >= size)
+            return self.change(plan, removal=shrinking)
+        except StaleHandle as stale:
+            ghost = _changed(self._ghost(ino, stale), changes, self.clock.now())
+            self._ghosts[ino] = ghost
+            return self._attr(ghost)
+
+    def _resized(self, tx: Transaction, inode: Inode, size: int, ctx: Context) -> Inode:
+        if inode.is_dir:
+            raise FsError(errno.EISDIR)
+        if not inode.is_regular:
+            raise FsError(errno.EINVAL)
+        if size < 0:
+            raise FsError(errno.EINVAL)
+        if size == inode.record.size:
+            inode = inode.evolve(mtime_ns=tx.now)
+        else:
+            inode = data.truncate(tx, inode, size)
+        return _without_privileges(tx, inode, unprivileged=bool(ctx.uid))
+
+    # --- names ------------------------------------------------------------------------------
+
+    def mknod(self, parent: int, name: bytes, mode: int, rdev: int, ctx: Context) -> Attr:
+        """Make a file, fifo, socket or device node."""
+        if stat.S_IFMT(mode) == 0:
+            mode |= stat.S_IFREG
+        if stat.S_IFMT(mode) == stat.S_IFDIR:
+            raise FsError(errno.EINVAL)
+        return self._made(lambda tx: names.make(tx, parent, name, mode, ctx, rdev=rdev))
+
+    def mkdir(self, parent: int, name: bytes, mode: int, ctx: Context) -> Attr:
+        """Make a directory."""
+        return self._made(lambda tx: names.mkdir(tx, parent, name, mode, ctx))
+
+    def symlink(self, parent: int, name: bytes, target: bytes, ctx: Context) -> Attr:
+        """Make a symbolic link."""
+        return self._made(lambda tx: names.symlink(tx, parent, name, target, ctx))
+
+    def link(self, ino: int, parent: int, name: bytes, ctx: Context) -> Attr:
+        """Make another name for an inode that is no directory."""
+        return self._made(lambda tx: names.link(tx, ino, parent, name))
+
+    def _made(self, plan: Callable[[Transaction], Inode]) -> Attr:
+        return self.change(lambda tx: self._attr(plan(tx)))
+
+    def unlink(self, parent: int, name: bytes, ctx: Context) -> None:
+        """Remove a name of something that is no directory."""
+        self._removing(lambda tx: names.unlink(tx, parent, name))
+
+    def rmdir(self, parent: int, name: bytes, ctx: Context) -> None:
+        """Remove an empty directory."""
+        self._removing(lambda tx: names.rmdir(tx, parent, name))
+
+    def rename(
+        self, parent: int, name: bytes, new_parent: int, new_name: bytes, flags: int, ctx: Context
+    ) -> None:
+        """Move an entry, also over another one; RENAME_NOREPLACE, RENAME_EXCHANGE."""
+        if flags not in (0, RENAME_NOREPLACE, RENAME_EXCHANGE):
+            raise FsError(errno.EINVAL)
+        self._removing(lambda tx: names.rename(tx, parent, name, new_parent, new_name, flags))
+
+    def _removing(self, plan: Callable[[Transaction], None]) -> None:
+        def run(tx: Transaction) -> list[Inode]:
+            plan(tx)
+            return [inode.evolve(nlink=0, ctime_ns=tx.now) for inode in tx.removed]
+
+        self._remember(self.change(run, removal=True))
+
+    # --- opening and closing ----------------------------------------------------------------
+
+    def open(self, ino: int, flags: int, ctx: Context | None = None) -> Handle:
+        """Open a file; honours O_TRUNC and O_APPEND."""
+        inode = self._look_at(lambda view: view.inode(ino))
+        if inode.is_dir:
+            raise FsError(errno.EISDIR)
+        handle = Handle(ino, flags, ctx)
+        self._hold(ino)
+        try:
+            self._confirm(ino)
+            if flags & os.O_TRUNC and inode.is_regular:
+                self.setattr(ino, ctx or Context(0, 0), size=0)
+        except StaleHandle as stale:
+            self._let_go(ino)
+            raise self._careful(stale) from None
+        except BaseException:
+            self._let_go(ino)
+            raise
+        return handle
+
+    def create(
+        self, parent: int, name: bytes, mode: int, flags: int, ctx: Context
+    ) -> tuple[Handle, Attr]:
+        """Open a file, making it first if there is none (or failing with EEXIST for O_EXCL).
+
+        The caller has seen that there is none; for what another machine made meanwhile nobody has
+        checked permissions.  ESTALE, so that the path is walked again, unless they are plain.
+        """
+        made = False
+
+        def plan(tx: Transaction) -> Attr:
+            nonlocal made
+            made = False
+            folder = names.parent_of(tx, parent, name)
+            entry = directory.find(tx, folder, name)
+            if entry is not None:
+                if flags & os.O_EXCL:
+                    raise FsError(errno.EEXIST)
+                found = names.target(tx, entry)
+                if not names.plainly_permitted(folder, found, flags, ctx):
+                    raise StaleHandle("another machine has just made this file")
+                return self._attr(found)
+            made = True
+            new_mode = stat.S_IFREG | stat.S_IMODE(mode)
+            inode = tx.new_inode(names.new_record(tx, folder, new_mode, ctx))
+            self._hold_new(inode.ino)
+            names.add(tx, folder, name, inode)
+            return self._attr(inode)
+
+        try:
+            attr = self.change(plan)
+        except BaseException:
+            self._drop_new(0)
+            raise
+        self._drop_new(attr.ino if made else 0)
+        if made:
+            return Handle(attr.ino, flags, ctx), attr
+        handle = self.open(attr.ino, flags, ctx)
+        return handle, self.getattr(attr.ino)
+
+    # A new file must be listed as open before the commit that makes it visible, and a lost race
+    # gives it another number, so what was listed for a failed plan is taken back.
+    _new: int = 0
+
+    def _hold_new(self, ino: int) -> None:
+        self._drop_new(0)
+        self._hold(ino)
+        self._new = ino
+
+    def _drop_new(self, kept: int) -> None:
+        if self._new and self._new != kept:
+            self._let_go(self._new)
+        self._new = 0
+
+    def release(self, handle: Handle) -> None:
+        """Close a file; a file without links whose last handle this was is freed."""
+        last = self._let_go(handle.ino)
+        if last and self._member is not None and self.view().root.record.orphans:
+            inode = self.look(lambda view: view.find_inode(handle.ino))
+            if inode is not None and inode.record.nlink == 0:
+                with suppress(Busy, FsError):  # or a later tick, here or elsewhere, frees it
+                    self._free_orphan(handle.ino)
+
+    # --- data -------------------------------------------------------------------------------
+
+    def read(self, handle: Handle, offset: int, length: int) -> data.Buffer:
+        """Up to `length` bytes from `offset`, all of one moment."""
+        return self.look(lambda view: data.read(view, view.inode(handle.ino), offset, length))
+
+    def write(self, handle: Handle, offset: int, content: data.Buffer) -> int:
+        """Write `content` at `offset`, or at the end when opened with O_APPEND; atomic.
+
+        Returns how many bytes were written: fewer when only a part fits the region.
+        """
+        ino, append = handle.ino, handle.append
+
+        def plan(tx: Transaction) -> None:
+            inode = tx.inode(ino)
+            at = inode.record.size if append else offset
+            inode = data.write(tx, inode, at, content)
+            tx.put(_without_privileges(tx, inode, unprivileged=handle.unprivileged))
+
+        try:
+            if content:
+                self.change(plan)
+        except NoSpace:
+            if len(content) <= self.block_size:
+                raise
+            return self.write(handle, offset, memoryview(content)[: self._half(offset, content)])
+        return len(content)
+
+    def _half(self, offset: int, content: data.Buffer) -> int:
+        """About half of `content`, ending at a block boundary of the file where possible."""
+        half = len(content) // 2
+        return max(half - (offset + half) % self.block_size, min(half, self.block_size), 1)
+
+    def fsync(self, handle: Handle) -> None:
+        """Nothing to do: what has returned is in the region."""
+
+    # --- directories ------------------------------------------------------------------------
+
+    def opendir(self, ino: int) -> Handle:
+        """Open a directory for reading its entries."""
+        try:
+            self.look(lambda view: view.directory(ino))
+        except StaleHandle as stale:
+            if not self._ghost(ino, stale).is_dir:
+                raise
+        return Handle(ino, os.O_RDONLY, None)
+
+    def releasedir(self, handle: Handle) -> None:
+        """Close a directory."""
+
+    def readdir(self, handle: Handle, cookie: int) -> Iterator[tuple[bytes, Attr, int]]:
+        """(name, attributes, cookie of the next) from `cookie` on; 0 is the start.
+
+        Entries that exist throughout appear exactly once, whatever changes meanwhile.  An entry
+        that goes while it is being listed is left out.
+        """
+        for number, name in enumerate((b".", b"..")):
+            if cookie <= number:
+                attr = self._dot(handle.ino, name)
+                if attr is None:
+                    return
+                yield name, attr, number + 1
+        key = cookie if cookie > 1 else 0
+        while found := self._next_entries(handle.ino, key):
+            for entry, attr in found:
+                if attr is not None:
+                    yield entry.name, attr, entry.key
+            key = found[-1][0].key
+
+    def _dot(self, ino: int, name: bytes) -> Attr | None:
+        try:
+            return self.lookup(ino, name)
+        except FsError as error:
+            if error.errno in (errno.ENOENT, errno.ESTALE):
+                return None  # the directory was removed: nothing in it
+            raise
+
+    def _next_entries(self, ino: int, key: int) -> list[tuple[Entry, Attr | None]]:
+        def read(view: View) -> list[tuple[Entry, Attr | None]]:
+            folder = view.find_inode(ino)
+            if folder is None:
+                return []
+            found = directory.leaf_after(view, folder, key)
+            return [(entry, self._attr(names.target(view, entry))) for entry in found]
+
+        return self.look(read)
+
+    # --- extended attributes ----------------------------------------------------------------
+
+    def getxattr(self, ino: int, name: bytes) -> bytes:
+        """The value of an attribute; raises ENODATA."""
+        xattr.check_namespace(name)
+        values = self._look_at(lambda view: xattr.load(view, view.inode(ino)))
+        if name not in values:
+            raise FsError(errno.ENODATA)
+        return values[name]
+
+    def listxattr(self, ino: int, ctx: Context | None = None) -> list[bytes]:
+        """The names of all attributes; only root sees trusted ones."""
+        found = self._look_at(lambda view: xattr.load(view, view.inode(ino)))
+        shown = xattr.NAMESPACES if ctx is None or ctx.uid == 0 else xattr.PUBLIC
+        return [name for name in found if name.startswith(shown)]
+
+    def setxattr(self, ino: int, name: bytes, value: bytes, flags: int, ctx: Context) -> None:
+        """Set an attribute."""
+        self.change(
+            lambda tx: tx.put(xattr.set_value(tx, tx.inode(ino), name, bytes(value), flags))
+        )
+
+    def removexattr(self, ino: int, name: bytes, ctx: Context) -> None:
+        """Remove an attribute; raises ENODATA."""
+        self.change(lambda tx: tx.put(xattr.remove_value(tx, tx.inode(ino), name)), removal=True)
+
+
+def _changed(inode: Inode, changes: dict[str, int], now: int) -> Inode:
+    """`inode` with other attributes, as setattr takes them."""
+    fields: dict[str, Any] = dict(changes)
+    if "mode" in fields:
+        fields["mode"] = stat.S_IFMT(inode.record.mode) | stat.S_IMODE(fields["mode"])
+    for field in ("atime_ns", "mtime_ns"):
+        if field in fields:
+            moment = fields[field]
+            fields[field] = now if moment == NOW else min(max(moment, EARLIEST), LATEST)
+    return inode.evolve(ctime_ns=now, **fields)
+
+
+def _without_privileges(tx: Transaction, inode: Inode, *, unprivileged: bool) -> Inode:
+    """What a change of contents or owner leaves: no capabilities, no set-ID of the unprivileged."""
+    record = inode.record
+    if record.xattr_size:
+        inode = xattr.without_capability(tx, inode)
+    if unprivileged and record.mode & names.PRIVILEGES:
+        inode = names.without_privileges(inode)
+    return inode

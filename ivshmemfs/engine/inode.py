@@ -1,0 +1,173 @@
+"""An inode in memory, and what callers see of it.
+
+An `Inode` is immutable: readers share it through the node cache, and a transaction that changes
+a file makes a new one (`evolve`) and hands it to `Transaction.put`.
+"""
+
+from __future__ import annotations
+
+import stat
+from typing import Any, Final, NamedTuple
+
+from ivshmemfs.errors import Corrupt
+from ivshmemfs.format import inode as fmt
+from ivshmemfs.format import node as node_format
+from ivshmemfs.format import words
+from ivshmemfs.format.dirent import Interior, Leaf
+from ivshmemfs.format.inode import INODE, PAYLOAD_OFFSET, InodeRecord
+
+SECTOR = 512
+
+
+class Attr(NamedTuple):
+    """What stat(2) tells; `blocks` in units of 512 bytes, times in ns since 1970."""
+
+    ino: int
+    mode: int
+    nlink: int
+    uid: int
+    gid: int
+    rdev: int
+    size: int
+    blocks: int
+    atime_ns: int
+    mtime_ns: int
+    ctime_ns: int
+
+
+class Context(NamedTuple):
+    """Who asks."""
+
+    uid: int
+    gid: int
+    umask: int = 0
+    pid: int = 0
+
+
+class StatFs(NamedTuple):
+    """What statvfs(3) tells; counts in units of `block_size` bytes."""
+
+    block_size: int
+    blocks: int
+    blocks_free: int
+    blocks_avail: int
+    files: int
+    files_free: int
+    name_max: int
+
+
+class Inode:
+    """One inode: its record, its payload and its inline extended attributes."""
+
+    __slots__ = ("attr", "data", "ino", "leaf", "pointer", "record", "top", "xattr")
+
+    def __init__(
+        self, ino: int, record: InodeRecord, data: bytes, xattr: bytes, pointer: bytes
+    ) -> None:
+        self.ino: Final = ino
+        self.record: Final = record
+        self.data: Final = data  # the payload
+        self.xattr: Final = xattr
+        self.pointer = pointer  # where it is published; null before it is
+        self.attr: Attr | None = None  # made when first asked for
+        self.leaf: Leaf | None = None  # parsed payload of a small directory
+        self.top: Interior | None = None  # parsed payload of a large one
+
+    def evolve(
+        self, *, data: bytes | None = None, xattr: bytes | None = None, **changes: Any
+    ) -> Inode:
+        """A changed inode: another payload, other inline attributes, other record fields."""
+        if data is None:
+            data = self.data
+        else:
+            changes["payload_size"] = len(data)
+        if xattr is None:
+            xattr = self.xattr
+        else:
+            changes["xattr_inline"] = len(xattr)
+        return Inode(self.ino, self.record._replace(**changes), data, xattr, self.pointer)
+
+    def body(self) -> bytes:
+        """Everything after the node header."""
+        return INODE.pack(self.record) + self.data + self.xattr
+
+    @property
+    def is_dir(self) -> bool:
+        """Whether it is a directory."""
+        return stat.S_ISDIR(self.record.mode)
+
+    @property
+    def is_regular(self) -> bool:
+        """Whether it is a regular file."""
+        return stat.S_ISREG(self.record.mode)
+
+
+def parse(ino: int, data: bytes, pointer: bytes, block_size: int) -> Inode:
+    """The inode in an inode block's bytes; raises Corrupt when it contradicts itself."""
+    if len(data) < PAYLOAD_OFFSET:
+        raise Corrupt(f"inode {ino}: its block holds only {len(data)} bytes")
+    record = INODE.unpack(data, node_format.HEADER_SIZE)
+    end = PAYLOAD_OFFSET + record.payload_size
+    if end + record.xattr_inline != len(data) or len(data) > block_size:
+        raise Corrupt(f"inode {ino}: payload of {record.payload_size} bytes does not fit its block")
+    problem = _problem(record)
+    if problem:
+        raise Corrupt(f"inode {ino}: {problem}")
+    return Inode(ino, record, data[PAYLOAD_OFFSET:end], data[end:], pointer)
+
+
+_ALLOWED = {
+    stat.S_IFREG: (fmt.EMPTY, fmt.INLINE, fmt.MAP),
+    stat.S_IFDIR: (fmt.EMPTY, fmt.DIRLEAF, fmt.DIRTREE),
+    stat.S_IFLNK: (fmt.INLINE, fmt.MAP),
+    stat.S_IFIFO: (fmt.EMPTY,),
+    stat.S_IFSOCK: (fmt.EMPTY,),
+    stat.S_IFCHR: (fmt.EMPTY,),
+    stat.S_IFBLK: (fmt.EMPTY,),
+}
+
+
+def _problem(record: InodeRecord) -> str | None:
+    kinds = _ALLOWED.get(stat.S_IFMT(record.mode))
+    if kinds is None:
+        return f"mode {record.mode:o} is of no file type"
+    if record.payload not in kinds:
+        return f"payload kind {record.payload} does not go with mode {record.mode:o}"
+    if record.height > node_format.MAX_HEIGHT or record.xattr_height > node_format.MAX_HEIGHT:
+        return f"tree height {max(record.height, record.xattr_height)}"
+    if record.payload == fmt.INLINE and record.payload_size != record.size:
+        return f"{record.payload_size} inline bytes, but size {record.size}"
+    if record.payload == fmt.EMPTY and record.payload_size:
+        return "an empty payload with bytes"
+    if record.payload == fmt.MAP and record.payload_size % words.POINTER_SIZE:
+        return "half a pointer in the block map"
+    if record.payload == fmt.DIRTREE and not record.height:
+        return "a directory tree without levels"
+    if record.size >> 63 or not record.blocks:
+        return f"size {record.size}, {record.blocks} blocks"
+    return None
+
+
+def attributes(inode: Inode, block_size: int) -> Attr:
+    """What stat(2) tells about `inode`."""
+    if inode.attr is None:
+        record = inode.record
+        held = record.blocks
+        if record.payload in (fmt.EMPTY, fmt.INLINE) and not record.xattr_height:
+            held = 1 if record.size else 0
+        elif inode.is_regular:
+            held -= 1  # the inode block is no more part of the file than elsewhere
+        inode.attr = Attr(
+            inode.ino,
+            record.mode,
+            record.nlink,
+            record.uid,
+            record.gid,
+            record.rdev,
+            record.blocks * block_size if inode.is_dir else record.size,
+            held * block_size // SECTOR,
+            record.atime_ns,
+            record.mtime_ns,
+            record.ctime_ns,
+        )
+    return inode.attr

@@ -1,0 +1,404 @@
+"""One mount of one region: how operations look, how they change anything, and the upkeep.
+
+A look takes a snapshot and runs on it; if other peers overtake it, it starts again.  A change is
+a plan, a function of a `Transaction`, that `change` runs:
+
+    take the hint        (Busy if another peer is committing and makes progress)
+    begin                own slot IDLE -> ACTIVE; all claims bear the new counter
+      load the commit word, check that this incarnation still stands
+      plan, seal         private blocks only
+      publish            one compare-and-swap; lost: plan again on the new root
+    release              what was replaced, and claims that were not needed
+    end                  own slot ACTIVE -> IDLE
+    give the hint
+
+Nothing here waits: `Busy` means that nothing was changed and that trying again will do.
+
+What the region does to us is contained here: arithmetic that damaged metadata upsets becomes
+Corrupt, an access that fails (the file was truncated) EIO, and both become ESTALE when the
+superblock is no longer the one that was mounted.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import random
+import struct
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from typing import TYPE_CHECKING, Self, TypeVar
+
+from ivshmemfs.engine import directory, names
+from ivshmemfs.engine.clock import Clock
+from ivshmemfs.engine.collect import Collector
+from ivshmemfs.engine.directory import Entry
+from ivshmemfs.engine.transaction import Transaction, View
+from ivshmemfs.errors import (
+    Busy,
+    Corrupt,
+    Fenced,
+    FormatError,
+    FsError,
+    IvshmemfsError,
+    NoSpace,
+    Restart,
+    StaleHandle,
+)
+from ivshmemfs.format import superblock, words
+from ivshmemfs.format.geometry import SCRATCH_OFFSET, SCRATCH_SIZE
+from ivshmemfs.format.inode import ORPHANS_INO
+from ivshmemfs.region.probe import Scratch, cas_works, probe, refuse_unfit
+from ivshmemfs.shm.control import Hint
+from ivshmemfs.shm.peers import Membership, PeerTable
+from ivshmemfs.shm.space import Space
+from ivshmemfs.shm.store import Store
+
+if TYPE_CHECKING:
+    from ivshmemfs.region import Region
+
+T = TypeVar("T")
+log = logging.getLogger(__name__)
+
+ATTEMPTS = 100  # plans of one operation before it reports Busy
+COLLECT_SLICE = 0.005  # seconds of collection per tick
+COLLECT_PAUSE = 1.0  # seconds between two collections for want of space
+TIGHT = 0.05  # seconds that a full region waits for claims of peers that are at work
+RETIRE_TICKS = 4
+TRIES = 3  # scratch words that a mount tries before it calls the mapping unfit
+_UPSET = (struct.error, OverflowError, IndexError, ValueError)
+
+
+def _refuse_unfit(region: Region) -> None:
+    """Raise RegionUnfit when the mapping's compare-and-swap does not work."""
+    for _ in range(TRIES):  # another mount may try the same word
+        word = SCRATCH_OFFSET + words.WORD * random.randrange(SCRATCH_SIZE // words.WORD)
+        if cas_works(region.memory, word):
+            return
+    refuse_unfit(probe(region.memory, Scratch(word, words.WORD)), region.spec)
+
+
+class Mount:
+    """Membership in the region, and the two ways to work on it.  Not thread-safe."""
+
+    def __init__(self, region: Region, *, readonly: bool = False) -> None:
+        self.region = region
+        self._raw = region.memory.read(0, superblock.SUPERBLOCK.size)
+        self.superblock = superblock.decode(self._raw, region.size)
+        self.readonly = readonly or region.readonly or self.superblock.read_only
+        self.store = Store(region.memory, self.superblock)
+        self.table = PeerTable(region.memory, self.superblock.geometry, self.store.control)
+        self.block_size = self.superblock.geometry.block_size
+        self.clock = Clock()
+        self._hint = Hint(region.memory)
+        self._member: Membership | None = None
+        self._open: dict[int, int] = {}  # handles by inode
+        self._cursor = 0
+        self._view: View | None = None
+        self._collector: Collector | None = None
+        self._collected_at = float("-inf")
+        self._tight_since = 0.0
+        self._ticks = 0
+        self._beats: dict[int, tuple[int, int]] = {}
+
+    @classmethod
+    def mount(cls, region: Region, *, readonly: bool = False) -> Self:
+        """Join the peers of `region`, or only look when `readonly`.
+
+        Raises FormatError and its kin for what is not a usable filesystem, TooManyPeers.
+        """
+        self = cls(region, readonly=readonly)
+        self.store.snapshot()
+        if not self.readonly:
+            _refuse_unfit(region)
+            member = Membership(self.table)
+            member.join()
+            member.must_collect |= self.table.retire_gone(member.slot) or self._leaking()
+            self._member = member
+            count = self.superblock.geometry.block_count
+            self._cursor = (member.slot - 1) * count // self.table.count
+        return self
+
+    def unmount(self) -> None:
+        """Leave the peer table.  Files that are still open and have no links are given back."""
+        member = self._member
+        if member is None:
+            return
+        with suppress(IvshmemfsError, OSError):  # the region may be gone, or another filesystem
+            self._check_identity()
+            for ino in list(self._open):
+                for _ in range(self._open.pop(ino)):
+                    member.unlist_open(ino)
+            with suppress(Busy):  # what is left, another peer's next tick frees
+                self.reap()
+            if member.must_collect or self._collector is not None:  # nobody else knows of it
+                self.collect()
+            member.leave()
+        self._member = None
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """(slot, incarnation) of this mount among the peers; (0, 0) when it only looks."""
+        member = self._member
+        return (member.slot, member.incarnation) if member is not None else (0, 0)
+
+    # --- the two ways to work -------------------------------------------------------------
+
+    def view(self) -> View:
+        """The present state; the same object while nobody commits."""
+        word, root = self.store.snapshot()
+        if self._view is None or self._view.word != word:
+            self._view = View(self.store, word, root)
+        return self._view
+
+    def look(self, reader: Callable[[View], T]) -> T:
+        """Run `reader` on a snapshot, again on newer ones while it is overtaken."""
+        try:
+            for _ in range(ATTEMPTS):
+                view = self.view()
+                try:
+                    return reader(view)
+                except Restart as overtaken:
+                    if self.store.control.load() == view.word:
+                        self._refute(reader, view, overtaken)
+        except (*_UPSET, OSError, Corrupt) as error:
+            raise self._contained(error) from error
+        raise Busy("other peers change this faster than it can be read")
+
+    def _refute(self, reader: Callable[[View], T], view: View, overtaken: Restart) -> None:
+        """Nobody committed, so nobody may have replaced what the root leads to: look once more."""
+        try:
+            reader(view)
+        except Restart:
+            if self.store.control.load() == view.word:
+                raise Corrupt(f"the present root leads astray: {overtaken}") from None
+
+    def change(self, plan: Callable[[Transaction], T], *, removal: bool = False) -> T:
+        """Run `plan` in a transaction; a `removal` may use the reserve."""
+        member = self._joined()
+        try:
+            if not self._hint.take(member.slot):
+                raise Busy("another peer is committing")
+            try:
+                return self._transact(member, plan, removal)
+            except NoSpace:
+                if not self._make_room(member):
+                    raise
+                return self._transact(member, plan, removal)
+            finally:
+                member.withdraw()
+                self._hint.give()
+        except Fenced as error:
+            self._rejoin(member)
+            raise Busy(str(error)) from error
+        except (*_UPSET, OSError, Corrupt) as error:
+            raise self._contained(error) from error
+
+    def _joined(self) -> Membership:
+        if self._member is None:
+            raise FsError(errno.EROFS)
+        return self._member
+
+    def _transact(self, member: Membership, plan: Callable[[Transaction], T], removal: bool) -> T:
+        space = Space(self.store, self._begin(member), self._cursor)
+        published = False
+        try:
+            for _ in range(ATTEMPTS):
+                word, root = self.store.snapshot()
+                member.check()
+                tx = Transaction(
+                    self.store, word, root, space, self._in_use, removal, self.clock.now()
+                )
+                try:
+                    result = plan(tx)
+                    if not tx.changed:
+                        return result
+                    root_block = tx.seal()
+                except Restart as overtaken:
+                    if self.store.control.load() == word:
+                        raise Corrupt(f"the present root leads astray: {overtaken}") from None
+                else:
+                    space.store_nodes()
+                    if space.publish(word, root_block):
+                        published = True
+                        tx.release_dropped()
+                        return result
+                space.forget_plan()
+                if not self._hint.retake(member.slot):
+                    break
+            raise Busy("other peers commit faster than this one can plan")
+        finally:
+            space.settle(published)
+            self._cursor = space.cursor
+            self._end(member)
+
+    def _begin(self, member: Membership) -> int:
+        try:
+            return member.begin()
+        except Fenced:
+            self._rejoin(member)
+            return member.begin()
+
+    def _end(self, member: Membership) -> None:
+        try:
+            member.end()
+        except Fenced:
+            self._rejoin(member)
+
+    def _rejoin(self, member: Membership) -> None:
+        """Another peer took our slot while we were silent: go on as a new incarnation."""
+        self._check_identity()
+        log.warning("this mount was declared gone while it was silent; it joins again")
+        member.join()
+
+    # --- what the region may do to us -------------------------------------------------------
+
+    def _contained(self, error: Exception) -> FsError:
+        """What a caller is told of `error`."""
+        try:
+            self._check_identity()
+        except FsError as stale:
+            return stale
+        if isinstance(error, FsError):
+            return error
+        if isinstance(error, OSError):
+            return FsError(errno.EIO, f"the region cannot be accessed any more: {error}")
+        return Corrupt(f"metadata contradicts itself: {error}")
+
+    def _check_identity(self) -> None:
+        """Raise StaleHandle, or EIO, unless the region still carries what was mounted."""
+        try:
+            raw = self.store.memory.read(0, superblock.SUPERBLOCK.size)
+            if raw != self._raw and superblock.decode(raw) != self.superblock:
+                raise StaleHandle("the region was formatted anew: unmount it and mount it again")
+        except (FormatError, Corrupt):
+            raise StaleHandle("the region no longer carries this filesystem") from None
+        except OSError as error:
+            raise FsError(errno.EIO, f"the region cannot be accessed any more: {error}") from None
+
+    # --- space ----------------------------------------------------------------------------
+
+    def _make_room(self, member: Membership) -> bool:
+        """An allocation failed: collect garbage if there is any; whether something was found.
+
+        Claims of peers at work come back in a moment, so for a moment it raises Busy.
+        """
+        if not self._leaking():
+            return False
+        member.must_collect |= self.table.retire_gone(member.slot)
+        now = time.monotonic()
+        if member.must_collect or now - self._collected_at > COLLECT_PAUSE:
+            member.must_collect = False
+            self._collected_at = self._tight_since = now
+            if self.collect():
+                return True
+        at_work = any(
+            self.table.state(slot) >> words.SLOT_SHIFT == words.ACTIVE and slot != member.slot
+            for slot in range(1, self.table.count + 1)
+        )
+        if at_work and now - self._tight_since < TIGHT:
+            raise Busy("other peers hold the last free blocks")
+        return False
+
+    def _leaking(self) -> bool:
+        """Whether blocks are neither free nor reachable: lost, or claimed at this moment."""
+        missing = self.superblock.geometry.block_count - self.view().root.record.used
+        return self.store.blocks.free_count() < missing
+
+    def collect(self) -> int:
+        """Collect at once; returns how many blocks were given back."""
+        collector = Collector(self.store, self.table)
+        try:
+            collector.step()
+        except (*_UPSET, OSError, Corrupt) as error:
+            raise self._contained(error) from error
+        return collector.released
+
+    # --- upkeep ---------------------------------------------------------------------------
+
+    def tick(self) -> None:
+        """Show life and do a bounded piece of housekeeping; about once a second.  Raises Busy."""
+        member = self._member
+        if member is None:
+            return
+        self._ticks += 1
+        try:
+            self._keep_alive(member)
+            if self._collector is not None and self._collector.step(COLLECT_SLICE):
+                self._collector = None
+            orphans = self.view().root.record.orphans
+        except (*_UPSET, OSError, Corrupt) as error:
+            raise self._contained(error) from error
+        if orphans:
+            self.reap()
+
+    def _keep_alive(self, member: Membership) -> None:
+        try:
+            member.beat()
+        except Fenced:
+            self._rejoin(member)
+        if self._ticks % RETIRE_TICKS == 0:
+            self._retire_silent(member)
+        if member.must_collect and self._collector is None:
+            self._collector = Collector(self.store, self.table)
+            member.must_collect = False
+
+    def _retire_silent(self, member: Membership) -> None:
+        before, self._beats = self._beats, self.table.heartbeats()
+        for slot, beat in self._beats.items():
+            if slot == member.slot or before.get(slot) != beat:
+                continue
+            other = self.table.peer(slot)
+            if other.state in (words.DEAD, words.JOINING) or other.gone:
+                member.must_collect |= self.table.retire(slot, other.word)
+
+    # --- open inodes without links ----------------------------------------------------------
+
+    def reap(self) -> None:
+        """Free every orphan that nobody holds open any more."""
+
+        def read(view: View) -> list[Entry]:
+            return list(directory.entries(view, view.inode(ORPHANS_INO)))
+
+        member = self._joined()
+        for entry in self.look(read):
+            if entry.ino not in self._open and not member.listed_elsewhere(entry.ino):
+                self._free_orphan(entry.ino)
+
+    def _free_orphan(self, ino: int) -> None:
+        self.change(lambda tx: names.free_orphan(tx, ino), removal=True)
+
+    def _in_use(self, ino: int) -> bool:
+        """Whether anybody holds `ino` open; if not, openers from now on will see our intent."""
+        if ino in self._open:
+            return True
+        member = self._joined()
+        member.intend(ino)
+        return member.listed_elsewhere(ino)
+
+    def _hold(self, ino: int) -> None:
+        """One handle of `ino` more."""
+        self._open[ino] = self._open.get(ino, 0) + 1
+        if self._member is not None:
+            try:
+                self._member.list_open(ino)
+            except Fenced:
+                self._rejoin(self._member)
+
+    def _confirm(self, ino: int) -> None:
+        """After `_hold`: make sure that nobody who did not see that frees the inode."""
+        if self._member is not None and self._member.intended_elsewhere(ino):
+            self.store.control.fence()
+        self.look(lambda view: view.inode(ino))
+
+    def _let_go(self, ino: int) -> bool:
+        """One handle less; whether it was the last one here."""
+        left = self._open.get(ino, 0) - 1
+        if left > 0:
+            self._open[ino] = left
+        else:
+            self._open.pop(ino, None)
+        if self._member is not None:
+            self._member.unlist_open(ino)
+        return left <= 0

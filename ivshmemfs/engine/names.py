@@ -1,0 +1,316 @@
+"""Names: what making, linking, removing and renaming entries means, within one transaction.
+
+Every function takes the `Transaction` that it plans in and changes nothing else.  An inode that
+loses its last link is removed with its last name, unless somebody holds it open: then it gets an
+entry in the hidden directory of orphans, and whoever closes it last frees it (`free_orphan`).
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+
+from ivshmemfs.engine import data, directory
+from ivshmemfs.engine.directory import Entry
+from ivshmemfs.engine.inode import Context, Inode
+from ivshmemfs.engine.transaction import Transaction, View
+from ivshmemfs.errors import Corrupt, FsError
+from ivshmemfs.format.inode import INODE, ORPHANS_INO, ROOT_INO, InodeRecord
+
+RENAME_NOREPLACE, RENAME_EXCHANGE = 1, 2
+LINK_MAX = (1 << 31) - 1
+TARGET_MAX = 4095  # bytes of a symbolic link
+DEPTH_MAX = 100_000  # directories above one another, before it must be a ring
+PRIVILEGES = stat.S_ISUID | stat.S_ISGID
+_BLANK = INODE.unpack(bytes(INODE.size))._replace(blocks=1)
+
+
+def folder_of(view: View, ino: int) -> Inode:
+    """The directory `ino`; raises ENOTDIR, and ENOENT for one that was removed: it was empty."""
+    inode = view.find_inode(ino)
+    if inode is None:
+        raise FsError(errno.ENOENT)
+    if not inode.is_dir:
+        raise FsError(errno.ENOTDIR)
+    return inode
+
+
+def parent_of(view: View, ino: int, name: bytes) -> Inode:
+    """The directory in which `name` may be entered; raises ENOTDIR, ENAMETOOLONG, ENOENT."""
+    directory.check_name(name)
+    return folder_of(view, ino)
+
+
+def target(view: View, entry: Entry) -> Inode:
+    """The inode of a directory entry."""
+    inode = view.find_inode(entry.ino)
+    if inode is None:
+        raise Corrupt(f"name {entry.name!r} leads to inode {entry.ino}, which does not exist")
+    return inode
+
+
+def _existing(view: View, parent: int, name: bytes) -> tuple[Inode, Inode]:
+    folder = parent_of(view, parent, name)
+    entry = directory.find(view, folder, name)
+    if entry is None:
+        raise FsError(errno.ENOENT)
+    return folder, target(view, entry)
+
+
+def _vacant(view: View, parent: int, name: bytes) -> Inode:
+    folder = parent_of(view, parent, name)
+    if directory.find(view, folder, name) is not None:
+        raise FsError(errno.EEXIST)
+    return folder
+
+
+def _kind(inode: Inode) -> int:
+    return stat.S_IFMT(inode.record.mode) >> 12
+
+
+def without_privileges(inode: Inode) -> Inode:
+    """As write(2) by an ordinary user leaves it: no set-user-ID, no set-group-ID of a program."""
+    mode = inode.record.mode & ~stat.S_ISUID
+    if mode & stat.S_IXGRP:
+        mode &= ~stat.S_ISGID
+    return inode.evolve(mode=mode) if mode != inode.record.mode else inode
+
+
+def plainly_permitted(folder: Inode, inode: Inode, flags: int, ctx: Context) -> bool:
+    """Whether `ctx` may open the regular file `inode`, as far as its uid and gid alone tell."""
+    record = inode.record
+    if inode.is_dir:
+        raise FsError(errno.EISDIR)
+    if not inode.is_regular:
+        return False
+    if ctx.uid == 0:
+        return True
+    owners = (record.uid, folder.record.uid)
+    if folder.record.mode & stat.S_ISVTX and ctx.uid not in owners:
+        return False
+    shift = 6 if ctx.uid == record.uid else 3 if ctx.gid == record.gid else 0
+    bits = {os.O_RDONLY: 4, os.O_WRONLY: 2, os.O_RDWR: 6}.get(flags & os.O_ACCMODE, 6)
+    bits |= 2 if flags & os.O_TRUNC else 0
+    others = 7 if shift else record.mode >> 3  # the groups of the caller are not known
+    return record.mode >> shift & others & bits == bits
+
+
+# --- making ---------------------------------------------------------------------------------
+
+
+def new_record(
+    tx: Transaction,
+    folder: Inode,
+    mode: int,
+    ctx: Context,
+    *,
+    nlink: int = 1,
+    rdev: int = 0,
+    parent: int = 0,
+) -> InodeRecord:
+    """The record of an inode made in `folder` by `ctx`; set-group-ID directories hand down."""
+    gid, above = ctx.gid, folder.record
+    if above.mode & stat.S_ISGID:
+        gid = above.gid
+        if stat.S_ISDIR(mode):
+            mode |= stat.S_ISGID
+    return _BLANK._replace(
+        mode=mode, nlink=nlink, uid=ctx.uid, gid=gid, rdev=rdev, parent=parent,
+        atime_ns=tx.now, mtime_ns=tx.now, ctime_ns=tx.now, btime_ns=tx.now,
+    )  # fmt: skip
+
+
+def add(tx: Transaction, folder: Inode, name: bytes, inode: Inode, links: int = 0) -> Inode:
+    """Enter `inode` under `name`; `links` more links on the directory, which is returned."""
+    nlink = folder.record.nlink + links
+    changes = {"mtime_ns": tx.now, "ctime_ns": tx.now, "nlink": nlink}
+    return tx.put(directory.insert(tx, folder, name, inode.ino, _kind(inode), changes))
+
+
+def make(
+    tx: Transaction, folder_ino: int, name: bytes, mode: int, ctx: Context, **fields: int
+) -> Inode:
+    """A new inode of any kind; raises EEXIST."""
+    folder = _vacant(tx, folder_ino, name)
+    inode = tx.new_inode(new_record(tx, folder, mode, ctx, **fields))
+    add(tx, folder, name, inode, links=int(stat.S_ISDIR(mode)))
+    return inode
+
+
+def mkdir(tx: Transaction, parent: int, name: bytes, mode: int, ctx: Context) -> Inode:
+    """A new directory; raises EEXIST."""
+    keep = stat.S_IMODE(mode) & ~PRIVILEGES
+    return make(tx, parent, name, stat.S_IFDIR | keep, ctx, parent=parent, nlink=2)
+
+
+def symlink(tx: Transaction, parent: int, name: bytes, to: bytes, ctx: Context) -> Inode:
+    """A new symbolic link; raises EEXIST, ENOENT for an empty target, ENAMETOOLONG."""
+    if not to:
+        raise FsError(errno.ENOENT)
+    if len(to) > TARGET_MAX:
+        raise FsError(errno.ENAMETOOLONG)
+    folder = _vacant(tx, parent, name)
+    inode = tx.new_inode(new_record(tx, folder, stat.S_IFLNK | 0o777, ctx))
+    inode = tx.put(data.write(tx, inode, 0, to))
+    add(tx, folder, name, inode)
+    return inode
+
+
+def link(tx: Transaction, ino: int, parent: int, name: bytes) -> Inode:
+    """Another name for an inode; raises EPERM for directories, EEXIST, EMLINK."""
+    folder = parent_of(tx, parent, name)
+    inode = tx.inode(ino)
+    if inode.is_dir:
+        raise FsError(errno.EPERM)
+    if inode.record.nlink == 0:
+        raise FsError(errno.ENOENT)
+    if inode.record.nlink >= LINK_MAX:
+        raise FsError(errno.EMLINK)
+    if directory.find(tx, folder, name) is not None:
+        raise FsError(errno.EEXIST)
+    add(tx, folder, name, inode)
+    return tx.touch(ino, nlink=inode.record.nlink + 1)
+
+
+# --- removing -------------------------------------------------------------------------------
+
+
+def _orphan_name(ino: int) -> bytes:
+    return b"%016x" % ino
+
+
+def _unlinked(tx: Transaction, inode: Inode) -> None:
+    """`inode` lost a link: count it, and free or keep what has none left."""
+    left = inode.record.nlink - 1
+    if left > 0:
+        tx.put(inode.evolve(nlink=left, ctime_ns=tx.now))
+    elif not tx.in_use(inode.ino):
+        tx.remove(inode)
+    else:
+        tx.put(inode.evolve(nlink=0, ctime_ns=tx.now))
+        orphans = tx.inode(ORPHANS_INO)
+        name = _orphan_name(inode.ino)
+        tx.put(directory.insert(tx, orphans, name, inode.ino, _kind(inode)))
+        tx.orphans += 1
+
+
+def free_orphan(tx: Transaction, ino: int) -> None:
+    """Free an inode that has no links, unless somebody holds it open or it is gone already."""
+    inode = tx.find_inode(ino)
+    if inode is None or inode.record.nlink or tx.in_use(ino):
+        return
+    tx.put(directory.remove(tx, tx.inode(ORPHANS_INO), _orphan_name(ino)))
+    tx.orphans -= 1
+    tx.remove(inode)
+
+
+def unlink(tx: Transaction, parent: int, name: bytes) -> None:
+    """Remove a name of something that is no directory; raises ENOENT, EISDIR."""
+    folder, inode = _existing(tx, parent, name)
+    if inode.is_dir:
+        raise FsError(errno.EISDIR)
+    tx.put(directory.remove(tx, folder, name, {"mtime_ns": tx.now, "ctime_ns": tx.now}))
+    _unlinked(tx, inode)
+
+
+def rmdir(tx: Transaction, parent: int, name: bytes) -> None:
+    """Remove an empty directory; raises ENOENT, ENOTDIR, ENOTEMPTY."""
+    folder, inode = _existing(tx, parent, name)
+    if not inode.is_dir:
+        raise FsError(errno.ENOTDIR)
+    if inode.record.entries:
+        raise FsError(errno.ENOTEMPTY)
+    changed = directory.remove(tx, folder, name)
+    nlink = max(changed.record.nlink - 1, 2)
+    tx.put(changed.evolve(mtime_ns=tx.now, ctime_ns=tx.now, nlink=nlink))
+    tx.remove(inode)
+
+
+# --- renaming -------------------------------------------------------------------------------
+
+
+def rename(
+    tx: Transaction, parent: int, name: bytes, new_parent: int, new_name: bytes, flags: int
+) -> None:
+    """Move an entry, also over another one; raises as rename(2) says."""
+    _, inode = _existing(tx, parent, name)
+    folder = parent_of(tx, new_parent, new_name)
+    entry = directory.find(tx, folder, new_name)
+    if inode.is_dir:
+        _forbid_cycle(tx, inode.ino, new_parent)
+    if flags == RENAME_EXCHANGE:
+        _exchange(tx, (parent, name), (new_parent, new_name), inode, entry)
+        return
+    if entry is not None:
+        if flags == RENAME_NOREPLACE:
+            raise FsError(errno.EEXIST)
+        if entry.ino == inode.ino:
+            return
+        _take_away(tx, new_parent, inode, target(tx, entry))
+    _move(tx, (parent, name), (new_parent, new_name), inode, over=entry is not None)
+
+
+def _forbid_cycle(view: View, ino: int, folder: int) -> None:
+    """Raise EINVAL if directory `ino` is `folder` or above it."""
+    if ino == ROOT_INO:
+        raise FsError(errno.EBUSY)
+    seen = 0
+    while folder != ROOT_INO:
+        if folder == ino:
+            raise FsError(errno.EINVAL)
+        folder, seen = view.directory(folder).record.parent, seen + 1
+        if seen > DEPTH_MAX:
+            raise Corrupt(f"directory {ino}: its parents form a ring")
+
+
+def _take_away(tx: Transaction, folder: int, inode: Inode, victim: Inode) -> None:
+    """Remove what stands under the new name; its dirent stays for `_move` to redirect."""
+    if victim.is_dir and not inode.is_dir:
+        raise FsError(errno.EISDIR)
+    if inode.is_dir and not victim.is_dir:
+        raise FsError(errno.ENOTDIR)
+    if not victim.is_dir:
+        _unlinked(tx, victim)
+        return
+    if victim.record.entries:
+        raise FsError(errno.ENOTEMPTY)
+    above = tx.inode(folder)
+    tx.put(above.evolve(nlink=max(above.record.nlink - 1, 2)))
+    tx.remove(victim)
+
+
+def _move(
+    tx: Transaction, old: tuple[int, bytes], new: tuple[int, bytes], inode: Inode, over: bool
+) -> None:
+    links = int(inode.is_dir and old[0] != new[0])
+    source = directory.remove(tx, tx.inode(old[0]), old[1])
+    nlink = source.record.nlink - links
+    tx.put(source.evolve(mtime_ns=tx.now, ctime_ns=tx.now, nlink=nlink))
+    enter = directory.replace if over else directory.insert
+    changed = enter(tx, tx.inode(new[0]), new[1], inode.ino, _kind(inode))
+    nlink = changed.record.nlink + links
+    tx.put(changed.evolve(mtime_ns=tx.now, ctime_ns=tx.now, nlink=nlink))
+    tx.touch(inode.ino, **({"parent": new[0]} if inode.is_dir else {}))
+
+
+def _exchange(
+    tx: Transaction,
+    old: tuple[int, bytes],
+    new: tuple[int, bytes],
+    inode: Inode,
+    entry: Entry | None,
+) -> None:
+    if entry is None:
+        raise FsError(errno.ENOENT)
+    if entry.ino == inode.ino:
+        return
+    other = target(tx, entry)
+    if other.is_dir:
+        _forbid_cycle(tx, other.ino, old[0])
+    for (folder, name), comes, goes in ((old, other, inode), (new, inode, other)):
+        changed = directory.replace(tx, tx.inode(folder), name, comes.ino, _kind(comes))
+        links = int(comes.is_dir) - int(goes.is_dir) if old[0] != new[0] else 0
+        nlink = changed.record.nlink + links
+        tx.put(changed.evolve(mtime_ns=tx.now, ctime_ns=tx.now, nlink=nlink))
+        tx.touch(comes.ino, **({"parent": folder} if comes.is_dir else {}))

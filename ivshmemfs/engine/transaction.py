@@ -1,0 +1,315 @@
+"""Snapshots and transactions: the one way to read, and the one way to change anything.
+
+A `View` is the filesystem as of one commit word.  A `Transaction` is a view with changes on top:
+inodes that were put, nodes and data in private blocks (`space`).  `seal` turns them into a new
+root; `Filesystem` publishes it, or plans again.
+
+Order within a transaction: the plan reads and puts inodes (`inode`, `put`, `remove`), directories
+and maps write their nodes into `space` as they go; `seal` writes the inode blocks, then the inode
+table's path, then the root.  Nothing reaches the region before `Space.store_nodes`.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any, NamedTuple
+
+from ivshmemfs.engine import inode as inodes
+from ivshmemfs.engine import radix
+from ivshmemfs.engine.inode import Inode
+from ivshmemfs.engine.radix import NULL, Tree
+from ivshmemfs.errors import Corrupt, FsError, NoSpace, Restart, StaleHandle
+from ivshmemfs.format import inode as fmt
+from ivshmemfs.format import node as node_format
+from ivshmemfs.format import words
+from ivshmemfs.format.dirent import decode_interior
+from ivshmemfs.format.inode import InodeRecord
+from ivshmemfs.format.node import (
+    DIRLEAF,
+    DIRNODE,
+    HEADER_SIZE,
+    INDEX,
+    INODE,
+    ROOT,
+    ROOT_POINTERS,
+    ROOT_RECORD,
+    RootRecord,
+)
+from ivshmemfs.shm.space import Space
+from ivshmemfs.shm.store import Node, Store
+
+_POINTER = words.POINTER
+LARGEST_CLAIM = 2048  # blocks; more than one request needs
+FOUND_MAX = 1000  # inodes that a view remembers besides the node cache
+
+
+class Root(NamedTuple):
+    """A parsed root block."""
+
+    record: RootRecord
+    table: Tree
+    pointer: bytes
+
+
+def parse_root(node: Node) -> Root:
+    """Raises Corrupt when the root contradicts itself."""
+    if len(node.data) < ROOT_POINTERS:
+        raise Corrupt(f"the root in block {node.block} is cut short")
+    record = ROOT_RECORD.unpack(node.data, HEADER_SIZE)
+    slots = node.data[ROOT_POINTERS:]
+    if len(slots) != record.slots * words.POINTER_SIZE or record.height > node_format.MAX_HEIGHT:
+        raise Corrupt(f"the root in block {node.block} has {record.slots} pointers, "
+                      f"{len(slots)} bytes of them, height {record.height}")  # fmt: skip
+    return Root(record, Tree(record.height, slots), _POINTER.pack(node.block, 1, node.tag))
+
+
+class View:
+    """The filesystem as of one commit."""
+
+    def __init__(self, store: Store, word: int, root: Node) -> None:
+        self.store = store
+        self.word = word
+        self.block_size = store.geometry.block_size
+        self.fanout = node_format.index_fanout(self.block_size)
+        self.secret = store.superblock.uuid
+        if root.parsed is None:
+            root.parsed = parse_root(root)
+        self.root: Root = root.parsed
+        self._found: dict[int, Inode] = {}
+        self.names: dict[tuple[int, bytes], Inode] = {}  # for callers: what look-ups found
+
+    def pointed(self, pointer: bytes, kind: int, level: int, owner: int) -> Node:
+        """The node that a packed pointer leads to."""
+        block, _, tag = _POINTER.unpack(pointer)
+        return self.store.node(block, tag, kind, level, owner)
+
+    def inode(self, ino: int) -> Inode:
+        """An inode; raises StaleHandle when there is none of that number."""
+        found = self.find_inode(ino)
+        if found is None:
+            raise StaleHandle(f"inode {ino} is gone")
+        return found
+
+    def find_inode(self, ino: int) -> Inode | None:
+        """An inode, or None."""
+        found = self._found.get(ino)
+        if found is None:
+            pointer = radix.find(self, self.root.table, 0, ino)
+            if pointer == NULL:
+                return None
+            found = self._parsed(self.pointed(pointer, INODE, 0, ino), pointer)
+            if len(self._found) < FOUND_MAX:
+                self._found[ino] = found
+        return found
+
+    def _parsed(self, node: Node, pointer: bytes) -> Inode:
+        if node.parsed is None:
+            node.parsed = inodes.parse(node.owner, node.data, pointer, self.block_size)
+        found: Inode = node.parsed
+        return found
+
+    def inode_at(self, pointer: bytes) -> Inode:
+        """The inode in the inode block that a pointer of the inode table leads to."""
+        block, _, tag = _POINTER.unpack(pointer)
+        return self._parsed(self.store.node(block, tag, INODE, 0, None), pointer)
+
+    def directory(self, ino: int) -> Inode:
+        """A directory; raises ENOTDIR, StaleHandle."""
+        found = self.inode(ino)
+        if not found.is_dir:
+            raise FsError(errno.ENOTDIR)
+        return found
+
+
+class Transaction(View):
+    """A plan of changes on top of a snapshot."""
+
+    def __init__(
+        self,
+        store: Store,
+        word: int,
+        root: Node,
+        space: Space,
+        in_use: Callable[[int], bool],
+        removal: bool,
+        now: int,
+    ) -> None:
+        super().__init__(store, word, root)
+        self.in_use = in_use  # whether anybody holds an inode open; announces that it may go
+        self.space = space
+        self.removal = removal
+        space.keep = 0 if removal else self._kept_free()
+        self.now = now
+        self.next_ino = self.root.record.next_ino
+        self.orphans = self.root.record.orphans
+        self._inodes = self.root.record.inodes
+        self.removed: list[Inode] = []
+        self._dirty: dict[int, Inode | None] = {}
+        self._old: dict[int, bytes] = {}
+        self._dropped: list[tuple[bytes, int, int, int]] = []
+
+    # --- reading on top of the changes ---
+
+    def pointed(self, pointer: bytes, kind: int, level: int, owner: int) -> Node:
+        """The node that a packed pointer leads to, which may be one of this transaction's own."""
+        block, _, tag = _POINTER.unpack(pointer)
+        if tag == self.space.tag:
+            own = self.space.node(block, tag)
+            if own is not None:
+                return own
+        return self.store.node(block, tag, kind, level, owner)
+
+    def find_inode(self, ino: int) -> Inode | None:
+        """An inode as it will be, or None."""
+        if ino in self._dirty:
+            return self._dirty[ino]
+        return super().find_inode(ino)
+
+    # --- changes ---
+
+    def new_inode(self, record: InodeRecord, data: bytes = b"") -> Inode:
+        """A new inode with the next number."""
+        ino = self.next_ino
+        if ino > fmt.MAX_INO:
+            raise NoSpace("all inode numbers are used up: make a new filesystem")
+        self.next_ino += 1
+        self._inodes += 1
+        inode = Inode(ino, record._replace(payload_size=len(data)), data, b"", NULL)
+        self._dirty[ino] = inode
+        return inode
+
+    def put(self, inode: Inode) -> Inode:
+        """Have `inode` in the new root."""
+        self._dirty[inode.ino] = inode
+        return inode
+
+    def touch(self, ino: int, **changes: Any) -> Inode:
+        """Change fields of an inode's record, and its ctime."""
+        return self.put(self.inode(ino).evolve(ctime_ns=self.now, **changes))
+
+    def remove(self, inode: Inode) -> None:
+        """Have no such inode in the new root; all its blocks are released after the commit."""
+        self._inodes -= 1
+        self.removed.append(inode)
+        self._dirty[inode.ino] = None
+        record = inode.record
+        if record.payload == fmt.MAP:
+            self._drop_slots(inode.data, record.height, inode.ino)
+        elif record.payload == fmt.DIRTREE:
+            pointers = decode_interior(inode.data, len(inode.data) // 24).pointers
+            self._drop_children(pointers, record.height, inode.ino)
+        if record.xattr_pointer != NULL:
+            self._drop_slots(record.xattr_pointer, record.xattr_height, inode.ino)
+
+    def _drop_slots(self, slots: bytes, height: int, owner: int) -> None:
+        if height == 0:
+            self.space.replace_many(slots, radix.count_pointers(slots))
+            return
+        for at in range(0, len(slots), radix.SIZE):
+            pointer = slots[at : at + radix.SIZE]
+            if pointer != NULL:
+                self.drop(pointer, INDEX, height - 1, owner)
+
+    def _drop_children(self, pointers: bytes, height: int, owner: int) -> None:
+        for at in range(0, len(pointers), radix.SIZE):
+            kind = DIRNODE if height > 1 else DIRLEAF
+            self.drop(pointers[at : at + radix.SIZE], kind, height - 1, owner)
+
+    def drop(self, pointer: bytes, kind: int, level: int, owner: int) -> None:
+        """Release a whole subtree after the commit."""
+        self._dropped.append((pointer, kind, level, owner))
+        self.space.replaced_count += _POINTER.unpack(pointer)[1]
+
+    # --- ending ---
+
+    @property
+    def changed(self) -> bool:
+        """Whether there is anything to commit."""
+        return bool(self._dirty)
+
+    def _kept_free(self) -> int:
+        """Blocks that a change which is no removal leaves unclaimed, so that removals find some.
+
+        Where there are plenty this need not be watched.  Half of the reserve may be borrowed, so
+        that a full region can still be written over.
+        """
+        geometry = self.store.geometry
+        near = geometry.block_count - 4 * geometry.reserve - LARGEST_CLAIM
+        return geometry.reserve // 2 if self.root.record.used > near else 0
+
+    def seal(self) -> int:
+        """Build the new root; returns its block.
+
+        Raises NoSpace when the region would hold more than it may; removals may use the reserve.
+        """
+        leaves = [(ino, self._seal_inode(ino)) for ino in sorted(self._dirty)]
+        capacity = node_format.root_capacity(self.block_size)
+        table = radix.store_some(self, self.root.table, 0, leaves, capacity)
+        record = self.root.record
+        used = record.used + self.space.balance
+        geometry = self.store.geometry
+        room = geometry.block_count - (0 if self.removal else geometry.reserve)
+        if used > room and self.space.balance > 0:
+            raise NoSpace("the region is full")
+        new = RootRecord(
+            fsid=record.fsid,
+            sequence=self._next_sequence(),
+            next_ino=self.next_ino,
+            used=max(used, 1),
+            inodes=max(self._inodes, 0),
+            orphans=max(self.orphans, 0),
+            time_ns=self.now,
+            height=table.height,
+            slots=len(table.slots) // radix.SIZE,
+        )
+        self.space.replace(self.root.pointer)
+        body = ROOT_RECORD.pack(new) + table.slots
+        pointer = self.space.add_node(ROOT, 0, 0, 0, body)
+        block = int.from_bytes(pointer[:4], "little")
+        node = self.space.node(block, self.space.tag)
+        if node is not None:
+            node.parsed = Root(new, table, pointer)
+        return block
+
+    def _next_sequence(self) -> int:
+        """The number of this commit: fences, which make no root, count as well."""
+        last = self.root.record.sequence
+        fences = (words.split_commit(self.word)[0] - last) & words.SEQUENCE_MASK
+        return last + fences + 1
+
+    def _seal_inode(self, ino: int) -> bytes:
+        inode = self._dirty[ino]
+        if inode is None:
+            return NULL
+        pointer = self.space.add_node(INODE, 0, ino, 0, inode.body(), parsed=inode)
+        inode.pointer = pointer
+        return pointer
+
+    def release_dropped(self) -> None:
+        """After the commit: release the blocks of every dropped subtree.
+
+        The subtrees are unreachable, and only a collector may compete; what it took already is
+        skipped.
+        """
+        for pointer, kind, level, owner in self._dropped:
+            with suppress(Corrupt, Restart, ValueError):
+                self._release(pointer, kind, level, owner)
+
+    def _release(self, pointer: bytes, kind: int, level: int, owner: int) -> None:
+        blocks = self.store.blocks
+        if kind != DIRLEAF:
+            pointers = self._children(self.pointed(pointer, kind, level, owner))
+            if kind == INDEX and level == 0:
+                blocks.release(pointers)
+            else:
+                below = DIRLEAF if kind == DIRNODE and level == 1 else kind
+                for at in range(0, len(pointers), radix.SIZE):
+                    if pointers[at : at + radix.SIZE] != NULL:
+                        self._release(pointers[at : at + radix.SIZE], below, level - 1, owner)
+        blocks.release(pointer)
+
+    def _children(self, node: Node) -> bytes:
+        body = node.data[HEADER_SIZE:]
+        return body if node.kind == INDEX else body[8 * node.count :]
