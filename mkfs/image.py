@@ -1,0 +1,121 @@
+"""What a new filesystem consists of, as bytes.  Pure: no region, no clock, no chance of its own.
+
+The initial tree takes three blocks, claimed under one tag of slot 1 that is older than any
+that slot 1 will hand out:
+
+    block 0   root block, inode table of three pointers (null, 1, 2)
+    block 1   inode 1, the root directory
+    block 2   inode 2, the hidden directory of inodes without links
+"""
+
+from __future__ import annotations
+
+import random
+import stat
+from typing import NamedTuple
+
+from ivshmemfs.format import inode, node, peer, superblock, words
+from ivshmemfs.format.geometry import Geometry
+from ivshmemfs.region import crc32c
+
+ROOT_BLOCK = 0
+_INITIAL_SLOT = 1
+_INITIAL_COUNTER = 1
+
+
+class Parameters(NamedTuple):
+    """All that two filesystems of one geometry may differ in when they are new."""
+
+    uuid: bytes
+    label: str = ""
+    uid: int = 0
+    gid: int = 0
+    now_ns: int = 0
+
+
+class Image(NamedTuple):
+    """The parts of a new filesystem, in no order; `writer` knows the order of storing them."""
+
+    superblock: bytes
+    peer_table: bytes
+    tag: int  # of every block below
+    blocks: dict[int, bytes]
+    commit: int
+
+
+def _seal(kind: int, owner: int, tag: int, body: bytes) -> bytes:
+    used = node.HEADER_SIZE + len(body)
+    raw = node.HEADER.pack(node.HeaderRecord(0, kind, 0, 0, used, owner, tag)) + body
+    return crc32c(raw[4:]).to_bytes(4, "little") + raw[4:]
+
+
+def _directory(ino: int, permissions: int, tag: int, parameters: Parameters) -> bytes:
+    now = parameters.now_ns
+    record = inode.InodeRecord(
+        mode=stat.S_IFDIR | permissions,
+        nlink=2,
+        uid=parameters.uid,
+        gid=parameters.gid,
+        size=0,
+        blocks=1,
+        atime_ns=now,
+        mtime_ns=now,
+        ctime_ns=now,
+        btime_ns=now,
+        rdev=0,
+        parent=ino,
+        entries=0,
+        payload=inode.EMPTY,
+        height=0,
+        xattr_height=0,
+        payload_size=0,
+        xattr_size=0,
+        xattr_inline=0,
+        xattr_pointer=words.NULL,
+    )
+    return _seal(node.INODE, ino, tag, inode.INODE.pack(record))
+
+
+def _root(sequence: int, tag: int, parameters: Parameters) -> bytes:
+    pointers = words.NULL + words.POINTER.pack(1, 1, tag) + words.POINTER.pack(2, 1, tag)
+    record = node.RootRecord(
+        fsid=int.from_bytes(parameters.uuid[:8], "little"),
+        sequence=sequence,
+        next_ino=inode.FIRST_INO,
+        used=3,
+        inodes=2,
+        orphans=0,
+        time_ns=parameters.now_ns,
+        height=0,
+        slots=3,
+    )
+    return _seal(node.ROOT, 0, tag, node.ROOT_RECORD.pack(record) + pointers)
+
+
+def _peer_table(incarnations: list[int]) -> bytes:
+    slots = (words.make_state(words.FREE, incarnation, 0) for incarnation in incarnations)
+    return b"".join(word.to_bytes(peer.SLOT_SIZE, "little") for word in slots)
+
+
+def make_image(geometry: Geometry, parameters: Parameters, chance: random.Random) -> Image:
+    """A new filesystem for `geometry`.
+
+    `chance` gives the first commit sequence and each slot's first incarnation, so that neither
+    commit words nor tags of whatever stood on the region before come back.  Raises ValueError
+    when the label is too long.
+    """
+    sequence = chance.randrange(1, words.SEQUENCE_MASK)
+    incarnations = [chance.randrange(words.INCARNATION_MASK) for _ in range(geometry.peer_count)]
+    before = (incarnations[_INITIAL_SLOT - 1] - 1) & words.INCARNATION_MASK
+    tag = words.make_tag(_INITIAL_SLOT, before, _INITIAL_COUNTER)
+    return Image(
+        superblock.encode(parameters.uuid, parameters.label, geometry, parameters.now_ns),
+        _peer_table(incarnations),
+        tag,
+        {
+            ROOT_BLOCK: _root(sequence, tag, parameters),
+            1: _directory(inode.ROOT_INO, 0o755, tag, parameters),
+            2: _directory(inode.ORPHANS_INO, 0o700, tag, parameters),
+        },
+        words.make_commit(sequence, ROOT_BLOCK),
+    )
