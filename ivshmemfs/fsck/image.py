@@ -1,0 +1,125 @@
+"""Reading a region that may be damaged, hostile, or in use by live peers.
+
+An `Image` is the region as of one commit word.  The tag table is copied when it is opened, after
+the commit word was read: every block that this commit reaches is in the copy under the tag that
+its pointer says, however busily other peers claim and release.  What changes afterwards shows as a
+moved commit word, and then whatever was found does not count (`Overtaken`).
+"""
+
+from __future__ import annotations
+
+from array import array
+from typing import NamedTuple
+
+from ivshmemfs.errors import (
+    Corrupt,
+    ForeignFormat,
+    GeometryMismatch,
+    IvshmemfsError,
+    NotFormatted,
+    UnsupportedVersion,
+)
+from ivshmemfs.format import node as node_format
+from ivshmemfs.format import peer, superblock, words
+from ivshmemfs.format.geometry import COMMIT_OFFSET, Geometry
+from ivshmemfs.format.superblock import SUPERBLOCK, Superblock
+from ivshmemfs.region import Memory
+
+
+class Overtaken(Exception):
+    """Another peer committed while the region was being checked; start again."""
+
+
+class Superblocks(NamedTuple):
+    """Both copies as they stand, and what can be used of them."""
+
+    raw: bytes
+    copy: bytes
+    good: bytes  # that of the two which can be used
+    usable: Superblock  # the same, checked
+
+
+def read_superblocks(memory: Memory) -> Superblocks:
+    """Find a superblock that can be used.
+
+    Raises NotFormatted or ForeignFormat when there is none, UnsupportedVersion, GeometryMismatch,
+    or Corrupt when both copies are damaged.
+    """
+    if memory.length < node_format.HEADER_SIZE + superblock.COPY_OFFSET + SUPERBLOCK.size:
+        raise NotFormatted("the region is too small to carry a filesystem")
+    raw = memory.read(superblock.OFFSET, SUPERBLOCK.size)
+    copy = memory.read(superblock.COPY_OFFSET, SUPERBLOCK.size)
+    usable: dict[Superblock, bytes] = {}
+    errors: list[IvshmemfsError] = []
+    for candidate in (raw, copy):
+        try:
+            usable.setdefault(superblock.decode(candidate, memory.length), candidate)
+        except IvshmemfsError as error:
+            errors.append(error)
+    if usable:
+        chosen = max(usable, key=lambda s: (not s.read_only, _leads_to_root(memory, s)))
+        return Superblocks(raw, copy, usable[chosen], chosen)
+    order = (GeometryMismatch, UnsupportedVersion, Corrupt, ForeignFormat, NotFormatted)
+    raise _damaged_twice(min(errors, key=lambda e: order.index(type(e))))
+
+
+def _damaged_twice(error: IvshmemfsError) -> IvshmemfsError:
+    if isinstance(error, Corrupt):
+        return Corrupt(
+            f"the superblock and its copy are both damaged ({error}): what is on the region "
+            "cannot be reached any more"
+        )
+    return error
+
+
+def _leads_to_root(memory: Memory, candidate: Superblock) -> bool:
+    """Whether the commit word leads to a root of this very filesystem."""
+    geometry = candidate.geometry
+    _, block = words.split_commit(memory.load(COMMIT_OFFSET))
+    if block >= geometry.block_count:
+        return False
+    data = memory.read(
+        geometry.data_offset + block * geometry.block_size, node_format.ROOT_POINTERS
+    )
+    record = node_format.ROOT_RECORD.unpack(data, node_format.HEADER_SIZE)
+    return record.fsid == candidate.fsid
+
+
+class Image:
+    """The region as of one commit word."""
+
+    def __init__(self, memory: Memory, usable: Superblock) -> None:
+        self.memory = memory
+        self.superblock = usable
+        self.geometry: Geometry = usable.geometry
+        self.block_size = self.geometry.block_size
+        self.block_count = self.geometry.block_count
+        self.fanout = node_format.index_fanout(self.block_size)
+        self.commit = memory.load(COMMIT_OFFSET)
+        self.tags: array[int] = array("Q")
+        self.tags.frombytes(memory.read(self.geometry.tags_offset, self.block_count * words.WORD))
+        self.states = tuple(
+            memory.load(self.geometry.peers_offset + slot * peer.SLOT_SIZE)
+            for slot in range(self.geometry.peer_count)
+        )
+
+    @property
+    def moved(self) -> bool:
+        """Whether another peer committed since the image was opened."""
+        return self.memory.load(COMMIT_OFFSET) != self.commit
+
+    def block(self, number: int) -> bytes:
+        """A whole block, read once; the caller has checked that `number` is in range."""
+        at = self.geometry.data_offset + number * self.block_size
+        return self.memory.read(at, self.block_size)
+
+    def occupants(self) -> list[peer.Occupant]:
+        """Peer slots in use.  One that is just being joined is read again until it is whole."""
+        offset, count = self.geometry.peers_offset, self.geometry.peer_count
+        found: list[peer.Occupant] = []
+        for _ in range(3):
+            table = self.memory.read(offset, count * peer.SLOT_SIZE)
+            found = list(peer.occupants(table, count))
+            if all(p.identity_valid for p in found):
+                break
+        return found

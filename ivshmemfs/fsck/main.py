@@ -1,0 +1,82 @@
+"""fsck.ivshmemfs: the command.
+
+Exit codes as in fsck(8): 0 clean, 1 corrected, 4 errors left, 8 operational error, 16 usage.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+
+import click
+
+from ivshmemfs.errors import IvshmemfsError, UsageError
+from ivshmemfs.format.superblock import identify
+from ivshmemfs.fsck.checking import check
+from ivshmemfs.fsck.repairing import repair
+from ivshmemfs.fsck.report import Report
+from ivshmemfs.region import open_region
+
+CLEAN, CORRECTED, UNCORRECTED, OPERATIONAL, USAGE = 0, 1, 4, 8, 16
+
+
+def _echo(lines: Iterable[str]) -> None:
+    for line in lines:
+        click.echo(line)
+
+
+def _tell(report: Report, spec: str) -> None:
+    if report.before is not None and report.repairs:
+        _echo(report.before.lines())
+        _echo(f"repaired: {line}" for line in report.repairs)
+    _echo(report.lines())
+    many = "" if report.errors == 1 else "s"
+    verdict = "clean" if report.clean else f"{report.errors} contradiction{many}"
+    click.echo(f"{spec}: {verdict}; {report.summary}")
+
+
+def _run(spec: str, change: bool, force: bool) -> int:
+    with open_region(spec, readonly=not change, identify=identify) as region:
+        report = repair(region, force=force) if change else check(region)
+        _tell(report, region.spec)
+    if not report.clean:
+        return UNCORRECTED
+    corrected = report.repairs or (report.before and report.before.findings)
+    return CORRECTED if corrected else CLEAN
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("-n", "check_only", is_flag=True, help="Only check, store nothing (the default).")
+@click.option("-y", "change", is_flag=True, help="Repair whatever is wrong.")
+@click.option("-p", "-a", "preen", is_flag=True, help="The same as -y, as fsck(8) calls it.")
+@click.option("-f", "_always", is_flag=True, help="Accepted and ignored: it always checks.")
+@click.option("--force", is_flag=True, help="Repair although peers may be using the region.")
+@click.argument("region")
+def command(
+    check_only: bool, change: bool, preen: bool, _always: bool, force: bool, region: str
+) -> int:
+    """Check the filesystem on REGION, and repair it with -y.
+
+    Checking is possible at any time.  Repairing needs a region that nobody has mounted.
+    """
+    change = change or preen
+    if check_only and change:
+        raise click.UsageError("-n and -y exclude each other")
+    return _run(region, change, force)
+
+
+def main(args: list[str] | None = None, prog_name: str = "fsck.ivshmemfs") -> None:
+    """Entry point; leaves by SystemExit with an exit code of fsck(8)."""
+    try:
+        sys.exit(command.main(args, prog_name=prog_name, standalone_mode=False))
+    except click.ClickException as error:
+        error.show()
+        sys.exit(USAGE)
+    except click.Abort:
+        sys.exit(OPERATIONAL)
+    except UsageError as error:
+        click.echo(f"{prog_name}: {error}", err=True)
+        sys.exit(USAGE)
+    except (IvshmemfsError, OSError) as error:
+        click.echo(f"{prog_name}: {error}", err=True)
+        sys.exit(OPERATIONAL)

@@ -1,0 +1,140 @@
+"""Making one damaged inode sane: what its own block says, without looking at anything else.
+
+Nothing is invented: a field that contradicts the rest is cut down to what the rest supports.
+"""
+
+from __future__ import annotations
+
+import stat
+from typing import Any, NamedTuple
+
+from ivshmemfs.format import inode as ino_format
+from ivshmemfs.format import node as node_format
+from ivshmemfs.format import words, xattr
+from ivshmemfs.format.inode import INODE, PAYLOAD_OFFSET, InodeRecord
+from ivshmemfs.fsck.invariants import ALLOWED_PAYLOADS, MAX_SIZE, MODE_MASK, TARGET_MAX
+
+_PRIVATE = 0o600  # permissions of what turned out to be something else than it said
+
+
+class Mended(NamedTuple):
+    """An inode that does not contradict itself, and what was wrong with it before."""
+
+    record: InodeRecord
+    payload: bytes
+    xattr: bytes  # inline
+    changes: tuple[str, ...]
+
+    def body(self) -> bytes:
+        """Everything after the node header."""
+        return INODE.pack(self.record) + self.payload + self.xattr
+
+
+class _Draft:
+    """A record being changed; every change gets a word in the log."""
+
+    def __init__(self, record: InodeRecord) -> None:
+        self.record = record
+        self.changes: list[str] = []
+
+    def set(self, why: str, **fields: Any) -> None:
+        changed = self.record._replace(**fields)
+        if changed != self.record:
+            self.record = changed
+            self.changes.append(why)
+
+
+def mend(data: bytes) -> Mended:
+    """The inode in a whole inode block's bytes in use (at least PAYLOAD_OFFSET of them)."""
+    draft = _Draft(INODE.unpack(data, node_format.HEADER_SIZE))
+    _mend_payload_kind(draft)
+    _mend_type(draft)
+    payload = _mend_payload(draft, data[PAYLOAD_OFFSET:])
+    blob = _mend_xattr(draft, data[PAYLOAD_OFFSET + len(payload) :])
+    _mend_rest(draft)
+    return Mended(draft.record, payload, blob, tuple(draft.changes))
+
+
+def _mend_payload_kind(draft: _Draft) -> None:
+    record = draft.record
+    pointers = record.payload in (ino_format.MAP, ino_format.DIRTREE)
+    unknown = record.payload >= len(ino_format.PAYLOAD_NAMES)
+    if unknown or (pointers and record.height > node_format.MAX_HEIGHT):
+        draft.set(
+            f"what it held cannot be read (payload {record.payload}, {record.height} levels)",
+            payload=ino_format.EMPTY, height=0, size=0,
+        )  # fmt: skip
+    elif record.payload == ino_format.DIRTREE and not record.height:
+        draft.set("a directory tree without levels is empty", payload=ino_format.EMPTY)
+    elif not pointers:
+        draft.set("levels without pointers", height=0)
+
+
+def _mend_type(draft: _Draft) -> None:
+    """The payload tells better than the mode what something is, since it has a structure."""
+    record = draft.record
+    draft.set("impossible mode bits", mode=record.mode & MODE_MASK)
+    kind = stat.S_IFMT(draft.record.mode)
+    if record.payload in ALLOWED_PAYLOADS.get(kind, ()):
+        return
+    is_directory = record.payload in (ino_format.DIRLEAF, ino_format.DIRTREE)
+    new = stat.S_IFDIR | 0o700 if is_directory else stat.S_IFREG | _PRIVATE
+    named = "directory" if is_directory else "regular file"
+    draft.set(f"mode {record.mode:o} contradicts its contents: now a {named}", mode=new)
+
+
+def _mend_payload(draft: _Draft, rest: bytes) -> bytes:
+    record = draft.record
+    size = min(record.payload_size, len(rest))
+    if record.payload == ino_format.EMPTY:
+        size = 0
+    elif record.payload == ino_format.MAP:
+        size -= size % words.POINTER_SIZE
+    draft.set("its payload does not fit its block", payload_size=size)
+    if record.payload == ino_format.INLINE:
+        draft.set(f"its size was {record.size}, {size} bytes are there", size=size)
+    elif record.size > MAX_SIZE:
+        draft.set(f"its size was {record.size}", size=MAX_SIZE)
+    return rest[:size]
+
+
+def _mend_xattr(draft: _Draft, rest: bytes) -> bytes:
+    record = draft.record
+    outside = record.xattr_pointer != words.NULL
+    possible = 0 < record.xattr_size <= xattr.BLOB_MAX
+    if outside and not record.xattr_inline and possible:
+        if record.xattr_height > node_format.MAX_HEIGHT:
+            return _drop_xattr(draft)
+        return b""
+    blob = rest[: record.xattr_inline]
+    try:
+        xattr.decode(blob)
+        whole = len(blob) == record.xattr_inline == record.xattr_size and not outside
+    except ValueError:
+        whole = False
+    if whole and not record.xattr_height:
+        return blob
+    return _drop_xattr(draft)
+
+
+def _drop_xattr(draft: _Draft) -> bytes:
+    draft.set(
+        "its extended attributes are lost",
+        xattr_height=0, xattr_size=0, xattr_inline=0, xattr_pointer=words.NULL,
+    )  # fmt: skip
+    return b""
+
+
+def _mend_rest(draft: _Draft) -> None:
+    record = draft.record
+    if stat.S_ISLNK(record.mode) and not 1 <= record.size <= TARGET_MAX:
+        draft.set(
+            f"a symlink to {record.size} bytes: now a regular file", mode=stat.S_IFREG | _PRIVATE
+        )
+    kind = stat.S_IFMT(draft.record.mode)
+    if kind not in (stat.S_IFREG, stat.S_IFLNK):
+        draft.set("a size, and it is no file", size=0)
+    if kind not in (stat.S_IFCHR, stat.S_IFBLK):
+        draft.set("a device number, and it is no device", rdev=0)
+    if kind != stat.S_IFDIR:
+        draft.set("directory fields, and it is no directory", parent=0, entries=0)
