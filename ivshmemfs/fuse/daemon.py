@@ -1,0 +1,205 @@
+"""The process that serves a mount.
+
+In the background, the command forks once.  The parent waits on a pipe and ends with what the child
+reports: that the mount can be used, or one line that says why not.  The child is a session of its
+own, with / as its directory and /dev/null for its standard streams, so it outlives the terminal
+and keeps nothing busy.
+
+The report is `<exit code> <text>`; with exit code 0 the text, if any, is a notice for the user.  A
+pipe that closes without a report means that the child died.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import logging
+import os
+import signal
+import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext, suppress
+from typing import TYPE_CHECKING, NamedTuple, NoReturn
+
+from ivshmemfs.errors import IvshmemfsError, MountError
+from ivshmemfs.fuse import logs, mountpoint
+from ivshmemfs.fuse.options import MountOptions
+
+if TYPE_CHECKING:
+    from ivshmemfs.engine import Filesystem
+
+log = logging.getLogger(__name__)
+
+EXIT_INTERNAL = 4
+
+
+class Attached(NamedTuple):
+    """An engine that has joined its region."""
+
+    fs: Filesystem
+    source: str  # what df(1) shows as the device
+    notice: str = ""  # one line for whoever mounts
+
+
+#: Enters a region; leaves it at the end of the context.
+Attach = Callable[[], AbstractContextManager[Attached]]
+
+
+class DaemonError(MountError):
+    """The daemon could not start; the text and exit code are its own."""
+
+    def __init__(self, exit_code: int, message: str) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+def mount(
+    attach: Attach,
+    path: str,
+    options: MountOptions,
+    *,
+    foreground: bool = False,
+) -> str:
+    """Mount on *path*; return when the mount can be used, or with *foreground* when it has ended.
+
+    Returns a notice for the user, or "".  Raises IvshmemfsError.
+    """
+    target = mountpoint.check(path)
+    mountpoint.check_fuse_device()
+    if options.log is not None:
+        options.log = os.path.abspath(options.log)
+    if foreground:
+        logs.configure(options.log, foreground=True)
+        try:
+            _serve(attach, target, options, lambda _notice: None)
+        except IvshmemfsError:
+            raise
+        except Exception as error:
+            raise _bug(target, error) from error
+        return ""
+    return _in_background(attach, target, options)
+
+
+def _in_background(attach: Attach, target: str, options: MountOptions) -> str:
+    receiving, sending = os.pipe()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    child = os.fork()
+    if child == 0:
+        os.close(receiving)
+        _be_daemon(attach, target, options, sending)
+    os.close(sending)
+    try:
+        with os.fdopen(receiving, "rb") as pipe:
+            report = pipe.read().decode(errors="surrogateescape")
+    except KeyboardInterrupt:
+        os.kill(child, signal.SIGTERM)
+        raise
+    if not report:
+        _pid, status = os.waitpid(child, 0)
+        raise DaemonError(EXIT_INTERNAL, f"the daemon died before it was ready: {_death(status)}")
+    code, _blank, text = report.partition(" ")
+    if code != "0":
+        raise DaemonError(int(code), text)
+    return text
+
+
+def _bug(target: str, error: BaseException) -> DaemonError:
+    """Log the traceback of what nobody expected to end the daemon."""
+    log.critical("%s: the daemon ends", target, exc_info=error)
+    return DaemonError(EXIT_INTERNAL, f"internal error: {type(error).__name__}: {error}")
+
+
+def _death(status: int) -> str:
+    if os.WIFSIGNALED(status):
+        return f"signal {os.WTERMSIG(status)}"
+    return f"exit code {os.waitstatus_to_exitcode(status)}"
+
+
+# --- the child --------------------------------------------------------------------------------
+
+
+def _be_daemon(attach: Attach, target: str, options: MountOptions, pipe: int) -> NoReturn:
+    """Serve the mount in this process and end it; never returns into the caller's code."""
+    reported = False
+
+    def report(code: int, text: str) -> None:
+        nonlocal reported
+        if not reported:
+            reported = True
+            line = " ".join(text.split())
+            with suppress(OSError):  # the parent may be gone
+                os.write(pipe, f"{code} {line}".encode(errors="surrogateescape"))
+            os.close(pipe)
+
+    code = 0
+    try:
+        _detach(pipe)
+        logs.configure(options.log, foreground=False)
+        _serve(attach, target, options, lambda notice: report(0, notice))
+    except IvshmemfsError as error:
+        code = error.exit_code
+        log.error("%s: %s", target, error)
+        report(code, str(error) or type(error).__name__)
+    except BaseException as error:
+        code = EXIT_INTERNAL
+        report(code, str(_bug(target, error)))
+    finally:
+        os._exit(code)
+
+
+def _detach(pipe: int) -> None:
+    """Let go of the terminal, of inherited descriptors and of the current directory's use."""
+    os.setsid()
+    null = os.open(os.devnull, os.O_RDWR)
+    for stream in (0, 1, 2):
+        os.dup2(null, stream)
+    os.closerange(3, pipe)
+    os.closerange(pipe + 1, os.sysconf("SC_OPEN_MAX"))
+
+
+def _serve(
+    attach: Attach, target: str, options: MountOptions, on_ready: Callable[[str], None]
+) -> None:
+    """Enter the region, mount, serve, leave; *on_ready* gets the notice for the user."""
+    # Imported here: trio and pyfuse3 take longer to load than everything else together, and the
+    # parent process of a background mount never needs them.
+    from ivshmemfs.fuse.session import Session
+
+    faulthandler.enable()
+    with attach() as attached:
+        os.chdir("/")
+        if attached.notice:
+            log.warning("%s: %s", target, attached.notice)
+        session = Session(attached.fs, target, attached.source, options)
+        lifeline = mountpoint.hold_lifeline(session.device or "")
+        try:
+            session.run(lambda: on_ready(attached.notice))
+        except OSError as error:
+            raise MountError(f"the FUSE connection broke: {error}") from error
+    # Only now, with the region left behind, may whoever waits for the end of this mount go on.
+    if lifeline is not None:
+        lifeline.close()
+
+
+def umount(path: str, *, lazy: bool = False, seconds: float = 10.0) -> None:
+    """Unmount *path* and wait until its daemon has left the region.
+
+    A mount whose daemon is dead is detached.  Raises MountError.
+    """
+    target = mountpoint.resolve(path)
+    entry = mountpoint.find(target)
+    if entry is None:
+        raise MountError(f"{path} is not mounted")
+    if entry.fstype != mountpoint.FSTYPE:
+        raise MountError(f"{path} is not an ivshmemfs mount but {entry.fstype}")
+    grip = mountpoint.grasp_lifeline(entry.device)
+    with grip or nullcontext():
+        try:
+            mountpoint.unmount(target, lazy=lazy or grip is None)
+        except mountpoint.BusyMount:
+            raise mountpoint.BusyMount(
+                f"{path} is in use: end what uses it ('fuser -vm {path}' tells), "
+                f"or detach it now with 'ivshmemfs umount --lazy {path}'"
+            ) from None
+        if grip is not None and not lazy and not mountpoint.wait_for_end(grip, seconds):
+            raise MountError(f"{path} is unmounted, but its daemon has not ended yet")

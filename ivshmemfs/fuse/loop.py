@@ -1,0 +1,268 @@
+"""How the daemon waits for the next request: trio, with its two costly steps replaced.
+
+pyfuse3 runs several worker tasks.  One at a time holds a lock, waits until the FUSE descriptor is
+readable and reads one request; then it lets go of the lock and handles the request.  On plain trio
+each of these two steps ends in a trip through trio's scheduler, which costs more than everything
+else that a request needs.  pyfuse3 reaches trio through its module attribute ``trio`` alone (its
+own asyncio mode replaces that attribute too), so a `Loop` put there changes both steps:
+
+- **the lock** (`Gate`) is taken without a scheduling point when nobody holds it, and it is not
+  handed on when it is released: the worker that has just answered usually reads the next request
+  itself.  Another worker is woken only when the first one cannot go on, which is when its handler
+  pauses (`Loop.pause`) or the worker ends.  Nothing else in a handler suspends.
+- **the wait** asks the kernel first, then polls for about 50 us (not on a single CPU, where that
+  would keep the client from running), then blocks in poll(2) for a few milliseconds, and only then
+  goes to trio.  With no requests coming, all the time is spent in trio: idle costs nothing.
+
+Other tasks (signals, the once-a-second upkeep) get their turn by a forced checkpoint after 64
+requests or 2 ms.
+
+States of a worker: *parked* (another one holds the gate) -> *reading* (holds the gate) ->
+*handling* (does not) -> *reading* or *parked* again.  Invariant: while any worker exists that is
+not in a pause, one of them holds the gate or is on its way to take it.
+
+A worker also survives what would end pyfuse3's main loop: an exception that escapes from request
+handling is logged and the worker goes on, and a request that vanished between poll(2) and read(2)
+(its process was killed) ends in EAGAIN, because the descriptor is non-blocking, instead of in a
+read that blocks the whole process.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import select
+import time
+import types
+from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
+from typing import Any
+
+import pyfuse3
+import trio
+
+from ivshmemfs.errors import MountError
+
+log = logging.getLogger(__name__)
+
+#: Requests handled in a row before other tasks get a turn.
+REQUESTS_PER_TURN = 64
+#: Seconds after which other tasks get a turn, however few requests there were.
+SECONDS_PER_TURN = 0.002
+#: Seconds of busy polling after a request, when there is a second CPU.
+SPIN_SECONDS = 50e-6
+#: Milliseconds that a worker may block in poll(2), and so delay every other task, when idle.
+NAP_MILLISECONDS = 5
+#: Failures, less than a second apart, after which a worker gives up.
+MAX_FAILURES = 100
+
+
+@types.coroutine
+def _nothing() -> Generator[Any, Any, None]:
+    return
+    yield
+
+
+#: An awaitable that is done.  An exhausted generator may be awaited again and again, and costs a
+#: quarter of an object with __await__, a sixth of a coroutine.
+_DONE: Awaitable[None] = _nothing()
+with suppress(StopIteration):
+    _DONE.send(None)  # type: ignore[attr-defined]
+
+
+class Gate:
+    """The lock that makes one worker at a time read; see the module's comment."""
+
+    __slots__ = ("_held", "_parked", "_requests_left", "_turn_ends")
+
+    def __init__(self) -> None:
+        self._held = False
+        self._requests_left = REQUESTS_PER_TURN
+        self._turn_ends = 0.0
+        self._parked = trio.lowlevel.ParkingLot()
+
+    def __aenter__(self) -> Awaitable[None]:
+        left = self._requests_left
+        # The clock is looked at after every eighth request only.
+        if self._held or (not left & 7 and (left <= 0 or time.monotonic() > self._turn_ends)):
+            return self._enter()
+        self._requests_left = left - 1
+        self._held = True
+        return _DONE
+
+    def __aexit__(self, *_error: object) -> Awaitable[None]:
+        self._held = False
+        return _DONE
+
+    async def _enter(self) -> None:
+        if not self._held:
+            await trio.lowlevel.checkpoint()
+            self.new_turn()
+        while self._held:
+            await self._parked.park()
+        self._requests_left -= 1
+        self._held = True
+
+    def new_turn(self) -> None:
+        """Note that every other task has just had its chance to run."""
+        self._requests_left = REQUESTS_PER_TURN
+        self._turn_ends = time.monotonic() + SECONDS_PER_TURN
+
+    def pass_on(self) -> None:
+        """Wake one parked worker, because the caller will not read the next request."""
+        self._parked.unpark()
+
+
+class Loop:
+    """Stands in for the module ``trio`` inside pyfuse3.
+
+    *before_wait* is called with the FUSE descriptor before each wait until it returns True: the
+    place where the connection is set up (see `handshake`).  With *polling* False everything else
+    is left to plain trio, for comparison.
+    """
+
+    ClosedResourceError = trio.ClosedResourceError
+
+    def __init__(self, before_wait: Callable[[int], bool], *, polling: bool = True) -> None:
+        self.polling = polling
+        self.lowlevel = self  # pyfuse3 asks for trio.lowlevel.<name>
+        self._before_wait = before_wait
+        self._gate = Gate()
+        self._pauses = 0
+        self._fd = -1
+        self._spin = _useful_spin()
+        #: Returns when the descriptor has a request, or an end, to report.
+        self.wait_readable: Callable[[int], Awaitable[None]] = self._wait_while_opening
+
+    def __getattr__(self, name: str) -> Any:
+        """Whatever is not replaced here is trio's."""
+        found = getattr(trio.lowlevel, name, None)
+        return found if found is not None else getattr(trio, name)
+
+    @contextmanager
+    def installed(self) -> Iterator[None]:
+        """Let pyfuse3 use this loop for the length of a ``with`` block."""
+        setattr(pyfuse3, "trio", self)
+        try:
+            yield
+        finally:
+            setattr(pyfuse3, "trio", trio)
+
+    def adapt(self) -> None:
+        """Look again at what may change while the daemon runs: the CPUs that it may use."""
+        spin = _useful_spin()
+        if spin != self._spin and self._fd >= 0 and self.polling:
+            self._spin = spin
+            self.wait_readable = self._polling_wait()
+
+    # --- what pyfuse3 calls ---------------------------------------------------------------
+
+    def Lock(self) -> Any:
+        """The lock that the workers share."""
+        return self._gate if self.polling else trio.Lock()
+
+    @asynccontextmanager
+    async def open_nursery(self) -> AsyncIterator[Workers]:
+        """A nursery whose tasks are the workers."""
+        async with trio.open_nursery() as nursery:
+            yield Workers(nursery, self)
+
+    def _wait_while_opening(self, fd: int) -> Awaitable[None]:
+        """The wait until the connection is open; then another one takes its place."""
+        if not self._before_wait(fd):
+            return trio.lowlevel.wait_readable(fd)
+        os.set_blocking(fd, False)
+        self._fd = fd
+        self.wait_readable = self._polling_wait() if self.polling else trio.lowlevel.wait_readable
+        return self.wait_readable(fd)
+
+    def _polling_wait(self) -> Callable[[int], Awaitable[None]]:
+        """The wait for the CPUs that there are: a closure, because it runs for each request."""
+        poll = select.poll()
+        poll.register(self._fd, select.POLLIN)
+        ready, clock, spin = poll.poll, time.monotonic, self._spin
+
+        def wait(fd: int) -> Awaitable[None]:
+            if ready(0 if self._pauses else NAP_MILLISECONDS):
+                return _DONE
+            return self._wait_in_trio(fd)
+
+        def spin_and_wait(fd: int) -> Awaitable[None]:
+            if ready(0):
+                return _DONE
+            end = clock() + spin
+            while clock() < end:
+                if ready(0):
+                    return _DONE
+            return wait(fd)
+
+        return spin_and_wait if spin else wait
+
+    async def _wait_in_trio(self, fd: int) -> None:
+        await trio.lowlevel.wait_readable(fd)
+        self._gate.new_turn()
+
+    # --- what the rest of this package calls ----------------------------------------------
+
+    async def pause(self, seconds: float) -> None:
+        """Sleep inside a request handler while other workers take over the reading."""
+        self._pauses += 1
+        self._gate.pass_on()
+        try:
+            await trio.sleep(seconds)
+        finally:
+            self._pauses -= 1
+
+    def worker_ended(self) -> None:
+        """Somebody else must read from now on."""
+        self._gate.pass_on()
+
+
+def _useful_spin() -> float:
+    """Seconds of busy polling: none on a single CPU, where the client could not run meanwhile."""
+    return SPIN_SECONDS if len(os.sched_getaffinity(0)) > 1 else 0.0
+
+
+class Workers:
+    """The nursery that pyfuse3 starts its workers in; each is supervised."""
+
+    def __init__(self, nursery: trio.Nursery, loop: Loop) -> None:
+        self._nursery = nursery
+        self._loop = loop
+
+    def start_soon(self, worker: Callable[..., Awaitable[None]], *args: Any, name: str) -> None:
+        """Start *worker*; the arguments are what pyfuse3 passes to each."""
+        self._nursery.start_soon(self._supervise, worker, args, name=name)
+
+    async def _supervise(self, worker: Callable[..., Awaitable[None]], args: Any) -> None:
+        """Run *worker* until it ends by itself, whatever exceptions a single request causes.
+
+        Raises MountError when the connection could not be set up, and the worker's own error
+        when it fails again and again, which means that the FUSE descriptor itself fails.
+        """
+        failures = 0
+        last_failure = 0.0
+        try:
+            while True:
+                try:
+                    await worker(*args)
+                    return
+                except MountError:
+                    raise
+                except Exception as error:
+                    if _withdrawn(error):
+                        continue
+                    now = time.monotonic()
+                    failures = failures + 1 if now - last_failure < 1.0 else 1
+                    last_failure = now
+                    if failures >= MAX_FAILURES:
+                        raise
+                    log.error("a request failed outside of its handler", exc_info=error)
+        finally:
+            self._loop.worker_ended()
+
+
+def _withdrawn(error: Exception) -> bool:
+    """Whether a request was taken back before it was read, because its process was killed."""
+    return isinstance(error, OSError) and error.errno in (errno.EAGAIN, errno.ENOENT)

@@ -1,0 +1,169 @@
+"""The ``-o`` options of a mount: what each means, and where it goes.
+
+Three kinds: options of the kernel's mount, handed to fusermount3 as they are; options of this
+filesystem; and words that only fstab and mount(8) care about, which are ignored.
+"""
+
+from __future__ import annotations
+
+import grp
+import os
+import pwd
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+from ivshmemfs.errors import UsageError
+
+#: Handed to the kernel by fusermount3.
+_KERNEL_FLAGS = frozenset(
+    (
+        *("sync", "async", "dirsync", "exec", "noexec", "atime", "noatime", "diratime"),
+        *("nodiratime", "lazytime", "nolazytime", "relatime", "norelatime", "strictatime"),
+        "nostrictatime",
+    )
+)
+#: Always so, or meant for mount(8) and fstab.
+_IGNORED = frozenset(
+    (
+        *("defaults", "auto", "noauto", "user", "nouser", "users", "owner", "group", "nofail"),
+        *("_netdev", "nosuid", "nodev", "default_permissions", "silent", "loud"),
+    )
+)
+#: How the daemon waits for requests; see `loop`.
+LOOPS = ("poll", "trio")
+
+
+@dataclass
+class MountOptions:
+    """What the user asked for."""
+
+    readonly: bool = False
+    allow_other: bool = False
+    suid: bool = False
+    dev: bool = False
+    #: Present every file as owned by this user or group; None presents the stored owner.
+    uid: int | None = None
+    gid: int | None = None
+    #: Permission bits taken away from every file, as it is presented.
+    umask: int = 0
+    #: Open files through the page cache, so that shared mappings work on kernels before 6.6.
+    mmap: bool = False
+    loop: str = "poll"
+    log: str | None = None
+    kernel_flags: list[str] = field(default_factory=list)
+
+
+def parse(groups: Iterable[str]) -> MountOptions:
+    """Parse the arguments of all ``-o`` options; a later word overrides an earlier one.
+
+    Raises UsageError that names the offending word.
+    """
+    options = MountOptions()
+    for word in (word for group in groups for word in group.split(",")):
+        if word:
+            _apply(options, word)
+    _check(options)
+    return options
+
+
+def _apply(options: MountOptions, word: str) -> None:
+    name, equals, value = word.partition("=")
+    if equals:
+        if name.startswith(("x-", "X-", "comment")):
+            return
+        setter = _VALUED.get(name)
+        if setter is None:
+            raise UsageError(f"unknown mount option '{word}': see 'ivshmemfs mount --help'")
+        if not value:
+            raise UsageError(f"mount option '{name}' needs a value")
+        setter(options, value)
+    elif name in _VALUED:
+        raise UsageError(f"mount option '{name}' needs a value: {name}=...")
+    elif name in _FLAGS:
+        attribute, flag = _FLAGS[name]
+        setattr(options, attribute, flag)
+    elif name in _KERNEL_FLAGS:
+        options.kernel_flags.append(name)
+    elif name not in _IGNORED and not name.startswith(("x-", "X-")):
+        raise UsageError(f"unknown mount option '{word}': see 'ivshmemfs mount --help'")
+    if name in ("nosuid", "nodev"):
+        setattr(options, name.removeprefix("no"), False)
+
+
+def _check(options: MountOptions) -> None:
+    for name in ("suid", "dev"):
+        if getattr(options, name) and os.geteuid() != 0:
+            raise UsageError(f"mount option '{name}' is for root alone")
+
+
+def fusermount_options(options: MountOptions, source: str) -> str:
+    """The options in fusermount3's syntax; *source* is what df(1) shows as the device."""
+    escaped = source.replace("\\", "\\\\").replace(",", "\\,")
+    words = [f"fsname={escaped}", "subtype=ivshmemfs", *_common(options)]
+    return ",".join(words)
+
+
+def libfuse_options(options: MountOptions, source: str) -> set[str]:
+    """The options for a mount by libfuse itself, which takes them one by one, in ASCII."""
+    escaped = re.sub(r"[^ -~]|[,\\]", "?", source)
+    return {f"fsname={escaped}", "subtype=ivshmemfs", *_common(options)}
+
+
+def _common(options: MountOptions) -> list[str]:
+    words = ["ro" if options.readonly else "rw", "default_permissions"]
+    words += [name for name in ("allow_other", "suid", "dev") if getattr(options, name)]
+    return words + options.kernel_flags
+
+
+# --- the words --------------------------------------------------------------------------------
+
+
+def _set_uid(options: MountOptions, value: str) -> None:
+    options.uid = _identity("uid", value, lambda name: pwd.getpwnam(name).pw_uid)
+
+
+def _set_gid(options: MountOptions, value: str) -> None:
+    options.gid = _identity("gid", value, lambda name: grp.getgrnam(name).gr_gid)
+
+
+def _identity(option: str, value: str, lookup: Callable[[str], int]) -> int:
+    if re.fullmatch("[0-9]+", value) and int(value) < 2**32 - 1:
+        return int(value)
+    try:
+        return lookup(value)
+    except KeyError:
+        raise UsageError(f"mount option '{option}={value}': no such number or name") from None
+
+
+def _set_umask(options: MountOptions, value: str) -> None:
+    if not re.fullmatch("[0-7]{1,4}", value) or int(value, 8) > 0o777:
+        raise UsageError(f"mount option 'umask={value}': give an octal number up to 777")
+    options.umask = int(value, 8)
+
+
+def _set_loop(options: MountOptions, value: str) -> None:
+    if value not in LOOPS:
+        raise UsageError(f"mount option 'loop={value}': give one of {', '.join(LOOPS)}")
+    options.loop = value
+
+
+def _set_log(options: MountOptions, value: str) -> None:
+    options.log = value
+
+
+_FLAGS: dict[str, tuple[str, bool]] = {
+    "ro": ("readonly", True),
+    "rw": ("readonly", False),
+    "allow_other": ("allow_other", True),
+    "suid": ("suid", True),
+    "dev": ("dev", True),
+    "mmap": ("mmap", True),
+}
+_VALUED: dict[str, Callable[[MountOptions, str], None]] = {
+    "uid": _set_uid,
+    "gid": _set_gid,
+    "umask": _set_umask,
+    "loop": _set_loop,
+    "log": _set_log,
+}
