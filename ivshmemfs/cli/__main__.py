@@ -1,0 +1,5 @@
+"""`python -m ivshmemfs.cli`"""
+
+from ivshmemfs.cli.main import main
+
+main()

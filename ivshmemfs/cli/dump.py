@@ -1,0 +1,210 @@
+"""`dump`: what stands on a region, field by field, from the one declaration of the format."""
+
+from __future__ import annotations
+
+from array import array
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import click
+
+from ivshmemfs.cli.output import table
+from ivshmemfs.errors import IvshmemfsError, UsageError
+from ivshmemfs.format import inode, node, peer, superblock, words
+from ivshmemfs.format.geometry import COMMIT_OFFSET, HINT_OFFSET, Geometry
+from ivshmemfs.format.peer import printable
+from ivshmemfs.format.record import Layout
+from ivshmemfs.region import Region, open_region
+
+HELP = """Show the bytes on REGION, field by field.
+
+\b
+WHAT is one of:
+  superblock   (the default)
+  copy         the superblock's copy
+  words        commit word and hint word
+  peers        the slots that are in use
+  tags         who has claimed how many blocks
+  root         the root block
+  inode:N      inode number N
+  block:N      block number N
+  all          superblock, words, peers, tags, root
+"""
+
+
+@click.command("dump", help=HELP)
+@click.argument("region")
+@click.argument("what", default="superblock")
+def dump_command(region: str, what: str) -> None:
+    """Show the bytes on REGION, field by field."""
+    name, colon, number = what.partition(":")
+    with open_region(region, readonly=True, identify=superblock.identify) as opened:
+        if colon:
+            show = _NUMBERED.get(name)
+            if show is None or not number.isdecimal():
+                raise UsageError(f"nothing is called '{what}': see 'ivshmemfs dump --help'")
+            lines = show(opened, int(number))
+        else:
+            simple = _SIMPLE.get(name)
+            if simple is None:
+                raise UsageError(f"nothing is called '{what}': see 'ivshmemfs dump --help'")
+            lines = simple(opened)
+        for line in lines:
+            click.echo(line)
+
+
+# --- the parts --------------------------------------------------------------------------------
+
+
+def _superblock(region: Region, offset: int = superblock.OFFSET) -> Iterator[str]:
+    raw = region.memory.read(offset, superblock.SUPERBLOCK.size)
+    yield f"superblock at {offset}"
+    yield from _record(superblock.SUPERBLOCK, superblock.SUPERBLOCK.unpack(raw))
+    try:
+        superblock.decode(raw, region.size)
+        yield "  -> as it should be"
+    except IvshmemfsError as error:
+        yield f"  -> {error}"
+
+
+def _copy(region: Region) -> Iterator[str]:
+    yield from _superblock(region, superblock.COPY_OFFSET)
+
+
+def _words(region: Region) -> Iterator[str]:
+    commit = region.memory.load(COMMIT_OFFSET)
+    sequence, block = words.split_commit(commit)
+    meaning = f"sequence {sequence}, root block {block}"
+    yield f"commit word at {COMMIT_OFFSET}: {commit:#018x} = {meaning}"
+    hint = region.memory.load(HINT_OFFSET)
+    holder = f"slot {hint >> words.SLOT_SHIFT}" if hint else "nobody"
+    yield f"hint word at {HINT_OFFSET}: {hint:#018x} = {holder} is committing"
+
+
+def _peers(region: Region) -> Iterator[str]:
+    geometry = _geometry(region)
+    size = geometry.peer_count * peer.SLOT_SIZE
+    slots = region.memory.read(geometry.peers_offset, size)
+    yield f"{geometry.peer_count} peer slots at {geometry.peers_offset}"
+    for occupant in peer.occupants(slots, geometry.peer_count):
+        at = geometry.peers_offset + (occupant.slot - 1) * peer.SLOT_SIZE
+        whole = "" if occupant.identity_valid else ", its identity is not whole"
+        yield f"slot {occupant.slot} at {at}: {_state(occupant.record.state)}{whole}"
+        yield from _record(peer.SLOT, occupant.record)
+
+
+def _tags(region: Region) -> Iterator[str]:
+    geometry = _geometry(region)
+    raw = region.memory.read(geometry.tags_offset, geometry.block_count * words.WORD)
+    claims = Counter(tag >> words.INCARNATION_SHIFT for tag in array("Q", raw) if tag)
+    yield f"{geometry.block_count} tags at {geometry.tags_offset}: {claims.total()} claimed"
+    rows = []
+    for claim, count in sorted(claims.items()):
+        slot, incarnation, _counter = words.split_tag(claim << words.INCARNATION_SHIFT)
+        rows.append((f"  slot {slot}", f"incarnation {incarnation}", f"{count} blocks"))
+    if rows:
+        yield table(rows)
+
+
+def _root(region: Region) -> Iterator[str]:
+    _sequence, block = words.split_commit(region.memory.load(COMMIT_OFFSET))
+    yield from _block(region, block)
+
+
+def _inode(region: Region, number: int) -> Iterator[str]:
+    from ivshmemfs.engine import Filesystem
+
+    found = Filesystem.mount(region, readonly=True).view().inode(number)
+    block, _weight, _tag = words.POINTER.unpack(found.pointer)
+    yield from _block(region, block)
+
+
+def _block(region: Region, block: int) -> Iterator[str]:
+    geometry = _geometry(region)
+    if block >= geometry.block_count:
+        raise UsageError(f"there is no block {block}: the region has {geometry.block_count}")
+    at = geometry.data_offset + block * geometry.block_size
+    tag = region.memory.load(geometry.tags_offset + block * words.WORD)
+    yield f"block {block} at {at}, {_claim(tag)}"
+    raw = region.memory.read(at, geometry.block_size)
+    header = node.HEADER.unpack(raw)
+    if not tag or header.tag != tag or header.kind not in node.KIND_NAMES:
+        yield "  file data or free: it has no header of a metadata block"
+        return
+    yield from _record(node.HEADER, header)
+    if header.kind == node.ROOT:
+        yield from _record(node.ROOT_RECORD, node.ROOT_RECORD.unpack(raw, node.HEADER_SIZE))
+        yield from _pointers(raw[node.ROOT_POINTERS : header.used])
+    elif header.kind == node.INODE:
+        yield from _record(inode.INODE, inode.INODE.unpack(raw, node.HEADER_SIZE))
+    elif header.kind == node.INDEX:
+        yield from _pointers(raw[node.HEADER_SIZE : header.used])
+
+
+def _all(region: Region) -> Iterator[str]:
+    for part in (_superblock, _words, _peers, _tags, _root):
+        yield from part(region)
+
+
+_SIMPLE: dict[str, Callable[[Region], Iterator[str]]] = {
+    "superblock": _superblock,
+    "copy": _copy,
+    "words": _words,
+    "peers": _peers,
+    "tags": _tags,
+    "root": _root,
+    "all": _all,
+}
+_NUMBERED: dict[str, Callable[[Region, int], Iterator[str]]] = {"inode": _inode, "block": _block}
+
+
+# --- how values look --------------------------------------------------------------------------
+
+
+def _geometry(region: Region) -> Geometry:
+    raw = region.memory.read(0, superblock.SUPERBLOCK.size)
+    return superblock.decode(raw, region.size).geometry
+
+
+def _record(layout: Layout[Any], record: tuple[Any, ...]) -> Iterator[str]:
+    rows = [
+        (f"  {field.offset:4}", field.name, _value(field.name, value), field.doc)
+        for field, value in zip(layout.fields, record, strict=True)
+    ]
+    yield table(rows)
+
+
+def _value(name: str, value: object) -> str:
+    if isinstance(value, bytes):
+        stripped = value.rstrip(b"\0")
+        if name in ("label", "host", "version"):
+            return repr(printable(stripped.decode(errors="backslashreplace")))
+        return stripped.hex() or "0"
+    if not isinstance(value, int):
+        return str(value)
+    if name == "mode":
+        return f"{value:#o}"
+    if name in ("state", "tag", "crc", "fsid") or name.endswith("signature"):
+        return f"{value:#x}"
+    return str(value)
+
+
+def _state(word: int) -> str:
+    state, incarnation, counter = words.split_state(word)
+    name = words.STATE_NAMES[state] if state < len(words.STATE_NAMES) else f"state {state}"
+    return f"{name}, incarnation {incarnation}, counter {counter}"
+
+
+def _claim(tag: int) -> str:
+    if not tag:
+        return "free"
+    slot, incarnation, counter = words.split_tag(tag)
+    return f"claimed by slot {slot}, incarnation {incarnation}, transaction {counter}"
+
+
+def _pointers(raw: bytes) -> Iterator[str]:
+    whole = len(raw) - len(raw) % words.POINTER_SIZE
+    for index, (block, weight, tag) in enumerate(words.POINTER.iter_unpack(raw[:whole])):
+        if tag:
+            yield f"  pointer {index}: block {block}, weight {weight}, tag {tag:#x}"

@@ -1,0 +1,231 @@
+"""`lock`: run a command while holding a lock that counts on every machine.
+
+The command itself becomes a peer of the region that FILE's mount shows, for as long as it holds
+the lock; while it waits it only looks.  So the lock needs nobody's help to be freed: when this
+process or its machine dies, others see that as they see it of any peer.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ivshmemfs.errors import Busy, LockLost, UsageError
+from ivshmemfs.fuse.mountpoint import FSTYPE, mounted
+
+if TYPE_CHECKING:
+    from ivshmemfs.engine import FileLock, Filesystem
+    from ivshmemfs.region import Region
+
+#: Seconds between two looks while waiting: at first, and at most.
+FIRST_WAIT, LONGEST_WAIT = 0.002, 0.05
+#: Seconds between two signs of life of a holder.
+PULSE = 0.5
+#: Seconds that a command gets to end when the lock is lost.
+MERCY = 2.0
+#: Seconds that giving the lock back may take; the end of this process frees it anyway.
+GIVE_BACK = 5.0
+
+_PR_SET_PDEATHSIG = 1
+
+
+@click.command("lock", context_settings={"allow_interspersed_args": False})
+@click.argument("file", type=click.Path())
+@click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
+@click.option("-n", "--nonblock", is_flag=True, help="Fail at once when it is held.")
+@click.option(
+    "-w", "--wait", "seconds", type=float, metavar="SECONDS", help="Wait so long at most."
+)
+@click.option(
+    "-E", "--conflict-exit-code", "conflict", type=int, default=1, metavar="N", show_default=True,
+    help="What to end with when the lock was not to be had.",
+)  # fmt: skip
+def lock_command(
+    file: str, command: tuple[str, ...], nonblock: bool, seconds: float | None, conflict: int
+) -> int:
+    """Run COMMAND while holding a lock on FILE that counts on every machine.
+
+    FILE is on a mount, and is made if it does not exist.  The death of the holder or of its
+    machine frees the lock; a machine that shows no life for ten seconds counts as dead, and when
+    it was only paused, COMMAND is ended there as soon as it wakes up.
+
+    Ends with COMMAND's exit code.  Needs access to the region itself, as mounting does.
+    """
+    words = command[1:] if command[0] == "--" else command
+    if not words:
+        raise UsageError("name a command: ivshmemfs lock FILE -- COMMAND")
+    patience = 0.0 if nonblock else seconds
+    with _opened(file) as fd, _region_of(fd, file) as region:
+        ino = os.fstat(fd).st_ino
+        with _held(region, ino, patience) as lock:
+            if lock is None:
+                return conflict
+            return _run(words, lock)
+
+
+# --- the file and its region --------------------------------------------------------------------
+
+
+@contextmanager
+def _opened(file: str) -> Iterator[int]:
+    """An open FILE, so that it stays while it is locked, whatever happens to its name."""
+    try:
+        fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        fd = os.open(file, os.O_RDONLY | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+@contextmanager
+def _region_of(fd: int, file: str) -> Iterator[Region]:
+    from ivshmemfs.format.superblock import identify
+    from ivshmemfs.region import open_region
+
+    number = os.fstat(fd).st_dev
+    device = f"{os.major(number)}:{os.minor(number)}"
+    found = (entry for entry in mounted() if entry.device == device and entry.fstype == FSTYPE)
+    entry = next(found, None)
+    if entry is None:
+        raise UsageError(f"{file} is not on an ivshmemfs mount")
+    with open_region(entry.source, identify=identify) as region:
+        _check_same(region, fd, file)
+        yield region
+
+
+def _check_same(region: Region, fd: int, file: str) -> None:
+    """Raise UsageError unless FILE is seen in the region as through the mount."""
+    with _peer(region, readonly=True) as fs:
+        for _ in range(10):
+            status = os.fstat(fd)
+            with suppress(Busy):
+                if fs.getattr(status.st_ino).ctime_ns == status.st_ctime_ns:
+                    return
+    raise UsageError(f"{file}: its mount shows another region than {region.spec} is now")
+
+
+# --- the lock -------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _peer(region: Region, *, readonly: bool) -> Iterator[Filesystem]:
+    from ivshmemfs.engine import Filesystem
+
+    fs = Filesystem.mount(region, readonly=readonly)
+    try:
+        yield fs
+    finally:
+        fs.unmount()
+
+
+@contextmanager
+def _held(region: Region, ino: int, patience: float | None) -> Iterator[FileLock | None]:
+    """The lock, held; None when it was not to be had in time."""
+    from ivshmemfs.engine import FileLock
+
+    end = None if patience is None else time.monotonic() + patience
+    with _peer(region, readonly=True) as looker:
+        watched = FileLock(looker, ino)
+        while (record := _free(watched, end)) is not None:
+            with _peer(region, readonly=False) as fs:
+                lock = FileLock(fs, ino)
+                if _patiently(lambda record=record, lock=lock: lock.acquire(record)):  # type: ignore[misc]
+                    try:
+                        yield lock
+                    finally:
+                        with suppress(Busy):
+                            _patiently(lock.release, GIVE_BACK)
+                    return
+    yield None
+
+
+def _free(lock: FileLock, end: float | None) -> bytes | None:
+    """The record of the lock once it can be taken; None when it is held until `end`."""
+    delay = FIRST_WAIT
+    while True:
+        record = _patiently(lock.record)
+        if lock.blocking(record) is None:
+            return bytes(record)
+        if end is not None and time.monotonic() >= end:
+            return None
+        time.sleep(delay)
+        delay = min(delay * 1.5, LONGEST_WAIT)
+
+
+def _patiently(call: Callable[[], Any], seconds: float = 30.0) -> Any:
+    """Call again while the region is busy; raises Busy when that does not end."""
+    end = time.monotonic() + seconds
+    while True:
+        try:
+            return call()
+        except Busy:
+            if time.monotonic() > end:
+                raise
+            time.sleep(FIRST_WAIT)
+
+
+# --- the command ----------------------------------------------------------------------------------
+
+
+def _run(command: Sequence[str], lock: FileLock) -> int:
+    """Run the command and show life; returns its exit code, as a shell would tell it."""
+    parent = os.getpid()
+
+    def die_with_parent() -> None:
+        # A command that outlived this process would work without the lock.
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:
+            os._exit(1)
+
+    try:
+        child = subprocess.Popen(command, preexec_fn=die_with_parent)
+    except FileNotFoundError:
+        raise UsageError(f"{command[0]}: no such command") from None
+    except PermissionError:
+        raise UsageError(f"{command[0]}: cannot be executed") from None
+    with _signals_passed_on(child):
+        while True:
+            try:
+                code = child.wait(PULSE)
+                return code if code >= 0 else 128 - code
+            except subprocess.TimeoutExpired:
+                pass
+            try:
+                lock.keep()
+            except LockLost:
+                _end(child)
+                raise
+
+
+@contextmanager
+def _signals_passed_on(child: subprocess.Popen[bytes]) -> Iterator[None]:
+    """Who ends this process means the command; a terminal tells the command itself."""
+    before = {
+        number: signal.signal(number, lambda got, _frame: child.send_signal(got))
+        for number in (signal.SIGTERM, signal.SIGHUP)
+    }
+    before[signal.SIGINT] = signal.signal(signal.SIGINT, lambda _got, _frame: None)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _end(child: subprocess.Popen[bytes]) -> None:
+    child.terminate()
+    try:
+        child.wait(MERCY)
+    except subprocess.TimeoutExpired:
+        child.kill()
+        child.wait()

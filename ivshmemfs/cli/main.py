@@ -1,0 +1,120 @@
+"""`ivshmemfs`: finds the subcommand, and turns every error into one line and an exit code.
+
+Exit codes are those of mount(8): 0 done, 1 wrong usage or permission, 2 system error, 4 internal
+bug, 8 interrupted, 32 not mounted.
+
+Two more ways to be called make it a mount helper: under a name that begins with `mount.` (a link
+such as /sbin/mount.ivshmemfs), and with a region and a mount point but no subcommand, as mount.fuse
+does for the type fuse.ivshmemfs in /etc/fstab.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import sys
+
+import click
+
+from ivshmemfs.errors import IvshmemfsError
+
+EXIT_USAGE = 1
+EXIT_SYSTEM = 2
+EXIT_INTERNAL = 4
+EXIT_INTERRUPTED = 8
+
+#: Where each subcommand is; loaded when it is used, so that each starts as fast as it can.
+SUBCOMMANDS = {
+    "mount": "mounting",
+    "umount": "mounting",
+    "list": "looking",
+    "info": "looking",
+    "dump": "dump",
+    "peers": "peers",
+    "evict": "peers",
+    "lock": "lock",
+}
+
+
+class Subcommands(click.Group):
+    """A group whose members are loaded on demand."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """The names, in the order of a session."""
+        return list(SUBCOMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Load one."""
+        if cmd_name not in SUBCOMMANDS:
+            return None
+        module = importlib.import_module(f"ivshmemfs.cli.{SUBCOMMANDS[cmd_name]}")
+        command: click.Command = getattr(module, f"{cmd_name}_command")
+        return command
+
+
+@click.command(
+    cls=Subcommands, context_settings={"help_option_names": ["-h", "--help"]}, no_args_is_help=True
+)
+@click.version_option(package_name="ivshmemfs")
+def cli() -> None:
+    """A filesystem in memory that several machines share."""
+
+
+def main(arguments: list[str] | None = None, prog_name: str | None = None) -> None:
+    """Entry point; always leaves by SystemExit."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    name = prog_name or os.path.basename(sys.argv[0])
+    sys.exit(_run(_as_mount_helper(name, words)))
+
+
+def _as_mount_helper(name: str, words: list[str]) -> list[str]:
+    """The same arguments with the subcommand that a mount helper means."""
+    if name.startswith("mount."):
+        return ["mount", "--as-helper", *words]
+    if len(words) >= 2 and not words[0].startswith("-") and words[0] not in SUBCOMMANDS:
+        second = words[1]
+        if not second.startswith("-") and (os.path.isabs(second) or os.path.isdir(second)):
+            # mount.fuse adds suid and dev for root by itself, so they say nothing here.
+            return ["mount", "--as-helper", "--drop-suid-dev", *words]
+    return words
+
+
+def _run(words: list[str]) -> int:
+    try:
+        result = cli.main(words, prog_name="ivshmemfs", standalone_mode=False)
+        sys.stdout.flush()
+        return result if isinstance(result, int) else 0
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.format_message(), err=True)
+        return EXIT_USAGE
+    except click.UsageError as error:
+        command = error.ctx.command_path if error.ctx is not None else "ivshmemfs"
+        _complain(f"{error.format_message()} (see '{command} --help')")
+        return EXIT_USAGE
+    except click.ClickException as error:
+        _complain(error.format_message())
+        return EXIT_USAGE
+    except (click.Abort, KeyboardInterrupt):
+        _complain("interrupted")
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # so that the flush at exit is silent
+        return EXIT_SYSTEM
+    except IvshmemfsError as error:
+        _complain(str(error) or type(error).__name__)
+        return error.exit_code
+    except OSError as error:
+        _complain(str(error))
+        return EXIT_SYSTEM
+    except Exception as error:
+        if os.environ.get("IVSHMEMFS_DEBUG"):
+            logging.basicConfig()
+            logging.getLogger(__name__).exception("a bug")
+        _complain(f"internal error, please report it: {type(error).__name__}: {error}")
+        return EXIT_INTERNAL
+
+
+def _complain(text: str) -> None:
+    """One line on stderr, whatever *text* has in it."""
+    click.echo(f"ivshmemfs: {' '.join(text.split())}", err=True)

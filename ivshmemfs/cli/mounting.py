@@ -1,0 +1,148 @@
+"""`mount` and `umount`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import click
+
+from ivshmemfs.errors import RegionAmbiguous, RegionDenied, RegionMissing, UsageError
+from ivshmemfs.fuse import daemon
+from ivshmemfs.fuse.options import MountOptions, parse
+
+if TYPE_CHECKING:
+    from ivshmemfs.region import Candidate
+
+HELP = """Mount the filesystem on REGION.
+
+REGION is a file, a character device, pci, pci:ADDRESS, mem:ADDRESS:SIZE, label=LABEL or uuid=UUID.
+Without it, the one ivshmem device that carries a filesystem is mounted.
+
+\b
+Options (-o), separated by commas:
+  ro                 read only; stores nothing in the region
+  allow_other        let other users use the mount
+  uid=N, gid=N       show every file as owned by this user or group
+  umask=NNN          take these permission bits away from what is shown
+  suid, dev          allow set-user-ID programs and device nodes (root only)
+  noexec, noatime, ...  as in mount(8)
+  mmap               allow shared mappings on kernels before 6.6, through the page cache
+  log=FILE           write the log to FILE
+  loop=poll|trio     how to wait for requests
+nosuid, nodev and default_permissions are always on, unless asked otherwise.
+"""
+
+
+@click.command("mount", help=HELP)
+@click.argument("region", required=False)
+@click.argument("mountpoint", type=click.Path(), required=False)
+@click.option("-o", "options", multiple=True, metavar="OPTIONS", help="Mount options, see above.")
+@click.option("-f", "--foreground", is_flag=True, help="Stay in the foreground, log to stderr.")
+@click.option("--log", type=click.Path(), metavar="FILE", help="Write the log to FILE.")
+@click.option("-r", "--read-only", is_flag=True, help="The same as -o ro.")
+@click.option("--as-helper", is_flag=True, hidden=True)
+@click.option("--drop-suid-dev", is_flag=True, hidden=True)
+@click.option("-s", "sloppy", is_flag=True, hidden=True)
+@click.option("-n", "no_mtab", is_flag=True, hidden=True)
+@click.option("-v", "verbose", is_flag=True, hidden=True)
+@click.option("-w", "read_write", is_flag=True, hidden=True)
+@click.option("-t", "fstype", hidden=True)
+def mount_command(
+    region: str | None,
+    mountpoint: str | None,
+    options: tuple[str, ...],
+    foreground: bool,
+    log: str | None,
+    read_only: bool,
+    as_helper: bool,
+    drop_suid_dev: bool,
+    **_passed_by_mount: object,
+) -> None:
+    """Mount the filesystem on REGION."""
+    if region is None:
+        raise UsageError("name a mount point: ivshmemfs mount [REGION] MOUNTPOINT")
+    target = mountpoint if mountpoint is not None else region
+    if mountpoint is None:
+        if as_helper:
+            raise UsageError("name a region and a mount point")
+        region = None
+    chosen = parse(options)
+    chosen.readonly |= read_only
+    if log is not None:
+        chosen.log = log
+    if drop_suid_dev:
+        chosen.suid = chosen.dev = False
+    notice = daemon.mount(_attach(region, chosen), target, chosen, foreground=foreground)
+    if notice:
+        click.echo(f"ivshmemfs: {notice}", err=True)
+
+
+def _attach(spec: str | None, options: MountOptions) -> daemon.Attach:
+    """How the daemon enters the region."""
+
+    @contextmanager
+    def attach() -> Iterator[daemon.Attached]:
+        # Imported here: the parent of a daemon ends sooner without them.
+        from ivshmemfs.engine import Filesystem
+        from ivshmemfs.format.superblock import identify
+        from ivshmemfs.region import open_region, probe
+
+        found = the_one_device() if spec is None else spec
+        with open_region(found, readonly=options.readonly, identify=identify) as region:
+            fs = Filesystem.mount(region, readonly=options.readonly)
+            try:
+                yield daemon.Attached(fs, region.spec, probe(region.memory).warning() or "")
+            finally:
+                fs.unmount()
+
+    return attach
+
+
+def the_one_device() -> str:
+    """The one ivshmem device here that carries a filesystem, as open_region takes it."""
+    from ivshmemfs.format.superblock import identify
+    from ivshmemfs.region import discover, identified
+
+    devices = [candidate for candidate in discover() if candidate.device]
+    if not devices:
+        raise RegionMissing(
+            "there is no ivshmem device here: name the region, such as a file in /dev/shm "
+            "('ivshmemfs list' shows what there is)"
+        )
+    found, denied = identified(devices, identify)
+    if len(found) == 1:
+        return found[0][0].spec
+    if found:
+        raise RegionAmbiguous(
+            f"{len(found)} devices carry a filesystem, name one: "
+            + "; ".join(_named(candidate, names) for candidate, names in found)
+        )
+    if denied:
+        listed = ", ".join(candidate.spec for candidate in denied)
+        raise RegionDenied(f"no permission to read {listed}: run as root")
+    listed = ", ".join(candidate.spec for candidate in devices)
+    raise RegionMissing(f"no device carries a filesystem: format {listed} with mkfs.ivshmemfs")
+
+
+def _named(candidate: Candidate, names: tuple[str, str]) -> str:
+    from ivshmemfs.format.peer import printable
+
+    label, uuid = names
+    return f"{candidate.spec} (label {printable(label)!r}, uuid {uuid})"
+
+
+@click.command("umount")
+@click.argument("mountpoint", type=click.Path())
+@click.option(
+    "-l", "--lazy", is_flag=True, help="Detach it even when it is in use; open files fail then."
+)
+def umount_command(mountpoint: str, lazy: bool) -> None:
+    """Unmount MOUNTPOINT, also when its daemon is dead.
+
+    Returns when the daemon has left the region.
+    """
+    daemon.umount(mountpoint, lazy=lazy)
+    sys.stdout.flush()
