@@ -1,0 +1,227 @@
+"""What is not one client on one mount: several mounts, start, idling, memory, large directories.
+
+Every function returns figures by name.  Where they are ratios, both sides were measured in turns.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from statistics import median
+
+from bench.peers import (
+    ENVIRONMENT,
+    IVSHMEMFS,
+    MKFS,
+    TOP,
+    Peer,
+    available_cpus,
+    make_region,
+    ours,
+    unmount,
+)
+from bench.runner import Client, Sample, Table, emptied, interleave, parse
+
+Figures = dict[str, float]
+PUMP_MILLISECONDS = 700
+PUMP_LEAD = 0.3  # seconds for all clients to get ready
+
+
+@contextmanager
+def mounts(region: Path, work: Path, count: int) -> Iterator[list[Peer]]:
+    """Several mounts of one region on all CPUs."""
+    with ExitStack() as stack:
+        yield [
+            stack.enter_context(
+                ours(region, work / f"{region.name}-{n}", available_cpus(), name=f"mount {n}")
+            )
+            for n in range(count)
+        ]
+
+
+# --- several mounts ---------------------------------------------------------------------------
+
+
+def visibility(client: Client, shm: Path, work: Path, *, rounds: int, count: int) -> Figures:
+    """How long a change takes to be seen through another mount, against tmpfs.
+
+    Seconds from the start of the write until a reader of the other mount, which reads all the
+    time, has it; and how many changes were not there after the write had returned.
+    """
+    table: Table = {}
+    region = make_region(shm / "seen", "16M")
+    plain = shm / "seen-tmpfs"
+    plain.mkdir()
+    with mounts(region, work, 2) as (one, two):
+        pairs = {"tmpfs": (plain, plain), "ivshmemfs": (one.path, two.path)}
+
+        def measure(peer: Peer) -> dict[str, Sample]:
+            here, there = (folder / "stamp" for folder in pairs[peer.name])
+            seen = client.run(work, "see", here, there, count)
+            return seen | client.run(work, "coherent", here, there, count)
+
+        interleave([Peer(name, plain) for name in pairs], rounds, measure, table)
+    figures = {
+        f"{peer}: {what}": median(sample.p50 for sample in table[what][peer])
+        for what in ("seen", "write-then-read")
+        for peer in pairs
+    }
+    missed = sum(sample.operations for sample in table["missed"]["ivshmemfs"])
+    return figures | {"changes missed": float(missed)}
+
+
+def commits(
+    client: Client, shm: Path, work: Path, *, rounds: int, counts: Sequence[int] = (1, 2, 4, 8)
+) -> Figures:
+    """4 KiB random writes per second of several mounts at once: totals, and the smallest share.
+
+    The share is the smallest mount's part of a fair one: 1 is fair.
+    """
+    region = make_region(shm / "commits", "256M")
+    totals: dict[int, list[float]] = {count: [] for count in counts}
+    shares: dict[int, list[float]] = {count: [] for count in counts}
+    with mounts(region, work, max(counts)) as peers:
+        for turn in range(rounds):
+            for count in [*counts[turn % len(counts) :], *counts[: turn % len(counts)]]:
+                done = _pump(client, peers[:count])
+                totals[count].append(sum(done) * 1000 / PUMP_MILLISECONDS)
+                shares[count].append(min(done) * count / max(sum(done), 1))
+    figures = {f"{count} mounts: commits/s": median(totals[count]) for count in counts}
+    for count in counts:
+        figures[f"{count} mounts: of one"] = median(totals[count]) / median(totals[counts[0]])
+        figures[f"{count} mounts: least share"] = median(shares[count])
+    return figures
+
+
+def _pump(client: Client, peers: Sequence[Peer]) -> list[int]:
+    """Operations of each mount within the same interval."""
+    start = time.clock_gettime_ns(time.CLOCK_MONOTONIC) + int(PUMP_LEAD * 1e9)
+    running = [
+        subprocess.Popen(
+            client.command("pump", f"pump{number}", start, PUMP_MILLISECONDS),
+            cwd=peer.path, stdout=subprocess.PIPE, text=True,
+        )
+        for number, peer in enumerate(peers)
+    ]  # fmt: skip
+    outputs = [process.communicate(timeout=60)[0] for process in running]
+    if any(process.returncode for process in running):
+        raise RuntimeError("a client failed while several mounts were writing")
+    return [parse(output)["pump"].operations for output in outputs]
+
+
+# --- size of directory and region -------------------------------------------------------------
+
+
+def directories(
+    client: Client, shm: Path, work: Path, *, rounds: int, large: int, times: int
+) -> Table:
+    """Lookup, create, unlink in a small and a large directory, through one mount and two.
+
+    Named "OPERATION" by "100", "LARGE", "100 by two", "LARGE by two".
+    """
+    region = make_region(shm / "directories", "1G")
+    table: Table = {}
+    with mounts(region, work, 2) as (one, two):
+        folders = {}
+        for count in (100, large):
+            (one.path / str(count)).mkdir()
+            client.run(one.path / str(count), "fill", count, 0)
+            folders[f"{count}"] = (count, [one.path / str(count)])
+            folders[f"{count} by two"] = (count, [one.path / str(count), two.path / str(count)])
+
+        def measure(peer: Peer) -> dict[str, Sample]:
+            count, paths = folders[peer.name]
+            return client.run(work, "crowd", count, times, *paths)
+
+        interleave([Peer(name, work) for name in folders], rounds, measure, table)
+    return table
+
+
+def region_sizes(
+    client: Client, shm: Path, work: Path, *, rounds: int, count: int, large: str = "16G"
+) -> Table:
+    """The small operations on a 64 MiB region and on a large one."""
+    table: Table = {}
+    cpus = available_cpus()
+    small_region = make_region(shm / "size-small", "64M", reserve=False)
+    large_region = make_region(shm / "size-large", large, reserve=False)
+    with (
+        ours(small_region, work / "size-small", cpus, name="64M") as small,
+        ours(large_region, work / "size-large", cpus, name=large) as big,
+    ):
+
+        def measure(peer: Peer) -> dict[str, Sample]:
+            found = client.run(peer.path, "look", count)
+            found |= client.run(peer.path, "names", count // 2)
+            return found | client.run(peer.path, "random", 8, count)
+
+        interleave([small, big], rounds, measure, table)
+    large_region.unlink()
+    return table
+
+
+# --- start, idling, memory --------------------------------------------------------------------
+
+
+def start(shm: Path, work: Path, *, rounds: int, size: str = "16G") -> Figures:
+    """Seconds for mkfs and for mounting a large region, with everything that has to be loaded."""
+    region, path = shm / "start", work / "start"
+    path.mkdir()
+    making, mounting = [], []
+    try:
+        for _ in range(rounds):
+            region.unlink(missing_ok=True)
+            making.append(_timed([*MKFS, "--size", size, str(region)]))
+            mounting.append(_timed([*IVSHMEMFS, "mount", str(region), str(path)]))
+            _timed([*IVSHMEMFS, "umount", str(path)])
+    finally:
+        unmount(path)
+        region.unlink(missing_ok=True)
+    return {f"mkfs {size}": median(making), f"mount {size}": median(mounting)}
+
+
+def _timed(command: Sequence[str]) -> float:
+    started = time.perf_counter()
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=ENVIRONMENT, cwd=TOP)
+    return time.perf_counter() - started
+
+
+def idle(client: Client, shm: Path, work: Path, *, seconds: float) -> Figures:
+    """The part of one core that a mount uses while nothing asks for anything."""
+    region = make_region(shm / "idle", "64M")
+    with ours(region, work / "idle", available_cpus()) as peer:
+        client.run(peer.path, "names", 100)
+        time.sleep(1.5)
+        before, began = _cpu_seconds(peer), time.monotonic()
+        time.sleep(seconds)
+        return {"idle CPU": (_cpu_seconds(peer) - before) / (time.monotonic() - began)}
+
+
+def _cpu_seconds(peer: Peer) -> float:
+    tasks = Path(f"/proc/{peer.daemon}/task").iterdir()
+    return sum(int((task / "schedstat").read_text().split()[0]) for task in tasks) / 1e9
+
+
+def memory(client: Client, shm: Path, work: Path, *, files: int, size: str = "16G") -> Figures:
+    """Resident MiB of a mount's own memory after it made and listed a large tree."""
+    region = make_region(shm / "memory", size, reserve=False)
+    with ours(region, work / "memory", available_cpus()) as peer:
+        at_start = _resident_mib(peer)
+        for number in range(files // 1000):
+            folder = emptied(peer.path / f"folder{number}")
+            client.run(folder, "fill", 1000, 100)
+        command = ["find", str(peer.path), "-size", "+1M"]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        walked = _resident_mib(peer)
+    region.unlink()
+    return {"resident MiB at start": at_start, f"resident MiB after {files} files": walked}
+
+
+def _resident_mib(peer: Peer) -> float:
+    """Resident memory without the pages of the region, which are no more than looked at."""
+    status = Path(f"/proc/{peer.daemon}/status").read_text().splitlines()
+    found = {line.split(":")[0]: line.split()[1] for line in status if line.startswith("Rss")}
+    return (int(found["RssAnon"]) + int(found["RssFile"])) / 1024

@@ -1,0 +1,104 @@
+"""What is run on every peer, through its mount."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from bench.peers import Peer
+from bench.runner import Client, Sample, emptied
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How much is done in one run; small for a quick look."""
+
+    rounds: int = 5
+    looks: int = 1500
+    names: int = 500
+    random: int = 1000
+    random_mib: int = 16
+    large_mib: int = 64
+    small_blocks_mib: int = 4
+    tree_files: int = 5000
+    listed: int = 10_000
+    region: str = "256M"
+
+
+QUICK = Scale(
+    rounds=3, looks=300, names=100, random=200, random_mib=4, large_mib=8, small_blocks_mib=1,
+    tree_files=200, listed=500, region="64M",
+)  # fmt: skip
+
+Measure = Callable[[Peer], dict[str, Sample]]
+#: The peer that is no file system: memcpy to and from a mapping.
+MEMCPY = "memcpy"
+
+
+class Workloads:
+    """Every group of measurements by name; *source* is a folder for what is copied from."""
+
+    def __init__(self, client: Client, scale: Scale, source: Path) -> None:
+        self._client = client
+        self._scale = scale
+        self._source = source
+        self.groups: dict[str, Measure] = {
+            "look": self._simple("look", scale.looks),
+            "names": self._simple("names", scale.names),
+            "random": self._simple("random", scale.random_mib, scale.random),
+            "sequential": self._sequential,
+            "readdir": self._readdir,
+            "cp": self._copy,
+            "tree": self._tree,
+        }
+
+    def prepare(self) -> None:
+        """Make what is copied: one large file, and a tree of small ones."""
+        self._source.mkdir()
+        with (self._source / "large").open("wb") as file:
+            for number in range(self._scale.large_mib):
+                file.write(bytes([number % 251, 7, 13, 19]) * (1 << 18))
+        tree = self._source / "tree"
+        for number in range(self._scale.tree_files):
+            folder = tree / f"folder{number // 100}"
+            if number % 100 == 0:
+                folder.mkdir(parents=True)
+            (folder / f"file{number}").write_bytes(bytes(200 + number * 37 % 4000))
+
+    def _simple(self, *words: object) -> Measure:
+        return lambda peer: self._client.run(_folder(peer, str(words[0])), *words)
+
+    def _sequential(self, peer: Peer) -> dict[str, Sample]:
+        group = "mapping" if peer.name == MEMCPY else "sequential"
+        folder = _folder(peer, "sequential")
+        found: dict[str, Sample] = {}
+        for kib in (4, 128, 1024):
+            mib = self._scale.small_blocks_mib if kib == 4 else self._scale.large_mib // 2
+            found |= self._client.run(folder, group, mib, kib)
+        return found
+
+    def _readdir(self, peer: Peer) -> dict[str, Sample]:
+        folder = _folder(peer, "listed")
+        self._client.run(folder, "fill", self._scale.listed, 0)
+        found = self._client.run(folder, "list", self._scale.listed, 3)
+        return {f"readdir-{self._scale.listed}": found["readdir"]}
+
+    def _copy(self, peer: Peer) -> dict[str, Sample]:
+        folder = emptied(peer.path / "copied")
+        done = self._client.run(folder, "run", "cp", self._source / "large", "large")
+        back = self._client.run(folder, "run", "cp", "large", self._source / "back")
+        emptied(folder)
+        return {"cp in": done["run"], "cp out": back["run"]}
+
+    def _tree(self, peer: Peer) -> dict[str, Sample]:
+        folder = emptied(peer.path / "trees")
+        copied = self._client.run(folder, "run", "cp", "-a", self._source / "tree", "tree")
+        removed = self._client.run(folder, "run", "rm", "-r", "tree")
+        return {"cp -a tree": copied["run"], "rm -r tree": removed["run"]}
+
+
+def _folder(peer: Peer, name: str) -> Path:
+    folder = peer.path / name
+    folder.mkdir(exist_ok=True)
+    return folder
