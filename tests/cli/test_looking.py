@@ -1,0 +1,170 @@
+"""`list`, `info`, `peers`, `dump`, `evict`: on good regions and on anything else."""
+
+from __future__ import annotations
+
+import os
+import random
+from pathlib import Path
+
+import pytest
+
+from ivshmemfs.format import superblock, words
+from ivshmemfs.format.geometry import COMMIT_OFFSET
+from ivshmemfs.region import open_region
+from tests.cli.conftest import complains, ivshmemfs
+from tests.regions import ROOT, TestRegion, new_region, put
+
+
+def shows(*command: object) -> str:
+    """What a command prints; it must succeed and complain about nothing."""
+    result = ivshmemfs(*command)
+    assert (result.returncode, result.stderr) == (0, "")
+    return result.stdout
+
+
+def test_list_shows_what_is_formatted_and_what_is_not(formatted: TestRegion) -> None:
+    plain = Path(f"/dev/shm/ivshmemfs-list-test-{os.getpid()}")
+    linked = Path(f"{plain}-formatted")
+    try:
+        plain.write_bytes(bytes(8192))
+        os.link(formatted.path, linked)
+        lines = shows("list").splitlines()
+        assert lines[0].split() == ["REGION", "WHAT", "LABEL", "UUID"]
+        found = {line.split()[0]: line for line in lines[1:]}
+        assert "not formatted" in found[str(plain)]
+        with open_region(str(formatted.path), readonly=True) as region:
+            names = superblock.identify(region.memory.read(0, 512))
+        assert names is not None
+        assert names[1] in found[str(linked)]
+    finally:
+        plain.unlink(missing_ok=True)
+        linked.unlink(missing_ok=True)
+
+
+def test_info(formatted: TestRegion) -> None:
+    fs = formatted.mount()
+    put(fs, 1, b"f", bytes(100_000))
+    lines = dict(line.split(maxsplit=1) for line in shows("info", formatted.path).splitlines())
+    assert str(formatted.path) in lines["region"]
+    assert lines["format"] == "1.0"
+    assert lines["inodes"] == "3"
+    assert lines["peers"] == "1 of 16"
+    assert "MB/s" in lines["mapping"]
+    fs.unmount()
+
+
+def test_looking_changes_nothing(formatted: TestRegion) -> None:
+    formatted.path.chmod(0o400)
+    before = formatted.path.read_bytes()
+    for command in ("info", "peers", "dump"):
+        shows(command, formatted.path)
+    shows("dump", formatted.path, "all")
+    assert formatted.path.read_bytes() == before
+
+
+def test_peers(formatted: TestRegion) -> None:
+    assert shows("peers", formatted.path) == "nobody has it mounted\n"
+    fs = formatted.mount()
+    lines = shows("peers", formatted.path).splitlines()
+    assert lines[0].split() == ["SLOT", "HOST", "PID", "SINCE", "DOING", "LIFE"]
+    fields = lines[1].split()
+    assert fields[0] == "1"
+    assert int(fields[2]) == os.getpid()
+    assert fields[-2:] == ["idle", "silent"]  # nobody calls tick() here
+    fs.unmount()
+
+
+def test_evict(formatted: TestRegion) -> None:
+    fs = formatted.mount()
+    assert "slot 1 is free" in shows("evict", formatted.path, 1)
+    assert shows("peers", formatted.path) == "nobody has it mounted\n"
+    fs.mkdir(1, b"d", 0o755, ROOT)  # it rejoins, and nothing is lost
+    assert "idle" in shows("peers", formatted.path)
+    fs.unmount()
+    complains(ivshmemfs("evict", formatted.path, 3), 1, "nobody is in slot 3")
+    complains(ivshmemfs("evict", formatted.path, "x"), 1, "'x'")
+
+
+def test_dump_has_every_field(formatted: TestRegion) -> None:
+    text = shows("dump", formatted.path)
+    for field in superblock.SUPERBLOCK.fields:
+        line = next(line for line in text.splitlines() if f" {field.name} " in line)
+        assert line.split()[0] == str(field.offset)
+        assert line.endswith(field.doc)
+    assert "as it should be" in text
+    assert "superblock at 2048" in shows("dump", formatted.path, "copy")
+
+
+def test_dump_of_the_parts(formatted: TestRegion) -> None:
+    fs = formatted.mount()
+    attr = put(fs, 1, b"f", b"some content")
+    assert "sequence" in shows("dump", formatted.path, "words")
+    assert "heartbeat" in shows("dump", formatted.path, "peers")
+    assert "claimed" in shows("dump", formatted.path, "tags")
+    assert "next_ino" in shows("dump", formatted.path, "root")
+    assert "mtime_ns" in shows("dump", formatted.path, f"inode:{attr.ino}")
+    free = fs.superblock.geometry.block_count - 1
+    assert "free" in shows("dump", formatted.path, f"block:{free}")
+    whole = shows("dump", formatted.path, "all")
+    for part in ("superblock at 0", "commit word", "peer slots", "tags at", "next_ino"):
+        assert part in whole
+    fs.unmount()
+
+
+@pytest.mark.parametrize("what", ["nothing", "block", "block:x", "inode:-1", "frob:1", "block:"])
+def test_dump_of_what_there_is_not(formatted: TestRegion, what: str) -> None:
+    complains(ivshmemfs("dump", formatted.path, what), 1, f"'{what}'", "--help")
+
+
+def test_dump_past_the_end(formatted: TestRegion) -> None:
+    complains(ivshmemfs("dump", formatted.path, "block:99999999"), 1, "no block 99999999")
+    complains(ivshmemfs("dump", formatted.path, "inode:99999999"), 1, "99999999")
+
+
+@pytest.mark.parametrize("command", ["info", "peers", "dump"])
+def test_regions_that_are_none(command: str, tmp_path: Path) -> None:
+    zeros = tmp_path / "zeros"
+    zeros.write_bytes(bytes(1 << 16))
+    small = tmp_path / "small"
+    small.write_bytes(b"x")
+    if command != "dump":
+        complains(ivshmemfs(command, zeros), 32, "no filesystem")
+    assert ivshmemfs(command, small).returncode in (1, 32)
+    complains(ivshmemfs(command, tmp_path / "none"), 32, "no such file")
+    complains(ivshmemfs(command, tmp_path), 32)
+
+
+def test_a_hostile_region_cannot_write_to_the_terminal(formatted: TestRegion) -> None:
+    with open_region(str(formatted.path)) as region:
+        record = superblock.SUPERBLOCK.unpack(region.memory.read(0, 512))
+        region.memory.write(0, superblock.seal(record._replace(label=b"\x1b[2J\x07evil")))
+    for command in (["info"], ["dump"]):
+        text = shows(*command, formatted.path)
+        assert "evil" in text
+        assert "\x1b" not in text
+        assert "\x07" not in text
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_damage_is_reported_and_never_a_bug(seed: int) -> None:
+    """Random bytes over everything but the superblock: one line each, or output."""
+    chance = random.Random(seed)
+    with new_region() as damaged:
+        fs = damaged.mount()
+        put(fs, 1, b"f", bytes(10_000))
+        with open_region(str(damaged.path)) as region:
+            if seed % 2:
+                region.memory.store(COMMIT_OFFSET, chance.getrandbits(64))
+            for _round in range(300):
+                at = chance.randrange(1024, region.size - 8)
+                region.memory.write(at, chance.randbytes(8))
+            root = region.memory.load(COMMIT_OFFSET) & words.BLOCK_MASK
+        for command in (
+            ["info", damaged.path],
+            ["peers", damaged.path],
+            *(["dump", damaged.path, what] for what in ("all", "inode:1", f"block:{root}")),
+        ):
+            result = ivshmemfs(*command)
+            if result.returncode:
+                complains(result, result.returncode)
+                assert result.returncode in (1, 32)

@@ -1,0 +1,310 @@
+"""`ivshmemfs mount` and `umount` on real regions: what works, and one line for what does not."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from ivshmemfs.format import superblock
+from ivshmemfs.region import open_region
+from tests.cli.conftest import complains, ivshmemfs
+from tests.fuse.mounts import PATIENCE, eventually, mount_lines, needs_fuse, run
+from tests.regions import TestRegion, new_region
+
+pytestmark = needs_fuse
+
+
+def mounted(*words: object) -> None:
+    """Mount, and insist that it works."""
+    result = ivshmemfs("mount", *words)
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+
+
+def unmounted(path: Path) -> None:
+    """Unmount, and insist that it works."""
+    result = ivshmemfs("umount", path)
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+    assert not mount_lines(path)
+
+
+# --- what works -------------------------------------------------------------------------------
+
+
+def test_two_mounts_exchange_files(formatted: TestRegion, places: list[Path]) -> None:
+    one, two, _ = places
+    mounted(formatted.path, one)
+    mounted(formatted.path, two)
+    data = os.urandom(300_000)
+    (one / "from one").write_bytes(data)
+    assert (two / "from one").read_bytes() == data
+    (two / "from one").rename(two / "renamed")
+    assert os.listdir(one) == ["renamed"]
+    (one / "renamed").unlink()
+    assert not (two / "renamed").exists()
+    unmounted(one)
+    unmounted(two)
+
+
+def test_umount_leaves_the_peer_table(formatted: TestRegion, place: Path) -> None:
+    mounted(formatted.path, place)
+    assert "alive" in ivshmemfs("peers", formatted.path).stdout
+    unmounted(place)
+    assert "nobody" in ivshmemfs("peers", formatted.path).stdout
+
+
+def test_what_was_written_is_there_later(formatted: TestRegion, place: Path) -> None:
+    mounted(formatted.path, place)
+    (place / "f").write_text("kept")
+    unmounted(place)
+    mounted(formatted.path, place)
+    assert (place / "f").read_text() == "kept"
+    unmounted(place)
+
+
+def test_read_only(formatted: TestRegion, places: list[Path]) -> None:
+    mounted(formatted.path, places[0])
+    (places[0] / "f").write_text("x")
+    unmounted(places[0])
+    before = formatted.path.read_bytes()
+    formatted.path.chmod(0o400)
+    mounted("-o", "ro", formatted.path, places[1])
+    assert (places[1] / "f").read_text() == "x"
+    with pytest.raises(OSError, match="Read-only"):
+        (places[1] / "g").touch()
+    unmounted(places[1])
+    assert formatted.path.read_bytes() == before
+
+
+def test_a_relative_region(formatted: TestRegion, place: Path) -> None:
+    result = run(
+        *(sys.executable, "-m", "ivshmemfs.cli", "mount", formatted.path.name, place),
+        cwd=formatted.path.parent,
+    )
+    assert result.returncode == 0, result.stderr
+    assert os.listdir(place) == []
+    unmounted(place)
+
+
+def test_a_label(place: Path) -> None:
+    path = Path(f"/dev/shm/ivshmemfs-label-test-{os.getpid()}")
+    label = f"label test {os.getpid()}"
+    try:
+        made = run(sys.executable, "-m", "mkfs", "--size", "1M", "--label", label, path, timeout=60)
+        assert made.returncode == 0, made.stderr
+        mounted(f"label={label}", place)
+        assert mount_lines(place)[0].split()[-2] == str(path)
+        unmounted(place)
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def test_as_a_mount_helper(formatted: TestRegion, place: Path) -> None:
+    """As mount.fuse calls it for fuse.ivshmemfs; it adds suid and dev by itself."""
+    result = ivshmemfs(formatted.path, place, "-o", "rw,dev,suid,noatime")
+    assert (result.returncode, result.stderr) == (0, "")
+    words = set(mount_lines(place)[0].split()[5].split(","))
+    assert {"nosuid", "nodev", "noatime"} <= words
+    unmounted(place)
+
+
+def test_under_the_name_of_a_mount_helper(
+    formatted: TestRegion, place: Path, tmp_path: Path
+) -> None:
+    helper = tmp_path / "mount.ivshmemfs"
+    helper.write_text(
+        f"#!{sys.executable}\nimport sys\nfrom ivshmemfs.cli.main import main\nmain()\n"
+    )
+    helper.chmod(0o755)
+    result = run(helper, formatted.path, place, "-s", "-o", "rw,noauto,x-test")
+    assert (result.returncode, result.stderr) == (0, "")
+    unmounted(place)
+    complains(run(helper, formatted.path), 1, "region and a mount point")
+
+
+def test_foreground(formatted: TestRegion, place: Path) -> None:
+    import subprocess
+
+    words = [sys.executable, "-m", "ivshmemfs.cli", "mount", "-f", formatted.path, place]
+    command = [str(word) for word in words]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            assert eventually(lambda: mount_lines(place))
+            assert os.listdir(place) == []
+            process.send_signal(signal.SIGINT)
+            assert process.wait(PATIENCE) == 0
+        finally:
+            process.kill()
+    assert "nobody" in ivshmemfs("peers", formatted.path).stdout
+
+
+def test_a_killed_daemon_is_cleared_and_its_slot_reused(place: Path) -> None:
+    with new_region(1 << 20, peer_count=1) as region:
+        mounted(region.path, place)
+        (place / "f").write_text("kept")
+        pid = int(ivshmemfs("peers", region.path).stdout.splitlines()[1].split()[2])
+        os.kill(pid, signal.SIGKILL)
+        assert eventually(lambda: not Path(f"/proc/{pid}").exists())
+        assert "gone" in ivshmemfs("peers", region.path).stdout
+        unmounted(place)
+        mounted(region.path, place)
+        assert (place / "f").read_text() == "kept"
+        unmounted(place)
+
+
+def test_mounting_is_quick(formatted: TestRegion, place: Path) -> None:
+    taken = []
+    for _round in range(3):
+        started = time.monotonic()
+        mounted(formatted.path, place)
+        taken.append(time.monotonic() - started)
+        unmounted(place)
+    assert min(taken) < 2.0  # half a second on an idle machine
+
+
+# --- what does not ----------------------------------------------------------------------------
+
+
+def refused(region: object, place: Path, code: int, *words: str, options: str = "rw") -> None:
+    """Check that mounting fails with one line, and that nothing was mounted or changed."""
+    path = Path(str(region))
+    before = path.read_bytes() if path.is_file() else None
+    complains(ivshmemfs("mount", "-o", options, region, place), code, *words)
+    assert not mount_lines(place)
+    if before is not None:
+        assert path.read_bytes() == before
+
+
+def test_not_formatted(tmp_path: Path, place: Path) -> None:
+    region = tmp_path / "zeros"
+    region.write_bytes(bytes(1 << 20))
+    refused(region, place, 32, "no filesystem", "mkfs.ivshmemfs")
+
+
+def test_foreign(tmp_path: Path, place: Path) -> None:
+    region = tmp_path / "other"
+    region.write_bytes(b"something else " * 70_000)
+    refused(region, place, 32, "something else", "--force")
+
+
+def test_a_newer_version(formatted: TestRegion, place: Path) -> None:
+    with open_region(str(formatted.path)) as region:
+        record = superblock.SUPERBLOCK.unpack(region.memory.read(0, 512))
+        region.memory.write(0, superblock.seal(record._replace(major=superblock.MAJOR + 1)))
+    refused(formatted.path, place, 32, "format 2.0", "knows 1.0", "version")
+
+
+def test_an_unknown_feature(formatted: TestRegion, place: Path) -> None:
+    with open_region(str(formatted.path)) as region:
+        record = superblock.SUPERBLOCK.unpack(region.memory.read(0, 512))
+        region.memory.write(0, superblock.seal(record._replace(incompat=1 << 40)))
+    refused(formatted.path, place, 32, "features", "newer version")
+
+
+@pytest.mark.parametrize(("size", "word"), [(1 << 19, "smaller"), (1 << 21, "larger")])
+def test_another_size(formatted: TestRegion, place: Path, size: int, word: str) -> None:
+    os.truncate(formatted.path, size)
+    refused(formatted.path, place, 32, word, "old size")
+
+
+def test_missing_regions(place: Path) -> None:
+    refused("/dev/shm/there is no such thing", place, 32, "no such file", "mkfs.ivshmemfs")
+    refused("pci:0000:99:99.0", place, 32, "0000:99:99.0")
+    refused("label=nobody has this label", place, 32, "nobody has this label")
+    refused("/dev/null", place, 32, "/dev/null")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root to become somebody else")
+def test_an_unreadable_region(formatted: TestRegion, place: Path) -> None:
+    formatted.path.chmod(0o600)
+    formatted.path.parent.chmod(0o755)
+    code = (
+        "import os; os.setgid(65534); os.setuid(65534)\n"
+        "from ivshmemfs.cli.main import main\n"
+        f"main(['info', {str(formatted.path)!r}])"
+    )
+    complains(run(sys.executable, "-c", code), 32, "permission denied", "run as root")
+
+
+def test_no_device(place: Path) -> None:
+    """Nothing here is an ivshmem device; and if there is one, it is the one that is mounted."""
+    from ivshmemfs.region import discover
+
+    if any(candidate.device for candidate in discover()):
+        pytest.skip("this machine has an ivshmem device")
+    complains(ivshmemfs("mount", place), 32, "no ivshmem device", "ivshmemfs list")
+
+
+def test_mount_points(formatted: TestRegion, place: Path, tmp_path: Path) -> None:
+    complains(ivshmemfs("mount", formatted.path, tmp_path / "x"), 32, "does not exist")
+    mounted(formatted.path, place)
+    complains(ivshmemfs("mount", formatted.path, place), 32, "is busy", f"{formatted.path}")
+    assert len(mount_lines(place)) == 1
+    unmounted(place)
+    complains(ivshmemfs("umount", place), 32, "is not mounted")
+    complains(ivshmemfs("umount", "/proc"), 32, "not an ivshmemfs mount")
+
+
+def test_umount_of_a_busy_mount(formatted: TestRegion, place: Path) -> None:
+    mounted(formatted.path, place)
+    with open(place / "f", "w"):
+        complains(ivshmemfs("umount", place), 32, "is in use", "--lazy")
+        assert mount_lines(place)
+    unmounted(place)
+
+
+def test_a_full_region(formatted: TestRegion, place: Path) -> None:
+    mounted(formatted.path, place)
+
+    def fill() -> None:
+        for number in range(100):
+            (place / f"f{number}").write_bytes(bytes(50_000))
+
+    with pytest.raises(OSError, match=r".") as caught:
+        fill()
+    assert caught.value.errno == errno.ENOSPC
+    for path in place.iterdir():
+        path.unlink()
+    (place / "again").write_bytes(bytes(800_000))
+    unmounted(place)
+
+
+def test_too_many_peers(places: list[Path]) -> None:
+    with new_region(1 << 20, peer_count=1) as region:
+        mounted(region.path, places[0])
+        complains(ivshmemfs("mount", region.path, places[1]), 32, "all 1 peer slots", "evict")
+        mounted("-o", "ro", region.path, places[1])
+        unmounted(places[0])
+        mounted(region.path, places[2])
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["mount"], "mount point"),
+        (["mount", "-o", "bogus", "/dev/shm/x", "/tmp"], "bogus"),
+        (["mount", "-o", "uid=nobody at all", "/dev/shm/x", "/tmp"], "nobody at all"),
+        (["mount", "--bogus"], "--bogus"),
+        (["mount", "a", "b", "c"], "unexpected extra argument"),
+        (["umount"], "Missing argument"),
+        (["frobnicate"], "frobnicate"),
+        (["frobnicate", "it"], "frobnicate"),
+        (["--bogus"], "--bogus"),
+        (["info"], "Missing argument"),
+    ],
+)
+def test_wrong_usage(words: list[str], said: str) -> None:
+    complains(ivshmemfs(*words), 1, said)
+
+
+def test_help_and_version() -> None:
+    for words in (["--help"], ["mount", "--help"], ["umount", "-h"], ["dump", "--help"]):
+        result = ivshmemfs(*words)
+        assert result.returncode == 0
+        assert "Usage: ivshmemfs" in result.stdout
+    assert "0.1" in ivshmemfs("--version").stdout

@@ -1,0 +1,83 @@
+"""Options, and the figures of campaigns, which are printed after everything else."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+
+class Figures:
+    """What campaigns did, for the end of the run."""
+
+    def __init__(self) -> None:
+        self._lines: list[str] = []
+        self._counts: dict[str, tuple[int, set[str]]] = {}
+
+    def add(self, line: str) -> None:
+        self._lines.append(line)
+
+    def count(self, campaign: str, points: int, part: str) -> None:
+        """So many `points` more in a campaign; `part` is the operation or seed they belong to."""
+        before, parts = self._counts.get(campaign, (0, set()))
+        self._counts[campaign] = (before + points, parts | {part})
+
+    def lines(self) -> list[str]:
+        counted = [
+            f"{campaign}: {points:,} points of {len(parts)} workloads"
+            for campaign, (points, parts) in self._counts.items()
+        ]
+        return counted + self._lines
+
+
+_FIGURES = pytest.StashKey[Figures]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--long",
+        action="store_true",
+        default=os.environ.get("IVSHMEMFS_TEST_LONG", "") not in ("", "0"),
+        help="full counts of all campaigns (minutes to hours) instead of their short forms",
+    )
+    parser.addoption(
+        "--case",
+        default=None,
+        help="run this one case of a campaign, as a failing campaign prints it",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[_FIGURES] = Figures()
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--long"):
+        return
+    for item in items:
+        if "long" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="runs with --long only"))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    lines = terminalreporter.config.stash[_FIGURES].lines()
+    if lines:
+        terminalreporter.section("figures")
+        for line in lines:
+            terminalreporter.write_line(line)
+
+
+@pytest.fixture(scope="session")
+def figures(request: pytest.FixtureRequest) -> Figures:
+    return request.config.stash[_FIGURES]
+
+
+@pytest.fixture(scope="session")
+def long_run(request: pytest.FixtureRequest) -> bool:
+    return bool(request.config.getoption("--long"))
+
+
+@pytest.fixture(scope="session")
+def only_case(request: pytest.FixtureRequest) -> str | None:
+    case = request.config.getoption("--case")
+    return str(case) if case is not None else None

@@ -1,0 +1,230 @@
+"""A region that is put back into the same state again and again, and peers with a fate.
+
+Every peer has a mapping of its own, on which a trap counts its stores, and a process id of its
+own that the test declares alive or dead.  Everything else is real: what decides that a peer is
+surely gone is `identity.gone`, which asks for the start time of that process.
+
+Time is made up, so that a loaded machine changes nothing: it passes when somebody waits, and each
+peer may have a clock that is wrong in its own way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TypeVar
+
+import pytest
+
+from ivshmemfs.engine import Filesystem, clock, collect, filesystem, mount
+from ivshmemfs.errors import Busy
+from ivshmemfs.format import peer, superblock
+from ivshmemfs.region import Memory, Region, open_region
+from ivshmemfs.shm import control, identity, peers
+from mkfs import writer
+from tests.regions import TestRegion
+
+T = TypeVar("T")
+
+FIRST_PID = 1 << 40  # far above what Linux hands out
+STARTED = 7
+BLINK = 0.1  # seconds for which a dead or paused peer may delay others
+RETRY = 0.002  # seconds that the adapter waits after a Busy, about
+TICK = 1.0  # seconds between two ticks
+
+
+class Death(BaseException):
+    """The peer stores nothing any more; not an Exception, so that nobody handles it."""
+
+
+class Clock:
+    """Stands for the module `time` in everything that is tested."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+        self.readings: dict[int, Callable[[float], float]] = {}
+        self.reader = 0  # process that reads the clock
+
+    def monotonic(self) -> float:
+        self.now += 1e-6
+        return self.readings.get(self.reader, float)(self.now)
+
+    def monotonic_ns(self) -> int:
+        return int(self.monotonic() * 1e9)
+
+    def time_ns(self) -> int:
+        return 1_700_000_000_000_000_000 + self.monotonic_ns()
+
+    def clock_gettime_ns(self, _clock: int) -> int:
+        return self.time_ns()
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
+TIMED = (collect, clock, filesystem, mount, control, identity, peers, writer)
+
+
+class Fates:
+    """Which processes are alive.  `acting` is the one that speaks."""
+
+    def __init__(self) -> None:
+        self.clock = Clock()
+        self.dead: set[int] = set()
+        self._next = FIRST_PID
+        self.acting = 0
+        self._own = identity.current(0)
+        self._boot = identity.boot_id()
+        self._real_start = identity.start_time
+
+    def new(self) -> int:
+        self._next += 1
+        return self._next
+
+    def current(self, incarnation: int) -> peer.SlotRecord:
+        if not self.acting:
+            return self._own._replace(incarnation=incarnation)
+        return self._own._replace(incarnation=incarnation, pid=self.acting, pid_start=STARTED)
+
+    def start_time(self, pid: int) -> int:
+        if pid < FIRST_PID:
+            return int(self._real_start(pid))
+        return 0 if pid in self.dead else STARTED
+
+    def install(self, patch: pytest.MonkeyPatch) -> None:
+        patch.setattr(identity, "current", self.current)
+        patch.setattr(identity, "start_time", self.start_time)
+        patch.setattr(identity, "boot_id", lambda: self._boot)
+        patch.setattr(identity, "machine_id", lambda: bytes(16))
+        patch.setattr(filesystem, "CAREFUL", -1.0)  # what was looked up is not kept open
+        for module in TIMED:
+            patch.setattr(module, "time", self.clock)
+
+    @contextmanager
+    def speaking(self, pid: int) -> Iterator[None]:
+        before = self.acting
+        self.acting = self.clock.reader = pid
+        try:
+            yield
+        finally:
+            self.acting = self.clock.reader = before
+
+
+class Peer:
+    """One process that maps the region, and its mount once it has one."""
+
+    def __init__(self, laboratory: Laboratory, region: Region) -> None:
+        self._laboratory = laboratory
+        self._fates = laboratory.fates
+        self.pid = self._fates.new()
+        self.region = region
+        self._fs: Filesystem | None = None
+
+    @property
+    def memory(self) -> Memory:
+        return self.region.memory
+
+    @property
+    def fs(self) -> Filesystem:
+        assert self._fs is not None
+        return self._fs
+
+    def mount(self) -> Filesystem:
+        with self._fates.speaking(self.pid):
+            self._fs = Filesystem.mount(self.region)
+        return self._fs
+
+    def run(self, action: Callable[[Filesystem], T], patience: float = 5.0) -> T:
+        """What the adapter does: again while it is Busy."""
+        clock = self._fates.clock
+        until = clock.now + patience
+        with self._fates.speaking(self.pid):
+            while True:
+                try:
+                    return action(self.fs)
+                except Busy:
+                    if clock.now > until:
+                        raise
+                clock.sleep(RETRY)
+
+    def quick(self, action: Callable[[Filesystem], T]) -> T:
+        """The same, and nobody who is dead or paused may make it slow."""
+        return self.run(action, patience=BLINK)
+
+    def tick(self, times: int = 1) -> None:
+        for _ in range(times):
+            self._fates.clock.sleep(TICK)
+            self.run(lambda fs: fs.tick())
+
+    def die_at(self, store: int) -> None:
+        """Arrange that the peer dies before its `store`-th store from now."""
+
+        def die() -> None:
+            raise Death
+
+        self.memory.trap(store, die)
+
+    def pause_at(self, event: int, meanwhile: Callable[[], object], loads: bool = False) -> None:
+        """Arrange that others do `meanwhile` before the peer's `event`-th store (or load)."""
+
+        def others() -> None:
+            with self._fates.speaking(0):
+                meanwhile()
+
+        self.memory.trap(event, others, loads)
+
+    def bury(self) -> None:
+        """From now on everybody can know that it is gone."""
+        self._fates.dead.add(self.pid)
+
+    def slot(self) -> int:
+        """The peer's slot, found by its process id; 0 if it has none."""
+        found = [p.slot for p in self._laboratory.occupants() if p.record.pid == self.pid]
+        return found[0] if found else 0
+
+
+class Laboratory:
+    """One region file and its saved states."""
+
+    def __init__(self, made: TestRegion, fates: Fates) -> None:
+        self.made = made
+        self.fates = fates
+        self.memory = made.region().memory
+        self._open: list[Region] = []
+
+    @property
+    def path(self) -> Path:
+        return self.made.path
+
+    def save(self) -> bytes:
+        """The region as it stands."""
+        return self.memory.read(0, self.memory.length)
+
+    def restore(self, state: bytes) -> None:
+        """Put the region back; all peers of before are over."""
+        for region in self._open:
+            region.close()
+        self._open.clear()
+        self.fates.dead.clear()
+        self.fates.clock.readings.clear()
+        self.memory.write(0, state)
+
+    def newcomer(self) -> Peer:
+        """A process that has mapped the region and not mounted it."""
+        region = open_region(str(self.path))
+        self._open.append(region)
+        return Peer(self, region)
+
+    def mounted(self) -> Peer:
+        """A process that has the region mounted."""
+        made = self.newcomer()
+        made.mount()
+        return made
+
+    def occupants(self) -> list[peer.Occupant]:
+        """All slots in use."""
+        raw = self.memory.read(0, superblock.SUPERBLOCK.size)
+        geometry = superblock.decode(raw).geometry
+        table = self.memory.read(geometry.peers_offset, geometry.peer_count * peer.SLOT_SIZE)
+        return list(peer.occupants(table, geometry.peer_count))

@@ -1,0 +1,46 @@
+"""The time of a change never runs backwards while the machine's clock does not."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from ivshmemfs.engine import ROOT_INO, Filesystem
+from ivshmemfs.engine.clock import Clock
+from tests.regions import ROOT, put
+
+
+def test_it_is_the_present() -> None:
+    clock = Clock()
+    for _ in range(1000):
+        before = time.time_ns()
+        assert before - 20_000_000 < clock.now() <= time.time_ns()
+
+
+def test_what_the_kernel_called_the_present_is_not_undercut() -> None:
+    clock = Clock()
+    moment = time.time_ns()
+    clock.seen(moment)
+    assert clock.now() >= moment
+    clock.seen(moment - 10**9)
+    assert clock.now() >= moment
+
+
+def test_moments_in_the_future_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock()
+    clock.seen(time.time_ns() + 10**12)
+    assert clock.now() <= time.time_ns()
+    seen = time.time_ns()
+    clock.seen(seen)
+    monkeypatch.setattr(time, "time_ns", lambda: seen - 10**12)  # somebody set the clock back
+    monkeypatch.setattr(time, "clock_gettime_ns", lambda _clock: seen - 10**12)
+    assert clock.now() == seen - 10**12
+
+
+def test_a_change_after_a_setting_to_the_present(fs: Filesystem) -> None:
+    attr = put(fs, ROOT_INO, b"file", b"")
+    for _ in range(50):
+        moment = time.time_ns()
+        fs.setattr(attr.ino, ROOT, mtime_ns=moment)
+        assert put(fs, ROOT_INO, b"file", b"x").mtime_ns >= moment

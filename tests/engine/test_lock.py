@@ -1,0 +1,138 @@
+"""The lock on a file: one holder, freed by its end however that comes."""
+
+from __future__ import annotations
+
+import errno
+import os
+
+import pytest
+
+from ivshmemfs.engine import ROOT_INO, FileLock, Filesystem
+from ivshmemfs.engine import lock as engine
+from ivshmemfs.errors import FsError, LockLost
+from tests.checks import assert_adds_up
+from tests.regions import ROOT, put
+
+
+def holder_of(lock: FileLock) -> engine.Holder | None:
+    return lock.blocking(lock.record())
+
+
+def test_one_holder_at_a_time(fs: Filesystem, other: Filesystem) -> None:
+    ino = put(fs, ROOT_INO, b"file", b"content").ino
+    mine, theirs = FileLock(fs, ino), FileLock(other, ino)
+    assert theirs.record() == b""
+    assert mine.acquire(b"")
+    assert not theirs.acquire(b"")
+    assert holder_of(theirs) == (ino, *fs.place)
+    mine.keep()
+    mine.release()
+    assert theirs.record() == b""
+    assert theirs.acquire(b"")
+    mine.release()  # not ours any more: changes nothing
+    theirs.keep()
+    theirs.release()
+    assert_adds_up(fs)
+
+
+def test_nobody_sees_the_record(fs: Filesystem) -> None:
+    attr = put(fs, ROOT_INO, b"file", b"content")
+    lock = FileLock(fs, attr.ino)
+    assert lock.acquire(b"")
+    assert fs.listxattr(attr.ino, ROOT) == []
+    assert fs.getattr(attr.ino) == attr
+    for call in (
+        lambda: fs.getxattr(attr.ino, engine.ATTRIBUTE),
+        lambda: fs.setxattr(attr.ino, engine.ATTRIBUTE, b"", 0, ROOT),
+        lambda: fs.removexattr(attr.ino, engine.ATTRIBUTE, ROOT),
+    ):
+        with pytest.raises(FsError) as caught:
+            call()
+        assert caught.value.errno == errno.EOPNOTSUPP
+    lock.release()
+
+
+def test_a_holder_that_left(fs: Filesystem, other: Filesystem) -> None:
+    ino = put(other, ROOT_INO, b"file", b"").ino
+    assert FileLock(fs, ino).acquire(b"")
+    fs.unmount()
+    theirs = FileLock(other, ino)
+    record = theirs.record()
+    assert record
+    assert theirs.blocking(record) is None
+    assert theirs.acquire(record)
+
+
+def test_a_holder_that_was_declared_gone(fs: Filesystem, other: Filesystem) -> None:
+    """It notices, also when it has joined again meanwhile."""
+    ino = put(fs, ROOT_INO, b"file", b"").ino
+    mine, theirs = FileLock(fs, ino), FileLock(other, ino)
+    assert mine.acquire(b"")
+    slot = fs.place[0]
+    other.table.retire(slot, other.table.state(slot))
+    assert holder_of(theirs) is None
+    fs.tick()
+    assert holder_of(theirs) is None
+    with pytest.raises(LockLost):
+        mine.keep()
+    assert theirs.acquire(theirs.record())
+    with pytest.raises(LockLost):
+        mine.keep()
+    mine.release()
+    theirs.keep()
+
+
+def test_a_silent_holder(
+    fs: Filesystem, other: Filesystem, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It counts as dead only after somebody watched it be silent for long enough."""
+    ino = put(fs, ROOT_INO, b"file", b"").ino
+    mine, theirs = FileLock(fs, ino), FileLock(other, ino)
+    assert mine.acquire(b"")
+    now = 1000.0
+    monkeypatch.setattr(engine.time, "monotonic", lambda: now)  # type: ignore[attr-defined]
+    assert holder_of(theirs)
+    now += engine.SILENT - 1
+    assert holder_of(theirs)
+    mine.keep()
+    now += engine.SILENT - 1
+    assert holder_of(theirs)
+    now += engine.SILENT + 1
+    assert holder_of(theirs) is None
+    assert theirs.acquire(theirs.record())
+    with pytest.raises(LockLost, match="taken over"):
+        mine.keep()
+
+
+def test_a_record_that_was_copied_or_damaged_locks_nothing(fs: Filesystem) -> None:
+    ino = put(fs, ROOT_INO, b"file", b"").ino
+    second = put(fs, ROOT_INO, b"second", b"").ino
+    lock = FileLock(fs, ino)
+    assert lock.acquire(b"")
+    record = lock.record()
+    assert FileLock(fs, second).blocking(record) is None
+    for broken in (record[:-1], record + b"x", b"\xff" * 24, bytes(24)):
+        assert lock.blocking(broken) is None
+
+
+def test_a_lock_on_what_is_removed(fs: Filesystem, other: Filesystem) -> None:
+    ino = put(fs, ROOT_INO, b"file", b"").ino
+    handle = fs.open(ino, os.O_RDONLY, ROOT)
+    lock = FileLock(fs, ino)
+    assert lock.acquire(b"")
+    other.unlink(ROOT_INO, b"file", ROOT)
+    lock.keep()
+    lock.release()
+    fs.release(handle)
+    gone = FileLock(fs, ino)
+    with pytest.raises(FsError):
+        gone.acquire(b"")
+
+
+def test_losing_the_file(fs: Filesystem, other: Filesystem) -> None:
+    ino = put(fs, ROOT_INO, b"file", b"").ino
+    lock = FileLock(fs, ino)
+    assert lock.acquire(b"")
+    other.unlink(ROOT_INO, b"file", ROOT)
+    with pytest.raises(LockLost):
+        lock.keep()

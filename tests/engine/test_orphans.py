@@ -1,0 +1,200 @@
+"""Unlinked but open files, whichever mount unlinks and whichever holds open."""
+
+from __future__ import annotations
+
+import errno
+import os
+
+import pytest
+
+from ivshmemfs.engine import ROOT_INO, Filesystem, Handle
+from ivshmemfs.errors import Busy, StaleHandle
+from tests.checks import assert_adds_up, assert_empty
+from tests.engine.test_names import fails
+from tests.regions import ROOT, TestRegion, put
+
+
+def orphans(fs: Filesystem) -> int:
+    return fs.view().root.record.orphans
+
+
+def ticks(fs: Filesystem, count: int = 3) -> None:
+    for _ in range(count):
+        try:
+            fs.tick()
+        except Busy:
+            pytest.fail("nobody else is working")
+
+
+@pytest.mark.parametrize("unlinker", [0, 1])
+@pytest.mark.parametrize("holders", [(0,), (1,), (0, 1), (1, 0)])
+def test_open_files_outlive_their_names(
+    made: TestRegion, unlinker: int, holders: tuple[int, ...]
+) -> None:
+    mounts = [made.mount(), made.mount()]
+    used = mounts[0].view().root.record.used
+    content = os.urandom(3 * mounts[0].block_size)
+    attr = put(mounts[0], ROOT_INO, b"file", content)
+    handles = {at: mounts[at].open(attr.ino, os.O_RDWR, ROOT) for at in holders}
+    mounts[unlinker].unlink(ROOT_INO, b"file", ROOT)
+    fails(errno.ENOENT, lambda: mounts[0].lookup(ROOT_INO, b"file"))
+    for at in holders:
+        for fs in mounts:
+            ticks(fs)
+        assert orphans(mounts[0]) == 1
+        fs, handle = mounts[at], handles[at]
+        assert bytes(fs.read(handle, 0, len(content))) == content
+        assert fs.getattr(attr.ino).nlink == 0
+        assert fs.write(handle, 0, b"still") == 5
+        content = b"still" + content[5:]
+        fs.setattr(attr.ino, ROOT, mtime_ns=5)
+        fs.release(handle)
+    for fs in mounts:
+        ticks(fs)
+    assert orphans(mounts[0]) == 0
+    fails(errno.ESTALE, lambda: mounts[1].getattr(attr.ino))
+    assert mounts[0].view().root.record.used == used
+    assert_adds_up(mounts[0])
+
+
+def test_the_last_close_frees_at_once(fs: Filesystem, other: Filesystem) -> None:
+    used = fs.view().root.record.used
+    attr = put(fs, ROOT_INO, b"file", b"x" * 3000)
+    first = fs.open(attr.ino, os.O_RDONLY, ROOT)
+    second = other.open(attr.ino, os.O_RDONLY, ROOT)
+    fs.unlink(ROOT_INO, b"file", ROOT)
+    fs.release(first)
+    assert orphans(fs) == 1
+    other.release(second)
+    assert (orphans(fs), fs.view().root.record.used) == (0, used)
+
+
+def test_a_file_that_nobody_holds_goes_with_its_name(fs: Filesystem, other: Filesystem) -> None:
+    attr = put(fs, ROOT_INO, b"file", b"x")
+    other.unlink(ROOT_INO, b"file", ROOT)
+    assert orphans(fs) == 0
+    fails(errno.ESTALE, lambda: fs.open(attr.ino, os.O_RDONLY, ROOT))
+
+
+def test_rename_over_an_open_file(fs: Filesystem, other: Filesystem) -> None:
+    put(fs, ROOT_INO, b"new", b"new")
+    victim = put(fs, ROOT_INO, b"old", b"old content")
+    handle = other.open(victim.ino, os.O_RDONLY, ROOT)
+    fs.rename(ROOT_INO, b"new", ROOT_INO, b"old", 0, ROOT)
+    assert bytes(other.read(handle, 0, 100)) == b"old content"
+    other.release(handle)
+    assert orphans(fs) == 0
+    assert_adds_up(fs)
+
+
+def test_unmounting_gives_back_what_was_open(made: TestRegion) -> None:
+    fs, other = made.mount(), made.mount()
+    used = fs.view().root.record.used
+    for n in range(4):
+        handle, _ = other.create(ROOT_INO, b"f%d" % n, 0o644, os.O_RDWR, ROOT)
+        other.write(handle, 0, b"x" * 2000)
+        fs.unlink(ROOT_INO, b"f%d" % n, ROOT)
+    assert orphans(fs) == 4
+    other.unmount()
+    ticks(fs)
+    assert (orphans(fs), fs.view().root.record.used) == (0, used)
+
+
+def test_hundreds_of_orphans(roomy: TestRegion) -> None:
+    fs, other = roomy.mount(), roomy.mount()
+    handles = []
+    for n in range(400):
+        handle, _ = fs.create(ROOT_INO, b"f%d" % n, 0o644, os.O_RDWR, ROOT)
+        handles.append(handle)
+        other.unlink(ROOT_INO, b"f%d" % n, ROOT)
+    assert orphans(fs) == 400
+    ticks(other)
+    assert orphans(fs) == 400
+    for handle in handles:
+        assert bytes(fs.read(handle, 0, 1)) == b""
+        fs.release(handle)
+    ticks(other)
+    assert orphans(fs) == 0
+    assert_empty(fs)
+
+
+def test_files_of_one_filter_bit(fs: Filesystem, other: Filesystem) -> None:
+    """Two open files may share a bit; closing one keeps the other listed."""
+    one = put(fs, ROOT_INO, b"one", b"1")
+    assert fs._member is not None
+    index = fs._member._index(one.ino)
+    two = one
+    while two.ino == one.ino or fs._member._index(two.ino) != index:
+        other.unlink(ROOT_INO, b"two", ROOT) if two.ino != one.ino else None
+        two = fs.mknod(ROOT_INO, b"two", 0o100644, 0, ROOT)
+    handles = [fs.open(ino, os.O_RDONLY, ROOT) for ino in (one.ino, two.ino)]
+    fs.release(handles[0])
+    other.unlink(ROOT_INO, b"two", ROOT)
+    assert fs.getattr(two.ino).nlink == 0
+    other.unlink(ROOT_INO, b"one", ROOT)  # kept by the shared bit until it is cleared
+    fs.release(handles[1])
+    ticks(other)
+    assert orphans(fs) == 0
+
+
+def test_opening_and_unlinking_at_once(made: TestRegion) -> None:
+    """Wherever the opener is stopped, either it gets ESTALE or the file stays readable."""
+    opened = refused = 0
+    for after in range(60):
+        fs, other = made.mount(), made.mount()
+        attr = put(fs, ROOT_INO, b"file", b"content")
+
+        def unlink() -> None:
+            other.unlink(ROOT_INO, b"file", ROOT)  # noqa: B023
+
+        fs.region.memory.trap(after, unlink, loads=True)
+        try:
+            handle = fs.open(attr.ino, os.O_RDONLY, ROOT)
+        except StaleHandle:
+            refused += 1
+        else:
+            fs.region.memory.trap(0, None)
+            opened += 1
+            assert bytes(fs.read(handle, 0, 100)) == b"content"
+            if fs.getattr(attr.ino).nlink:
+                other.unlink(ROOT_INO, b"file", ROOT)
+            assert bytes(fs.read(handle, 0, 100)) == b"content"
+            fs.release(handle)
+        fs.unmount()
+        other.unmount()
+    assert opened
+    assert refused
+
+
+def test_unlinking_and_opening_at_once(made: TestRegion) -> None:
+    """The same with the unlinker stopped and the opener running in between."""
+    opened = refused = 0
+    for after in range(200):
+        fs, other = made.mount(), made.mount()
+        attr = put(fs, ROOT_INO, b"file", b"content")
+        got: list[Handle | None] = []
+
+        def open_it() -> None:
+            try:
+                got.append(other.open(attr.ino, os.O_RDONLY, ROOT))  # noqa: B023
+            except StaleHandle:
+                got.append(None)  # noqa: B023
+
+        fs.region.memory.trap(after, open_it, loads=True)
+        fs.unlink(ROOT_INO, b"file", ROOT)
+        fs.region.memory.trap(0, None)
+        if not got:
+            break
+        if got[0] is None:
+            refused += 1
+        else:
+            opened += 1
+            assert bytes(other.read(got[0], 0, 100)) == b"content"
+            other.release(got[0])
+        assert orphans(fs) == 0
+        fs.unmount()
+        other.unmount()
+    else:
+        pytest.fail("unlinking never ended without a stop")
+    assert opened
+    assert refused

@@ -1,0 +1,190 @@
+"""Full regions: what still works, what fails cleanly, and that every block comes back."""
+
+from __future__ import annotations
+
+import errno
+import os
+import random
+from contextlib import suppress
+
+import pytest
+
+from ivshmemfs.engine import ROOT_INO, Filesystem
+from ivshmemfs.errors import NoSpace
+from tests.checks import assert_adds_up, assert_clean, assert_empty, detailed_tree, free_blocks
+from tests.engine.test_names import fails, names, remove_all
+from tests.regions import ROOT, TestRegion, get, new_region, put
+
+
+def fill_with_data(fs: Filesystem, name: bytes = b"fill") -> int:
+    """Write until nothing more fits; returns the size of the file."""
+    handle, _ = fs.create(ROOT_INO, name, 0o644, os.O_WRONLY, ROOT)
+    done = 0
+    try:
+        while True:
+            done += fs.write(handle, done, os.urandom(1 << 17))
+    except NoSpace:
+        return done
+    finally:
+        fs.release(handle)
+
+
+def fill_with_names(fs: Filesystem, prefix: bytes = b"name") -> int:
+    count = 0
+    try:
+        while True:
+            fs.mknod(ROOT_INO, prefix + b"%d" % count, 0o100644, 0, ROOT)
+            count += 1
+    except NoSpace:
+        return count
+
+
+def test_a_megabyte_region_holds_85_percent() -> None:
+    with new_region(1 << 20) as made:
+        fs = made.mount()
+        assert fill_with_data(fs) >= (1 << 20) * 85 // 100
+        assert_clean(made)
+
+
+def make_directories(fs: Filesystem, count: int) -> None:
+    for number in range(count):
+        fs.mkdir(ROOT_INO, b"dir%d" % number, 0o755, ROOT)
+
+
+def test_everything_comes_back(fs: Filesystem, other: Filesystem) -> None:
+    for fill in (fill_with_data, fill_with_names):
+        assert fill(fs) > 0
+        with pytest.raises(NoSpace):  # a short name may still fit where a long one did not
+            make_directories(other, 1000)
+        assert_adds_up(fs)
+        remove_all(other, ROOT_INO)
+        assert_empty(fs)
+
+
+def test_a_full_region_still_removes(fs: Filesystem, other: Filesystem) -> None:
+    """Names, data, attributes and open files; then everything is removed one by one."""
+    folder = fs.mkdir(ROOT_INO, b"dir", 0o755, ROOT).ino
+    kept = put(fs, folder, b"open", b"x" * 5000)
+    put(fs, ROOT_INO, b"fill", b"x" * 20000)
+    count = 0
+    with suppress(NoSpace):
+        while True:
+            put(fs, ROOT_INO, b"small%d" % count, b"x" * (count % 3000))
+            count += 1
+    assert count
+    fill_with_names(other, b"other")
+    handle = fs.open(kept.ino, os.O_RDONLY, ROOT)
+    other.unlink(folder, b"open", ROOT)  # becomes an orphan: needs blocks
+    assert bytes(fs.read(handle, 0, 10)) == b"x" * 10
+    other.rename(ROOT_INO, b"small0", folder, b"moved", 0, ROOT)
+    other.setattr(fs.lookup(ROOT_INO, b"fill").ino, ROOT, size=12345)
+    for name in names(fs):
+        if name != b"dir":
+            fs.unlink(ROOT_INO, name, ROOT)
+    fs.release(handle)
+    other.unlink(folder, b"moved", ROOT)
+    other.rmdir(ROOT_INO, b"dir", ROOT)
+    assert_adds_up(fs)
+
+
+def test_what_does_not_fit_changes_nothing(fs: Filesystem, other: Filesystem) -> None:
+    put(fs, ROOT_INO, b"file", b"content")
+    ino = fs.lookup(ROOT_INO, b"file").ino
+    fs.symlink(ROOT_INO, b"link", b"to", ROOT)
+    fill_with_data(fs)
+    fill_with_names(fs)
+    before, free = detailed_tree(other), free_blocks(fs)
+    handle = fs.open(ino, os.O_RDWR, ROOT)
+    long = b"n" * 250
+    for call in (
+        lambda: fs.mkdir(ROOT_INO, long, 0o755, ROOT),
+        lambda: fs.create(ROOT_INO, long, 0o644, os.O_RDWR, ROOT),
+        lambda: fs.symlink(ROOT_INO, long, b"x" * 4000, ROOT),
+        lambda: fs.write(handle, 0, b"y" * fs.block_size),
+        lambda: fs.setxattr(ino, b"user.x", bytes(9000), 0, ROOT),
+    ):
+        fails(errno.ENOSPC, call)
+        assert detailed_tree(other) == before
+        assert free_blocks(fs) == free
+    fs.release(handle)
+
+
+def test_writes_become_short_before_they_fail(fs: Filesystem) -> None:
+    handle, attr = fs.create(ROOT_INO, b"file", 0o644, os.O_RDWR, ROOT)
+    content, done, short = os.urandom(1 << 18), 0, 0
+    with suppress(NoSpace):
+        while True:
+            got = fs.write(handle, done, content)
+            assert 0 < got <= len(content)
+            short += got < len(content)
+            assert bytes(fs.read(handle, done, got)) == content[:got]
+            done += got
+            assert fs.getattr(attr.ino).size == done
+    assert short
+    fs.release(handle)
+
+
+def test_overwriting_in_a_full_region(fs: Filesystem) -> None:
+    """Copy on write needs room for the copies, of which the reserve keeps none for writers."""
+    size = fill_with_data(fs)
+    handle = fs.open(fs.lookup(ROOT_INO, b"fill").ino, os.O_RDWR, ROOT)
+    done = 0
+    for offset in range(0, size, 5 * fs.block_size):
+        try:
+            done += fs.write(handle, offset, b"z" * 10)
+        except NoSpace:
+            break
+    fs.setattr(handle.ino, ROOT, size=size // 2)
+    assert fs.write(handle, 0, b"z" * 10) == 10
+    fs.release(handle)
+
+
+def test_statfs_adds_up(fs: Filesystem, other: Filesystem) -> None:
+    geometry = fs.superblock.geometry
+    before = fs.statfs()
+    assert before.block_size == geometry.block_size
+    assert before.blocks == geometry.block_count
+    assert before.blocks_free == free_blocks(fs)
+    assert before.blocks_avail == before.blocks_free - geometry.reserve
+    put(fs, ROOT_INO, b"file", b"x" * 7 * fs.block_size)
+    after = other.statfs()
+    assert before.blocks_free - after.blocks_free == 8
+    assert after.files - after.files_free == before.files - before.files_free + 1
+    fill_with_names(fs)
+    full = fs.statfs()
+    assert 0 <= full.blocks_avail <= 4
+    assert full.blocks_free >= geometry.reserve
+
+
+def test_what_statfs_promises_can_be_written(fs: Filesystem) -> None:
+    promised = fs.statfs().blocks_avail * fs.block_size
+    written = fill_with_data(fs)
+    assert written >= promised * 90 // 100
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_churn_in_a_nearly_full_region(made: TestRegion, seed: int) -> None:
+    mounts = [made.mount(), made.mount()]
+    chance, model = random.Random(seed), dict[bytes, bytes]()
+    room = mounts[0].statfs().blocks_avail * mounts[0].block_size
+    refused = 0
+    for _ in range(200):
+        fs, name = chance.choice(mounts), b"f%d" % chance.randrange(12)
+        if name in model and chance.random() < 0.4:
+            fs.unlink(ROOT_INO, name, ROOT)
+            del model[name]
+            continue
+        content = chance.randbytes(chance.randrange(max(room // 5, 1)))
+        try:
+            put(fs, ROOT_INO, name, content)
+            model[name] = content
+        except NoSpace:
+            refused += 1
+            model.pop(name, None)
+            if name in names(fs):
+                fs.unlink(ROOT_INO, name, ROOT)
+    assert refused
+    for name, content in model.items():
+        assert get(mounts[0], ROOT_INO, name) == content
+    remove_all(mounts[1], ROOT_INO)
+    assert_empty(mounts[0])

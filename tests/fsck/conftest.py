@@ -1,0 +1,18 @@
+"""The sample filesystem, as a region of its own for each test."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.fsck.damage import sample
+from tests.regions import TestRegion, new_region
+
+
+@pytest.fixture
+def made() -> Iterator[TestRegion]:
+    image = sample()
+    with new_region(len(image)) as region:
+        region.path.write_bytes(image)
+        yield region

@@ -1,0 +1,96 @@
+"""The -o options: what is accepted, what each becomes, and how a wrong one is named."""
+
+from __future__ import annotations
+
+import os
+import pwd
+
+import pytest
+
+from ivshmemfs.errors import UsageError
+from ivshmemfs.fuse.options import MountOptions, fusermount_options, libfuse_options, parse
+
+
+def test_nothing_given() -> None:
+    assert parse([]) == MountOptions()
+    assert parse(["", ",,"]) == MountOptions()
+
+
+def test_later_words_override() -> None:
+    assert parse(["ro", "rw"]).readonly is False
+    assert parse(["rw,ro"]).readonly is True
+    assert parse(["umask=077,umask=022"]).umask == 0o022
+
+
+def test_values() -> None:
+    chosen = parse(["uid=0,gid=4294967294", "umask=7,allow_other,mmap,loop=trio,log=/x/y=z"])
+    assert chosen.uid == 0
+    assert chosen.gid == 4294967294
+    assert chosen.umask == 7
+    assert chosen.allow_other
+    assert chosen.mmap
+    assert chosen.loop == "trio"
+    assert chosen.log == "/x/y=z"
+
+
+def test_names_instead_of_numbers() -> None:
+    someone = pwd.getpwall()[-1]
+    assert parse([f"uid={someone.pw_name}"]).uid == someone.pw_uid
+
+
+def test_words_of_fstab_mean_nothing_here() -> None:
+    words = "defaults,noauto,nofail,_netdev,x-systemd.automount,x-a=b,comment=c,user,nosuid,nodev"
+    assert parse([words]) == MountOptions()
+
+
+def test_kernel_flags_are_passed_on() -> None:
+    chosen = parse(["noexec,noatime"])
+    assert chosen.kernel_flags == ["noexec", "noatime"]
+    assert {"noexec", "noatime"} <= set(fusermount_options(chosen, "s").split(","))
+    assert {"noexec", "noatime"} <= libfuse_options(chosen, "s")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="suid and dev are for root")
+def test_suid_and_dev() -> None:
+    assert parse(["suid,dev"]).suid
+    assert parse(["suid,dev"]).dev
+    assert parse(["suid,dev,nosuid,nodev"]) == MountOptions()
+    assert "suid" in fusermount_options(parse(["suid"]), "s").split(",")
+    assert "suid" not in fusermount_options(parse([]), "s").split(",")
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        ("frobnicate", "frobnicate"),
+        ("max_read=4096", "max_read"),
+        ("uid", "uid"),
+        ("uid=", "uid"),
+        ("uid=no such user", "no such user"),
+        ("uid=-1", "-1"),
+        ("uid=4294967295", "4294967295"),
+        ("gid=1.5", "1.5"),
+        ("umask=9", "umask=9"),
+        ("umask=1777", "1777"),
+        ("umask=", "umask"),
+        ("loop=fast", "loop=fast"),
+        ("ro=1", "ro=1"),
+    ],
+)
+def test_wrong_words_are_named(words: str, named: str) -> None:
+    with pytest.raises(UsageError, match="mount option") as caught:
+        parse([words])
+    assert named in str(caught.value)
+    assert caught.value.exit_code == 1
+
+
+def test_suid_is_for_root(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    for word in ("suid", "dev"):
+        with pytest.raises(UsageError, match="root"):
+            parse([word])
+
+
+def test_the_source_is_escaped() -> None:
+    assert "fsname=a\\,b\\\\c," in fusermount_options(MountOptions(), "a,b\\c")
+    assert "fsname=a?b?c" in libfuse_options(MountOptions(), "a,bäc")

@@ -1,0 +1,203 @@
+"""mmap(2): what works, what is coherent, and what is not (docs/semantics.md says the same)."""
+
+from __future__ import annotations
+
+import faulthandler
+import mmap
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.posix.lab import SHARED_MAPPINGS, Lab, needs_fuse, needs_root, new_lab
+from tests.posix.raising import fails
+
+pytestmark = [needs_fuse, needs_root]
+shared = pytest.mark.skipif(not SHARED_MAPPINGS, reason="needs Linux 6.6: see -o mmap")
+PAGE = mmap.PAGESIZE
+
+
+def mapped(path: Path, length: int = 0, flags: int = mmap.MAP_SHARED) -> mmap.mmap:
+    """A mapping of a whole file, readable and writable."""
+    fd = os.open(path, os.O_RDWR)
+    try:
+        return mmap.mmap(fd, length, flags)
+    finally:
+        os.close(fd)
+
+
+# --- on one mount -----------------------------------------------------------------------------
+
+
+def test_programs_and_libraries_run_from_a_mount(here: Path, there: Path) -> None:
+    shutil.copy(shutil.which("expr") or "/usr/bin/expr", here / "program")
+    answer = subprocess.run([there / "program", "6", "*", "7"], capture_output=True, check=True)
+    assert answer.stdout == b"42\n"
+    (here / "script").write_text(f"#!{sys.executable}\nprint('ran')\n")
+    (here / "script").chmod(0o755)
+    assert subprocess.check_output([there / "script"]) == b"ran\n"
+
+
+def test_a_program_that_another_machine_replaced(here: Path, there: Path) -> None:
+    """Each start runs what the file holds then."""
+    for name in ("true", "false", "true", "false"):
+        source = shutil.which(name) or f"/usr/bin/{name}"
+        shutil.copy(source, here / "new")
+        os.rename(here / "new", here / "program")
+        assert subprocess.run([there / "program"], check=False).returncode == int(name == "false")
+    for name in ("true", "false"):
+        (here / "program").write_bytes(Path(shutil.which(name) or "").read_bytes())
+        assert subprocess.run([there / "program"], check=False).returncode == int(name == "false")
+
+
+def test_private_mappings_keep_their_changes_to_themselves(here: Path) -> None:
+    (here / "file").write_bytes(b"a" * 10_000)
+    with mapped(here / "file", flags=mmap.MAP_PRIVATE) as mapping:
+        mapping[5000:5003] = b"own"
+        assert mapping[4999:5004] == b"aowna"
+    assert (here / "file").read_bytes() == b"a" * 10_000
+
+
+@shared
+def test_shared_mappings_and_calls_agree_on_one_mount(here: Path) -> None:
+    (here / "file").write_bytes(bytes(5 * PAGE))
+    with mapped(here / "file") as mapping, mapped(here / "file") as second:
+        fd = os.open(here / "file", os.O_RDWR)
+        for number in range(1, 50):
+            at = number * 397
+            mapping[at : at + 3] = b"map"
+            assert os.pread(fd, 3, at) == b"map"
+            assert second[at : at + 3] == b"map"
+            os.pwrite(fd, b"call", at)
+            assert mapping[at : at + 4] == b"call"
+        os.close(fd)
+
+
+@shared
+def test_what_a_dead_process_had_mapped_is_kept(here: Path, there: Path) -> None:
+    (here / "file").write_bytes(bytes(3 * PAGE))
+    pid = os.fork()
+    if pid == 0:
+        mapping = mapped(here / "file")
+        mapping[PAGE : PAGE + 4] = b"kept"
+        os.kill(os.getpid(), 9)
+    os.waitpid(pid, 0)
+    end = time.monotonic() + 60
+    with (here / "file").open("rb") as file:
+        os.fsync(file.fileno())
+        assert file.read()[PAGE : PAGE + 4] == b"kept"
+    while (there / "file").read_bytes()[PAGE : PAGE + 4] != b"kept" and time.monotonic() < end:
+        time.sleep(0.2)
+    assert (there / "file").read_bytes()[PAGE : PAGE + 4] == b"kept"
+
+
+@shared
+def test_an_unlinked_file_stays_mapped(here: Path, there: Path) -> None:
+    (here / "file").write_bytes(b"x" * PAGE)
+    with mapped(here / "file") as mapping:
+        os.unlink(there / "file")
+        mapping[0:3] = b"yes"
+        mapping.flush()
+        assert mapping[0:4] == b"yesx"
+
+
+def test_touching_behind_the_end_is_a_bus_error(here: Path, there: Path) -> None:
+    """As on any file system, also when another machine moved the end."""
+    (here / "file").write_bytes(b"x" * (3 * PAGE))
+    for place in (here, there):
+        pid = os.fork()
+        if pid == 0:
+            faulthandler.disable()
+            fd = os.open(here / "file", os.O_RDONLY)
+            mapping = mmap.mmap(fd, 3 * PAGE, mmap.MAP_PRIVATE, mmap.PROT_READ)
+            os.truncate(place / "file", 10)
+            os.fstat(fd)
+            os._exit(mapping[2 * PAGE])
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -7
+        (here / "file").write_bytes(b"x" * (3 * PAGE))
+
+
+# --- between mounts ---------------------------------------------------------------------------
+
+
+@shared
+def test_a_flushed_mapping_is_seen_elsewhere(here: Path, there: Path) -> None:
+    """msync(2) publishes: calls and new mappings on other machines see it."""
+    (here / "file").write_bytes(bytes(4 * PAGE))
+    with mapped(here / "file") as mapping:
+        for number in range(20):
+            at = number * 700
+            mapping[at : at + 5] = b"%05d" % number
+            mapping.flush()
+            with (there / "file").open("rb") as file:
+                assert file.read()[at : at + 5] == b"%05d" % number
+            with mapped(there / "file") as other:
+                assert other[at : at + 5] == b"%05d" % number
+
+
+@shared
+def test_what_is_not_flushed_is_not_seen_elsewhere(here: Path, there: Path) -> None:
+    """The documented exception: pages that are mapped belong to one machine."""
+    (here / "file").write_bytes(b"old" + bytes(PAGE))
+    with mapped(here / "file") as mapping, mapped(there / "file") as other:
+        assert other[0:3] == b"old"
+        mapping[0:3] = b"new"
+        assert (there / "file").read_bytes()[0:3] == b"old"
+        assert other[0:3] == b"old"
+        mapping.flush()
+        assert other[0:3] == b"old", "a mapping keeps the pages that it has read"
+        assert (there / "file").read_bytes()[0:3] == b"new"
+        assert other[0:3] == b"new", "opening the file lets go of pages that were only read"
+
+
+def test_calls_never_see_stale_pages(here: Path, there: Path) -> None:
+    """Whatever is mapped here, read(2) shows what others have written."""
+    (here / "file").write_bytes(b"old" + bytes(PAGE))
+    with mapped(here / "file", flags=mmap.MAP_PRIVATE) as mapping:
+        assert mapping[0:3] == b"old"
+        with (here / "file").open("rb", buffering=0) as file:
+            (there / "file").write_bytes(b"new" + bytes(PAGE))
+            assert os.pread(file.fileno(), 3, 0) == b"new"
+    with mapped(here / "file", flags=mmap.MAP_PRIVATE) as mapping:
+        assert mapping[0:3] == b"new"
+
+
+# --- with -o mmap, for kernels before 6.6 -------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def cached() -> Iterator[Lab]:
+    with new_lab(32 << 20, 2, "allow_other,mmap") as lab:
+        yield lab
+
+
+def test_the_option_allows_shared_mappings_everywhere(cached: Lab) -> None:
+    one, two = cached.paths
+    (one / "file").write_bytes(bytes(3 * PAGE))
+    with mapped(one / "file") as mapping:
+        mapping[PAGE : PAGE + 5] = b"hello"
+        mapping.flush()
+    assert (one / "file").read_bytes()[PAGE : PAGE + 5] == b"hello"
+    assert (two / "file").read_bytes()[PAGE : PAGE + 5] == b"hello"
+
+
+def test_with_the_option_a_new_open_sees_everything(cached: Lab) -> None:
+    """Close-to-open: whoever opens a file sees all that was written before."""
+    one, two = cached.paths
+    for number in range(50):
+        (one / "file").write_bytes(b"%06d" % number * (number + 1))
+        assert (two / "file").read_bytes() == b"%06d" % number * (number + 1)
+
+
+def test_names_are_coherent_with_the_option(cached: Lab) -> None:
+    one, two = cached.paths
+    for number in range(20):
+        (one / f"n{number}").touch()
+        assert (two / f"n{number}").exists()
+        (two / f"n{number}").unlink()
+        fails(2, os.stat, one / f"n{number}")

@@ -1,0 +1,383 @@
+"""One contract that every way of opening a region passes."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from ivshmemfs.region import (
+    DEVICE,
+    NORMAL,
+    WRITE_COMBINING,
+    Region,
+    Roots,
+    create_file,
+    discover,
+    open_region,
+    probe,
+)
+from ivshmemfs.region import chardev as chardev_module
+from ivshmemfs.region import locate as locate_module
+
+SIZE = 2 << 20
+PAGE = os.sysconf("SC_PAGE_SIZE")
+
+
+@dataclass
+class Backend:
+    """How to open it, and the file behind it with the place of its first byte."""
+
+    spec: str
+    roots: Roots
+    file: Path
+    start: int
+    access: int
+
+    def open(self, readonly: bool = False) -> Region:
+        return open_region(self.spec, readonly=readonly, roots=self.roots)
+
+
+def make_file(directory: Path) -> Backend:
+    path = directory / "region"
+    create_file(path, SIZE)
+    return Backend(str(path), Roots(), path, 0, NORMAL)
+
+
+def make_pci(
+    tmp_path: Path, *, combining: bool, machine: str, address: str = "0000:00:04.0"
+) -> Backend:
+    roots = Roots(sys=tmp_path / "sys", dev=tmp_path / "dev", machine=machine)
+    device = roots.sys / "bus/pci/devices" / address
+    device.mkdir(parents=True)
+    (device / "vendor").write_text("0x1af4\n")
+    (device / "device").write_text("0x1110\n")
+    (device / "enable").write_text("0\n")
+    lines = [(0xFEBF1000, 0xFEBF10FF, 0x40200), (0, 0, 0), (0xFE000000, 0xFE000000 + SIZE - 1, 0xC)]
+    (device / "resource").write_text(
+        "".join(f"{a:#018x} {b:#018x} {c:#018x}\n" for a, b, c in lines)
+    )
+    file = device / "resource2"
+    create_file(file, SIZE)
+    if combining:
+        os.link(file, device / "resource2_wc")
+    access = WRITE_COMBINING if combining or machine == "x86_64" else DEVICE
+    return Backend(f"pci:{address}", roots, file, 0, access)
+
+
+def make_mem(tmp_path: Path, machine: str) -> Backend:
+    roots = Roots(
+        sys=tmp_path / "sys", dev=tmp_path / "dev", proc=tmp_path / "proc", machine=machine
+    )
+    roots.dev.mkdir()
+    roots.proc.mkdir()
+    (roots.proc / "iomem").write_text("00000000-0000ffff : System RAM\n  00001000-0000 : x\n")
+    file = roots.dev / "mem"
+    create_file(file, 0x20000 + SIZE)
+    access = WRITE_COMBINING if machine == "x86_64" else DEVICE
+    return Backend("mem:0x20000:2M", roots, file, 0x20000, access)
+
+
+def make_uio(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Backend:
+    roots = Roots(sys=tmp_path / "sys", dev=tmp_path / "dev", machine="x86_64")
+    roots.dev.mkdir()
+    file = roots.dev / "uio0"
+    create_file(file, PAGE + SIZE)
+    maps = roots.sys / "dev/char/0:0/maps"
+    for number, size in ((0, 256), (1, SIZE)):
+        entry = maps / f"map{number}"
+        entry.mkdir(parents=True)
+        (entry / "size").write_text(f"{size:#018x}\n")
+        (entry / "offset").write_text("0x0\n")
+    (maps / "mapx").mkdir()
+    for module in (chardev_module, locate_module):
+        monkeypatch.setattr(module, "is_character_device", lambda _: True)
+    return Backend(str(file), roots, file, PAGE, WRITE_COMBINING)
+
+
+@pytest.fixture
+def hugetlbfs(tmp_path: Path) -> Iterator[Path]:
+    """A mounted hugetlbfs with two huge pages."""
+    pages = Path("/proc/sys/vm/nr_hugepages")
+    mountpoint = tmp_path / "huge"
+    mountpoint.mkdir()
+    try:
+        before = pages.read_text()
+        pages.write_text(str(int(before) + 2))
+    except OSError as error:
+        pytest.skip(f"huge pages cannot be reserved: {error}")
+    try:
+        done = subprocess.run(
+            ["mount", "-t", "hugetlbfs", "-o", "pagesize=2M", "none", mountpoint],
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        if done.returncode:
+            pytest.skip(f"hugetlbfs cannot be mounted: {done.stderr.strip()}")
+        yield mountpoint
+        subprocess.run(["umount", mountpoint], check=True)
+    finally:
+        pages.write_text(before)
+
+
+BACKENDS = [
+    "tmpfs", "file", "hugetlbfs", "pci-wc", "pci-plain", "pci-arm", "pci-arm-wc", "mem", "mem-arm",
+    "uio", "chardev-size", "chardev-offset",
+]  # fmt: skip
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(
+    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Backend]:
+    match request.param:
+        case "tmpfs":
+            path = Path(f"/dev/shm/ivshmemfs-test-{os.getpid()}")
+            create_file(path, SIZE)
+            yield Backend(str(path), Roots(), path, 0, NORMAL)
+            path.unlink()
+        case "file":
+            yield make_file(tmp_path)
+        case "hugetlbfs":
+            yield make_file(request.getfixturevalue("hugetlbfs"))
+        case "pci-wc" | "pci-plain":
+            yield make_pci(tmp_path, combining=request.param == "pci-wc", machine="x86_64")
+        case "pci-arm" | "pci-arm-wc":
+            yield make_pci(tmp_path, combining=request.param == "pci-arm-wc", machine="aarch64")
+        case "mem" | "mem-arm":
+            machine = "x86_64" if request.param == "mem" else "aarch64"
+            yield make_mem(tmp_path, machine)
+        case "uio":
+            yield make_uio(tmp_path, monkeypatch)
+        case "chardev-size":
+            made = make_uio(tmp_path, monkeypatch)
+            made.spec += ":2M"
+            yield made
+        case "chardev-offset":
+            made = make_uio(tmp_path, monkeypatch)
+            made.spec += f":{PAGE:#x}:2M"
+            yield made
+
+
+def behind(backend: Backend, offset: int, length: int) -> bytes:
+    """What the file behind the region holds, past the mapping where read(2) works."""
+    with backend.open(readonly=True) as other:
+        return other.memory.read(offset, length)
+
+
+class TestContract:
+    def test_it_has_its_whole_size_and_its_access(self, backend: Backend) -> None:
+        with backend.open() as region:
+            assert region.size == SIZE
+            assert region.memory.length == SIZE
+            assert region.memory.access == backend.access
+            assert not region.readonly
+            assert region.path.exists()
+
+    def test_its_description_is_one_short_line(self, backend: Backend) -> None:
+        with backend.open() as region:
+            assert "2 MiB" in region.description
+            assert region.description.isprintable()
+            assert len(region.description) < 80
+            assert "read-only" not in region.description
+        with backend.open(readonly=True) as region:
+            assert region.description.endswith("read-only")
+
+    def test_its_spec_opens_it_again(self, backend: Backend) -> None:
+        with (
+            backend.open() as one,
+            open_region(one.spec, roots=backend.roots) as two,
+        ):
+            assert two.spec == one.spec
+            one.memory.store(8, 4711)
+            assert two.memory.load(8) == 4711
+
+    def test_every_byte_can_be_stored_and_read(self, backend: Backend) -> None:
+        data = bytes(range(256)) * (SIZE // 256)
+        with backend.open() as region:
+            region.memory.write(0, data)
+            assert region.memory.read(0, SIZE) == data
+            region.memory.zero(1, SIZE - 2)
+            assert region.memory.is_zero(1, SIZE - 2)
+            assert region.memory.read(SIZE - 1, 1) == data[-1:]
+
+    def test_two_openings_see_each_others_stores(self, backend: Backend) -> None:
+        with backend.open() as one, backend.open(readonly=True) as two:
+            assert one.memory.cas(64, 0, 5) == 0
+            assert two.memory.load(64) == 5
+            one.memory.write(SIZE - 5, b"hello")
+            assert two.memory.read(SIZE - 5, 5) == b"hello"
+
+    def test_stores_reach_what_is_behind_it(self, backend: Backend) -> None:
+        with backend.open() as region:
+            region.memory.write(123, b"through")
+        assert behind(backend, 123, 7) == b"through"
+        with backend.file.open("rb") as file:
+            file.seek(backend.start + 123)
+            assert file.read(7) == b"through"
+
+    def test_readonly_stores_nothing(self, backend: Backend) -> None:
+        with backend.open(readonly=True) as region:
+            assert region.readonly
+            with pytest.raises(OSError, match="read-only") as caught:
+                region.memory.store(0, 1)
+            assert caught.value.errno == errno.EROFS
+            assert region.memory.is_zero(0, SIZE)
+
+    def test_closing_ends_it(self, backend: Backend) -> None:
+        region = backend.open()
+        region.close()
+        region.close()
+        with pytest.raises(ValueError, match="closed"):
+            region.memory.load(0)
+
+    def test_no_descriptor_stays_open(self, backend: Backend) -> None:
+        before = len(os.listdir("/proc/self/fd"))
+        with backend.open(), backend.open(readonly=True):
+            assert len(os.listdir("/proc/self/fd")) == before
+
+    def test_what_vanishes_is_an_error(self, backend: Backend) -> None:
+        with backend.open() as region:
+            assert region.memory.load(8) == 0
+            os.truncate(backend.file, 0)
+            with pytest.raises(OSError, match="bus error"):
+                region.memory.load(8)
+
+    def test_the_probe_stores_nothing(self, backend: Backend) -> None:
+        with backend.open() as region:
+            region.memory.write(0, b"\x5a" * 8192)
+            found = probe(region.memory)
+            assert region.memory.stores == 4
+            assert found.unaligned_ok
+            assert found.cas_ok is None
+            assert found.read_mbps > 1
+
+
+def test_the_device_is_enabled_when_it_was_off(tmp_path: Path) -> None:
+    backend = make_pci(tmp_path, combining=True, machine="x86_64")
+    switch = backend.file.with_name("enable")
+    backend.open().close()
+    assert switch.read_text() == "1"
+    switch.write_text("3\n")
+    backend.open().close()
+    assert switch.read_text() == "3\n"  # switched on already: counts of others stay
+
+
+@pytest.mark.parametrize("spec", ["pci", "pci:00:04.0", "pci:0000:00:04.0"])
+def test_a_pci_device_has_several_names_and_one_spec(tmp_path: Path, spec: str) -> None:
+    backend = make_pci(tmp_path, combining=True, machine="aarch64")
+    with open_region(spec, roots=backend.roots) as region:
+        assert region.spec == "pci:0000:00:04.0"
+        assert region.path.name == "resource2_wc"
+
+
+def test_an_unusable_resource2_wc_falls_back(tmp_path: Path) -> None:
+    backend = make_pci(tmp_path, combining=False, machine="aarch64")
+    backend.file.with_name("resource2_wc").write_bytes(b"")
+    with backend.open() as region:
+        assert region.path.name == "resource2"
+        assert region.memory.access == DEVICE
+
+
+@pytest.mark.parametrize("spec", ["mem:0x20000:2M", "mem:131072:2097152", "mem:0X20000:0x200000"])
+def test_a_physical_range_has_one_spec(tmp_path: Path, spec: str) -> None:
+    backend = make_mem(tmp_path, "x86_64")
+    with open_region(spec, roots=backend.roots) as region:
+        assert region.spec == "mem:0x20000:2M"
+
+
+def test_a_file_region_grows_no_further_than_its_end(tmp_path: Path) -> None:
+    path = tmp_path / "odd"
+    path.write_bytes(bytes(5000))
+    with open_region(str(path)) as region:
+        assert region.size == 5000
+        with pytest.raises(ValueError, match="outside"):
+            region.memory.read(4999, 2)
+
+
+def test_a_relative_path_becomes_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    backend = make_file(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    with open_region("region") as region:
+        assert region.spec == str(backend.file)
+
+
+def test_a_file_whose_name_looks_like_something_else_is_a_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("with:colon", "region:1M", "label=x", "ünï"):
+        create_file(name, SIZE)
+        with open_region(name) as region:
+            assert region.path.name == name
+
+
+def test_a_real_character_device_is_mapped() -> None:
+    with open_region("/dev/zero:1M") as region:  # each mapping of it is memory of its own
+        assert region.spec == "/dev/zero:1M"
+        assert region.size == 1 << 20
+        region.memory.store(8, 5)
+        assert region.memory.load(8) == 5
+
+
+def test_device_dax_counts_as_cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    backend = make_uio(tmp_path, monkeypatch)
+    dax = backend.file.with_name("dax0.0")
+    create_file(dax, SIZE)
+    described = backend.roots.sys / "dev/char/0:0"
+    for entry in (described / "maps").iterdir():
+        (entry / "size").unlink(missing_ok=True)
+    (described / "size").write_text(f"{SIZE}\n")
+    with open_region(str(dax), roots=backend.roots) as region:
+        assert region.memory.access == NORMAL
+        assert region.size == SIZE
+
+
+def test_a_device_that_only_answers_itself_is_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backend = make_uio(tmp_path, monkeypatch)
+    other = backend.file.with_name("kvmfr0")
+    create_file(other, SIZE)
+    empty = Roots(sys=tmp_path / "none", dev=backend.roots.dev)
+    asked: list[int] = []
+
+    def ioctl(_descriptor: int, request: int) -> int:
+        asked.append(request)
+        return SIZE - (1 << 32)  # as a C int shows a size with its top bit set
+
+    monkeypatch.setattr(fcntl, "ioctl", ioctl)
+    with open_region(str(other), roots=empty) as region:
+        assert region.size == SIZE
+    assert asked == [0x7544]
+
+
+def test_discovery_lists_what_could_be_a_region(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pci = make_pci(tmp_path, combining=True, machine="x86_64")
+    pci.roots.shm.mkdir(parents=True)
+    create_file(pci.roots.shm / "hello", SIZE)
+    (pci.roots.shm / "tiny").write_bytes(b"x")
+    (pci.roots.shm / "link").symlink_to("hello")
+    (pci.roots.dev / "kvmfr0").write_bytes(b"")
+    (pci.roots.dev / "uio0").write_bytes(b"")
+    other = pci.roots.sys / "bus/pci/devices/0000:00:05.0"
+    other.mkdir()
+    (other / "vendor").write_text("0x1af4\n")
+    (other / "device").write_text("0x1000\n")
+    monkeypatch.setattr(locate_module, "is_character_device", lambda _: True)
+    found = [(c.spec, c.description, c.size) for c in discover(pci.roots)]
+    dev = pci.roots.dev
+    assert found == [
+        ("pci:0000:00:04.0", "PCI device, 2 MiB", SIZE),
+        (f"{dev}/kvmfr0", "device, size unknown", 0),
+        (f"{dev}/uio0", "device, size unknown", 0),
+        (f"{dev}/shm/hello", "file, 2 MiB", SIZE),
+    ]
+    assert discover(Roots(sys=tmp_path / "none", dev=tmp_path / "none")) == []

@@ -1,0 +1,461 @@
+"""Blocks: claims, copies, nodes, marking and sweeping."""
+
+from __future__ import annotations
+
+import os
+import struct
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ivshmemfs.region import Blocks, Memory, crc32c
+from tests.region.conftest import BLOCK, COUNT, DATA, PATIENT, SIZE, TAGS, Place
+from tests.region.model import NULL, ModelBlocks, make_node, pointer, unpack
+
+TAG = (3 << 56) | (2 << 36) | 1
+
+
+# --- claim and release ----------------------------------------------------------------------
+
+
+def test_claims_are_packed_pointers_in_order(blocks: Blocks) -> None:
+    got, cursor = blocks.claim(3, TAG, 10)
+    assert got == pointer(10, TAG) + pointer(11, TAG) + pointer(12, TAG)
+    assert cursor == 13
+    assert blocks.tag(11) == TAG
+    assert blocks.memory.load(TAGS + 8 * 12) == TAG
+    assert blocks.free_count() == COUNT - 3
+
+
+def test_claims_wrap_around_and_skip_what_is_taken(blocks: Blocks) -> None:
+    blocks.claim(1, 5, COUNT - 1)
+    got, cursor = blocks.claim(3, TAG, COUNT - 2)
+    assert [block for block, _ in unpack(got)] == [COUNT - 2, 0, 1]
+    assert cursor == 2
+
+
+def test_a_full_region_gives_what_it_has(blocks: Blocks) -> None:
+    got, cursor = blocks.claim(2**64 - 1, TAG, 5)
+    assert len(got) == 16 * COUNT
+    assert cursor == 5
+    assert blocks.free_count() == 0
+    assert blocks.claim(1, 9, 0) == (b"", 0)
+    assert blocks.release(got) == COUNT
+    assert blocks.free_count() == COUNT
+
+
+def test_claiming_nothing_changes_nothing(blocks: Blocks) -> None:
+    assert blocks.claim(0, TAG, 7) == (b"", 7)
+    assert blocks.free_count() == COUNT
+
+
+def test_a_stale_release_frees_nothing(blocks: Blocks) -> None:
+    got, _ = blocks.claim(2, TAG, 0)
+    assert blocks.release(got) == 2
+    blocks.claim(2, TAG + 1, 0)
+    assert blocks.release(got) == 0
+    assert blocks.release(NULL + got) == 0
+    assert blocks.tag(0) == TAG + 1
+
+
+@pytest.mark.parametrize("cursor", [-1, COUNT, 2**64])
+def test_a_cursor_outside_is_refused(blocks: Blocks, cursor: int) -> None:
+    with pytest.raises(ValueError, match=r"cursor|outside"):
+        blocks.claim(1, TAG, cursor)
+    assert blocks.free_count() == COUNT
+
+
+@pytest.mark.parametrize("tag", [0, -1, 2**64])
+def test_an_impossible_tag_is_refused(blocks: Blocks, tag: int) -> None:
+    with pytest.raises(ValueError, match="tag"):
+        blocks.claim(1, tag, 0)
+
+
+# --- pointers -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("block", [COUNT, COUNT + 1, 2**31, 2**32 - 1])
+def test_pointers_that_lead_outside_are_refused_by_value(blocks: Blocks, block: int) -> None:
+    wrong = pointer(0, 1) + pointer(block, 1)
+    for call in (
+        lambda: blocks.release(wrong),
+        lambda: blocks.check(wrong),
+        lambda: blocks.gather(wrong, 0, 1, bytearray(1)),
+        lambda: blocks.scatter(wrong, b"x"),
+        lambda: blocks.mark(wrong, bytearray(8 * COUNT)),
+        lambda: blocks.tag(block),
+        lambda: blocks.read_node(block, 1),
+        lambda: blocks.write_node(block, make_node(1, b"")),
+    ):
+        with pytest.raises(ValueError, match=f"block {block} is outside"):
+            call()
+    assert blocks.memory.is_zero(0, SIZE)
+
+
+@pytest.mark.parametrize("length", [1, 15, 17])
+def test_pointers_of_odd_length_are_refused(blocks: Blocks, length: int) -> None:
+    for call in (
+        lambda: blocks.release(bytes(length)),
+        lambda: blocks.check(bytes(length)),
+        lambda: blocks.gather(bytes(length), 0, 0, bytearray()),
+        lambda: blocks.scatter(bytes(length), b""),
+        lambda: blocks.mark(bytes(length), bytearray(8 * COUNT)),
+    ):
+        with pytest.raises(ValueError, match="16 bytes each"):
+            call()
+
+
+def test_null_pointers_may_hold_any_block_number(blocks: Blocks) -> None:
+    odd = struct.pack("<IIQ", 2**32 - 1, 5, 0)
+    into = bytearray(b"x" * BLOCK)
+    assert blocks.check(odd)
+    assert blocks.release(odd) == 0
+    assert blocks.gather(odd, 0, BLOCK, into)
+    assert into == bytes(BLOCK)
+
+
+# --- gather and scatter ---------------------------------------------------------------------
+
+
+def test_scatter_then_gather_gives_the_same_bytes(blocks: Blocks) -> None:
+    got, _ = blocks.claim(5, TAG, 60)
+    data = os.urandom(4 * BLOCK + 77)
+    blocks.memory.write(DATA, b"\xff" * BLOCK * COUNT)
+    blocks.scatter(got, data)
+    into = bytearray(5 * BLOCK)
+    assert blocks.gather(got, 0, 5 * BLOCK, into)
+    assert into == data.ljust(5 * BLOCK, b"\0")
+    untouched = blocks.memory.read(DATA + BLOCK, BLOCK * (COUNT - 5))
+    assert untouched == b"\xff" * len(untouched)
+
+
+def test_scatter_leaves_blocks_it_does_not_need_alone(blocks: Blocks) -> None:
+    got, _ = blocks.claim(3, TAG, 0)
+    blocks.memory.write(DATA + BLOCK, b"\xff" * 2 * BLOCK)
+    blocks.scatter(got, b"x" * BLOCK)
+    blocks.scatter(got, b"")
+    assert blocks.memory.read(DATA, 3 * BLOCK) == b"x" * BLOCK + b"\xff" * 2 * BLOCK
+
+
+def test_scatter_refuses_nulls_and_what_does_not_fit(blocks: Blocks) -> None:
+    with pytest.raises(ValueError, match="pointer 1 is null"):
+        blocks.scatter(pointer(0, 1) + NULL, b"x")
+    with pytest.raises(ValueError, match="do not fit"):
+        blocks.scatter(pointer(0, 1), b"x" * (BLOCK + 1))
+    assert blocks.memory.is_zero(0, SIZE)
+
+
+def test_gather_reads_holes_as_zeros_and_honours_at(blocks: Blocks) -> None:
+    got, _ = blocks.claim(1, TAG, 0)
+    blocks.scatter(got, b"a" * BLOCK)
+    into = bytearray(b"." * (BLOCK + 10))
+    assert blocks.gather(NULL + got, BLOCK - 4, 8, into, at=3)
+    assert into == (b"..." + bytes(4) + b"aaaa").ljust(BLOCK + 10, b".")
+
+
+def test_gather_notices_only_the_stale_blocks_it_touched(blocks: Blocks) -> None:
+    got, _ = blocks.claim(3, TAG, 0)
+    blocks.release(got[16:32])
+    into = bytearray(3 * BLOCK)
+    assert blocks.gather(got, 0, BLOCK, into)
+    assert blocks.gather(got, 2 * BLOCK, BLOCK, into)
+    assert not blocks.gather(got, BLOCK - 1, 2, into)
+    assert not blocks.gather(got, 2 * BLOCK - 1, 1, into)
+    assert blocks.gather(got, BLOCK, 0, into)
+    assert not blocks.check(got)
+    assert blocks.check(got[:16] + got[32:])
+
+
+@pytest.mark.parametrize(
+    ("skip", "length", "at"),
+    [(BLOCK, 1, 0), (0, BLOCK + 1, 0), (2**64 - 1, 2, 0), (0, 2**64 - 1, 0), (0, 11, 0),
+     (0, 1, 10), (0, 5, 2**64 - 1), (-1, 1, 0), (0, -1, 0), (0, 1, -1)],
+)  # fmt: skip
+def test_gather_outside_is_refused(blocks: Blocks, skip: int, length: int, at: int) -> None:
+    into = bytearray(10)
+    with pytest.raises(ValueError, match=r"more than|do not fit|out of range"):
+        blocks.gather(pointer(0, 1), skip, length, into, at)
+    assert into == bytes(10)
+
+
+def test_gather_needs_a_writable_buffer(blocks: Blocks) -> None:
+    with pytest.raises(BufferError):
+        blocks.gather(pointer(0, 1), 0, 1, b"x")
+
+
+# --- nodes ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [0, 1, 3, 8, 100, BLOCK - 32])
+def test_a_node_comes_back_with_its_checksum(blocks: Blocks, size: int) -> None:
+    blocks.claim(1, TAG, 4)
+    node = make_node(TAG, os.urandom(size))
+    blocks.write_node(4, node)
+    read = blocks.read_node(4, TAG)
+    assert read is not None
+    assert read[4:] == node[4:]
+    assert read[:4] == struct.pack("<I", crc32c(node[4:]))
+
+
+def test_a_node_longer_than_a_page_comes_back(place: Place) -> None:
+    blocks = Blocks(place.map(), 4096, 65536, 65536, 2)
+    blocks.claim(1, TAG, 1)
+    node = make_node(TAG, os.urandom(60_000))
+    blocks.write_node(1, node)
+    assert (blocks.read_node(1, TAG) or b"")[4:] == node[4:]
+
+
+def test_a_stale_node_is_none_whatever_it_holds(blocks: Blocks) -> None:
+    assert blocks.read_node(4, TAG) is None
+    blocks.claim(1, TAG + 1, 4)
+    blocks.memory.write(DATA + 4 * BLOCK, b"\xff" * BLOCK)
+    assert blocks.read_node(4, TAG) is None
+    with pytest.raises(ValueError, match="tag 0"):
+        blocks.read_node(4, 0)
+
+
+@pytest.mark.parametrize("used", [0, 31, BLOCK + 1, 2**32 - 1])
+def test_an_impossible_size_in_a_node_is_named(blocks: Blocks, used: int) -> None:
+    blocks.claim(1, TAG, 4)
+    blocks.write_node(4, make_node(TAG, bytes(50)))
+    blocks.memory.write(DATA + 4 * BLOCK + 8, struct.pack("<I", used))
+    with pytest.raises(ValueError, match=f"block 4: used size {used} is not"):
+        blocks.read_node(4, TAG)
+
+
+@pytest.mark.parametrize("at", [0, 3, 4, 12, 24, 32, 81])
+def test_any_changed_byte_of_a_node_is_noticed(blocks: Blocks, at: int) -> None:
+    blocks.claim(1, TAG, 4)
+    blocks.write_node(4, make_node(TAG, bytes(50)))
+    where = DATA + 4 * BLOCK + at
+    blocks.memory.write(where, bytes([blocks.memory.read(where, 1)[0] ^ 1]))
+    with pytest.raises(ValueError, match="block 4: checksum"):
+        blocks.read_node(4, TAG)
+
+
+def test_a_node_of_another_claim_is_noticed(blocks: Blocks) -> None:
+    blocks.claim(1, TAG, 4)
+    blocks.write_node(4, make_node(TAG + 1, b"abc"))
+    with pytest.raises(ValueError, match="block 4: node names another claim"):
+        blocks.read_node(4, TAG)
+
+
+@pytest.mark.parametrize("size", [0, 31, BLOCK + 1])
+def test_a_node_of_impossible_size_is_not_written(blocks: Blocks, size: int) -> None:
+    with pytest.raises(ValueError, match="a node has 32 to 512 bytes"):
+        blocks.write_node(0, bytes(size))
+    assert blocks.memory.is_zero(0, SIZE)
+
+
+# --- mark and sweep -------------------------------------------------------------------------
+
+
+def table(words: list[int]) -> bytes:
+    return struct.pack(f"<{len(words)}Q", *words)
+
+
+def test_sweep_finds_settled_claims_that_are_not_marked(blocks: Blocks) -> None:
+    kept, _ = blocks.claim(2, TAG, 0)
+    lost, _ = blocks.claim(2, TAG, 2)
+    marks = bytearray(8 * COUNT)
+    blocks.mark(kept + NULL, marks)
+    assert struct.unpack_from("<3Q", marks) == (TAG, TAG, 0)
+    assert blocks.sweep(marks, bytes(2048), 0, COUNT) == lost
+    assert blocks.sweep(marks, bytes(2048), 3, COUNT) == lost[16:]
+    assert blocks.sweep(marks, bytes(2048), 5, 5) == b""
+
+
+@pytest.mark.parametrize(
+    ("limit", "found"),
+    [
+        (0, True),  # there is no such slot
+        ((1 << 56) | (2 << 36) | 1, False),  # number 1 is not below 1
+        ((1 << 56) | (2 << 36) | 2, True),
+        ((1 << 56) | (1 << 36) | 9, False),  # taken after the limits were read
+        ((1 << 56) | (3 << 36) | 0, True),  # the slot has moved on
+        ((1 << 56) | ((2 + 2**19 - 1) << 36), True),
+        ((1 << 56) | ((2 + 2**19) << 36), False),  # incarnations count in a circle
+        ((255 << 56) | (2 << 36) | 0, False),  # the state byte means nothing here
+    ],
+)
+def test_a_limit_decides_what_is_settled(blocks: Blocks, limit: int, found: bool) -> None:
+    got, _ = blocks.claim(1, TAG, 0)
+    limits = [0] * 256
+    limits[3] = limit
+    swept = blocks.sweep(bytes(8 * COUNT), table(limits), 0, COUNT)
+    assert swept == (got if found else b"")
+
+
+def test_a_mark_of_an_older_claim_does_not_save_a_block(blocks: Blocks) -> None:
+    got, _ = blocks.claim(1, TAG, 0)
+    marks = bytearray(8 * COUNT)
+    blocks.mark(pointer(0, TAG - 1), marks)
+    assert blocks.sweep(marks, bytes(2048), 0, COUNT) == got
+
+
+def test_wrong_tables_and_ranges_are_refused(blocks: Blocks) -> None:
+    marks, limits = bytes(8 * COUNT), bytes(2048)
+    for arguments in (
+        (marks[:-8], limits, 0, 1),
+        (marks, limits + b"x", 0, 1),
+        (marks, limits, 0, COUNT + 1),
+        (marks, limits, 2, 1),
+        (marks, limits, -1, 1),
+    ):
+        with pytest.raises(ValueError, match=r"must be|outside|out of range"):
+            blocks.sweep(*arguments)
+    with pytest.raises(ValueError, match="marks must be"):
+        blocks.mark(b"", bytearray(8))
+    with pytest.raises(BufferError):
+        blocks.mark(b"", marks)
+
+
+# --- where the tables are -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "name"),
+    [
+        ((4, DATA, BLOCK, COUNT), "tags_offset"),
+        ((SIZE, DATA, BLOCK, COUNT), "tags_offset"),
+        ((SIZE - 8 * COUNT + 8, DATA, BLOCK, COUNT), "tags_offset"),
+        ((2**64 - 8, DATA, BLOCK, COUNT), "tags_offset"),
+        ((TAGS, DATA + 4, BLOCK, COUNT), "data_offset"),
+        ((TAGS, SIZE - 8, BLOCK, COUNT), "data_offset"),
+        ((TAGS, DATA, 2**63, COUNT), "data_offset"),
+        ((TAGS, DATA, 2**64 - 8, 3), "data_offset"),
+        ((TAGS, DATA, 0, COUNT), "block_size"),
+        ((TAGS, DATA, 24, COUNT), "block_size"),
+        ((TAGS, DATA, 33, COUNT), "block_size"),
+        ((TAGS, DATA, -512, COUNT), "block_size"),
+        ((TAGS, DATA, BLOCK, 0), "block_count"),
+        ((TAGS, DATA, BLOCK, 2**32 + 1), "block_count"),
+        ((TAGS, DATA, BLOCK, 2**32), "tags_offset"),
+        ((TAGS, DATA, BLOCK, 2**64), "block_count"),
+    ],
+)
+def test_impossible_tables_are_refused(
+    place: Place, arguments: tuple[int, int, int, int], name: str
+) -> None:
+    with pytest.raises(ValueError, match=name):
+        Blocks(place.map(), *arguments)
+
+
+def test_tables_may_fill_the_region_to_its_last_byte(place: Place) -> None:
+    blocks = Blocks(place.map(), SIZE - 8 * COUNT, 0, 512, COUNT)
+    got, _ = blocks.claim(COUNT, TAG, 0)
+    blocks = Blocks(place.map(), 0, SIZE - 512 * COUNT, 512, COUNT)
+    blocks.scatter(got, b"z" * 512 * COUNT)
+    assert blocks.memory.read(SIZE - 1, 1) == b"z"
+
+
+def test_blocks_need_a_memory_and_keep_it(place: Place) -> None:
+    with pytest.raises(TypeError):
+        Blocks("memory", TAGS, DATA, BLOCK, COUNT)  # type: ignore[arg-type]
+    blocks = Blocks(place.map(), TAGS, DATA, BLOCK, COUNT)
+    assert isinstance(blocks.memory, Memory)
+    assert (blocks.block_size, blocks.block_count) == (BLOCK, COUNT)
+    blocks.memory.close()
+    for call in (
+        lambda: blocks.claim(1, TAG, 0),
+        lambda: blocks.free_count(),
+        lambda: blocks.read_node(0, TAG),
+        lambda: blocks.tag(0),
+    ):
+        with pytest.raises(ValueError, match="closed"):
+            call()
+
+
+def test_a_readonly_memory_lets_blocks_be_read_only(place: Place) -> None:
+    Blocks(place.map(), TAGS, DATA, BLOCK, COUNT).claim(1, TAG, 0)
+    blocks = Blocks(place.map(writable=False), TAGS, DATA, BLOCK, COUNT)
+    got = pointer(0, TAG)
+    for call in (
+        lambda: blocks.claim(1, TAG, 0),
+        lambda: blocks.release(got),
+        lambda: blocks.scatter(got, b"x"),
+        lambda: blocks.write_node(0, make_node(TAG, b"")),
+    ):
+        with pytest.raises(OSError, match="read-only"):
+            call()
+    assert blocks.check(got)
+    assert blocks.gather(got, 0, BLOCK, bytearray(BLOCK))
+
+
+# --- against the model ----------------------------------------------------------------------
+
+SMALL = 8  # blocks, so that everything meets
+SIZE_OF_SMALL = 64
+
+tags = st.integers(1, 3).map(lambda n: (n << 56) | (n << 36) | n)
+pointers = st.lists(
+    st.one_of(st.just(NULL), st.builds(pointer, st.integers(0, SMALL - 1), tags)), max_size=6
+).map(b"".join)
+steps = st.one_of(
+    st.tuples(st.just("claim"), st.integers(0, 10), tags, st.integers(0, SMALL - 1)),
+    st.tuples(st.just("release"), pointers),
+    st.tuples(st.just("check"), pointers),
+    st.tuples(st.just("gather"), pointers, st.integers(0, 200), st.integers(0, 200)),
+    st.tuples(st.just("scatter"), pointers, st.binary(max_size=300)),
+    st.tuples(st.just("node"), st.integers(0, SMALL - 1), tags, st.binary(max_size=32)),
+    st.tuples(st.just("sweep"), st.lists(tags, min_size=SMALL, max_size=SMALL), st.booleans()),
+)
+
+
+def both_gather(blocks: Blocks, model: ModelBlocks, p: bytes, skip: int, length: int) -> None:
+    available = len(p) // 16 * SIZE_OF_SMALL
+    skip = min(skip, available)
+    length = min(length, available - skip)
+    into = bytearray(length)
+    good = blocks.gather(p, skip, length, into)
+    data, fresh = model.gather(p, skip, length)
+    assert good == fresh
+    assert into == data
+
+
+def both_scatter(blocks: Blocks, model: ModelBlocks, p: bytes, data: bytes) -> None:
+    full = b"".join(pointer(block, tag) for block, tag in unpack(p) if tag)
+    data = data[: len(full) // 16 * SIZE_OF_SMALL]
+    blocks.scatter(full, data)
+    model.scatter(full, data)
+
+
+def both_sweep(blocks: Blocks, model: ModelBlocks, marks: list[int], live: bool) -> None:
+    limits = [0] * 256
+    if live:
+        limits[1:4] = [(9 << 56) | (i << 36) | n for i, n in ((1, 2), (1, 9), (3, 3))]
+    expected = model.sweep(marks, limits, 1, SMALL)
+    assert blocks.sweep(table(marks), table(limits), 1, SMALL) == expected
+
+
+@settings(PATIENT, max_examples=150)
+@given(st.lists(steps, max_size=25), st.booleans())
+def test_any_sequence_equals_the_model(
+    memory: Memory, sequence: list[tuple[object, ...]], armed: bool
+) -> None:
+    memory.zero(0, 8192)
+    memory.trap(10**9, (lambda: None) if armed else None, loads=True)
+    blocks, model = Blocks(memory, 0, 4096, SIZE_OF_SMALL, SMALL), ModelBlocks(SIZE_OF_SMALL, SMALL)
+    for step in sequence:
+        match step:
+            case ("claim", int(count), int(tag), int(cursor)):
+                assert blocks.claim(count, tag, cursor) == model.claim(count, tag, cursor)
+            case ("release", bytes(p)):
+                assert blocks.release(p) == model.release(p)
+            case ("check", bytes(p)):
+                assert blocks.check(p) == model.check(p)
+            case ("gather", bytes(p), int(skip), int(length)):
+                both_gather(blocks, model, p, skip, length)
+            case ("scatter", bytes(p), bytes(data)):
+                both_scatter(blocks, model, p, data)
+            case ("node", int(block), int(tag), bytes(payload)):
+                blocks.write_node(block, make_node(tag, payload))
+                model.write_node(block, make_node(tag, payload))
+            case ("sweep", list(marks), bool(live)):
+                both_sweep(blocks, model, marks, live)
+            case other:
+                raise AssertionError(other)
+        assert memory.read(4096, len(model.data)) == model.data
+        assert memory.read(0, 8 * SMALL) == table(model.tags)
+        assert blocks.free_count() == model.tags.count(0)

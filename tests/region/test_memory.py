@@ -1,0 +1,331 @@
+"""Memory: words, ranges, bounds, life."""
+
+from __future__ import annotations
+
+import errno
+import gc
+import mmap
+import os
+import threading
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ivshmemfs.region import DEVICE, NORMAL, Memory
+from tests.region.conftest import PATIENT, SIZE, Place
+
+FAR = 2**64 - 8
+OUTSIDE = [-8, -1, 1, 4, 7, SIZE - 7, SIZE, SIZE + 8, FAR, 2**64, 2**200]
+
+
+# --- words ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", [0, 1, 2**63, 2**64 - 1, 0x0123456789ABCDEF])
+@pytest.mark.parametrize("offset", [0, 8, 4096, SIZE - 8])
+def test_a_stored_word_is_loaded_little_endian(memory: Memory, offset: int, value: int) -> None:
+    memory.store(offset, value)
+    assert memory.load(offset) == value
+    assert memory.read(offset, 8) == value.to_bytes(8, "little")
+
+
+def test_cas_returns_what_was_there_and_stores_only_on_a_match(memory: Memory) -> None:
+    memory.store(64, 5)
+    assert memory.cas(64, 4, 9) == 5
+    assert memory.load(64) == 5
+    assert memory.cas(64, 5, 2**64 - 1) == 5
+    assert memory.cas(64, 2**64 - 1, 0) == 2**64 - 1
+    assert memory.load(64) == 0
+    assert memory.is_zero(0, SIZE)
+
+
+@pytest.mark.parametrize("offset", OUTSIDE)
+def test_words_outside_or_between_are_refused(memory: Memory, offset: int) -> None:
+    for call in (
+        lambda: memory.load(offset),
+        lambda: memory.store(offset, 1),
+        lambda: memory.cas(offset, 0, 1),
+    ):
+        with pytest.raises(ValueError, match="offset"):
+            call()
+    assert memory.is_zero(0, SIZE)
+    assert memory.stores == 0
+
+
+@pytest.mark.parametrize("value", [-1, 2**64])
+def test_values_wider_than_a_word_are_refused(memory: Memory, value: int) -> None:
+    for call in (
+        lambda: memory.store(0, value),
+        lambda: memory.cas(0, value, 1),
+        lambda: memory.cas(0, 0, value),
+    ):
+        with pytest.raises(ValueError, match="out of range"):
+            call()
+    assert memory.load(0) == 0
+
+
+def test_words_take_keywords_like_any_function(memory: Memory) -> None:
+    memory.store(value=3, offset=8)
+    assert memory.cas(8, new=4, expected=3) == 3
+    assert memory.load(offset=8) == 4
+    with pytest.raises(TypeError, match="two values for 'offset'"):
+        memory.load(8, offset=8)  # type: ignore[misc]
+    with pytest.raises(TypeError, match="no argument 'where'"):
+        memory.load(where=8)  # type: ignore[call-arg]
+    with pytest.raises(TypeError, match="misses its argument 'new'"):
+        memory.cas(8, 4)  # type: ignore[call-arg]
+    with pytest.raises(TypeError, match="takes 1 arguments"):
+        memory.load(8, 9)  # type: ignore[call-arg]
+
+
+def test_fence_returns(memory: Memory) -> None:
+    memory.fence()
+    assert memory.stores == 0
+
+
+# --- ranges ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("offset", [*range(17), SIZE - 100])
+@pytest.mark.parametrize("length", [*range(18), 31, 63, 64, 65, 96])
+def test_any_range_is_written_and_read_exactly(memory: Memory, offset: int, length: int) -> None:
+    data = bytes(range(1, length + 1))
+    memory.write(offset, data)
+    assert memory.read(offset, length) == data
+    assert memory.is_zero(0, offset)
+    assert memory.is_zero(offset + length, SIZE - offset - length)
+
+
+@pytest.mark.parametrize("offset", range(9))
+@pytest.mark.parametrize("length", [0, 1, 7, 8, 9, 300, 5000])
+def test_zero_clears_exactly_its_range(memory: Memory, offset: int, length: int) -> None:
+    memory.write(0, b"\xff" * 8192)
+    memory.zero(offset, length)
+    assert memory.read(0, 8192) == (b"\xff" * offset + bytes(length)).ljust(8192, b"\xff")
+
+
+@pytest.mark.parametrize("at", [0, 1, 4095, 4096, 9999])
+def test_is_zero_sees_a_single_bit(memory: Memory, at: int) -> None:
+    memory.write(100 + at, b"\x80")
+    assert not memory.is_zero(100, 10_000)
+    assert memory.is_zero(100, at)
+    assert memory.is_zero(101 + at, 10_000)
+
+
+def test_large_ranges_survive_releasing_the_lock(memory: Memory) -> None:
+    data = os.urandom(SIZE - 13)
+    memory.write(13, data)
+    assert memory.read(13, len(data)) == data
+
+
+@pytest.mark.parametrize(
+    ("offset", "length"),
+    [
+        (SIZE, 1),
+        (SIZE - 1, 2),
+        (0, SIZE + 1),
+        (1, SIZE),
+        (FAR, 16),
+        (8, 2**64 - 4),
+        (-1, 1),
+        (0, -1),
+    ],
+)
+def test_ranges_outside_are_refused(memory: Memory, offset: int, length: int) -> None:
+    for call in (
+        lambda: memory.read(offset, length),
+        lambda: memory.zero(offset, length),
+        lambda: memory.is_zero(offset, length),
+        lambda: memory.write(offset, bytes(max(0, min(length, SIZE + 1)))) if length > 0 else 1 / 0,
+    ):
+        with pytest.raises((ValueError, ZeroDivisionError)):
+            call()
+    assert memory.stores == 0
+
+
+def test_empty_ranges_at_the_end_are_fine(memory: Memory) -> None:
+    assert memory.read(SIZE, 0) == b""
+    memory.write(SIZE, b"")
+    memory.zero(SIZE, 0)
+    assert memory.is_zero(SIZE, 0)
+
+
+@settings(PATIENT, max_examples=60)
+@given(
+    st.lists(st.tuples(st.integers(0, 200), st.binary(max_size=150), st.booleans()), max_size=20)
+)
+def test_writes_and_zeros_equal_a_bytearray(
+    memory: Memory, steps: list[tuple[int, bytes, bool]]
+) -> None:
+    memory.zero(0, 400)
+    model = bytearray(400)
+    for offset, data, clear in steps:
+        model[offset : offset + len(data)] = bytes(len(data)) if clear else data
+        if clear:
+            memory.zero(offset, len(data))
+        else:
+            memory.write(offset, data)
+        assert memory.read(0, 400) == model
+        assert memory.read(offset, len(data)) == model[offset : offset + len(data)]
+
+
+def test_ordinary_memory_bears_unaligned_loads(memory: Memory) -> None:
+    assert memory.unaligned_ok(0)
+    assert memory.unaligned_ok(SIZE - 16)
+    with pytest.raises(ValueError, match="outside"):
+        memory.unaligned_ok(SIZE - 15)
+
+
+# --- mapping --------------------------------------------------------------------------------
+
+
+def test_two_mappings_of_one_file_share_every_store(place: Place) -> None:
+    first, second = place.map(), place.map(access=DEVICE)
+    first.store(8, 77)
+    second.write(100, b"from the second")
+    assert second.load(8) == 77
+    assert first.read(100, 15) == b"from the second"
+    assert place.path.read_bytes()[100:115] == b"from the second"
+
+
+def test_an_offset_maps_from_there(place: Place) -> None:
+    place.map().store(4096, 5)
+    part = place.map(4096, 4096)
+    assert part.load(0) == 5
+    assert part.length == 4096
+    with pytest.raises(ValueError, match="offset"):
+        part.load(4096)
+
+
+def test_attributes_say_how_it_is_mapped(place: Place) -> None:
+    memory = place.map(access=DEVICE, writable=False)
+    assert (memory.length, memory.access, memory.writable) == (SIZE, DEVICE, False)
+    assert place.map().access == NORMAL
+    for name in ("length", "access", "writable", "closed", "stores"):
+        with pytest.raises((AttributeError, TypeError)):
+            setattr(memory, name, 1)
+
+
+def test_a_readonly_mapping_refuses_every_store(place: Place) -> None:
+    memory = place.map(writable=False)
+    for call in (
+        lambda: memory.store(0, 1),
+        lambda: memory.cas(0, 0, 1),
+        lambda: memory.write(0, b"x"),
+        lambda: memory.zero(0, 8),
+    ):
+        with pytest.raises(OSError, match="read-only") as caught:
+            call()
+        assert caught.value.errno == errno.EROFS
+    assert memory.load(0) == 0
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [(-1, 4096), (2**31, 4096), (2**32 + 3, 4096), (0, 0), (0, -1), (0, 2**63), (0, 2**64),
+     (0, 4096, -1), (0, 4096, 2**63), (0, 2**62, 2**62 * 3), (0, 4096, 2**80)],
+)  # fmt: skip
+def test_impossible_mappings_are_refused(arguments: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match="out of range"):
+        Memory(*arguments)
+
+
+@pytest.mark.parametrize("access", [-1, 3, 2**40])
+def test_unknown_access_is_refused(access: int) -> None:
+    with pytest.raises(ValueError, match="access out of range"):
+        Memory(0, 4096, access=access)
+
+
+def test_the_kernels_refusals_are_oserrors(place: Place, tmp_path: Path) -> None:
+    closed = os.open(place.path, os.O_RDONLY)
+    os.close(closed)
+    with pytest.raises(OSError) as caught:
+        Memory(closed, 4096)
+    assert caught.value.errno == errno.EBADF
+    with pytest.raises(OSError) as caught:
+        place.map(4096, 100)
+    assert caught.value.errno == errno.EINVAL
+    with place.path.open("rb") as file, pytest.raises(PermissionError):
+        Memory(file.fileno(), 4096, writable=True)
+
+
+# --- life -----------------------------------------------------------------------------------
+
+
+def test_closing_ends_every_access(memory: Memory) -> None:
+    assert not memory.closed
+    memory.close()
+    memory.close()
+    assert memory.closed
+    for call in (
+        lambda: memory.load(0),
+        lambda: memory.store(0, 1),
+        lambda: memory.cas(0, 0, 1),
+        lambda: memory.read(0, 0),
+        lambda: memory.write(0, b""),
+        lambda: memory.zero(0, 0),
+        lambda: memory.is_zero(0, 0),
+        lambda: memory.unaligned_ok(0),
+    ):
+        with pytest.raises(ValueError, match="closed"):
+            call()
+
+
+def test_a_dropped_memory_is_unmapped(place: Place) -> None:
+    def mappings() -> int:
+        return Path("/proc/self/maps").read_text().count(str(place.path))
+
+    def map_with_a_cycle() -> None:
+        with place.path.open("r+b") as file:
+            memory = Memory(file.fileno(), SIZE)
+        assert mappings() == before + 1
+        memory.trap(0, lambda: memory.load(0))
+
+    before = mappings()
+    map_with_a_cycle()
+    gc.collect()
+    assert mappings() == before
+
+
+def test_closing_while_threads_copy_waits_for_them(place: Place) -> None:
+    place.path.write_bytes(bytes(16 << 20))
+    memory = place.map(16 << 20)
+    started = threading.Barrier(3)
+    outcomes: list[str] = []
+
+    def copy() -> None:
+        started.wait()
+        try:
+            for _ in range(1000):
+                assert memory.read(0, 16 << 20).count(0) == 16 << 20
+        except ValueError as error:
+            outcomes.append(str(error))
+
+    threads = [threading.Thread(target=copy) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    started.wait()
+    memory.close()
+    for thread in threads:
+        thread.join()
+    assert outcomes == ["the memory is closed"] * 2
+
+
+def test_types_cannot_be_tampered_with(memory: Memory) -> None:
+    with pytest.raises(TypeError):
+        type("Sub", (Memory,), {})
+    with pytest.raises(TypeError):
+        Memory.load = None  # type: ignore[assignment, method-assign]
+    with pytest.raises(AttributeError):
+        memory.other = 1  # type: ignore[attr-defined]
+
+
+def test_buffers_of_any_kind_are_written(memory: Memory) -> None:
+    with mmap.mmap(-1, 4096) as area:
+        area[:3] = b"abc"
+        memory.write(0, area)
+    memory.write(4096, memoryview(b"xdefx")[1:4])
+    memory.write(8192, bytearray(b"ghi"))
+    assert memory.read(0, 3) + memory.read(4096, 3) + memory.read(8192, 3) == b"abcdefghi"

@@ -1,0 +1,74 @@
+"""Imports point downwards only, as docs/protocol.md's table of layers says."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+TOP = Path(__file__).resolve().parent.parent
+
+# Each layer may import itself and every layer after it.
+LAYERS = ("cli", "fuse", "engine", "shm", "format", "region", "errors")
+SIDES = {
+    "mkfs": ("shm", "format", "region", "errors"),
+    "fsck": ("shm", "format", "region", "errors"),
+}
+
+
+def _layer(path: Path) -> str:
+    parts = path.relative_to(TOP).parts
+    if parts[0] == "mkfs":
+        return "mkfs"
+    return parts[1].removesuffix(".py")
+
+
+def _imports(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found.add(node.module)
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def _allowed(layer: str) -> tuple[str, ...]:
+    if layer in SIDES:
+        return (layer, *SIDES[layer])
+    return LAYERS[LAYERS.index(layer) :]
+
+
+SOURCES = sorted(
+    path
+    for folder in ("ivshmemfs", "mkfs")
+    for path in (TOP / folder).rglob("*.py")
+    if path != TOP / "ivshmemfs" / "__init__.py"
+)
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(TOP)))
+def test_imports_point_down(path: Path) -> None:
+    allowed = _allowed(_layer(path))
+    for name in _imports(path):
+        parts = name.split(".")
+        if parts[0] == "mkfs":
+            assert "mkfs" in allowed, f"{path} imports {name}"
+        elif parts[0] == "ivshmemfs" and len(parts) > 1 and not parts[1].startswith("_"):
+            assert parts[1] in allowed, f"{path} imports {name}"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(TOP)))
+def test_only_the_adapter_knows_fuse_and_trio(path: Path) -> None:
+    if _layer(path) != "fuse":
+        outside = {"pyfuse3", "trio"} & {name.split(".")[0] for name in _imports(path)}
+        assert not outside
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(TOP)))
+def test_no_async_below_the_adapter(path: Path) -> None:
+    if _layer(path) != "fuse":
+        nodes = ast.walk(ast.parse(path.read_text()))
+        assert not [n for n in nodes if isinstance(n, ast.AsyncFunctionDef | ast.Await)]
