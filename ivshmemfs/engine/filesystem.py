@@ -28,8 +28,9 @@ T = TypeVar("T")
 NOW = 1 << 63  # as a time: the time of the operation
 EARLIEST, LATEST = -(1 << 63), (1 << 63) - 1  # ns since 1970, as they can be stored
 CAREFUL = 5.0  # seconds that a mount looks up carefully after something vanished under a caller
-PINNED = 1.0  # seconds that a careful look-up lists a file as open
+PINNED = 3.0  # seconds that a careful look-up lists a file as open
 GHOSTS = 4096  # removed inodes that are remembered at most
+FOLDERS = 4096  # directories that are remembered at most
 NAMES_MAX = 1000  # look-ups that are remembered until somebody commits
 
 
@@ -53,9 +54,10 @@ class Filesystem(Mount):
     Callers look a name up first and name the inode in a second call.  Two things bridge the time
     between, in which anybody may remove it:
 
-    * *Ghosts*: what this mount itself removed keeps its attributes, without links, until the
-      caller forgets the inode: a directory that somebody is in, a path that somebody holds.
-    * *Pins*: once something vanished so under a caller (ESTALE; the kernel then walks the path
+    * *Ghosts*: what this mount itself removed, and a directory whoever removed it, keeps its
+      attributes, without links, until the caller forgets the inode: a directory that somebody is
+      in, a path that somebody holds.  So directories are remembered whenever they are looked up.
+    * *Pins*: once a file vanished so under a caller (ESTALE; the kernel then walks the path
       again), files that are looked up are listed as open for a moment, so that the second walk
       cannot fail the same way however fast others replace the name.
     """
@@ -63,6 +65,7 @@ class Filesystem(Mount):
     def __init__(self, region: Region, *, readonly: bool = False) -> None:
         super().__init__(region, readonly=readonly)
         self._ghosts: dict[int, Inode] = {}
+        self._folders: dict[int, Inode] = {}  # directories, as they were last looked up
         self._pins: deque[tuple[float, int]] = deque()
         self._careful_until = 0.0
 
@@ -86,7 +89,11 @@ class Filesystem(Mount):
     def _ghost(self, ino: int, stale: StaleHandle) -> Inode:
         ghost = self._ghosts.get(ino)
         if ghost is None:
-            raise self._careful(stale)
+            folder = self._folders.pop(ino, None)
+            if folder is None:
+                raise self._careful(stale)
+            ghost = folder.evolve(nlink=0)
+            self._remember([ghost])
         return ghost
 
     def _remember(self, removed: Iterable[Inode]) -> None:
@@ -95,9 +102,19 @@ class Filesystem(Mount):
                 self._ghosts.pop(next(iter(self._ghosts)))
             self._ghosts[inode.ino] = inode
 
+    def _found(self, inode: Inode) -> Attr:
+        """The attributes of what was looked up."""
+        if inode.is_dir:
+            folders = self._folders
+            if folders.pop(inode.ino, None) is None and len(folders) >= FOLDERS:
+                del folders[next(iter(folders))]
+            folders[inode.ino] = inode  # the last, so that the first is the longest ago
+        return self._attr(inode)
+
     def forget(self, ino: int) -> None:
         """The caller will not name inode `ino` again before it has looked it up again."""
         self._ghosts.pop(ino, None)
+        self._folders.pop(ino, None)
 
     def _pinned(self, attr: Attr, look_again: Callable[[], Attr]) -> Attr:
         """What was looked up, made sure to exist for the next call."""
@@ -113,11 +130,9 @@ class Filesystem(Mount):
         raise Busy("the name is replaced faster than it can be looked up")
 
     def _secured(self, attr: Attr, now: float) -> bool:
-        """Pin a file, remember a directory; False when it is gone already."""
+        """Pin a file; False when it is gone already."""
         if stat.S_ISDIR(attr.mode):
-            folder = self.look(lambda view: view.find_inode(attr.ino))
-            self._remember([folder.evolve(nlink=0)] if folder is not None else [])
-            return folder is not None
+            return True
         self._hold(attr.ino)
         try:
             self._confirm(attr.ino)
@@ -139,15 +154,15 @@ class Filesystem(Mount):
     def lookup(self, parent: int, name: bytes) -> Attr:
         """The attributes of an entry; raises ENOENT, ENOTDIR."""
 
-        def read(view: View) -> Attr:
+        def read(view: View) -> Inode:
             known = view.names.get((parent, name))
             if known is not None:
-                return self._attr(known)
+                return known
             folder = names.folder_of(view, parent)
             if name == b".":
-                return self._attr(folder)
+                return folder
             if name == b"..":
-                return self._attr(view.inode(folder.record.parent))
+                return view.inode(folder.record.parent)
             if len(name) > NAME_MAX:
                 raise FsError(errno.ENAMETOOLONG)
             entry = directory.find(view, folder, name)
@@ -156,11 +171,11 @@ class Filesystem(Mount):
             inode = names.target(view, entry)
             if len(view.names) < NAMES_MAX:
                 view.names[parent, name] = inode
-            return self._attr(inode)
+            return inode
 
-        attr = self.look(read)
+        attr = self._found(self.look(read))
         if self._careful_until:
-            return self._pinned(attr, lambda: self.look(read))
+            return self._pinned(attr, lambda: self._found(self.look(read)))
         return attr
 
     def getattr(self, ino: int) -> Attr:
@@ -262,7 +277,7 @@ class Filesystem(Mount):
 
     def mkdir(self, parent: int, name: bytes, mode: int, ctx: Context) -> Attr:
         """Make a directory."""
-        return self._made(lambda tx: names.mkdir(tx, parent, name, mode, ctx))
+        return self._found(self.change(lambda tx: names.mkdir(tx, parent, name, mode, ctx)))
 
     def symlink(self, parent: int, name: bytes, target: bytes, ctx: Context) -> Attr:
         """Make a symbolic link."""
@@ -285,18 +300,25 @@ class Filesystem(Mount):
 
     def rename(
         self, parent: int, name: bytes, new_parent: int, new_name: bytes, flags: int, ctx: Context
-    ) -> None:
-        """Move an entry, also over another one; RENAME_NOREPLACE, RENAME_EXCHANGE."""
+    ) -> tuple[int, int]:
+        """Move an entry, also over another one; RENAME_NOREPLACE, RENAME_EXCHANGE.
+
+        Returns which inode was moved, and which was moved back in exchange (0: none).
+        """
         if flags not in (0, RENAME_NOREPLACE, RENAME_EXCHANGE):
             raise FsError(errno.EINVAL)
-        self._removing(lambda tx: names.rename(tx, parent, name, new_parent, new_name, flags))
+        return self._removing(
+            lambda tx: names.rename(tx, parent, name, new_parent, new_name, flags)
+        )
 
-    def _removing(self, plan: Callable[[Transaction], None]) -> None:
-        def run(tx: Transaction) -> list[Inode]:
-            plan(tx)
-            return [inode.evolve(nlink=0, ctime_ns=tx.now) for inode in tx.removed]
+    def _removing(self, plan: Callable[[Transaction], T]) -> T:
+        def run(tx: Transaction) -> tuple[T, list[Inode]]:
+            result = plan(tx)
+            return result, [inode.evolve(nlink=0, ctime_ns=tx.now) for inode in tx.removed]
 
-        self._remember(self.change(run, removal=True))
+        result, removed = self.change(run, removal=True)
+        self._remember(removed)
+        return result
 
     # --- opening and closing ----------------------------------------------------------------
 
@@ -447,8 +469,7 @@ class Filesystem(Mount):
         key = cookie if cookie > 1 else 0
         while found := self._next_entries(handle.ino, key):
             for entry, attr in found:
-                if attr is not None:
-                    yield entry.name, attr, entry.key
+                yield entry.name, attr, entry.key
             key = found[-1][0].key
 
     def _dot(self, ino: int, name: bytes) -> Attr | None:
@@ -459,29 +480,36 @@ class Filesystem(Mount):
                 return None  # the directory was removed: nothing in it
             raise
 
-    def _next_entries(self, ino: int, key: int) -> list[tuple[Entry, Attr | None]]:
-        def read(view: View) -> list[tuple[Entry, Attr | None]]:
+    def _next_entries(self, ino: int, key: int) -> list[tuple[Entry, Attr]]:
+        def read(view: View) -> list[tuple[Entry, Inode]]:
             folder = view.find_inode(ino)
             if folder is None:
                 return []
             found = directory.leaf_after(view, folder, key)
-            return [(entry, self._attr(names.target(view, entry))) for entry in found]
+            return [(entry, names.target(view, entry)) for entry in found]
 
-        return self.look(read)
+        return [(entry, self._found(inode)) for entry, inode in self.look(read)]
 
     # --- extended attributes ----------------------------------------------------------------
 
     def getxattr(self, ino: int, name: bytes) -> bytes:
         """The value of an attribute; raises ENODATA."""
         xattr.check_namespace(name)
-        values = self._look_at(lambda view: xattr.load(view, view.inode(ino)))
+        values = self._xattrs(ino)
         if name not in values:
             raise FsError(errno.ENODATA)
         return values[name]
 
+    def _xattrs(self, ino: int) -> dict[bytes, bytes]:
+        try:
+            return self.look(lambda view: xattr.load(view, view.inode(ino)))
+        except StaleHandle as stale:
+            self._ghost(ino, stale)
+            return {}
+
     def listxattr(self, ino: int, ctx: Context | None = None) -> list[bytes]:
         """The names of all attributes; only root sees trusted ones."""
-        found = self._look_at(lambda view: xattr.load(view, view.inode(ino)))
+        found = self._xattrs(ino)
         shown = xattr.NAMESPACES if ctx is None or ctx.uid == 0 else xattr.PUBLIC
         return [name for name in found if name.startswith(shown)]
 

@@ -232,23 +232,26 @@ def rmdir(tx: Transaction, parent: int, name: bytes) -> None:
 
 def rename(
     tx: Transaction, parent: int, name: bytes, new_parent: int, new_name: bytes, flags: int
-) -> None:
-    """Move an entry, also over another one; raises as rename(2) says."""
+) -> tuple[int, int]:
+    """Move an entry, also over another one; raises as rename(2) says.
+
+    Returns which inode was moved, and which was moved back in exchange (0: none).
+    """
     _, inode = _existing(tx, parent, name)
     folder = parent_of(tx, new_parent, new_name)
     entry = directory.find(tx, folder, new_name)
     if inode.is_dir:
         _forbid_cycle(tx, inode.ino, new_parent)
     if flags == RENAME_EXCHANGE:
-        _exchange(tx, (parent, name), (new_parent, new_name), inode, entry)
-        return
+        return _exchange(tx, (parent, name), (new_parent, new_name), inode, entry)
     if entry is not None:
         if flags == RENAME_NOREPLACE:
             raise FsError(errno.EEXIST)
         if entry.ino == inode.ino:
-            return
+            return inode.ino, 0
         _take_away(tx, new_parent, inode, target(tx, entry))
     _move(tx, (parent, name), (new_parent, new_name), inode, over=entry is not None)
+    return inode.ino, 0
 
 
 def _forbid_cycle(view: View, ino: int, folder: int) -> None:
@@ -300,11 +303,11 @@ def _exchange(
     new: tuple[int, bytes],
     inode: Inode,
     entry: Entry | None,
-) -> None:
+) -> tuple[int, int]:
     if entry is None:
         raise FsError(errno.ENOENT)
     if entry.ino == inode.ino:
-        return
+        return inode.ino, inode.ino
     other = target(tx, entry)
     if other.is_dir:
         _forbid_cycle(tx, other.ino, old[0])
@@ -314,3 +317,4 @@ def _exchange(
         nlink = changed.record.nlink + links
         tx.put(changed.evolve(mtime_ns=tx.now, ctime_ns=tx.now, nlink=nlink))
         tx.touch(comes.ino, **({"parent": folder} if comes.is_dir else {}))
+    return inode.ino, other.ino

@@ -28,10 +28,10 @@ from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar
 import pyfuse3
 from pyfuse3 import EntryAttributes, FileInfo, FUSEError, RequestContext, SetattrFields
 
-from ivshmemfs.engine import RENAME_EXCHANGE, Attr, Context, Filesystem, Handle
-from ivshmemfs.errors import Busy, FsError, IvshmemfsError
+from ivshmemfs.engine import Attr, Context, Filesystem, Handle
+from ivshmemfs.errors import Busy, FsError, IvshmemfsError, StaleHandle
 from ivshmemfs.format.inode import MAX_INO
-from ivshmemfs.fuse.nodes import Nodes, inode_of
+from ivshmemfs.fuse.nodes import Nodes
 
 log = logging.getLogger(__name__)
 
@@ -69,16 +69,32 @@ class Ownership(NamedTuple):
 def request(
     call: Callable[Concatenate[Adapter, P], R],
 ) -> Callable[Concatenate[Adapter, P], Coroutine[Any, Any, R]]:
-    """Make a plain function the handler of a request: the one place where errors become errno."""
+    """Make a plain function the handler of a request: the one place where errors become errno.
+
+    Its first argument, where that is a number of the kernel's, arrives as the inode it means.
+    """
+    return _handler(call, numbers=False)
+
+
+def request_by_number(
+    call: Callable[Concatenate[Adapter, P], R],
+) -> Callable[Concatenate[Adapter, P], Coroutine[Any, Any, R]]:
+    """`request` for a handler that must know by which number the kernel names a directory."""
+    return _handler(call, numbers=True)
+
+
+def _handler(
+    call: Callable[Concatenate[Adapter, P], R], *, numbers: bool
+) -> Callable[Concatenate[Adapter, P], Coroutine[Any, Any, R]]:
     operation = call.__name__
 
     @functools.wraps(call)
     async def handle(self: Adapter, /, *args: P.args, **kwargs: P.kwargs) -> R:
         first = args[0]
-        if first.__class__ is int and first > MAX_INO:
-            # A directory that has another number since another machine moved it; see `nodes`.
-            args = (inode_of(first), *args[1:])  # type: ignore[assignment]
         try:
+            if first.__class__ is int and first > MAX_INO and not numbers:
+                # A directory that has another number since another machine moved it: see `nodes`.
+                args = (self.inode_of(first), *args[1:])  # type: ignore[assignment]
             return call(self, *args, **kwargs)
         except Busy:
             started = time.monotonic()
@@ -152,6 +168,8 @@ class Adapter(pyfuse3.Operations):
         self._info = FileInfo(direct_io=not page_cache, keep_cache=False)
         self._statvfs = pyfuse3.StatvfsData()
         self._nodes = Nodes()
+        self.inode_of = self._nodes.inode_of
+        self._folders: dict[int, int] = {}  # by handle: the number that was opened
 
     # --- conversions ----------------------------------------------------------------------
 
@@ -166,11 +184,14 @@ class Adapter(pyfuse3.Operations):
         self._replies[attr.ino] = attr, entry
         return entry
 
-    def _found(self, parent: int, attr: Attr) -> EntryAttributes:
-        """*attr* for the kernel, of what was looked up in a directory."""
+    def _found(self, parent: int, name: bytes, attr: Attr) -> EntryAttributes:
+        """*attr* for the kernel, of what was looked up by a name in the directory *parent*."""
         if attr.mode & _S_IFMT != _S_IFDIR:
             return self._reply(attr)
-        node = self._nodes.found(attr.ino, parent)
+        if name in (b".", b".."):  # somebody comes with a file handle (NFS)
+            node = self._nodes.seen(attr.ino)
+        else:
+            node = self._nodes.found(attr.ino, parent, name)
         if node == attr.ino:
             return self._reply(attr)
         entry = self._filled(_new_entry(), attr)
@@ -212,17 +233,18 @@ class Adapter(pyfuse3.Operations):
 
     # --- names ----------------------------------------------------------------------------
 
-    @request
+    @request_by_number
     def lookup(self, parent: int, name: bytes, _ctx: RequestContext) -> EntryAttributes:
-        if name == b".":  # of whatever inode, when a file handle is opened (NFS)
-            return self._reply(self._fs.getattr(parent))
-        return self._found(parent, self._fs.lookup(parent, name))
+        ino = self.inode_of(parent)
+        attr = self._fs.getattr(ino) if name == b"." else self._fs.lookup(ino, name)
+        return self._found(parent, name, attr)
 
     async def forget(self, inode_list: Sequence[tuple[int, int]]) -> None:
-        # The kernel forgets an inode at once and altogether, so the counts do not matter.
-        for node, _lookups in inode_list:
-            if self._nodes.forget(node):
-                self._fs.forget(inode_of(node))
+        for node, times in inode_list:
+            with suppress(StaleHandle):
+                ino = self.inode_of(node)
+                if self._nodes.forget(node, times):
+                    self._fs.forget(ino)
 
     @request
     def mknod(
@@ -230,9 +252,10 @@ class Adapter(pyfuse3.Operations):
     ) -> EntryAttributes:
         return self._reply(self._fs.mknod(parent, name, mode, rdev, _context(ctx)))
 
-    @request
+    @request_by_number
     def mkdir(self, parent: int, name: bytes, mode: int, ctx: RequestContext) -> EntryAttributes:
-        return self._found(parent, self._fs.mkdir(parent, name, mode, _context(ctx)))
+        attr = self._fs.mkdir(self.inode_of(parent), name, mode, _context(ctx))
+        return self._found(parent, name, attr)
 
     @request
     def symlink(
@@ -246,7 +269,7 @@ class Adapter(pyfuse3.Operations):
 
     @request
     def link(self, inode: int, parent: int, name: bytes, ctx: RequestContext) -> EntryAttributes:
-        return self._reply(self._fs.link(inode, inode_of(parent), name, _context(ctx)))
+        return self._reply(self._fs.link(inode, self.inode_of(parent), name, _context(ctx)))
 
     @request
     def unlink(self, parent: int, name: bytes, ctx: RequestContext) -> None:
@@ -256,7 +279,7 @@ class Adapter(pyfuse3.Operations):
     def rmdir(self, parent: int, name: bytes, ctx: RequestContext) -> None:
         self._fs.rmdir(parent, name, _context(ctx))
 
-    @request
+    @request_by_number
     def rename(
         self,
         parent: int,
@@ -266,16 +289,9 @@ class Adapter(pyfuse3.Operations):
         flags: int,
         ctx: RequestContext,
     ) -> None:
-        new_parent = inode_of(new_parent)
-        self._fs.rename(parent, name, new_parent, new_name, flags, _context(ctx))
-        if parent != new_parent:
-            self._moved(new_parent, new_name)
-            if flags & RENAME_EXCHANGE:
-                self._moved(parent, name)
-
-    def _moved(self, parent: int, name: bytes) -> None:
-        with suppress(FsError, Busy):  # others may have moved it on
-            self._nodes.moved(self._fs.lookup(parent, name).ino, parent)
+        old, new = self.inode_of(parent), self.inode_of(new_parent)
+        moved, exchanged = self._fs.rename(old, name, new, new_name, flags, _context(ctx))
+        self._nodes.moved((parent, name), (new_parent, new_name), moved, exchanged)
 
     # --- attributes -----------------------------------------------------------------------
 
@@ -403,20 +419,26 @@ class Adapter(pyfuse3.Operations):
 
     # --- directories ----------------------------------------------------------------------
 
-    @request
+    @request_by_number
     def opendir(self, inode: int, _ctx: RequestContext) -> int:
-        return self._keep(self._fs.opendir(inode))
+        fh = self._keep(self._fs.opendir(self.inode_of(inode)))
+        self._folders[fh] = inode
+        return fh
 
     @request
     def readdir(self, fh: int, cookie: int, token: pyfuse3.ReaddirToken) -> None:
         reported = False
-        handle = self._handles[fh]
+        folder = self._folders[fh]
         try:
-            for name, attr, following in self._fs.readdir(handle, cookie):
+            for name, attr, following in self._fs.readdir(self._handles[fh], cookie):
                 entry = self._filled(self._listed, attr)
+                node = 0
                 if attr.mode & _S_IFMT == _S_IFDIR and name not in (b".", b".."):
-                    entry.st_ino = pyfuse3.InodeT(self._nodes.found(attr.ino, handle.ino))
+                    node = self._nodes.found(attr.ino, folder, name)
+                    entry.st_ino = pyfuse3.InodeT(node)
                 if not pyfuse3.readdir_reply(token, name, entry, following):
+                    if node and self._nodes.forget(node, 1):  # it was not told after all
+                        self._fs.forget(attr.ino)
                     return
                 reported = True
         except Exception:
@@ -427,6 +449,7 @@ class Adapter(pyfuse3.Operations):
 
     @request
     def releasedir(self, fh: int) -> None:
+        del self._folders[fh]
         self._let_go(self._fs.releasedir, fh)
 
     @request

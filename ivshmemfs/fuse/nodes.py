@@ -5,51 +5,134 @@ directory, a look-up finds it in a new place while the old one still stands, and
 to move its own entry.  For that it needs locks which it often holds already, as inside
 rename(2); then it fails with ESTALE, and trying again changes nothing.
 
-So a directory that is found below another parent than before gets a new number: its inode number
-with a count in the upper bits.  To the kernel that is another directory, with nothing to move.
-Whoever has the old one open, or stands in it, goes on with the old number, which leads to the
-same inode.  stat(2) shows the plain inode number in any case, because the attributes are always
-asked for once more.
+So a directory that is found below another parent than before gets a new number, never used before.
+To the kernel that is another directory, with nothing to move.  Whoever has the old one open, or
+stands in it, goes on with the old number, which leads to the same inode.  stat(2) shows the plain
+inode number in any case, because the attributes are always asked for once more.
+
+States of a directory, changed by what the kernel is told and by what it does:
+
+    unknown     the kernel has no number for it
+    placed      `found` told the kernel a number for it, at (parent, name); parents are numbers too,
+                because each number of a parent is a tree of its own
+    displaced   it moved, but what the kernel made of that is uncertain: next time, a new number
+
+Older numbers of a directory stay good until the kernel forgets them.
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
+from ivshmemfs.errors import StaleHandle
 from ivshmemfs.format.inode import MAX_INO
 
-_SHIFT = MAX_INO.bit_length()
-_COUNTS = 127  # counts in the upper bits, which leave the sign alone
+_NOWHERE = (0, b"")
 
 
-def inode_of(node: int) -> int:
-    """The inode that a number from the kernel means."""
-    return node & MAX_INO
+class _Place(NamedTuple):
+    node: int
+    parent: int
+    name: bytes
 
 
 class Nodes:
-    """Where the kernel knows which directories, until it forgets them."""
+    """Where the kernel knows which directories, by which numbers, until it forgets them."""
 
     def __init__(self) -> None:
-        self._parents: dict[int, int] = {}
-        self._counts: dict[int, int] = {}
+        self._places: dict[int, _Place] = {}  # by inode: the number told last
+        self._names: dict[tuple[int, bytes], int] = {}  # the inode told last, by parent and name
+        self._told: dict[int, int] = {}  # by number: how often it was told, less what was forgotten
+        self._inodes: dict[int, int] = {}  # by number, of those that are not the inode's own
+        self._last = MAX_INO
 
-    def found(self, ino: int, parent: int) -> int:
-        """The number of directory `ino`, which was looked up below `parent`."""
-        if self._parents.setdefault(ino, parent) != parent:
-            self._parents[ino] = parent
-            self._counts[ino] = self._counts.get(ino, 0) % _COUNTS + 1
-        count = self._counts.get(ino)
-        return ino | count << _SHIFT if count else ino
+    def inode_of(self, node: int) -> int:
+        """The inode that a number from the kernel means; raises StaleHandle."""
+        if node <= MAX_INO:
+            return node
+        try:
+            return self._inodes[node]
+        except KeyError:
+            raise StaleHandle("the kernel was never told of this directory") from None
 
-    def moved(self, ino: int, parent: int) -> None:
-        """The kernel itself moved directory `ino`, so that its tree agrees."""
-        if ino in self._parents:
-            self._parents[ino] = parent
+    def found(self, ino: int, parent: int, name: bytes) -> int:
+        """The number of directory `ino`, which was looked up as `name` below the number `parent`."""
+        place = self._places.get(ino)
+        if place is None or place.parent != parent:
+            node = ino if place is None and ino not in self._told else self._new_number(ino)
+            self._place(ino, node, parent, name)
+        else:
+            node = place.node
+            if place.name != name:
+                self._place(ino, node, parent, name)
+        self._told[node] = self._told.get(node, 0) + 1
+        return node
 
-    def forget(self, node: int) -> bool:
-        """The kernel knows a number no more; whether that was the latest one of its inode."""
-        ino = node & MAX_INO
-        if self._counts.get(ino, 0) != node >> _SHIFT:
+    def seen(self, ino: int) -> int:
+        """The number of directory `ino`, which was looked up by itself: the place is unknown."""
+        place = self._places.get(ino)
+        if place is None:
+            node = ino if ino not in self._told else self._new_number(ino)
+            self._place(ino, node, *_NOWHERE)
+        else:
+            node = place.node
+        self._told[node] = self._told.get(node, 0) + 1
+        return node
+
+    def _new_number(self, ino: int) -> int:
+        self._last += 1
+        self._inodes[self._last] = ino
+        return self._last
+
+    def _place(self, ino: int, node: int, parent: int, name: bytes) -> None:
+        self._leave(ino)
+        self._places[ino] = _Place(node, parent, name)
+        if parent:
+            self._names[parent, name] = ino
+
+    def _leave(self, ino: int) -> None:
+        place = self._places.pop(ino, None)
+        if place is not None and self._names.get(place[1:]) == ino:
+            del self._names[place[1:]]
+
+    def moved(
+        self, old: tuple[int, bytes], new: tuple[int, bytes], ino: int, exchanged: int = 0
+    ) -> None:
+        """The kernel moved what it knows as `old`, a parent and a name; really it was `ino`.
+
+        `exchanged` is what really came back to `old`, 0 for nothing.
+        """
+        there, here = self._names.get(old), self._names.get(new)
+        self._follow(there, ino, new)
+        if exchanged:
+            self._follow(here, exchanged, old)
+        elif here is not None and here != ino:
+            self._displace(here)
+
+    def _follow(self, believed: int | None, ino: int, to: tuple[int, bytes]) -> None:
+        """The kernel moved `believed` to `to`, while `ino` went there."""
+        if believed == ino:
+            self._place(ino, self._places[ino].node, *to)
+            return
+        for uncertain in (believed, ino):
+            if uncertain is not None:
+                self._displace(uncertain)
+
+    def _displace(self, ino: int) -> None:
+        if ino in self._places:
+            self._place(ino, self._places[ino].node, *_NOWHERE)
+
+    def forget(self, node: int, times: int) -> bool:
+        """The kernel forgets what it was told `times` times; whether it may not name it again."""
+        left = self._told.get(node)
+        if left is None:
+            return True  # no directory
+        if left > times:
+            self._told[node] = left - times
             return False
-        self._parents.pop(ino, None)
-        self._counts.pop(ino, None)
+        del self._told[node]
+        ino = self._inodes.pop(node, node)
+        if ino not in self._places or self._places[ino].node != node:
+            return False
+        self._leave(ino)
         return True

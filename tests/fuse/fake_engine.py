@@ -191,13 +191,13 @@ class FakeFilesystem:
 
     def rename(
         self, parent: int, name: bytes, new_parent: int, new_name: bytes, flags: int, ctx: Context
-    ) -> None:
+    ) -> tuple[int, int]:
         inode = self._find(parent, name)
         source, target = self._inode(parent).entries, self._inode(new_parent).entries
         if flags & RENAME_EXCHANGE:
             other = self._find(new_parent, new_name)
             source[name], target[new_name] = other.number, inode.number
-            return
+            return inode.number, other.number
         if flags & RENAME_NOREPLACE and new_name in target:
             raise FsError(errno.EEXIST)
         replaced = target.get(new_name)
@@ -207,6 +207,7 @@ class FakeFilesystem:
             old = self._inode(replaced)
             old.nlink = 0 if stat.S_ISDIR(old.mode) else old.nlink - 1
             self._drop(old)
+        return inode.number, 0
 
     # --- attributes ---
 

@@ -2,44 +2,114 @@
 
 from __future__ import annotations
 
+import pytest
+
+from ivshmemfs.errors import StaleHandle
 from ivshmemfs.format.inode import MAX_INO
-from ivshmemfs.fuse.nodes import Nodes, inode_of
+from ivshmemfs.fuse.nodes import Nodes
+
+A, B = b"a", b"b"
 
 
 def test_a_directory_keeps_its_number_where_it_is() -> None:
     nodes = Nodes()
-    assert [nodes.found(7, 1) for _ in range(3)] == [7, 7, 7]
-    nodes.moved(7, 3)
-    assert nodes.found(7, 3) == 7
+    assert [nodes.found(7, 1, A) for _ in range(3)] == [7, 7, 7]
+    assert nodes.found(7, 1, B) == 7  # renamed within its parent: the kernel needs no lock for that
+    nodes.moved((1, B), (3, A), 7)
+    assert nodes.found(7, 3, A) == 7
 
 
 def test_a_directory_found_elsewhere_is_another_one() -> None:
     nodes = Nodes()
-    seen = [nodes.found(7, parent) for parent in (1, 2, 2, 1, 2)]
+    seen = [nodes.found(7, parent, A) for parent in (1, 2, 2, 1, 2)]
     assert len(set(seen)) == 4
     assert seen[1] == seen[2]
-    assert [inode_of(node) for node in seen] == [7] * 5
-    assert nodes.found(8, 1) == 8
+    assert [nodes.inode_of(node) for node in seen] == [7] * 5
+    assert nodes.found(8, 1, B) == 8
 
 
-def test_numbers_stay_positive_and_unlike_the_one_before() -> None:
+def test_each_number_of_the_parent_is_a_place_of_its_own() -> None:
     nodes = Nodes()
-    before = nodes.found(MAX_INO, 1)
-    for parent in range(2, 600):
-        node = nodes.found(MAX_INO, parent)
-        assert node != before
-        assert 0 < node < 1 << 63
-        assert inode_of(node) == MAX_INO
-        before = node
+    parent = nodes.found(7, 1, A), nodes.found(7, 2, A)
+    assert nodes.found(8, parent[0], B) == 8
+    assert nodes.found(8, parent[1], B) != 8
+
+
+def test_numbers_stay_positive_and_never_come_back() -> None:
+    nodes = Nodes()
+    seen = [nodes.found(MAX_INO, parent, A) for parent in range(1, 600)]
+    assert len(set(seen)) == len(seen)
+    assert all(0 < node < 1 << 63 for node in seen)
+    assert {nodes.inode_of(node) for node in seen} == {MAX_INO}
 
 
 def test_forgetting() -> None:
     nodes = Nodes()
-    assert nodes.forget(5)
-    old, new = nodes.found(7, 1), nodes.found(7, 2)
-    assert not nodes.forget(old)
-    assert nodes.found(7, 2) == new
-    assert nodes.forget(new)
-    assert nodes.found(7, 3) == 7
-    nodes.moved(99, 3)
-    assert nodes.found(99, 4) == 99
+    assert nodes.forget(5, 1)
+    old, new = nodes.found(7, 1, A), nodes.found(7, 2, A)
+    assert not nodes.forget(old, 1)
+    assert nodes.found(7, 2, A) == new
+    assert not nodes.forget(new, 1)  # told twice
+    assert nodes.inode_of(new) == 7
+    assert nodes.forget(new, 1)
+    with pytest.raises(StaleHandle):
+        nodes.inode_of(new)
+    assert nodes.found(7, 3, A) == 7
+    nodes.moved((3, B), (4, B), 99)
+    assert nodes.found(99, 4, B) == 99
+
+
+def test_the_latest_number_is_forgotten_before_an_older_one() -> None:
+    """Somebody still stands in the old place, so the plain number would have to move."""
+    nodes = Nodes()
+    old, new = nodes.found(7, 1, A), nodes.found(7, 2, A)
+    assert nodes.forget(new, 1)
+    assert nodes.found(7, 2, A) not in (old, new)
+
+
+def test_the_kernel_moved_another_directory_than_it_believed() -> None:
+    """Between its look-up and its rename another machine replaced what stood there."""
+    nodes = Nodes()
+    believed, other = nodes.found(7, 1, A), nodes.found(8, 5, A)
+    nodes.moved((1, A), (2, B), 8)
+    assert nodes.found(7, 1, A) != believed
+    assert nodes.found(8, 2, B) != other
+
+
+def test_a_file_was_moved_where_the_kernel_believed_a_directory() -> None:
+    nodes = Nodes()
+    believed = nodes.found(7, 1, A)
+    nodes.moved((1, A), (2, B), 99)
+    assert nodes.found(7, 1, A) != believed
+
+
+def test_a_directory_that_was_moved_over() -> None:
+    nodes = Nodes()
+    over, comes = nodes.found(7, 1, A), nodes.found(8, 2, B)
+    nodes.moved((2, B), (1, A), 8)
+    assert nodes.found(8, 1, A) == comes
+    assert nodes.found(7, 1, A) != over
+
+
+def test_an_exchange() -> None:
+    nodes = Nodes()
+    one, two = nodes.found(7, 1, A), nodes.found(8, 2, B)
+    nodes.moved((1, A), (2, B), 7, exchanged=8)
+    assert (nodes.found(7, 2, B), nodes.found(8, 1, A)) == (one, two)
+
+
+def test_an_exchange_with_a_file() -> None:
+    nodes = Nodes()
+    one = nodes.found(7, 1, A)
+    nodes.moved((1, A), (2, B), 7, exchanged=99)
+    assert nodes.found(7, 2, B) == one
+
+
+def test_a_directory_looked_up_by_itself() -> None:
+    nodes = Nodes()
+    assert nodes.seen(7) == 7
+    first = nodes.found(7, 1, A)
+    assert first != 7
+    assert nodes.seen(7) == first
+    assert nodes.forget(7, 1) is False
+    assert nodes.forget(first, 2)
