@@ -1,0 +1,187 @@
+"""Every operation of the engine on a region that nobody can trust, each with a bound on its time."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+import time
+from collections.abc import Callable
+from itertools import islice
+from typing import TypeVar
+
+from ivshmemfs.engine import Filesystem
+from ivshmemfs.errors import Busy, IvshmemfsError
+from ivshmemfs.region import Region
+from tests.fsck.damage import Names
+from tests.regions import ROOT
+
+T = TypeVar("T")
+
+SLOWEST = 5.0  # seconds that one operation may take
+PATIENCE = 0.2  # seconds of Busy after which a caller gives up
+FOLDERS, ENTRIES = 40, 1000  # walked at most
+
+#: What a caller may be told: of damage, and what any filesystem tells of what is not there.
+TOLERABLE = {
+    errno.EIO, errno.EUCLEAN, errno.ESTALE, errno.ENOSPC, errno.ENOENT, errno.EEXIST, errno.EAGAIN,
+    errno.ENOTEMPTY, errno.ENOTDIR, errno.EISDIR, errno.EINVAL, errno.ENODATA, errno.EFBIG,
+    errno.EROFS, errno.EMLINK, errno.EUSERS, errno.E2BIG, errno.EPERM, errno.EBUSY,
+    errno.EPROTONOSUPPORT, errno.EOPNOTSUPP, errno.EACCES,
+}  # fmt: skip
+
+
+class Ledger:
+    """What operations came to."""
+
+    def __init__(self) -> None:
+        self.done = 0
+        self.refused = 0
+        self.slowest = 0.0
+
+    def attempt(self, operation: Callable[[], T]) -> T | None:
+        """Its result, or None for a tolerable refusal; anything else is a failure."""
+        end = time.monotonic() + PATIENCE
+        while True:
+            began = time.monotonic()
+            try:
+                result = operation()
+            except Busy:
+                if time.monotonic() < end:
+                    time.sleep(0.002)
+                    continue
+                self.refused += 1
+                return None
+            except IvshmemfsError as error:
+                assert error.errno in TOLERABLE, repr(error)
+                self.refused += 1
+                return None
+            finally:
+                taken = time.monotonic() - began
+                self.slowest = max(self.slowest, taken)
+                assert taken < SLOWEST, f"one operation took {taken:.1f} s"
+            self.done += 1
+            return result
+
+
+def walk(fs: Filesystem, ledger: Ledger) -> None:
+    """Look at everything that can be reached, and at what is known to have been there."""
+    folders, seen = [1], {1}
+    for folder in folders:
+        found = ledger.attempt(lambda ino=folder: _listed(fs, ino)) or []  # type: ignore[misc]
+        for name, ino, mode in found:
+            ledger.attempt(lambda at=folder, name=name: fs.lookup(at, name))  # type: ignore[misc]
+            if ino in seen:
+                continue
+            seen.add(ino)
+            inspect(fs, ledger, ino)
+            if stat.S_ISDIR(mode) and len(folders) < FOLDERS:
+                folders.append(ino)
+    for ino in (*sorted(known() - seen), 2, 999, 1 << 40, (1 << 56) - 1):
+        inspect(fs, ledger, ino)
+    ledger.attempt(fs.statfs)
+
+
+def known() -> set[int]:
+    """The inodes of the sample."""
+    return {number for number in vars(Names).values() if isinstance(number, int)}
+
+
+def _listed(fs: Filesystem, ino: int) -> list[tuple[bytes, int, int]]:
+    entries = islice(fs.readdir(fs.opendir(ino), 0), ENTRIES)
+    return [(name, attr.ino, attr.mode) for name, attr, _ in entries]
+
+
+def inspect(fs: Filesystem, ledger: Ledger, ino: int) -> None:
+    """Attributes, extended attributes and contents of one inode."""
+    attr = ledger.attempt(lambda: fs.getattr(ino))
+    ledger.attempt(lambda: fs.readlink(ino))
+    ledger.attempt(lambda: _listed(fs, ino)[:1])
+    for name in ledger.attempt(lambda: fs.listxattr(ino)) or [b"user.none"]:
+        ledger.attempt(lambda name=name: fs.getxattr(ino, name))  # type: ignore[misc]
+    size = attr.size if attr is not None else 0
+    for offset in {0, 4096, max(size - 10, 0), (1 << 62)}:
+        ledger.attempt(lambda at=offset: _content(fs, ino, at))  # type: ignore[misc]
+
+
+def _content(fs: Filesystem, ino: int, offset: int) -> int:
+    handle = fs.open(ino, os.O_RDONLY, ROOT)
+    try:
+        return len(fs.read(handle, offset, 256 << 10))
+    finally:
+        fs.release(handle)
+
+
+def _stored(fs: Filesystem, ino: int, offset: int, flags: int = os.O_WRONLY) -> None:
+    handle = fs.open(ino, flags, ROOT)
+    try:
+        fs.write(handle, offset, b"written")
+    finally:
+        fs.release(handle)
+
+
+def _made(fs: Filesystem) -> None:
+    handle, _ = fs.create(1, b"new", 0o644, os.O_RDWR, ROOT)
+    try:
+        fs.write(handle, 3, b"contents" * 1000)
+    finally:
+        fs.release(handle)
+
+
+def changes(fs: Filesystem) -> list[Callable[[], object]]:
+    """Every kind of change, what takes things away last."""
+    n = Names
+    ops: list[Callable[[], object]] = [
+        lambda: _made(fs),
+        lambda: fs.mkdir(1, b"dir", 0o755, ROOT),
+        lambda: fs.symlink(1, b"sym", b"target" * 20, ROOT),
+        lambda: fs.mknod(n.inner, b"fifo", stat.S_IFIFO | 0o644, 0, ROOT),
+        lambda: fs.rename(1, b"new", n.crowd, b"moved", 0, ROOT),
+        lambda: fs.rename(1, b"folder", n.inner, b"into itself", 0, ROOT),
+        lambda: fs.rename(1, b"near", 1, b"far", 2, ROOT),
+        lambda: fs.rename(n.folder, b"inner", 1, b"inner", 0, ROOT),
+        lambda: fs.collect(),
+        lambda: fs.rmdir(1, b"dir", ROOT),
+        lambda: fs.rmdir(1, b"folder", ROOT),
+    ]
+    for ino in (1, n.folder, n.inner, n.crowd):
+        ops.append(lambda ino=ino: fs.link(n.small, ino, b"another", ROOT))  # type: ignore[misc]
+    for ino in sorted(known()):
+        ops += [
+            lambda ino=ino: fs.setattr(ino, ROOT, mode=0o600, mtime_ns=5),  # type: ignore[misc]
+            lambda ino=ino: fs.setxattr(ino, b"user.x", b"y" * 900, 0, ROOT),  # type: ignore[misc]
+            lambda ino=ino: fs.removexattr(ino, b"user.x", ROOT),  # type: ignore[misc]
+            lambda ino=ino: _stored(fs, ino, 2),  # type: ignore[misc]
+            lambda ino=ino: _stored(fs, ino, 0, os.O_WRONLY | os.O_APPEND),  # type: ignore[misc]
+            lambda ino=ino: fs.setattr(ino, ROOT, size=5000),  # type: ignore[misc]
+        ]
+    removed = [(n.folder, b"big"), (n.inner, b"sparse"), (n.inner, b"link"), (n.inner, b"device"),
+               (1, b"small"), (1, b"near"), (1, b"far"), (1, b"sym")]  # fmt: skip
+    for parent, name in removed:
+        ops.append(lambda p=parent, n=name: fs.unlink(p, n, ROOT))  # type: ignore[misc]
+    return ops
+
+
+def alter(fs: Filesystem, ledger: Ledger) -> None:
+    """Change everything there is, empty a directory, and keep house."""
+    for change in changes(fs):
+        ledger.attempt(change)
+    for name, _, _ in (ledger.attempt(lambda: _listed(fs, Names.crowd)) or [])[2:]:
+        ledger.attempt(lambda name=name: fs.unlink(Names.crowd, name, ROOT))  # type: ignore[misc]
+    for _ in range(5):  # the fourth looks for peers that fell silent
+        ledger.attempt(fs.tick)
+    ledger.attempt(fs.collect)
+
+
+def use(fs: Filesystem, ledger: Ledger) -> None:
+    """Everything on one mount, which then leaves."""
+    walk(fs, ledger)
+    alter(fs, ledger)
+    began = time.monotonic()
+    fs.unmount()
+    assert time.monotonic() - began < SLOWEST
+
+
+def joined(region: Region, ledger: Ledger) -> Filesystem | None:
+    """A mount made after the damage, or None when it is refused in a tolerable way."""
+    return ledger.attempt(lambda: Filesystem.mount(region))

@@ -1,0 +1,94 @@
+"""Damage that stands before, or appears under, a mount: the engine survives, fsck repairs."""
+
+from __future__ import annotations
+
+import resource
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+
+import pytest
+
+from ivshmemfs import fsck
+from ivshmemfs.engine import Filesystem
+from ivshmemfs.errors import Corrupt, FormatError
+from tests.conftest import Figures
+from tests.fsck.damage import Knife, sample
+from tests.fsck.test_hostile import of_use
+from tests.hostile import wounds
+from tests.hostile.exercise import SLOWEST, Ledger, joined, use
+from tests.regions import TestRegion, new_region
+
+MOST_MEMORY = 200 << 10  # KiB that a whole family may add
+EVERY = {"inodes": 5, "headers": 4, "control": 2, "pointers": 2}  # one of so many in a short run
+FAMILIES: dict[str, Callable[[], Iterator[tuple[str, wounds.Damage]]]] = {
+    "pointers": wounds.pointers,
+    "ladders": wounds.ladders,
+    "names": wounds.names,
+    "inodes": wounds.inodes,
+    "headers": wounds.headers,
+    "control": wounds.control,
+}
+
+
+@pytest.fixture(scope="module")
+def made() -> Iterator[TestRegion]:
+    with new_region(len(sample())) as region:
+        yield region
+
+
+def one_case(made: TestRegion, damage: wounds.Damage, ledger: Ledger) -> None:
+    """Both mounts survive; then, from the same damage, fsck leaves a filesystem of use."""
+    region = made.region()
+    try:
+        region.memory.write(0, sample())
+        early = Filesystem.mount(region)
+        early.statfs()
+        damage(Knife(region.memory))
+        use(early, ledger)
+        region.memory.write(0, sample())
+        damage(Knife(region.memory))
+        late = joined(region, ledger)
+        if late is not None:
+            use(late, ledger)
+        region.memory.write(0, sample())
+        damage(Knife(region.memory))
+        repaired(region)
+    finally:
+        region.close()
+
+
+def repaired(region: object) -> None:
+    began = time.monotonic()
+    with suppress(FormatError, Corrupt):  # refused: a superblock of another version, say
+        after = fsck.repair(region, force=True)  # type: ignore[arg-type]
+        assert not after.findings, f"left:\n{after}\ndone:\n{after.repairs}"
+        of_use(region)  # type: ignore[arg-type]
+        assert not fsck.check(region).findings  # type: ignore[arg-type]
+    assert time.monotonic() - began < 2 * SLOWEST
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_engine_survives(
+    family: str, made: TestRegion, long_run: bool, figures: Figures, only_case: str | None
+) -> None:
+    ledger, count, failed = Ledger(), 0, []
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    step = 1 if long_run or only_case else EVERY.get(family, 1)
+    for name, damage in list(FAMILIES[family]())[::step]:
+        if only_case not in (None, name):
+            continue
+        try:
+            one_case(made, damage, ledger)
+        except Exception as error:
+            failed.append((name, error))
+        count += 1
+    for name, error in failed[:1]:
+        error.add_note(f"--case {name!r}; {len(failed)} of {count} failed: "
+                       + "; ".join(f"{n}: {e!r:.120}" for n, e in failed[:30]))  # fmt: skip
+        raise error
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    assert grown < MOST_MEMORY, f"{grown} KiB more memory"
+    assert only_case is not None or (ledger.done and ledger.refused)
+    figures.add(f"hostile {family}: {count} cases, {ledger.done:,} operations done, "
+                f"{ledger.refused:,} refused, slowest {ledger.slowest:.2f} s")  # fmt: skip
