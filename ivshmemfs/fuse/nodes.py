@@ -56,7 +56,7 @@ class Nodes:
             raise StaleHandle("the kernel was never told of this directory") from None
 
     def found(self, ino: int, parent: int, name: bytes) -> int:
-        """The number of directory `ino`, which was looked up as `name` below the number `parent`."""
+        """The number of directory `ino`, looked up as `name` below the number `parent`."""
         place = self._places.get(ino)
         if place is None or place.parent != parent:
             node = ino if place is None and ino not in self._told else self._new_number(ino)

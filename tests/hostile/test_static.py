@@ -69,10 +69,13 @@ def repaired(region: object) -> None:
 
 
 #: Not yet seen to end: kept out of the short run until they are.
-UNPROVEN = [pytest.param(name, marks=pytest.mark.long) for name in FAMILIES if name != "pointers"]
+UNPROVEN = {"ladders", "control"}
 
 
-@pytest.mark.parametrize("family", ["pointers", *UNPROVEN])
+@pytest.mark.parametrize(
+    "family",
+    [pytest.param(f, marks=pytest.mark.long) if f in UNPROVEN else f for f in FAMILIES],
+)
 def test_engine_survives(
     family: str, made: TestRegion, long_run: bool, figures: Figures, only_case: str | None
 ) -> None:
@@ -87,10 +90,10 @@ def test_engine_survives(
         except Exception as error:
             failed.append((name, error))
         count += 1
-    for name, error in failed[:1]:
-        error.add_note(f"--case {name!r}; {len(failed)} of {count} failed: "
+    for name, first in failed[:1]:
+        first.add_note(f"--case {name!r}; {len(failed)} of {count} failed: "
                        + "; ".join(f"{n}: {e!r:.120}" for n, e in failed[:30]))  # fmt: skip
-        raise error
+        raise first
     grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
     assert grown < MOST_MEMORY, f"{grown} KiB more memory"
     assert only_case is not None or (ledger.done and ledger.refused)

@@ -115,7 +115,7 @@ def ladder(k: Knife, number: int, height: int) -> None:
     forge(k, rungs[0], leaf, 0, b"")
     first = 1 if folder else 0
     for level in range(first, height):
-        body, count = _full_body(k, kind, rungs[level if folder else level])
+        body, count = _full_body(k, kind, rungs[level])
         forge(k, rungs[level + (0 if folder else 1)], owner, level, body, count)
     top = rungs[height - 1] if folder else rungs[height]
     pointer = words.POINTER.pack(top, 1, words.make_tag(1, 1, 1))
@@ -227,7 +227,7 @@ def headers() -> Iterator[tuple[str, Damage]]:
 
             def damage(
                 k: Knife, at: int = field.offset, name: str = field.name, raw: bytes = raw
-            ) -> None:  # noqa: E501
+            ) -> None:
                 k.memory.write(at, raw)
                 if name != "crc":
                     k.edit_superblock()
