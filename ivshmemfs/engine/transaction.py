@@ -293,11 +293,16 @@ class Transaction(View):
         The subtrees are unreachable, and only a collector may compete; what it took already is
         skipped.
         """
+        seen: set[bytes] = set()
         for pointer, kind, level, owner in self._dropped:
             with suppress(Corrupt, Restart, ValueError):
-                self._release(pointer, kind, level, owner)
+                self._release(pointer, kind, level, owner, seen)
 
-    def _release(self, pointer: bytes, kind: int, level: int, owner: int) -> None:
+    def _release(self, pointer: bytes, kind: int, level: int, owner: int, seen: set[bytes]) -> None:
+        """Release a subtree, each node once: a forged one reaches a node by endlessly many ways."""
+        if pointer in seen:
+            return
+        seen.add(pointer)
         blocks = self.store.blocks
         if kind != DIRLEAF:
             pointers = self._children(self.pointed(pointer, kind, level, owner))
@@ -307,7 +312,8 @@ class Transaction(View):
                 below = DIRLEAF if kind == DIRNODE and level == 1 else kind
                 for at in range(0, len(pointers), radix.SIZE):
                     if pointers[at : at + radix.SIZE] != NULL:
-                        self._release(pointers[at : at + radix.SIZE], below, level - 1, owner)
+                        child = pointers[at : at + radix.SIZE]
+                        self._release(child, below, level - 1, owner, seen)
         blocks.release(pointer)
 
     def _children(self, node: Node) -> bytes:
