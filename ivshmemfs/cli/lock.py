@@ -12,17 +12,18 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
+from ivshmemfs.cli.peering import patiently, peer
 from ivshmemfs.errors import Busy, LockLost, UsageError
 from ivshmemfs.fuse.mountpoint import FSTYPE, mounted
 
 if TYPE_CHECKING:
-    from ivshmemfs.engine import FileLock, Filesystem
+    from ivshmemfs.engine import FileLock
     from ivshmemfs.region import Region
 
 #: Seconds between two looks while waiting: at first, and at most.
@@ -105,7 +106,7 @@ def _region_of(fd: int, file: str) -> Iterator[Region]:
 
 def _check_same(region: Region, fd: int, file: str) -> None:
     """Raise UsageError unless FILE is seen in the region as through the mount."""
-    with _peer(region, readonly=True) as fs:
+    with peer(region, readonly=True) as fs:
         for _ in range(10):
             status = os.fstat(fd)
             with suppress(Busy):
@@ -118,33 +119,22 @@ def _check_same(region: Region, fd: int, file: str) -> None:
 
 
 @contextmanager
-def _peer(region: Region, *, readonly: bool) -> Iterator[Filesystem]:
-    from ivshmemfs.engine import Filesystem
-
-    fs = Filesystem.mount(region, readonly=readonly)
-    try:
-        yield fs
-    finally:
-        fs.unmount()
-
-
-@contextmanager
 def _held(region: Region, ino: int, patience: float | None) -> Iterator[FileLock | None]:
     """The lock, held; None when it was not to be had in time."""
     from ivshmemfs.engine import FileLock
 
     end = None if patience is None else time.monotonic() + patience
-    with _peer(region, readonly=True) as looker:
+    with peer(region, readonly=True) as looker:
         watched = FileLock(looker, ino)
         while (record := _free(watched, end)) is not None:
-            with _peer(region, readonly=False) as fs:
+            with peer(region, readonly=False) as fs:
                 lock = FileLock(fs, ino)
-                if _patiently(lambda record=record, lock=lock: lock.acquire(record)):  # type: ignore[misc]
+                if patiently(lambda record=record, lock=lock: lock.acquire(record)):  # type: ignore[misc]
                     try:
                         yield lock
                     finally:
                         with suppress(Busy):
-                            _patiently(lock.release, GIVE_BACK)
+                            patiently(lock.release, GIVE_BACK)
                     return
     yield None
 
@@ -153,25 +143,13 @@ def _free(lock: FileLock, end: float | None) -> bytes | None:
     """The record of the lock once it can be taken; None when it is held until `end`."""
     delay = FIRST_WAIT
     while True:
-        record = _patiently(lock.record)
+        record = patiently(lock.record)
         if lock.blocking(record) is None:
             return bytes(record)
         if end is not None and time.monotonic() >= end:
             return None
         time.sleep(delay)
         delay = min(delay * 1.5, LONGEST_WAIT)
-
-
-def _patiently(call: Callable[[], Any], seconds: float = 30.0) -> Any:
-    """Call again while the region is busy; raises Busy when that does not end."""
-    end = time.monotonic() + seconds
-    while True:
-        try:
-            return call()
-        except Busy:
-            if time.monotonic() > end:
-                raise
-            time.sleep(FIRST_WAIT)
 
 
 # --- the command ----------------------------------------------------------------------------------

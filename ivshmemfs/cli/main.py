@@ -34,6 +34,8 @@ SUBCOMMANDS = {
     "peers": "peers",
     "evict": "peers",
     "lock": "lock",
+    "get": "transfer",
+    "put": "transfer",
 }
 
 
