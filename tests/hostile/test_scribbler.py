@@ -1,0 +1,90 @@
+"""Somebody scribbles on one area of the region while a mount works on it."""
+
+from __future__ import annotations
+
+import random
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import pytest
+
+from ivshmemfs.format.geometry import COMMIT_OFFSET, HINT_OFFSET, Geometry
+from ivshmemfs.format.superblock import decode
+from tests.conftest import Figures
+from tests.fsck.damage import sample
+from tests.hostile.exercise import Ledger, joined, use
+from tests.hostile.test_static import repaired
+from tests.regions import TestRegion, new_region
+
+WORD = 8
+
+AREAS: dict[str, Callable[[Geometry], tuple[int, int]]] = {
+    "superblock": lambda g: (0, 512),
+    "commit word": lambda g: (COMMIT_OFFSET, COMMIT_OFFSET + WORD),
+    "hint": lambda g: (HINT_OFFSET, HINT_OFFSET + WORD),
+    "peer table": lambda g: (g.peers_offset, g.tags_offset),
+    "tags": lambda g: (g.tags_offset, g.tags_offset + WORD * g.block_count),
+    "blocks": lambda g: (g.data_offset, g.region_size),
+}
+
+
+def _word(value: int, chance: random.Random) -> int:
+    """What stands there, somewhat changed, or anything at all."""
+    kind = chance.randrange(4)
+    if kind == 0:
+        return value ^ 1 << chance.randrange(64)
+    if kind == 1:
+        return (value + chance.choice((-1, 1))) % (1 << 64)
+    return 0 if kind == 2 else chance.getrandbits(64)
+
+
+@contextmanager
+def scribbling(made: TestRegion, area: tuple[int, int], seed: int) -> Iterator[list[int]]:
+    """A thread that changes one word after the other; yields how many, as a list of one."""
+    memory, chance = made.region().memory, random.Random(seed)
+    ended, count = threading.Event(), [0]
+
+    def scribble() -> None:
+        while not ended.wait(0.00005):
+            at = chance.randrange(area[0], area[1], WORD)
+            memory.store(at, _word(memory.load(at), chance))
+            count[0] += 1
+
+    thread = threading.Thread(target=scribble, daemon=True)
+    thread.start()
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)  # so that the scribbler gets between any two steps
+    try:
+        yield count
+    finally:
+        sys.setswitchinterval(interval)
+        ended.set()
+        thread.join()
+
+
+@pytest.mark.parametrize("area", AREAS)
+def test_a_live_scribbler(area: str, long_run: bool, figures: Figures) -> None:
+    """Each operation ends in time, with a result or a tolerable error; then fsck repairs."""
+    ledger, words = Ledger(), 0
+    image = sample()
+    where = AREAS[area](decode(image[:512], len(image)).geometry)
+    with new_region(len(image)) as made:
+        region = made.region()
+        for seed in range(400 if long_run else 25):
+            region.memory.write(0, image)
+            fs = joined(region, ledger)
+            assert fs is not None
+            with scribbling(made, where, seed) as count:
+                use(fs, ledger)
+                late = joined(region, ledger)
+                if late is not None:
+                    use(late, ledger)
+            words += count[0]
+            repaired(region)
+    assert words
+    figures.add(
+        f"live scribbler on the {area}: {words:,} words, {ledger.done:,} operations done, "
+        f"{ledger.refused:,} refused, slowest {ledger.slowest:.2f} s"
+    )
