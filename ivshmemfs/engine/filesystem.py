@@ -87,6 +87,7 @@ class Filesystem(Mount):
         return stale
 
     def _ghost(self, ino: int, stale: StaleHandle) -> Inode:
+        self._check_identity()  # in another filesystem nothing is remembered
         ghost = self._ghosts.get(ino)
         if ghost is None:
             folder = self._folders.pop(ino, None)
