@@ -87,7 +87,8 @@ class Filesystem(Mount):
         return stale
 
     def _ghost(self, ino: int, stale: StaleHandle) -> Inode:
-        self._check_identity()  # in another filesystem nothing is remembered
+        self._check_identity()  # in another filesystem, or none, nothing is remembered
+        self.look(lambda view: view.find_inode(ino))
         ghost = self._ghosts.get(ino)
         if ghost is None:
             folder = self._folders.pop(ino, None)
