@@ -20,12 +20,13 @@ from typing import TYPE_CHECKING
 import click
 
 from ivshmemfs.cli.peering import patiently, peer
+from ivshmemfs.engine import RENAME_NOREPLACE, ROOT_INO, Context
 from ivshmemfs.errors import Busy, FsError, IvshmemfsError, UsageError
 
 if TYPE_CHECKING:
     from rich.progress import Progress
 
-    from ivshmemfs.engine import Attr, Context, Filesystem
+    from ivshmemfs.engine import Attr, Filesystem
 
 #: Bytes of one read or write: what one transaction carries, and what a cache still holds.
 PIECE = 1 << 20
@@ -33,8 +34,6 @@ PIECE = 1 << 20
 LONG = 1.0
 #: Seconds between two signs of life while copying into a region.
 PULSE = 1.0
-ROOT_INO = 1
-NO_REPLACE = 1
 
 _numbers = itertools.count(1)
 
@@ -129,13 +128,11 @@ class Putter:
     """Copies into a region."""
 
     def __init__(self, fs: Filesystem, meter: Meter, *, recursive: bool, force: bool) -> None:
-        from ivshmemfs.engine import Context
-
         self._fs = fs
         self._meter = meter
         self._recursive = recursive
         self._force = force
-        self._me: Context = Context(os.getuid(), os.getgid())
+        self._me = Context(os.getuid(), os.getgid())
         self._piece = bytearray(PIECE)
         self._ticked = time.monotonic()
 
@@ -228,7 +225,7 @@ class Putter:
             raise _exists(name)
 
     def _publish(self, folder: int, fresh: bytes, name: bytes) -> None:
-        flags = 0 if self._force else NO_REPLACE
+        flags = 0 if self._force else RENAME_NOREPLACE
         try:
             patiently(lambda: self._fs.rename(folder, fresh, folder, name, flags, self._me))
         except FsError as error:
