@@ -38,8 +38,13 @@ class DataWriter(Writer, Protocol):
     now: int
 
 
-def read(view: DataReader, inode: Inode, offset: int, length: int) -> Buffer:
-    """Up to `length` bytes from `offset`; fewer at the end of the file."""
+def read(
+    view: DataReader, inode: Inode, offset: int, length: int, into: memoryview | None = None
+) -> Buffer:
+    """Up to `length` bytes from `offset`; fewer at the end of the file.
+
+    `into` is room for them; what is returned is then part of it, or bytes.
+    """
     record = inode.record
     length = min(length, record.size - offset)
     if length <= 0:
@@ -52,7 +57,7 @@ def read(view: DataReader, inode: Inode, offset: int, length: int) -> Buffer:
     first, skip = divmod(offset, size)
     count = (skip + length - 1) // size + 1
     pointers = radix.find_range(view, Tree(record.height, inode.data), inode.ino, first, count)
-    return view.store.gather(pointers, skip, length)
+    return view.store.gather(pointers, skip, length, into)
 
 
 def _capacity(tx: DataWriter, inode: Inode) -> int:

@@ -408,9 +408,11 @@ class Filesystem(Mount):
 
     # --- data -------------------------------------------------------------------------------
 
-    def read(self, handle: Handle, offset: int, length: int) -> data.Buffer:
-        """Up to `length` bytes from `offset`, all of one moment."""
-        return self.look(lambda view: data.read(view, view.inode(handle.ino), offset, length))
+    def read(
+        self, handle: Handle, offset: int, length: int, into: memoryview | None = None
+    ) -> data.Buffer:
+        """Up to `length` bytes from `offset`, all of one moment; in `into` if they are many."""
+        return self.look(lambda view: data.read(view, view.inode(handle.ino), offset, length, into))
 
     def write(self, handle: Handle, offset: int, content: data.Buffer) -> int:
         """Write `content` at `offset`, or at the end when opened with O_APPEND; atomic.

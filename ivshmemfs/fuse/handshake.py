@@ -1,4 +1,5 @@
-"""Opening the FUSE connection by hand, to agree with the kernel on more than libfuse asks for.
+"""Opening the FUSE connection by hand: to agree with the kernel on more than libfuse asks for, and
+to read requests before libfuse does.
 
 Reads and writes bypass the page cache (``direct_io``), which keeps machines coherent.  The kernel
 then refuses shared mappings (ENODEV), unless the filesystem sets FUSE_DIRECT_IO_ALLOW_MMAP in its
@@ -10,9 +11,13 @@ holds the other end and the real connection:
     state      what has happened                                         what comes next
     MOUNTED    fusermount3 has mounted; the kernel has queued INIT       `step` passes INIT on
     OFFERED    libfuse can read INIT from the socket, and answers there  `step` amends the answer
-    OPEN       the kernel has the answer; the real connection has taken  nothing: libfuse and the
-               the place of the socket under the number N                kernel talk directly
+    OPEN       the kernel has the answer; see below                      nothing
     FAILED     an error was raised; the descriptors are closed           the caller unmounts
+    CLOSED     a kept connection was closed                              nothing
+
+What OPEN means depends on who reads requests.  Libfuse: the real connection has taken the place of
+the socket under the number N, and libfuse and the kernel talk directly.  Somebody else: the real
+connection is the `relay`'s, which hands on to libfuse what that reader does not answer itself.
 
 `step` is called before each wait for a request (`loop.Loop`), in the one thread that also runs
 libfuse, so that nothing here is ever concurrent: libfuse has answered when it waits again.
@@ -25,33 +30,23 @@ refused.
 from __future__ import annotations
 
 import enum
+import errno
+import logging
 import os
 import select
 import socket
-import struct
 
 from ivshmemfs.errors import MountError
+from ivshmemfs.fuse import wire
+
+log = logging.getLogger(__name__)
 
 #: Bytes that the kernel wants room for when a request is read, at the least.
 READ_SIZE = 64 * 1024
 #: Seconds within which INIT and its answer must arrive; both are there when all is well.
 PATIENCE = 5.0
-
-FUSE_INIT = 26
-#: In ``flags``: the second word of flags counts.
-FUSE_INIT_EXT = 1 << 30
-#: In the second word of flags (bit 36 of both words together).
-FUSE_DIRECT_IO_ALLOW_MMAP = 1 << (36 - 32)
-
-# struct fuse_in_header: len, opcode, unique, nodeid, uid, gid, pid, padding
-_REQUEST = struct.Struct("=IIQQIIII")
-# struct fuse_init_in: major, minor, max_readahead, flags, flags2
-_INIT_IN = struct.Struct("=IIIII")
-# struct fuse_out_header: len, error, unique
-_ANSWER = struct.Struct("=IiQ")
-# struct fuse_init_out up to flags2: major, minor, max_readahead, flags, max_background,
-# congestion_threshold, max_write, time_gran, max_pages, map_alignment, flags2
-_INIT_OUT = struct.Struct("=IIIIHHIIHHI")
+#: Bytes of the largest request or answer that passes through the socket.
+ROOM = 200 * 1024
 
 
 class State(enum.Enum):
@@ -61,18 +56,56 @@ class State(enum.Enum):
     OFFERED = enum.auto()
     OPEN = enum.auto()
     FAILED = enum.auto()
+    CLOSED = enum.auto()
+
+
+class Relay:
+    """Hands requests on to libfuse, over a socket, and its answers back to the kernel."""
+
+    def __init__(self, device: int, ours: socket.socket) -> None:
+        #: What requests are read from.
+        self.device = device
+        self._ours = ours
+        ours.setblocking(False)
+
+    def offer(self, request: bytes | memoryview) -> None:
+        """Let libfuse read *request*, which is to be the only one that it has not read."""
+        self._ours.send(request)
+
+    def pump(self) -> None:
+        """Pass on what libfuse has answered so far."""
+        while True:
+            try:
+                answer = self._ours.recv(ROOM)
+            except BlockingIOError:
+                return
+            if not answer:  # libfuse is gone
+                return
+            try:
+                os.write(self.device, answer)
+            except OSError as error:
+                if error.errno not in (errno.ENOENT, errno.ENODEV):  # nobody waits for it any more
+                    log.error("the kernel refused an answer: %s", error)
 
 
 class Handshake:
-    """The opening of one FUSE connection; *device* is its descriptor, owned from now on."""
+    """The opening of one FUSE connection; *device* is its descriptor, owned from now on.
 
-    def __init__(self, device: int) -> None:
+    With *keep* somebody else than libfuse reads the requests.
+    """
+
+    def __init__(self, device: int, *, keep: bool = False) -> None:
         self.state = State.MOUNTED
         #: Whether the kernel allows shared mappings of files opened for direct I/O.
         self.shared_mappings = False
         self._device = device
+        #: Once open, when the connection is kept.
+        self.relay: Relay | None = None
+        self._keep = keep
         self._offered_flags2 = 0
         self._ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        for end in (self._ours, theirs):
+            end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, ROOM)
         self._libfuse_fd = theirs.detach()  # libfuse closes it
 
     @property
@@ -99,49 +132,55 @@ class Handshake:
             raise
 
     def close(self) -> None:
-        """Give up before the connection is open; libfuse's descriptor is libfuse's to close."""
-        if self.state in (State.MOUNTED, State.OFFERED):
-            self.state = State.FAILED
-            self._ours.close()
-            os.close(self._device)
+        """Close what is not libfuse's to close: the connection, unless libfuse has it."""
+        ours = self.state is not State.OPEN or self.relay is not None
+        if not ours or self.state in (State.FAILED, State.CLOSED):
+            return
+        self.state = State.FAILED if self.state is not State.OPEN else State.CLOSED
+        self._ours.close()
+        os.close(self._device)
 
     def _offer(self) -> None:
         _await_readable(self._device, "the kernel sent no FUSE_INIT")
         request = os.read(self._device, READ_SIZE)
-        opcode = _REQUEST.unpack_from(request)[1]
-        if opcode != FUSE_INIT:
+        opcode = wire.IN_HEADER.unpack_from(request)[1]
+        if opcode != wire.INIT:
             raise MountError(f"the kernel sent request {opcode} before FUSE_INIT")
-        if len(request) >= _REQUEST.size + _INIT_IN.size:
-            *_, flags, flags2 = _INIT_IN.unpack_from(request, _REQUEST.size)
-            self._offered_flags2 = flags2 if flags & FUSE_INIT_EXT else 0
+        if len(request) >= wire.IN_HEADER.size + wire.INIT_IN.size:
+            *_, flags, flags2 = wire.INIT_IN.unpack_from(request, wire.IN_HEADER.size)
+            self._offered_flags2 = flags2 if flags & wire.INIT_EXT else 0
         self._ours.send(request)
         self.state = State.OFFERED
 
     def _answer(self) -> None:
         _await_readable(self._ours.fileno(), "libfuse did not answer FUSE_INIT")
         answer = bytearray(self._ours.recv(READ_SIZE))
-        error = _ANSWER.unpack_from(answer)[1]
+        error = wire.OUT_HEADER.unpack_from(answer)[1]
         if error:
             raise MountError(f"libfuse does not speak this kernel's FUSE: {os.strerror(-error)}")
         self._amend(answer)
         os.write(self._device, answer)
+        self.state = State.OPEN
+        if self._keep:
+            os.set_blocking(self._device, False)
+            self.relay = Relay(self._device, self._ours)
+            return
         os.dup2(self._device, self._libfuse_fd, inheritable=False)
         os.close(self._device)
         self._ours.close()
-        self.state = State.OPEN
 
     def _amend(self, answer: bytearray) -> None:
         """Add to libfuse's answer what the kernel offers and libfuse does not know."""
-        if not self._offered_flags2 & FUSE_DIRECT_IO_ALLOW_MMAP:
+        if not self._offered_flags2 & wire.DIRECT_IO_ALLOW_MMAP:
             return
-        if len(answer) < _ANSWER.size + _INIT_OUT.size:
+        if len(answer) < wire.OUT_HEADER.size + wire.INIT_OUT.size:
             return
-        fields = list(_INIT_OUT.unpack_from(answer, _ANSWER.size))
-        if not fields[3] & FUSE_INIT_EXT:
+        fields = list(wire.INIT_OUT.unpack_from(answer, wire.OUT_HEADER.size))
+        if not fields[3] & wire.INIT_EXT:
             fields[10] = 0
-        fields[3] |= FUSE_INIT_EXT
-        fields[10] |= FUSE_DIRECT_IO_ALLOW_MMAP
-        _INIT_OUT.pack_into(answer, _ANSWER.size, *fields)
+        fields[3] |= wire.INIT_EXT
+        fields[10] |= wire.DIRECT_IO_ALLOW_MMAP
+        wire.INIT_OUT.pack_into(answer, wire.OUT_HEADER.size, *fields)
         self.shared_mappings = True
 
 

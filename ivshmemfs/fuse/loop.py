@@ -14,6 +14,9 @@ own asyncio mode replaces that attribute too), so a `Loop` put there changes bot
   would keep the client from running), then blocks in poll(2) for a few milliseconds, and only then
   goes to trio.  With no requests coming, all the time is spent in trio: idle costs nothing.
 
+Where somebody answers the hot requests (`answer_first`, see `direct`), a wait is the time until a
+request comes that is left to pyfuse3: all others are answered on the way.
+
 Other tasks (signals, the once-a-second upkeep) get their turn by a forced checkpoint after 64
 requests or 2 ms.
 
@@ -37,7 +40,7 @@ import time
 import types
 from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
-from typing import Any
+from typing import Any, Protocol
 
 import pyfuse3
 import trio
@@ -71,18 +74,37 @@ with suppress(StopIteration):
     _DONE.send(None)  # type: ignore[attr-defined]
 
 
-class Gate:
-    """The lock that makes one worker at a time read; see the module's comment."""
+class Requests(Protocol):
+    """Whoever reads requests before pyfuse3 does."""
 
-    __slots__ = ("_held", "_parked", "_requests_left", "_turn_ends")
+    def serve(self) -> memoryview | None:
+        """Read one request; returns it when it is for pyfuse3.  Raises OSError as read(2) does."""
+
+    def hand_on(self, request: memoryview) -> None:
+        """Let pyfuse3 read *request* next."""
+
+    def pump(self) -> None:
+        """Pass on what pyfuse3 has answered."""
+
+
+class Gate:
+    """The lock that makes one worker at a time read; see the module's comment.
+
+    *before_entry* is called when a worker comes, having answered what it read before.
+    """
+
+    __slots__ = ("_held", "_parked", "_requests_left", "_turn_ends", "before_entry")
 
     def __init__(self) -> None:
+        self.before_entry: Callable[[], None] | None = None
         self._held = False
         self._requests_left = REQUESTS_PER_TURN
         self._turn_ends = 0.0
         self._parked = trio.lowlevel.ParkingLot()
 
     def __aenter__(self) -> Awaitable[None]:
+        if self.before_entry is not None:
+            self.before_entry()
         left = self._requests_left
         # The clock is looked at after every eighth request only.
         if self._held or (not left & 7 and (left <= 0 or time.monotonic() > self._turn_ends)):
@@ -103,6 +125,11 @@ class Gate:
             await self._parked.park()
         self._requests_left -= 1
         self._held = True
+
+    def turn_is_over(self) -> bool:
+        """Count a request; whether it is time that other tasks get their chance to run."""
+        self._requests_left = left = self._requests_left - 1
+        return not left & 7 and (left <= 0 or time.monotonic() > self._turn_ends)
 
     def new_turn(self) -> None:
         """Note that every other task has just had its chance to run."""
@@ -131,7 +158,11 @@ class Loop:
         self._gate = Gate()
         self._pauses = 0
         self._fd = -1
+        self._first: Requests | None = None
+        self._nursery: trio.Nursery | None = None
+        self._closing = False
         self._spin = _useful_spin()
+        self._ready: Callable[[], bool] = lambda: False
         #: Returns when the descriptor has a request, or an end, to report.
         self.wait_readable: Callable[[int], Awaitable[None]] = self._wait_while_opening
 
@@ -149,12 +180,23 @@ class Loop:
         finally:
             setattr(pyfuse3, "trio", trio)
 
+    def answer_first(self, requests: Requests, fd: int) -> None:
+        """Let *requests*, which reads from *fd*, answer what it can before pyfuse3 sees it."""
+        self._first = requests
+        self._gate.before_entry = requests.pump
+        self._fd = fd
+
     def adapt(self) -> None:
         """Look again at what may change while the daemon runs: the CPUs that it may use."""
         spin = _useful_spin()
         if spin != self._spin and self._fd >= 0 and self.polling:
             self._spin = spin
-            self.wait_readable = self._polling_wait()
+            self._choose_wait()
+
+    def spawn(self, task: Callable[[], Awaitable[None]]) -> None:
+        """Run *task* beside the workers."""
+        if self._nursery is not None:
+            self._nursery.start_soon(task)
 
     # --- what pyfuse3 calls ---------------------------------------------------------------
 
@@ -166,38 +208,87 @@ class Loop:
     async def open_nursery(self) -> AsyncIterator[Workers]:
         """A nursery whose tasks are the workers."""
         async with trio.open_nursery() as nursery:
+            self._nursery = nursery
             yield Workers(nursery, self)
+
+    def notify_closing(self, fd: int) -> None:
+        """pyfuse3 ends its loop: whoever waits for a request shall end too."""
+        self._closing = True
+        trio.lowlevel.notify_closing(fd)
+        if self._fd >= 0 and self._fd != fd:
+            trio.lowlevel.notify_closing(self._fd)
 
     def _wait_while_opening(self, fd: int) -> Awaitable[None]:
         """The wait until the connection is open; then another one takes its place."""
         if not self._before_wait(fd):
             return trio.lowlevel.wait_readable(fd)
-        os.set_blocking(fd, False)
-        self._fd = fd
-        self.wait_readable = self._polling_wait() if self.polling else trio.lowlevel.wait_readable
+        if self._first is None:
+            os.set_blocking(fd, False)
+            self._fd = fd
+        self._choose_wait()
         return self.wait_readable(fd)
 
-    def _polling_wait(self) -> Callable[[int], Awaitable[None]]:
-        """The wait for the CPUs that there are: a closure, because it runs for each request."""
+    def _choose_wait(self) -> None:
+        self._ready = self._polling()
+        if not self.polling:
+            self.wait_readable = trio.lowlevel.wait_readable
+        elif self._first is not None:
+            self.wait_readable = self._wait_answering
+        else:
+            self.wait_readable = self._wait
+
+    def _polling(self) -> Callable[[], bool]:
+        """Whether there is a request, after a wait that blocks all else but not for long.
+
+        For the CPUs that there are: a closure, because it runs for each request.
+        """
         poll = select.poll()
         poll.register(self._fd, select.POLLIN)
         ready, clock, spin = poll.poll, time.monotonic, self._spin
 
-        def wait(fd: int) -> Awaitable[None]:
-            if ready(0 if self._pauses else NAP_MILLISECONDS):
-                return _DONE
-            return self._wait_in_trio(fd)
+        def nap() -> bool:
+            return bool(ready(0 if self._pauses else NAP_MILLISECONDS))
 
-        def spin_and_wait(fd: int) -> Awaitable[None]:
+        def spin_and_nap() -> bool:
             if ready(0):
-                return _DONE
+                return True
             end = clock() + spin
             while clock() < end:
                 if ready(0):
-                    return _DONE
-            return wait(fd)
+                    return True
+            return nap()
 
-        return spin_and_wait if spin else wait
+        return spin_and_nap if spin else nap
+
+    def _wait(self, fd: int) -> Awaitable[None]:
+        return _DONE if self._ready() else self._wait_in_trio(fd)
+
+    async def _wait_answering(self, _fd: int) -> None:
+        """Answer requests until there is one for pyfuse3.
+
+        Raises ClosedResourceError, which ends the worker, when the file system is unmounted.
+        """
+        requests, gate, device = self._first, self._gate, self._fd
+        assert requests is not None
+        while not self._closing:
+            if not self._ready():
+                await self._wait_in_trio(device)
+            elif gate.turn_is_over():
+                await trio.lowlevel.checkpoint()
+                gate.new_turn()
+            try:
+                request = requests.serve()
+            except OSError as error:
+                if error.errno == errno.ENODEV:
+                    break
+                if not _withdrawn(error):
+                    raise
+            else:
+                if request is not None:
+                    requests.hand_on(request)
+                    return
+        pyfuse3.terminate()
+        raise trio.ClosedResourceError
 
     async def _wait_in_trio(self, fd: int) -> None:
         await trio.lowlevel.wait_readable(fd)
@@ -216,6 +307,8 @@ class Loop:
 
     def worker_ended(self) -> None:
         """Somebody else must read from now on."""
+        if self._first is not None:
+            self._first.pump()
         self._gate.pass_on()
 
 
@@ -265,4 +358,4 @@ class Workers:
 
 def _withdrawn(error: Exception) -> bool:
     """Whether a request was taken back before it was read, because its process was killed."""
-    return isinstance(error, OSError) and error.errno in (errno.EAGAIN, errno.ENOENT)
+    return isinstance(error, OSError) and error.errno in (errno.EAGAIN, errno.ENOENT, errno.EINTR)

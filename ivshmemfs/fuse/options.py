@@ -53,6 +53,14 @@ class MountOptions:
     log: str | None = None
     kernel_flags: list[str] = field(default_factory=list)
 
+    @property
+    def root_only(self) -> bool:
+        """Whether the kernel lets nobody but root use the mount, and so has nothing to check.
+
+        Checking permissions costs the kernel a request more for each look at a name.
+        """
+        return not self.allow_other and self.loop == "poll" and os.geteuid() == 0
+
 
 def parse(groups: Iterable[str]) -> MountOptions:
     """Parse the arguments of all ``-o`` options; a later word overrides an earlier one.
@@ -100,18 +108,20 @@ def _check(options: MountOptions) -> None:
 def fusermount_options(options: MountOptions, source: str) -> str:
     """The options in fusermount3's syntax; *source* is what df(1) shows as the device."""
     escaped = source.replace("\\", "\\\\").replace(",", "\\,")
-    words = [f"fsname={escaped}", "subtype=ivshmemfs", *_common(options)]
+    words = [f"fsname={escaped}", "subtype=ivshmemfs", *_common(options, direct=True)]
     return ",".join(words)
 
 
 def libfuse_options(options: MountOptions, source: str) -> set[str]:
     """The options for a mount by libfuse itself, which takes them one by one, in ASCII."""
     escaped = re.sub(r"[^ -~]|[,\\]", "?", source)
-    return {f"fsname={escaped}", "subtype=ivshmemfs", *_common(options)}
+    return {f"fsname={escaped}", "subtype=ivshmemfs", *_common(options, direct=False)}
 
 
-def _common(options: MountOptions) -> list[str]:
-    words = ["ro" if options.readonly else "rw", "default_permissions"]
+def _common(options: MountOptions, *, direct: bool) -> list[str]:
+    words = ["ro" if options.readonly else "rw"]
+    if not (options.root_only and direct):
+        words.append("default_permissions")
     words += [name for name in ("allow_other", "suid", "dev") if getattr(options, name)]
     return words + options.kernel_flags
 

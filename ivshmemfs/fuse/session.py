@@ -26,10 +26,12 @@ import trio
 from ivshmemfs.engine import Filesystem
 from ivshmemfs.errors import MountError
 from ivshmemfs.fuse import mountpoint
-from ivshmemfs.fuse.adapter import Adapter, Ownership
-from ivshmemfs.fuse.handshake import Handshake
+from ivshmemfs.fuse.adapter import Adapter
+from ivshmemfs.fuse.direct import Direct
+from ivshmemfs.fuse.handshake import Handshake, Relay
 from ivshmemfs.fuse.loop import Loop
 from ivshmemfs.fuse.options import MountOptions, fusermount_options, libfuse_options
+from ivshmemfs.fuse.served import Ownership, Served
 
 log = logging.getLogger(__name__)
 
@@ -54,12 +56,9 @@ class Session:
         self._on_ready: Callable[[], None] = lambda: None
         self._device: str | None = None
         self.loop = Loop(self._before_wait, polling=options.loop == "poll")
-        self.adapter = Adapter(
-            fs,
-            self.loop.pause,
-            ownership=Ownership(options.uid, options.gid, options.umask),
-            page_cache=options.mmap,
-        )
+        ownership = Ownership(options.uid, options.gid, options.umask)
+        self.served = Served(fs, self.loop.pause, ownership=ownership)
+        self._options = options
         self._mount(source, options)
 
     def _mount(self, source: str, options: MountOptions) -> None:
@@ -67,11 +66,11 @@ class Session:
             target, words = self._path, libfuse_options(options, source)
         else:
             fd = mountpoint.open_mount(self._path, fusermount_options(options, source))
-            self._handshake = Handshake(fd)
+            self._handshake = Handshake(fd, keep=self.loop.polling)
             target, words = self._handshake.path, set()
         with _stderr_captured() as said:
             try:
-                pyfuse3.init(self.adapter, target, words)
+                pyfuse3.init(Adapter(self.served, page_cache=options.mmap), target, words)
             except RuntimeError as error:
                 self._abandon(libfuse=False)
                 raise MountError(said() or str(error)) from None
@@ -97,6 +96,8 @@ class Session:
             self._waits += 1
             ready = self._waits > 1
         if ready:
+            if self._handshake is not None and self._handshake.relay is not None:
+                self._answer_first(self._handshake.relay)
             gc.collect()
             gc.freeze()
             gc.set_threshold(*GC_THRESHOLDS)
@@ -104,6 +105,16 @@ class Session:
             log.info("%s: mounted; shared mappings with direct I/O are %s", self._path, mappings)
             self._on_ready()
         return ready
+
+    def _answer_first(self, connection: Relay) -> None:
+        direct = Direct(
+            self.served,
+            connection,
+            self.loop.spawn,
+            page_cache=self._options.mmap,
+            root_only=self._options.root_only,
+        )
+        self.loop.answer_first(direct, connection.device)
 
     # --- serving --------------------------------------------------------------------------
 
@@ -132,7 +143,7 @@ class Session:
     async def _keep_up(self) -> None:
         while True:
             await trio.sleep(UPKEEP_SECONDS)
-            self.adapter.upkeep()
+            self.served.upkeep()
             self.loop.adapt()
 
     async def _watch_signals(self, everything: trio.CancelScope) -> None:
@@ -151,7 +162,7 @@ class Session:
         if not await self._unmount(lazy=False):
             log.warning("%s is in use: detached; what is open there fails now", self._path)
             await self._unmount(lazy=True)
-        self.adapter.ending = True
+        self.served.ending = True
         pyfuse3.terminate()
         await trio.sleep(GRACE_SECONDS)
         log.error("%s: requests did not finish in %.0f s", self._path, GRACE_SECONDS)

@@ -174,12 +174,15 @@ class Store:
             self._expect(node, kind, level, owner)
         return node
 
-    def gather(self, pointers: bytes, skip: int, length: int) -> bytearray:
+    def gather(
+        self, pointers: bytes, skip: int, length: int, into: memoryview | None = None
+    ) -> bytearray | memoryview:
         """`length` bytes from `skip` bytes into the blocks named by `pointers` (packed).
 
-        Null pointers read as zeros.  Raises Restart when a block was replaced, or Corrupt.
+        They are put into `into`, or into new memory.  Null pointers read as zeros.  Raises Restart
+        when a block was replaced, or Corrupt.
         """
-        out = bytearray(length)
+        out = bytearray(length) if into is None else into[:length]
         try:
             good = self.blocks.gather(pointers, skip, length, out)
         except ValueError as error:

@@ -24,7 +24,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from ivshmemfs.engine import ROOT_INO, Attr, Context, StatFs
+from ivshmemfs.engine import NOW, ROOT_INO, Attr, Context, StatFs
 from ivshmemfs.errors import Busy, Corrupt, FsError, IvshmemfsError
 
 BLOCK = 4096
@@ -238,9 +238,9 @@ class FakeFilesystem:
             inode.data.extend(bytes(size - len(inode.data)))
             inode.times[1] = time.time_ns()
         if atime_ns is not None:
-            inode.times[0] = atime_ns
+            inode.times[0] = time.time_ns() if atime_ns == NOW else atime_ns
         if mtime_ns is not None:
-            inode.times[1] = mtime_ns
+            inode.times[1] = time.time_ns() if mtime_ns == NOW else mtime_ns
         inode.times[2] = time.time_ns()
         return inode.attr()
 
@@ -294,7 +294,9 @@ class FakeFilesystem:
         inode.opens += 1
         return FakeHandle(inode.number, flags)
 
-    def read(self, handle: FakeHandle, offset: int, length: int) -> memoryview:
+    def read(
+        self, handle: FakeHandle, offset: int, length: int, _into: memoryview | None = None
+    ) -> memoryview:
         data = self._inode(handle.ino).data
         return memoryview(bytes(data[offset : offset + length]))
 
@@ -353,9 +355,9 @@ class FakeFilesystem:
 
 def main(arguments: list[str]) -> int:
     """Serve one tree; exit codes and messages as the commands have them."""
-    from ivshmemfs.fuse import adapter, daemon, options
+    from ivshmemfs.fuse import daemon, options, served
 
-    adapter.PATIENCE = float(os.environ.get("FAKE_PATIENCE", adapter.PATIENCE))
+    served.PATIENCE = float(os.environ.get("FAKE_PATIENCE", served.PATIENCE))
 
     parser = argparse.ArgumentParser()
     parser.add_argument("mountpoint")

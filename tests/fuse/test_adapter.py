@@ -8,7 +8,7 @@ import re
 import stat
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -18,6 +18,27 @@ from tests.fuse.mounts import FakeMount, eventually, needs_fuse
 pytestmark = needs_fuse
 
 MountFactory = Callable[..., FakeMount]
+
+#: Both ways in which requests come: read here first, or all of them by pyfuse3.
+LOOPS = ("poll", "trio")
+
+
+@pytest.fixture(params=LOOPS)
+def mnt(mount: MountFactory, request: pytest.FixtureRequest) -> FakeMount:
+    """One mount of the test double."""
+    return mount("-o", f"loop={request.param}")
+
+
+@pytest.fixture(scope="module", params=LOOPS)
+def shared(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[FakeMount]:
+    """One mount for all tests that each work in a directory of their own."""
+    one = FakeMount(tmp_path_factory.mktemp("shared"), "-o", f"loop={request.param}")
+    try:
+        yield one
+    finally:
+        one.end()
 
 
 def error_of(call: Callable[[], object]) -> int:

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from ivshmemfs.errors import MountError
-from ivshmemfs.fuse import handshake
+from ivshmemfs.fuse import handshake, wire
 from ivshmemfs.fuse.handshake import Handshake, State
 from tests.fuse.mounts import PATIENCE, FakeMount, needs_fuse
 
@@ -97,7 +97,7 @@ def test_through_the_page_cache_reads_notice_changes(mount: MountFactory) -> Non
 # --- the handshake by itself ------------------------------------------------------------------
 
 
-def init_request(*, flags: int = 0, flags2: int = 0, opcode: int = handshake.FUSE_INIT) -> bytes:
+def init_request(*, flags: int = 0, flags2: int = 0, opcode: int = wire.INIT) -> bytes:
     """FUSE_INIT as the kernel sends it."""
     body = struct.pack("=IIIII44x", 7, 40, 131072, flags, flags2)
     return struct.pack("=IIQQIIII", 40 + len(body), opcode, 2, 0, 0, 0, 0, 0) + body
@@ -142,8 +142,8 @@ def ends() -> Iterator[Ends]:
         made.close()
 
 
-OFFER = handshake.FUSE_INIT_EXT
-ALLOW = handshake.FUSE_DIRECT_IO_ALLOW_MMAP
+OFFER = wire.INIT_EXT
+ALLOW = wire.DIRECT_IO_ALLOW_MMAP
 
 
 def test_the_flag_is_set_when_it_is_offered(ends: Ends) -> None:

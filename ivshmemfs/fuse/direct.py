@@ -1,0 +1,410 @@
+"""The hot requests, answered straight from the kernel's bytes.
+
+pyfuse3 costs a request more than everything else in it: a coroutine, a chain of calls through
+libfuse, several copies of what is written.  So the few operations that programs do all the time are
+read from the FUSE descriptor, translated and answered here; all others, and all requests when there
+is no descriptor to read from (see `handshake`), go through pyfuse3 and `adapter`.  Both translate
+to the same calls of what is `served`.
+
+A request: *read* into the one buffer -> *answered*, or *cold* (the caller hands it to pyfuse3), or
+*waiting*: the engine was busy.  Then a task of its own tries again with a copy of the request,
+until it is answered or the kernel says that nobody waits for it any more (INTERRUPT).
+
+A handler takes (number of the inode, who asks, buffer, end of the request in it) and returns the
+body of the answer; it raises as the engine does.  What it is given is read before it returns,
+because the next request takes its place.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import mmap
+import os
+from collections.abc import Awaitable, Callable
+from typing import NamedTuple
+
+import pyfuse3
+import trio
+
+from ivshmemfs.engine import NOW, Attr, Context
+from ivshmemfs.errors import Busy, FsError
+from ivshmemfs.fuse import wire
+from ivshmemfs.fuse.handshake import Relay
+from ivshmemfs.fuse.served import Entry, Served, failure
+
+log = logging.getLogger(__name__)
+
+LARGEST = 1 << 20  # bytes that one request reads or writes
+LARGEST_LISTING = 1 << 17
+_HUGE = 1 << 21
+_HEADERS = wire.IN_HEADER.size + wire.WRITE_IN.size
+_BODY = wire.IN_HEADER.size
+_BILLION = 10**9
+_BLOCK = 4096  # what stat(2) shows as the best size for reading
+#: Packed attributes that are kept for when the same attributes are asked for again.
+PACKED_KEPT = 4000
+
+Buffer = bytes | memoryview
+Answer = bytes | memoryview
+Handler = Callable[[int, Context, Buffer, int], Answer]
+
+_NOTHING = b""
+_header = wire.IN_HEADER.unpack_from
+_out = wire.OUT_HEADER.pack
+_OUT_SIZE = wire.OUT_HEADER.size
+_entry_head = wire.ENTRY_OUT.pack
+_ENTRY_SIZE = wire.ENTRY_OUT.size + wire.ATTR.size
+
+
+def _huge(size: int) -> mmap.mmap:
+    """Private memory in huge pages where there are some: the kernel looks each page up."""
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory.madvise(mmap.MADV_HUGEPAGE)
+    return memory
+
+
+class Waiting(NamedTuple):
+    """A request that the engine was too busy for."""
+
+    operation: str
+    handler: Handler
+    unique: int
+    node: int
+    ctx: Context
+    request: bytes
+
+
+class Direct:
+    """Reads and answers requests of one *connection*.
+
+    *spawn* starts a task.  With *root_only* the kernel checks no permissions, because only root may
+    use the mount, and what little it would have forbidden root is forbidden here.
+    """
+
+    def __init__(
+        self,
+        served: Served,
+        connection: Relay,
+        spawn: Callable[[Callable[[], Awaitable[None]]], None],
+        *,
+        page_cache: bool,
+        root_only: bool,
+    ) -> None:
+        self._served = served
+        self._fs = served.fs
+        self._device = connection.device
+        self.hand_on = connection.offer
+        self.pump = connection.pump
+        self._spawn = spawn
+        self._open_flags = 0 if page_cache else wire.FOPEN_DIRECT_IO
+        self._root_only = root_only
+        # What is written starts at a page of the buffer, which makes copying it faster.
+        area = memoryview(_huge(2 * _HUGE))
+        self._request = area[mmap.PAGESIZE - _HEADERS :]
+        self._into = [self._request]
+        self._result = memoryview(_huge(_HUGE))
+        self._packed: dict[int, tuple[Attr, bytes]] = {}
+        self._waiting: dict[int, trio.CancelScope] = {}
+        self._handlers = self._table()
+
+    def _table(self) -> list[Handler | None]:
+        table: list[Handler | None] = [None] * 256
+        for opcode, handler in (
+            (wire.LOOKUP, self._lookup),
+            (wire.GETATTR, self._getattr),
+            (wire.SETATTR, self._setattr),
+            (wire.MKDIR, self._mkdir),
+            (wire.UNLINK, self._unlink),
+            (wire.RMDIR, self._rmdir),
+            (wire.RENAME, self._rename),
+            (wire.RENAME2, self._rename2),
+            (wire.OPEN, self._open),
+            (wire.CREATE, self._create),
+            (wire.READ, self._read),
+            (wire.WRITE, self._write),
+            (wire.FLUSH, self._flush),
+            (wire.RELEASE, self._release),
+            (wire.OPENDIR, self._opendir),
+            (wire.READDIRPLUS, self._readdir),
+            (wire.RELEASEDIR, self._releasedir),
+        ):
+            table[opcode] = handler
+        if self._root_only:
+            table[wire.ACCESS] = self._access
+        return table
+
+    # --- one request ------------------------------------------------------------------------
+
+    def serve(self) -> memoryview | None:
+        """Read one request and answer it; returns it when it is not one of those known here.
+
+        Raises OSError: ENODEV when the file system is unmounted; EAGAIN, ENOENT when there is no
+        request to be read after all.
+        """
+        size = os.readv(self._device, self._into)
+        request = self._request
+        _, opcode, unique, node, uid, gid, pid, _ = _header(request)
+        handler = self._handlers[opcode & 255]
+        if handler is None:
+            return None if self._silent(opcode, node, size) else request[:size]
+        ctx = Context(uid, gid, 0, pid)
+        try:
+            answer = handler(node, ctx, request, size)
+        except Busy:
+            copy = bytes(request[:size])
+            self._wait(Waiting(handler.__name__[1:], handler, unique, node, ctx, copy))
+        except Exception as error:
+            self._say(unique, failure(handler.__name__[1:], error).errno)
+        else:
+            self._answer(unique, answer)
+        return None
+
+    def _answer(self, unique: int, answer: Answer) -> None:
+        header = _out(_OUT_SIZE + len(answer), 0, unique)
+        try:
+            if answer.__class__ is bytes:
+                os.write(self._device, header + answer)
+            else:
+                os.writev(self._device, (header, answer))
+        except OSError as error:
+            self._unwanted(error)
+
+    def _say(self, unique: int, code: int) -> None:
+        try:
+            os.write(self._device, _out(_OUT_SIZE, -code, unique))
+        except OSError as error:
+            self._unwanted(error)
+
+    def _unwanted(self, error: OSError) -> None:
+        """An answer that the kernel did not take: nobody waits for it, or all is over."""
+        if error.errno not in (errno.ENOENT, errno.ENODEV):
+            log.error("the kernel refused an answer: %s", error)
+
+    def _silent(self, opcode: int, node: int, size: int) -> bool:
+        """Do what has no answer; False when *opcode* is nothing of that kind."""
+        request = self._request
+        if opcode == wire.FORGET:
+            self._forget(node, wire.FORGET_IN.unpack_from(request, _BODY)[0])
+        elif opcode == wire.BATCH_FORGET:
+            start = _BODY + wire.BATCH_FORGET_IN.size
+            for one, times in wire.FORGET_ONE.iter_unpack(request[start:size]):
+                self._forget(one, times)
+        elif opcode == wire.INTERRUPT:
+            scope = self._waiting.get(wire.INTERRUPT_IN.unpack_from(request, _BODY)[0])
+            if scope is not None:
+                scope.cancel()
+        else:
+            return False
+        return True
+
+    def _forget(self, node: int, times: int) -> None:
+        self._packed.pop(node, None)
+        self._served.forget(node, times)
+
+    # --- waiting ----------------------------------------------------------------------------
+
+    def _wait(self, waiting: Waiting) -> None:
+        async def answer_later() -> None:
+            with trio.CancelScope() as scope:
+                self._waiting[waiting.unique] = scope
+                try:
+                    await self._again(waiting)
+                finally:
+                    del self._waiting[waiting.unique]
+            if scope.cancelled_caught:
+                self._say(waiting.unique, errno.EINTR)
+
+        self._spawn(answer_later)
+
+    async def _again(self, waiting: Waiting) -> None:
+        def call() -> Answer:
+            request = waiting.request
+            return waiting.handler(waiting.node, waiting.ctx, request, len(request))
+
+        try:
+            answer = await self._served.again(waiting.operation, call)
+        except pyfuse3.FUSEError as error:
+            self._say(waiting.unique, error.errno)
+        else:
+            self._answer(waiting.unique, answer)
+
+    # --- parts of answers -------------------------------------------------------------------
+
+    def _attr(self, attr: Attr) -> bytes:
+        """*attr* packed, after the time that it may be kept."""
+        known = self._packed.get(attr.ino)
+        if known is not None and known[0] is attr:
+            return known[1]
+        shown = self._served.presented(attr)
+        atime, atime_ns = divmod(shown.atime_ns, _BILLION)
+        mtime, mtime_ns = divmod(shown.mtime_ns, _BILLION)
+        ctime, ctime_ns = divmod(shown.ctime_ns, _BILLION)
+        packed = bytes(wire.ATTR_OUT_SIZE) + wire.ATTR.pack(
+            shown.ino, shown.size, shown.blocks, atime, mtime, ctime, atime_ns, mtime_ns, ctime_ns,
+            shown.mode, shown.nlink, shown.uid, shown.gid, shown.rdev, _BLOCK,
+        )  # fmt: skip
+        if len(self._packed) >= PACKED_KEPT:
+            self._packed.clear()
+        self._packed[attr.ino] = attr, packed
+        return packed
+
+    def _entry(self, node: int, attr: Attr) -> bytes:
+        """An entry: its number, and its attributes, which show that number too."""
+        packed = self._attr(attr)
+        at = wire.ATTR_OUT_SIZE
+        if node != attr.ino:
+            packed = packed[:at] + wire.INO.pack(node) + packed[at + wire.INO.size :]
+        return _entry_head(node) + packed[at:]
+
+    def _inode(self, node: int, ctx: Context) -> int:
+        """The inode that *node* means; raises EACCES for whoever may not use this mount."""
+        if self._root_only and ctx.uid:
+            raise FsError(errno.EACCES)
+        return self._served.inode_of(node)
+
+    @staticmethod
+    def _name(request: Buffer, start: int, end: int) -> bytes:
+        return bytes(request[start : end - 1])
+
+    @staticmethod
+    def _names(request: Buffer, start: int, end: int) -> tuple[bytes, bytes]:
+        first, _, second = bytes(request[start : end - 1]).partition(b"\0")
+        return first, second
+
+    # --- names ------------------------------------------------------------------------------
+
+    def _lookup(self, node: int, ctx: Context, request: Buffer, end: int) -> Answer:
+        self._inode(node, ctx)
+        return self._entry(*self._served.lookup(node, bytes(request[_BODY : end - 1])))
+
+    def _mkdir(self, node: int, ctx: Context, request: Buffer, end: int) -> Answer:
+        self._inode(node, ctx)
+        mode, umask = wire.MKDIR_IN.unpack_from(request, _BODY)
+        name = self._name(request, _BODY + wire.MKDIR_IN.size, end)
+        found = self._served.mkdir(node, name, mode, ctx._replace(umask=umask))
+        return self._entry(*found)
+
+    def _unlink(self, node: int, ctx: Context, request: Buffer, end: int) -> Answer:
+        self._fs.unlink(self._inode(node, ctx), self._name(request, _BODY, end), ctx)
+        return _NOTHING
+
+    def _rmdir(self, node: int, ctx: Context, request: Buffer, end: int) -> Answer:
+        self._fs.rmdir(self._inode(node, ctx), self._name(request, _BODY, end), ctx)
+        return _NOTHING
+
+    def _rename(self, node: int, ctx: Context, request: Buffer, end: int) -> Answer:
+        (new,) = wire.RENAME_IN.unpack_from(request, _BODY)
+        names = self._names(request, _BODY + wire.RENAME_IN.size, end)
+        return self._move(node, new, names, 0, ctx)
+
+    def _rename2(self, node: int, ctx: Context, request: Buffer, end: int) -> Answer:
+        new, flags = wire.RENAME2_IN.unpack_from(request, _BODY)
+        names = self._names(request, _BODY + wire.RENAME2_IN.size, end)
+        return self._move(node, new, names, flags, ctx)
+
+    def _move(
+        self, node: int, new: int, names: tuple[bytes, bytes], flags: int, ctx: Context
+    ) -> Answer:
+        self._inode(node, ctx)
+        self._served.rename(node, names[0], new, names[1], flags, ctx)
+        return _NOTHING
+
+    # --- attributes -------------------------------------------------------------------------
+
+    def _getattr(self, node: int, _ctx: Context, _request: Buffer, _end: int) -> Answer:
+        return self._attr(self._fs.getattr(self._served.inode_of(node)))
+
+    def _setattr(self, node: int, ctx: Context, request: Buffer, _end: int) -> Answer:
+        ino = self._inode(node, ctx)
+        valid, _fh, size, atime, mtime, atime_ns, mtime_ns, mode, uid, gid = (
+            wire.SETATTR_IN.unpack_from(request, _BODY)
+        )
+        changes = self._served.owner_changes(
+            uid if valid & wire.SET_UID else None, gid if valid & wire.SET_GID else None
+        )
+        if valid & wire.SET_MODE:
+            changes["mode"] = mode & 0o7777
+        if valid & wire.SET_SIZE:
+            changes["size"] = size
+        if valid & wire.SET_ATIME:
+            now = valid & wire.SET_ATIME_NOW
+            changes["atime_ns"] = NOW if now else atime * _BILLION + atime_ns
+        if valid & wire.SET_MTIME:
+            now = valid & wire.SET_MTIME_NOW
+            changes["mtime_ns"] = NOW if now else mtime * _BILLION + mtime_ns
+        return self._attr(self._fs.setattr(ino, ctx, **changes))
+
+    def _access(self, node: int, ctx: Context, request: Buffer, _end: int) -> Answer:
+        """access(2) by root, who may do everything but run what nobody may run."""
+        attr = self._fs.getattr(self._inode(node, ctx))
+        (mask,) = wire.ACCESS_IN.unpack_from(request, _BODY)
+        mode = self._served.presented(attr).mode
+        if mask & os.X_OK and not mode & 0o111 and mode & 0o170000 != 0o040000:
+            raise FsError(errno.EACCES)
+        return _NOTHING
+
+    # --- files ------------------------------------------------------------------------------
+
+    def _open(self, node: int, ctx: Context, request: Buffer, _end: int) -> Answer:
+        (flags,) = wire.OPEN_IN.unpack_from(request, _BODY)
+        handle = self._fs.open(self._inode(node, ctx), flags, ctx)
+        return wire.OPEN_OUT.pack(self._served.keep(handle), self._open_flags)
+
+    def _create(self, node: int, ctx: Context, request: Buffer, end: int) -> Answer:
+        flags, mode, umask = wire.CREATE_IN.unpack_from(request, _BODY)
+        name = self._name(request, _BODY + wire.CREATE_IN.size, end)
+        ino = self._inode(node, ctx)
+        handle, attr = self._fs.create(ino, name, mode, flags, ctx._replace(umask=umask))
+        opened = wire.OPEN_OUT.pack(self._served.keep(handle), self._open_flags)
+        return self._entry(attr.ino, attr) + opened
+
+    def _read(self, _node: int, _ctx: Context, request: Buffer, _end: int) -> Answer:
+        fh, offset, size = wire.READ_IN.unpack_from(request, _BODY)
+        into = self._result if size <= LARGEST else None
+        got = self._fs.read(self._served.handles[fh], offset, size, into)
+        return got if isinstance(got, bytes | memoryview) else memoryview(got)
+
+    def _write(self, _node: int, _ctx: Context, request: Buffer, _end: int) -> Answer:
+        fh, offset, size, _flags = wire.WRITE_IN.unpack_from(request, _BODY)
+        content = memoryview(request)[_HEADERS : _HEADERS + size]
+        return wire.WRITE_OUT.pack(self._fs.write(self._served.handles[fh], offset, content))
+
+    def _flush(self, _node: int, _ctx: Context, _request: Buffer, _end: int) -> Answer:
+        # Each write is published when it returns; the kernel does not ask again after ENOSYS.
+        raise FsError(errno.ENOSYS)
+
+    def _release(self, _node: int, _ctx: Context, request: Buffer, _end: int) -> Answer:
+        self._served.release(wire.RELEASE_IN.unpack_from(request, _BODY)[0])
+        return _NOTHING
+
+    # --- directories ------------------------------------------------------------------------
+
+    def _opendir(self, node: int, ctx: Context, _request: Buffer, _end: int) -> Answer:
+        self._inode(node, ctx)
+        return wire.OPEN_OUT.pack(self._served.opendir(node), 0)
+
+    def _readdir(self, _node: int, _ctx: Context, request: Buffer, _end: int) -> Answer:
+        fh, cookie, size = wire.READ_IN.unpack_from(request, _BODY)
+        parts: list[bytes] = []
+        left = min(size, LARGEST_LISTING)
+
+        def take(entry: Entry) -> bool:
+            nonlocal left
+            name = entry.name
+            padded = -(-len(name) // 8) * 8
+            left -= _ENTRY_SIZE + wire.DIRENT.size + padded
+            if left < 0:
+                return False
+            kind = entry.attr.mode >> 12
+            parts.append(self._entry(entry.node, entry.attr))
+            parts.append(wire.DIRENT.pack(entry.node, entry.following, len(name), kind))
+            parts.append(name.ljust(padded, b"\0"))
+            return True
+
+        self._served.listing(fh, cookie, take)
+        return b"".join(parts)
+
+    def _releasedir(self, _node: int, _ctx: Context, request: Buffer, _end: int) -> Answer:
+        self._served.releasedir(wire.RELEASE_IN.unpack_from(request, _BODY)[0])
+        return _NOTHING

@@ -1,0 +1,264 @@
+"""What a mount serves, by the kernel's numbers, whichever way its requests come in.
+
+Requests come through pyfuse3 (`adapter`) or straight from the kernel (`direct`).  Both are mere
+translations; what lies between the kernel's idea of a file system and the engine's stands here:
+
+- the kernel's numbers of directories (`nodes`),
+- the table of open handles: opened -> (`let_go`) -> closed, or *unreleased* while the engine is
+  busy, until the upkeep has released it,
+- how owners and permissions are presented,
+- what errors mean to a caller, and how long a busy operation is tried again.
+
+Nothing is cached by the kernel: all timeouts are 0 and a name that does not exist is ENOENT, which
+the kernel does not keep, because another machine may change everything at any time.
+"""
+
+from __future__ import annotations
+
+import errno
+import functools
+import itertools
+import logging
+import random
+import time
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from typing import NamedTuple, TypeVar
+
+from pyfuse3 import FUSEError
+
+from ivshmemfs.engine import Attr, Context, Filesystem, Handle
+from ivshmemfs.errors import Busy, FsError, IvshmemfsError, StaleHandle
+from ivshmemfs.fuse.nodes import Nodes
+
+log = logging.getLogger(__name__)
+
+#: Seconds to wait before the first and, growing, between later attempts of a busy operation.
+FIRST_DELAY = 0.0002
+LONGEST_DELAY = 0.005
+#: Seconds after which a busy operation fails.  It fails with EIO: programs know that as the end
+#: of an operation, while EAGAIN on a file tells many of them to wait until it is readable, which
+#: it always is.
+PATIENCE = 10.0
+
+#: Errors of an operation that point to damage or a dead region, so that the log must name them.
+_ALARMING = frozenset((errno.EUCLEAN, errno.EIO, errno.EFAULT, errno.ENXIO, errno.ENODEV))
+_S_IFMT, _S_IFDIR = 0o170000, 0o040000
+
+R = TypeVar("R")
+
+
+class Ownership(NamedTuple):
+    """How owners and permissions are presented; the stored ones stay as they are."""
+
+    uid: int | None = None
+    gid: int | None = None
+    umask: int = 0
+
+
+class Entry(NamedTuple):
+    """One name of a directory as the kernel is told of it."""
+
+    name: bytes
+    node: int  # by which the kernel shall know it
+    attr: Attr
+    following: int  # where the listing goes on behind it
+
+
+def failure(operation: str, error: Exception) -> FUSEError:
+    """What the caller of *operation* gets for *error*; logs what nobody expects."""
+    if isinstance(error, FUSEError):
+        return error
+    if isinstance(error, IvshmemfsError):
+        code = error.errno
+        if code in _ALARMING or not isinstance(error, FsError):
+            log.error("%s: %s", operation, error)
+        if 0 < code < 1000:  # what the kernel takes; 0 would mean success
+            return FUSEError(code)
+        log.error("%s: an error with the impossible errno %d", operation, code)
+        return FUSEError(errno.EIO)
+    if isinstance(error, OSError) and error.errno == errno.EIO:
+        log.error("%s: %s", operation, error)  # the region was truncated, or its device is gone
+        return FUSEError(errno.EIO)
+    log.error("%s: unexpected %s", operation, type(error).__name__, exc_info=error)
+    return FUSEError(errno.ENOMEM if isinstance(error, MemoryError) else errno.EIO)
+
+
+class Served:
+    """One mounted engine.  *pause* sleeps for some seconds while other requests are served."""
+
+    def __init__(
+        self,
+        fs: Filesystem,
+        pause: Callable[[float], Awaitable[None]],
+        *,
+        ownership: Ownership | None = None,
+    ) -> None:
+        self.fs = fs
+        #: Set when the mount is ending: operations that wait fail now.
+        self.ending = False
+        self.nodes = Nodes()
+        self.inode_of = self.nodes.inode_of
+        self.handles: dict[int, Handle] = {}
+        self._pause = pause
+        self._ownership = ownership or Ownership()
+        self.as_stored = self._ownership == Ownership()
+        self._numbers = itertools.count(1)
+        self._unreleased: list[Callable[[], None]] = []
+        self._folders: dict[int, int] = {}  # by handle: the number that was opened
+
+    # --- waiting --------------------------------------------------------------------------
+
+    async def again(self, operation: str, call: Callable[[], R]) -> R:
+        """Try *call* again until the engine is no longer busy; raises FUSEError."""
+        started = time.monotonic()
+        delay = FIRST_DELAY
+        while True:
+            await self._pause(delay * random.uniform(0.5, 1.5))
+            delay = min(delay * 1.5, LONGEST_DELAY)
+            try:
+                return call()
+            except Busy as error:
+                if self.ending:
+                    raise FUSEError(errno.EIO) from None
+                if time.monotonic() - started > PATIENCE:
+                    log.error("%s: still busy after %.0f s: %s", operation, PATIENCE, error)
+                    raise FUSEError(errno.EIO) from None
+            except Exception as error:
+                raise failure(operation, error) from None
+
+    # --- owners -----------------------------------------------------------------------------
+
+    def presented(self, attr: Attr) -> Attr:
+        """*attr* as the mount options want it shown."""
+        if self.as_stored:
+            return attr
+        shown = self._ownership
+        return attr._replace(
+            mode=attr.mode & ~shown.umask,
+            uid=attr.uid if shown.uid is None else shown.uid,
+            gid=attr.gid if shown.gid is None else shown.gid,
+        )
+
+    def owner_changes(self, uid: int | None, gid: int | None) -> dict[str, int]:
+        """What chown(2) is to change; a presented owner can only be set to what it is: EPERM."""
+        changes = {}
+        shown = self._ownership
+        for field, value, fixed in (("uid", uid, shown.uid), ("gid", gid, shown.gid)):
+            if value is None:
+                continue
+            if fixed is None:
+                changes[field] = value
+            elif value != fixed:
+                raise FsError(errno.EPERM, f"the mount option {field}= fixes the owner")
+        return changes
+
+    # --- names ------------------------------------------------------------------------------
+
+    def _node(self, parent: int, name: bytes, attr: Attr) -> int:
+        if attr.mode & _S_IFMT != _S_IFDIR:
+            return attr.ino
+        if name in (b".", b".."):  # somebody comes with a file handle (NFS)
+            return self.nodes.seen(attr.ino)
+        return self.nodes.found(attr.ino, parent, name)
+
+    def lookup(self, parent: int, name: bytes) -> tuple[int, Attr]:
+        """(the number, the attributes) of an entry of the directory with the number *parent*."""
+        ino = self.inode_of(parent)
+        attr = self.fs.getattr(ino) if name == b"." else self.fs.lookup(ino, name)
+        return self._node(parent, name, attr), attr
+
+    def mkdir(self, parent: int, name: bytes, mode: int, ctx: Context) -> tuple[int, Attr]:
+        """The same for a new directory."""
+        attr = self.fs.mkdir(self.inode_of(parent), name, mode, ctx)
+        return self._node(parent, name, attr), attr
+
+    def rename(
+        self, parent: int, name: bytes, new_parent: int, new_name: bytes, flags: int, ctx: Context
+    ) -> None:
+        """Move an entry."""
+        old, new = self.inode_of(parent), self.inode_of(new_parent)
+        moved, exchanged = self.fs.rename(old, name, new, new_name, flags, ctx)
+        self.nodes.moved((parent, name), (new_parent, new_name), moved, exchanged)
+
+    def forget(self, node: int, times: int) -> None:
+        """The kernel forgets what it was told *times* times."""
+        with suppress(StaleHandle):
+            ino = self.inode_of(node)
+            if self.nodes.forget(node, times):
+                self.fs.forget(ino)
+
+    # --- handles ----------------------------------------------------------------------------
+
+    def keep(self, handle: Handle) -> int:
+        """The number by which the kernel names an open handle from now on."""
+        number = next(self._numbers)
+        self.handles[number] = handle
+        return number
+
+    def release(self, number: int) -> None:
+        """Forget a file's handle now; when the engine is busy, the upkeep releases it later."""
+        self._let_go(self.fs.release, self.handles.pop(number))
+
+    def _let_go(self, release: Callable[[Handle], None], handle: Handle) -> None:
+        try:
+            release(handle)
+        except Busy:
+            self._unreleased.append(functools.partial(release, handle))
+
+    # --- directories ------------------------------------------------------------------------
+
+    def opendir(self, node: int) -> int:
+        """The number of a new handle of a directory."""
+        number = self.keep(self.fs.opendir(self.inode_of(node)))
+        self._folders[number] = node
+        return number
+
+    def releasedir(self, number: int) -> None:
+        """Close a directory."""
+        del self._folders[number]
+        self._let_go(self.fs.releasedir, self.handles.pop(number))
+
+    def listing(self, number: int, cookie: int, take: Callable[[Entry], bool]) -> None:
+        """Hand what a directory holds from *cookie* on to *take*, until it refuses one.
+
+        What has been taken stands when reading on fails: the kernel goes on from there, and whoever
+        is still busy or broken then says so again.
+        """
+        taken = False
+        folder = self._folders[number]
+        try:
+            for name, attr, following in self.fs.readdir(self.handles[number], cookie):
+                node = attr.ino
+                counts = attr.mode & _S_IFMT == _S_IFDIR and name not in (b".", b"..")
+                if counts:
+                    node = self.nodes.found(node, folder, name)
+                if not take(Entry(name, node, attr, following)):
+                    if counts:
+                        self.forget(node, 1)  # it was not told after all
+                    return
+                taken = True
+        except Exception:
+            if not taken:
+                raise
+
+    # --- upkeep -----------------------------------------------------------------------------
+
+    def upkeep(self) -> None:
+        """What must be done about once a second.  Never raises; errors are logged."""
+        try:
+            self._release_late()
+            self.fs.tick()
+        except Busy:
+            pass  # next time
+        except Exception as error:
+            failure("upkeep", error)
+
+    def _release_late(self) -> None:
+        while self._unreleased:
+            release = self._unreleased.pop()
+            try:
+                release()
+            except Busy:
+                self._unreleased.append(release)
+                raise

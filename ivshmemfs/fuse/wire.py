@@ -1,0 +1,111 @@
+"""The FUSE protocol's bytes, as far as this package speaks it itself: linux/fuse.h, ABI 7.
+
+A request is an IN header and a body, an answer an OUT header and a body; all in the machine's own
+byte order.  Only what `handshake` and `direct` need is declared; libfuse speaks the rest.
+"""
+
+from __future__ import annotations
+
+import struct
+
+# --- operations -------------------------------------------------------------------------------
+
+LOOKUP = 1
+FORGET = 2
+GETATTR = 3
+SETATTR = 4
+MKDIR = 9
+UNLINK = 10
+RMDIR = 11
+RENAME = 12
+OPEN = 14
+READ = 15
+WRITE = 16
+RELEASE = 18
+FLUSH = 25
+INIT = 26
+OPENDIR = 27
+READDIR = 28
+RELEASEDIR = 29
+ACCESS = 34
+CREATE = 35
+INTERRUPT = 36
+DESTROY = 38
+BATCH_FORGET = 42
+READDIRPLUS = 44
+RENAME2 = 45
+
+# --- headers ----------------------------------------------------------------------------------
+
+#: length, opcode, unique, nodeid, uid, gid, pid, length of extensions.
+IN_HEADER = struct.Struct("=IIQQIIIHxx")
+#: length, negative errno, unique.
+OUT_HEADER = struct.Struct("=IiQ")
+
+# --- bodies of requests -----------------------------------------------------------------------
+
+#: nlookup.
+FORGET_IN = struct.Struct("=Q")
+#: count; that many of nodeid, nlookup follow.
+BATCH_FORGET_IN = struct.Struct("=Ixxxx")
+FORGET_ONE = struct.Struct("=QQ")
+#: valid, fh, size, atime, mtime, atimensec, mtimensec, mode, uid, gid.
+SETATTR_IN = struct.Struct("=IxxxxQQxxxxxxxxqqxxxxxxxxIIxxxxIxxxxIIxxxx")
+#: mode, umask; the name follows.
+MKDIR_IN = struct.Struct("=II")
+#: flags, mode, umask; the name follows.
+CREATE_IN = struct.Struct("=IIIxxxx")
+#: flags.
+OPEN_IN = struct.Struct("=Ixxxx")
+#: fh, offset, size; READ, READDIR and READDIRPLUS.
+READ_IN = struct.Struct("=QQIxxxxxxxxxxxxxxxxxxxx")
+#: fh, offset, size, write_flags; the bytes follow.
+WRITE_IN = struct.Struct("=QQIIxxxxxxxxxxxxxxxx")
+#: fh; RELEASE and RELEASEDIR.
+RELEASE_IN = struct.Struct("=Qxxxxxxxxxxxxxxxx")
+#: mask, as access(2) takes it.
+ACCESS_IN = struct.Struct("=Ixxxx")
+#: unique of the request that is not waited for any more.
+INTERRUPT_IN = struct.Struct("=Q")
+#: nodeid of the new directory; both names follow.
+RENAME_IN = struct.Struct("=Q")
+#: The same, and flags.
+RENAME2_IN = struct.Struct("=QIxxxx")
+
+# Bits of SETATTR_IN's first field.
+SET_MODE, SET_UID, SET_GID, SET_SIZE, SET_ATIME, SET_MTIME = 1, 2, 4, 8, 16, 32
+SET_ATIME_NOW, SET_MTIME_NOW = 1 << 7, 1 << 8
+#: In write_flags: the writer may not keep set-user-ID and set-group-ID bits.
+WRITE_KILL_SUIDGID = 4
+
+# --- bodies of answers ------------------------------------------------------------------------
+
+#: ino, size, blocks, atime, mtime, ctime, their nanoseconds, mode, nlink, uid, gid, rdev, blksize.
+ATTR = struct.Struct("=QQQqqqIIIIIIIIIxxxx")
+#: The first field of ATTR.
+INO = struct.Struct("=Q")
+#: Before ATTR: how long it may be kept (0 here).
+ATTR_OUT_SIZE = 16
+#: nodeid; before ATTR: generation and how long name and attributes may be kept (all 0 here).
+ENTRY_OUT = struct.Struct("=Q32x")
+#: fh, open flags.
+OPEN_OUT = struct.Struct("=QIxxxx")
+#: size.
+WRITE_OUT = struct.Struct("=Ixxxx")
+#: ino, cookie of the next, length of the name, type; the name follows, then zeros up to 8 bytes.
+DIRENT = struct.Struct("=QQII")
+
+#: Open flags of an answer.
+FOPEN_DIRECT_IO = 1
+
+# --- INIT -------------------------------------------------------------------------------------
+
+#: major, minor, max_readahead, flags, flags2.
+INIT_IN = struct.Struct("=IIIII")
+#: Up to flags2: major, minor, max_readahead, flags, max_background, congestion_threshold,
+#: max_write, time_gran, max_pages, map_alignment, flags2.
+INIT_OUT = struct.Struct("=IIIIHHIIHHI")
+#: In ``flags``: the second word of flags counts.
+INIT_EXT = 1 << 30
+#: In the second word of flags (bit 36 of both words together).
+DIRECT_IO_ALLOW_MMAP = 1 << (36 - 32)
