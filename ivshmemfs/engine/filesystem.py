@@ -7,7 +7,7 @@ import os
 import stat
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -35,17 +35,24 @@ NAMES_MAX = 1000  # look-ups that are remembered until somebody commits
 
 
 class Handle:
-    """An open file or directory.  `append` and `unprivileged` are as of its opening."""
+    """An open file or directory.
 
-    __slots__ = ("append", "ino", "readable", "unprivileged", "writable")
+    `append`, `unprivileged`, and `outsider` (opened by nobody of the file's group) are as of its
+    opening.
+    """
 
-    def __init__(self, ino: int, flags: int, ctx: Context | None) -> None:
+    __slots__ = ("append", "ino", "outsider", "readable", "unprivileged", "writable")
+
+    def __init__(
+        self, ino: int, flags: int, ctx: Context | None, *, outsider: bool = False
+    ) -> None:
         self.ino = ino
         self.append = bool(flags & os.O_APPEND)
         access = flags & os.O_ACCMODE
         self.readable = access != os.O_WRONLY
         self.writable = access != os.O_RDONLY
         self.unprivileged = ctx is not None and ctx.uid != 0
+        self.outsider = outsider
 
 
 class Filesystem(Mount):
@@ -64,6 +71,8 @@ class Filesystem(Mount):
 
     def __init__(self, region: Region, *, readonly: bool = False) -> None:
         super().__init__(region, readonly=readonly)
+        #: The further groups of a process, by its number; set by whoever can find out.
+        self.groups_of: Callable[[int], Collection[int]] = _no_groups
         self._ghosts: dict[int, Inode] = {}
         self._folders: dict[int, Inode] = {}  # directories, as they were last looked up
         self._pins: deque[tuple[float, int]] = deque()
@@ -240,10 +249,14 @@ class Filesystem(Mount):
 
         def plan(tx: Transaction) -> Attr:
             inode = tx.inode(ino)
+            before = inode.record.mode
             if size is not None:
                 inode = self._resized(tx, inode, size, ctx)
             if uid is not None or gid is not None:
-                inode = _without_privileges(tx, inode, unprivileged=not inode.is_dir)
+                sheds, outsider = not inode.is_dir, self._outsider(inode, ctx)
+                inode = _without_privileges(tx, inode, unprivileged=sheds, outsider=outsider)
+            if mode is not None:  # with a size it is what the kernel left of the old one
+                changes["mode"] = mode & ~(before & ~inode.record.mode)
             return self._attr(tx.put(_changed(inode, changes, tx.now)))
 
         try:
@@ -265,7 +278,15 @@ class Filesystem(Mount):
             inode = inode.evolve(mtime_ns=tx.now)
         else:
             inode = data.truncate(tx, inode, size)
-        return _without_privileges(tx, inode, unprivileged=bool(ctx.uid))
+        outsider = self._outsider(inode, ctx)
+        return _without_privileges(tx, inode, unprivileged=bool(ctx.uid), outsider=outsider)
+
+    def _outsider(self, inode: Inode, ctx: Context | None) -> bool:
+        """Whether a set-group-ID of a file that is no program goes, too, when `ctx` changes it."""
+        record = inode.record
+        if ctx is None or not ctx.uid or record.mode & names.SET_GROUP_ID != stat.S_ISGID:
+            return False
+        return record.gid != ctx.gid and record.gid not in self.groups_of(ctx.pid)
 
     # --- names ------------------------------------------------------------------------------
 
@@ -329,7 +350,7 @@ class Filesystem(Mount):
         inode = self._look_at(lambda view: view.inode(ino))
         if inode.is_dir:
             raise FsError(errno.EISDIR)
-        handle = Handle(ino, flags, ctx)
+        handle = Handle(ino, flags, ctx, outsider=self._outsider(inode, ctx))
         self._hold(ino)
         try:
             self._confirm(ino)
@@ -425,7 +446,8 @@ class Filesystem(Mount):
             inode = tx.inode(ino)
             at = inode.record.size if append else offset
             inode = data.write(tx, inode, at, content)
-            tx.put(_without_privileges(tx, inode, unprivileged=handle.unprivileged))
+            sheds, outsider = handle.unprivileged, handle.outsider
+            tx.put(_without_privileges(tx, inode, unprivileged=sheds, outsider=outsider))
 
         try:
             if content:
@@ -540,11 +562,17 @@ def _changed(inode: Inode, changes: dict[str, int], now: int) -> Inode:
     return inode.evolve(ctime_ns=now, **fields)
 
 
-def _without_privileges(tx: Transaction, inode: Inode, *, unprivileged: bool) -> Inode:
+def _no_groups(_pid: int) -> Collection[int]:
+    return ()
+
+
+def _without_privileges(
+    tx: Transaction, inode: Inode, *, unprivileged: bool, outsider: bool
+) -> Inode:
     """What a change of contents or owner leaves: no capabilities, no set-ID of the unprivileged."""
     record = inode.record
     if record.xattr_size:
         inode = xattr.without_capability(tx, inode)
     if unprivileged and record.mode & names.PRIVILEGES:
-        inode = names.without_privileges(inode)
+        inode = names.without_privileges(inode, outsider=outsider)
     return inode

@@ -23,6 +23,7 @@ LINK_MAX = (1 << 31) - 1
 TARGET_MAX = 4095  # bytes of a symbolic link
 DEPTH_MAX = 100_000  # directories above one another, before it must be a ring
 PRIVILEGES = stat.S_ISUID | stat.S_ISGID
+SET_GROUP_ID = stat.S_ISGID | stat.S_IXGRP  # both: of a program; the first alone: of another file
 _BLANK = INODE.unpack(bytes(INODE.size))._replace(blocks=1)
 
 
@@ -69,10 +70,13 @@ def _kind(inode: Inode) -> int:
     return stat.S_IFMT(inode.record.mode) >> 12
 
 
-def without_privileges(inode: Inode) -> Inode:
-    """As write(2) by an ordinary user leaves it: no set-user-ID, no set-group-ID of a program."""
+def without_privileges(inode: Inode, *, outsider: bool) -> Inode:
+    """As write(2) by an ordinary user leaves it: no set-user-ID, no set-group-ID of a program.
+
+    After an outsider, who is not in the group of the file, no set-group-ID of any file.
+    """
     mode = inode.record.mode & ~stat.S_ISUID
-    if mode & stat.S_IXGRP:
+    if outsider or mode & stat.S_IXGRP:
         mode &= ~stat.S_ISGID
     return inode.evolve(mode=mode) if mode != inode.record.mode else inode
 

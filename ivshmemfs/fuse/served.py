@@ -21,11 +21,11 @@ import itertools
 import logging
 import random
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection
 from contextlib import suppress
 from typing import NamedTuple, TypeVar
 
-from pyfuse3 import FUSEError
+from pyfuse3 import FUSEError, get_sup_groups
 
 from ivshmemfs.engine import Attr, Context, Filesystem, Handle
 from ivshmemfs.errors import Busy, FsError, IvshmemfsError, StaleHandle
@@ -84,6 +84,15 @@ def failure(operation: str, error: Exception) -> FUSEError:
     return FUSEError(errno.ENOMEM if isinstance(error, MemoryError) else errno.EIO)
 
 
+def _groups_of(pid: int) -> Collection[int]:
+    """The further groups of a process; none when it is gone, or in another pid namespace."""
+    try:
+        groups: Collection[int] = get_sup_groups(pid)
+    except Exception:  # whatever is wrong with the process: it is in no group that we know of
+        return ()
+    return groups
+
+
 class Served:
     """One mounted engine.  *pause* sleeps for some seconds while other requests are served."""
 
@@ -95,6 +104,7 @@ class Served:
         ownership: Ownership | None = None,
     ) -> None:
         self.fs = fs
+        fs.groups_of = _groups_of
         #: Set when the mount is ending: operations that wait fail now.
         self.ending = False
         self.nodes = Nodes()

@@ -14,7 +14,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from tests.posix import calls as known
+
 HERE = Path(__file__)
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(HERE.parents[2])}
 
 
 class Actor:
@@ -25,7 +28,7 @@ class Actor:
         listed = ",".join(map(str, groups))
         self._process = subprocess.Popen(
             [sys.executable, str(HERE), str(uid), str(gid), listed],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=cwd,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=cwd, env=ENVIRONMENT,
         )  # fmt: skip
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
@@ -89,7 +92,12 @@ def run(words: list[str]) -> int:
     return subprocess.run(words, check=False, stdout=subprocess.DEVNULL).returncode
 
 
-OWN = {f.__name__: f for f in (write_file, create_file, read_file, can_open, run)}
+def batch(folder: str, calls: Sequence[Any]) -> list[Any]:
+    """Make many calls of `tests.posix.calls` in one directory."""
+    return known.batch(folder, calls)
+
+
+OWN = {f.__name__: f for f in (write_file, create_file, read_file, can_open, run, batch)}
 
 
 def _serve() -> None:

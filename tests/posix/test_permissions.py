@@ -274,6 +274,21 @@ def test_opening_with_truncation_sheds_privileges(
     assert mode_of(path) == left
 
 
+@pytest.mark.parametrize("mode", [0o2666, 0o6666, 0o3646])
+@pytest.mark.parametrize("how", ["write_file", "truncate"])
+def test_outsiders_shed_the_group_of_any_file(
+    here: Path, user: Actor, other: Actor, mode: int, how: str
+) -> None:
+    """A set-group-ID without execution survives members of the group, and nobody else."""
+    for number, (actor, gid) in enumerate([(user, GROUP), (user, SECOND_GROUP), (other, GROUP)]):
+        path = here / f"file{number}"
+        path.write_bytes(b"0123456789")
+        owned(path, 1, gid, mode | 0o020)
+        getattr(actor, how)(str(path), b"x" if how == "write_file" else 5)
+        left = mode & ~stat.S_ISUID & (~stat.S_ISGID if actor is other else -1)
+        assert mode_of(path) == left | 0o020
+
+
 @each_mode
 def test_root_writes_without_shedding(here: Path, root: Actor, mode: int, left: int) -> None:
     path = privileged(here, mode)
