@@ -89,7 +89,7 @@ def write(tx: DataWriter, inode: Inode, offset: int, data: Buffer) -> Inode:
     first, buffer = _whole_blocks(tx, inode, offset, data)
     count = -(-len(buffer) // tx.block_size)
     pointers = tx.space.claim(count)
-    tx.store.blocks.scatter(pointers, buffer)
+    tx.space.fill(pointers, buffer)
     tree = Tree(inode.record.height, inode.data)
     tree = radix.store(tx, tree, inode.ino, first, pointers, _slots(tx, inode))
     return inode.evolve(
@@ -110,7 +110,7 @@ def _as_map(tx: DataWriter, inode: Inode) -> Inode:
     slots = b""
     if inode.data:
         slots = tx.space.claim(1)
-        tx.store.blocks.scatter(slots, inode.data)
+        tx.space.fill(slots, inode.data)
     return inode.evolve(data=slots, payload=fmt.MAP, height=0)
 
 
@@ -173,6 +173,6 @@ def _cut(tx: DataWriter, inode: Inode, size: int) -> Inode:
         if pointer != NULL:
             kept = tx.store.gather(pointer, 0, rest)
             fresh = tx.space.claim(1)
-            tx.store.blocks.scatter(fresh, kept)
+            tx.space.fill(fresh, kept)
             tree = radix.store(tx, tree, ino, last, fresh, _slots(tx, inode))
     return inode.evolve(data=tree.slots, height=tree.height)

@@ -8,8 +8,8 @@ a plan, a function of a `Transaction`, that `change` runs:
       load the commit word, check that this incarnation still stands
       plan, seal         private blocks only
       publish            one compare-and-swap; lost: plan again on the new root
-    release              what was replaced, and claims that were not needed
     end                  own slot ACTIVE -> IDLE
+    release              what was replaced, and claims that were not needed
     give the hint
 
 Nothing here waits: `Busy` means that nothing was changed and that trying again will do.
@@ -229,28 +229,42 @@ class Mount:
                     break
             raise Busy("other peers commit faster than this one can plan")
         finally:
-            space.settle(published)
+            space.settle(published, self._end(member))
             self._cursor = space.cursor
-            self._end(member)
 
     def _begin(self, member: Membership) -> int:
         try:
-            return member.begin()
+            tag = member.begin()
         except Fenced:
             self._rejoin(member)
-            return member.begin()
+            tag = member.begin()
+        self.store.blocks.guard(*member.standing)
+        return tag
 
-    def _end(self, member: Membership) -> None:
+    def _end(self, member: Membership) -> bool:
+        """Whether it was us who ended the transaction.
+
+        What was published stands, so a slot that cannot be had at once is left to later.
+        """
         try:
             member.end()
         except Fenced:
-            self._rejoin(member)
+            member.must_collect = True
+            with suppress(IvshmemfsError, OSError):
+                self._rejoin(member)
+            return False
+        return True
 
     def _rejoin(self, member: Membership) -> None:
-        """Another peer took our slot while we were silent: go on as a new incarnation."""
+        """Another peer took our slot while we were silent: go on as a new incarnation.
+
+        Raises Busy, or TooManyPeers when all slots have been taken for long.
+        """
         self._check_identity()
-        log.warning("this mount was declared gone while it was silent; it joins again")
-        member.join()
+        if member.stands:
+            return  # joined again already, on the way out of the transaction
+        member.rejoin()
+        log.warning("this mount was declared gone while it was silent; it joined again")
 
     # --- what the region may do to us -------------------------------------------------------
 
@@ -384,7 +398,11 @@ class Mount:
             try:
                 self._member.list_open(ino)
             except Fenced:
-                self._rejoin(self._member)
+                try:
+                    self._rejoin(self._member)
+                except BaseException:
+                    self._let_go(ino)
+                    raise
 
     def _confirm(self, ino: int) -> None:
         """After `_hold`: make sure that nobody who did not see that frees the inode."""

@@ -103,7 +103,7 @@ def save(
     tree, beside = Tree(0, NULL), raw
     if not inline:
         pointers = tx.space.claim(-(-len(raw) // tx.block_size))
-        tx.store.blocks.scatter(pointers, raw)
+        tx.space.fill(pointers, raw)
         tree = radix.store(tx, Tree(0, b""), inode.ino, 0, pointers, 1)
         beside = b""
     assert len(tree.slots) == SIZE

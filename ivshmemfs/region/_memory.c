@@ -69,6 +69,8 @@ typedef struct {
     uint64_t data_offset;
     uint64_t block_size;
     uint64_t block_count;
+    uint64_t guard_offset; /* of the word that must be `guard` while blocks are filled */
+    uint64_t guard;        /* 0: there is none */
 } Blocks;
 
 /* --- arguments -------------------------------------------------------------------------------- */
@@ -608,14 +610,16 @@ struct piece {
 
 struct bulk {
     Memory *memory;
-    const Blocks *blocks; /* NULL for a plain range */
+    const Blocks *blocks;   /* NULL for a plain range */
+    const Blocks *guarding; /* whose guard is looked at before each piece, or NULL */
     const unsigned char *pointers;
     unsigned char *to; /* plain range: the next chunk */
     uint64_t chunk;
     const unsigned char *from; /* NULL: zeros */
     uint64_t left;
     uint64_t events;
-    bool bad; /* a pointer changed under us and left the region */
+    bool bad;   /* a pointer changed under us and left the region */
+    bool stale; /* the guard changed: the blocks are no longer ours to fill */
 };
 
 static inline uint32_t pointer_block(const unsigned char *pointer)
@@ -648,6 +652,14 @@ static inline unsigned char *block_address(const Blocks *blocks, uint64_t block)
 static inline unsigned char *tag_address(const Blocks *blocks, uint64_t block)
 {
     return blocks->memory->base + blocks->tags_offset + block * 8;
+}
+
+/* Whether the blocks that are being filled are still ours, as far as that can be known. */
+static bool guarded(const Blocks *blocks)
+{
+    return blocks->guard == 0 ||
+           word_load(blocks->memory->access, blocks->memory->base + blocks->guard_offset) ==
+               blocks->guard;
 }
 
 static bool bulk_next(struct bulk *bulk, struct piece *piece)
@@ -693,6 +705,10 @@ static void bulk_body(void *argument)
     struct piece piece;
 
     while (bulk_next(bulk, &piece)) {
+        if (bulk->guarding != NULL && UNLIKELY(!guarded(bulk->guarding))) {
+            bulk->stale = true;
+            return;
+        }
         piece_store(bulk->memory->access, &piece);
         bulk->events += 2;
     }
@@ -701,18 +717,24 @@ static void bulk_body(void *argument)
 struct half {
     struct piece piece;
     int access;
+    const Blocks *guarding; /* NULL in the second half: a block is looked after once */
+    bool stale;
 };
 
 static void half_body(void *argument)
 {
     struct half *half = argument;
-    piece_store(half->access, &half->piece);
+
+    if (half->guarding != NULL && !guarded(half->guarding))
+        half->stale = true;
+    else
+        piece_store(half->access, &half->piece);
 }
 
 static struct half piece_half(const struct bulk *bulk, const struct piece *piece, bool second)
 {
     uint64_t middle = piece->size / 2;
-    struct half half = {*piece, bulk->memory->access};
+    struct half half = {*piece, bulk->memory->access, second ? NULL : bulk->guarding, false};
 
     if (middle >= 8)
         middle &= ~UINT64_C(7);
@@ -741,6 +763,10 @@ static int bulk_trapped(struct bulk *bulk)
             if (store_event(bulk->memory) < 0 ||
                 perform(bulk->memory, half_body, &half, half.piece.size) < 0)
                 return -1;
+            if (half.stale) {
+                bulk->stale = true;
+                return 0;
+            }
         }
     return 0;
 }
@@ -1280,6 +1306,25 @@ static PyObject *blocks_check(PyObject *self, PyObject *const *args, Py_ssize_t 
     return result;
 }
 
+static const signature guard_signature = {"guard", {"offset", "word"}, 2, 2};
+
+static PyObject *blocks_guard(PyObject *self, PyObject *const *args, Py_ssize_t count,
+                              PyObject *keywords)
+{
+    Blocks *blocks = (Blocks *)self;
+    PyObject *given[2];
+    uint64_t offset, word;
+
+    if (take_args(&guard_signature, args, count, keywords, given) < 0 ||
+        take_u64(given[0], "offset", &offset) < 0 || take_u64(given[1], "word", &word) < 0)
+        return NULL;
+    if (offset % 8 != 0 || offset > blocks->memory->length - 8)
+        return PyErr_Format(PyExc_ValueError, "there is no word at offset %R", given[0]);
+    blocks->guard_offset = offset;
+    blocks->guard = word;
+    Py_RETURN_NONE;
+}
+
 static const signature tag_signature = {"tag", {"block"}, 1, 1};
 
 static PyObject *blocks_tag(PyObject *self, PyObject *const *args, Py_ssize_t count,
@@ -1596,7 +1641,10 @@ static PyObject *blocks_scatter(PyObject *self, PyObject *const *args, Py_ssize_
 {
     Blocks *blocks = (Blocks *)self;
     PyObject *given[2], *result = NULL;
-    struct bulk bulk = {.memory = blocks->memory, .blocks = blocks, .chunk = blocks->block_size};
+    struct bulk bulk = {.memory = blocks->memory,
+                        .blocks = blocks,
+                        .guarding = blocks,
+                        .chunk = blocks->block_size};
     Py_buffer pointers, buffer;
 
     if (take_args(&scatter_signature, args, count, keywords, given) < 0 ||
@@ -1614,7 +1662,7 @@ static PyObject *blocks_scatter(PyObject *self, PyObject *const *args, Py_ssize_
                      pointers.len / POINTER_SIZE, (unsigned long long)blocks->block_size);
     } else if (use_for_stores(blocks->memory) == 0) {
         if (bulk_run(&bulk) == 0)
-            result = Py_NewRef(Py_None);
+            result = PyBool_FromLong(!bulk.stale);
         unuse(blocks->memory);
     }
     PyBuffer_Release(&buffer);
@@ -1733,13 +1781,14 @@ static PyObject *blocks_read_node(PyObject *self, PyObject *const *args, Py_ssiz
     return result;
 }
 
-/* Stores a private copy of the node that has its checksum filled in. */
+/* Stores a private copy of the node that has its checksum filled in; 1, 0 when stale, or -1. */
 static int node_write_run(const Blocks *blocks, uint64_t block, const Py_buffer *node)
 {
     unsigned char usual[4096];
     unsigned char *copy = usual;
     uint64_t size = (uint64_t)node->len;
-    struct bulk bulk = {.memory = blocks->memory, .chunk = size, .left = size};
+    struct bulk bulk = {
+        .memory = blocks->memory, .guarding = blocks, .chunk = size, .left = size};
     uint32_t crc;
     int status;
 
@@ -1755,7 +1804,7 @@ static int node_write_run(const Blocks *blocks, uint64_t block, const Py_buffer 
     status = bulk_run(&bulk);
     if (copy != usual)
         free(copy);
-    return status;
+    return status < 0 ? -1 : !bulk.stale;
 }
 
 static const signature write_node_signature = {"write_node", {"block", "node"}, 2, 2};
@@ -1766,6 +1815,7 @@ static PyObject *blocks_write_node(PyObject *self, PyObject *const *args, Py_ssi
     Blocks *blocks = (Blocks *)self;
     PyObject *given[2], *result = NULL;
     uint64_t block;
+    int good;
     Py_buffer node;
 
     if (take_args(&write_node_signature, args, count, keywords, given) < 0 ||
@@ -1776,8 +1826,9 @@ static PyObject *blocks_write_node(PyObject *self, PyObject *const *args, Py_ssi
         PyErr_Format(PyExc_ValueError, "a node has 32 to %llu bytes, not %zd",
                      (unsigned long long)blocks->block_size, node.len);
     } else if (use_for_stores(blocks->memory) == 0) {
-        if (node_write_run(blocks, block, &node) == 0)
-            result = Py_NewRef(Py_None);
+        good = node_write_run(blocks, block, &node);
+        if (good >= 0)
+            result = PyBool_FromLong(good);
         unuse(blocks->memory);
     }
     PyBuffer_Release(&node);
@@ -1848,6 +1899,9 @@ static PyMethodDef blocks_methods[] = {
     {"release", FAST(blocks_release),
      "release($self, pointers)\n--\n\n"
      "Free the blocks that still carry their pointer's tag. Returns how many."},
+    {"guard", FAST(blocks_guard),
+     "guard($self, offset, word)\n--\n\n"
+     "From now on, before a block is filled, the word at offset must be this one. 0: no guard."},
     {"tag", FAST(blocks_tag), "tag($self, block)\n--\n\nThe tag word of a block; 0 is free."},
     {"check", FAST(blocks_check),
      "check($self, pointers)\n--\n\nWhether every pointer's block still carries its tag."},
@@ -1856,12 +1910,14 @@ static PyMethodDef blocks_methods[] = {
      "Copy bytes [skip, skip + length) of the blocks in a row; False when one is stale."},
     {"scatter", FAST(blocks_scatter),
      "scatter($self, pointers, buffer)\n--\n\n"
-     "Store a buffer over the blocks in order; zeros fill the last one used."},
+     "Store a buffer over the blocks in order; zeros fill the last one used.\n"
+     "False when the guard changed: then only blocks before that were filled."},
     {"read_node", FAST(blocks_read_node),
      "read_node($self, block, tag)\n--\n\n"
      "A checked private copy of a metadata node, None when its tag is another by now."},
     {"write_node", FAST(blocks_write_node),
-     "write_node($self, block, node)\n--\n\nStore a metadata node, with its checksum filled in."},
+     "write_node($self, block, node)\n--\n\n"
+     "Store a metadata node, with its checksum filled in; False when the guard changed."},
     {"free_count", blocks_free_count, METH_NOARGS,
      "free_count($self)\n--\n\nHow many blocks are free."},
     {"mark", FAST(blocks_mark),

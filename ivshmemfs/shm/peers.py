@@ -192,6 +192,7 @@ class Membership:
         self._filter = [0] * peer.FILTER_WORDS
         self._opens = [0] * FILTER_SIZE
         self._intent = 0
+        self._waiting: tuple[float, dict[int, tuple[int, int]]] | None = None
         self.must_collect = False
 
     # --- joining and leaving ---
@@ -205,16 +206,34 @@ class Membership:
                 return
         raise Busy("other peers take every slot before this one has settled in")
 
+    def rejoin(self) -> None:
+        """Take a slot without waiting for one: for a mount that serves others meanwhile.
+
+        Raises Busy while somebody who is silent may still turn out to be, TooManyPeers after that.
+        """
+        if not self._join_at_once() and not self._join_who_stays_silent():
+            raise self._no_slot()
+        self._waiting = None
+        with suppress(Fenced):
+            self._settle_in()
+            return
+        raise Busy("another peer took the slot before this one had settled in")
+
     def _take_slot(self, wait: float) -> None:
-        table = self.table
-        if not self._join_free():
-            self.must_collect |= table.retire_gone()
-            if not self._join_free() and not self._join_silent(wait):
-                raise TooManyPeers(
-                    f"all {table.count} peer slots are taken: unmount one, or see "
-                    "`ivshmemfs peers` and let go of a machine that will not come back "
-                    "with `ivshmemfs evict`"
-                )
+        if not self._join_at_once() and not self._join_silent(wait):
+            raise self._no_slot()
+
+    def _no_slot(self) -> TooManyPeers:
+        return TooManyPeers(
+            f"all {self.table.count} peer slots are taken: unmount one, or see `ivshmemfs peers` "
+            "and let go of a machine that will not come back with `ivshmemfs evict`"
+        )
+
+    def _join_at_once(self) -> bool:
+        if self._join_free():
+            return True
+        self.must_collect |= self.table.retire_gone()
+        return self._join_free()
 
     def _join_free(self) -> bool:
         for slot in range(1, self.table.count + 1):
@@ -229,6 +248,20 @@ class Membership:
             time.sleep(min(POLL, wait))
             if self._join_free():
                 return True
+        return self._join_unchanged(before)
+
+    def _join_who_stays_silent(self) -> bool:
+        """The same in many calls, of which none waits: Busy until it has taken long enough."""
+        now = time.monotonic()
+        if self._waiting is None:
+            self._waiting = now, self.table.heartbeats()
+        since, before = self._waiting
+        if abs(now - since) < SILENCE:  # whichever way the clock goes
+            raise Busy("all peer slots are taken; waiting for one whose owner is silent")
+        self._waiting = None
+        return self._join_unchanged(before)
+
+    def _join_unchanged(self, before: dict[int, tuple[int, int]]) -> bool:
         for slot, seen in self.table.heartbeats().items():
             idle = seen[0] >> words.SLOT_SHIFT in (IDLE, JOINING)
             if idle and before.get(slot) == seen and self._claim(slot, seen[0]):
@@ -290,21 +323,31 @@ class Membership:
         self._word, self.counter = new, counter
 
     def begin(self) -> int:
-        """Start a transaction; returns the tag for its claims.  Raises Fenced."""
+        """Start a transaction; returns the tag for its claims.  Raises Fenced, Busy."""
         if self.counter >= words.COUNTER_MASK - 1:
             self.leave()
-            self.join()
+            self.rejoin()
         self._move(ACTIVE, self.counter + 1)
         return words.make_tag(self.slot, self.incarnation, self.counter)
 
+    @property
+    def stands(self) -> bool:
+        """Whether nobody has declared this incarnation gone."""
+        return self.table.memory.load(self._at) == self._word
+
     def check(self) -> None:
         """Raise Fenced unless this incarnation still stands; after loading the commit word."""
-        if self.table.memory.load(self._at) != self._word:
+        if not self.stands:
             raise Fenced("another peer declared this mount gone in the middle of a transaction")
 
     def end(self) -> None:
         """Everything claimed under the tag is settled.  Raises Fenced."""
         self._move(IDLE, self.counter)
+
+    @property
+    def standing(self) -> tuple[int, int]:
+        """Where the own state word is, and what it says while this transaction is under way."""
+        return self._at, self._word
 
     @property
     def active(self) -> bool:

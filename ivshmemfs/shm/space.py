@@ -8,7 +8,12 @@ States of a block in a transaction:
     replaced   a published block that the new root no longer reaches; released after the commit
 
 Until the commit nothing that anybody else can reach was stored to, so giving up at any point
-leaves nothing but claims, which `abandon` (or, after a death, a collector) takes back.
+leaves nothing but claims, which `settle` (or, after a death, a collector) takes back.
+
+A claim is ours while our state word says that its transaction is under way, and no longer: a
+machine that was put back into an older state finds what it had claimed settled, and perhaps
+published, by what it did in the meantime.  So that word is looked at before each block is filled
+(`Blocks.guard`), and claims are released only by whoever has ended the transaction itself.
 """
 
 from __future__ import annotations
@@ -17,7 +22,7 @@ from collections.abc import Iterable
 from contextlib import suppress
 from typing import Any
 
-from ivshmemfs.errors import NoSpace
+from ivshmemfs.errors import Fenced, NoSpace
 from ivshmemfs.format import words
 from ivshmemfs.format.node import HEADER, HEADER_SIZE
 from ivshmemfs.shm.store import Node, Store
@@ -27,6 +32,7 @@ _pack_header = HEADER.pack_values
 FIRST_CLAIM = 6  # blocks that an ordinary transaction needs
 SMALL_CLAIM = 4
 NEAR = 4096  # tags that may be scanned in vain for the sake of warm blocks
+_NOT_OURS = "another peer declared this mount gone in the middle of a transaction"
 BULK = 64  # released blocks that are worth any way
 
 
@@ -157,13 +163,19 @@ class Space:
         if 0 <= self.cursor - lowest < NEAR or len(blocks) > 4 * BULK:
             self.cursor = lowest
 
+    def fill(self, pointers: bytes, content: bytes | bytearray | memoryview) -> None:
+        """Store `content` into claimed blocks, zeros after it in the last.  Raises Fenced."""
+        if not self._store.blocks.scatter(pointers, content):
+            raise Fenced(_NOT_OURS)
+
     # --- ending ---
 
     def store_nodes(self) -> None:
-        """Write the nodes to the region; they are private still."""
+        """Write the nodes to the region; they are private still.  Raises Fenced."""
         write = self._store.blocks.write_node
         for block, node in self._nodes.items():
-            write(block, node.data)
+            if not write(block, node.data):
+                raise Fenced(_NOT_OURS)
         self._store.memory.fence()
 
     def publish(self, planned_on: int, root_block: int) -> bool:
@@ -183,11 +195,17 @@ class Space:
         self._replaced.clear()
         self.replaced_count = 0
 
-    def settle(self, published: bool) -> None:
-        """Release what was replaced (if the commit succeeded) and every claim not published."""
+    def settle(self, published: bool, ended: bool) -> None:
+        """Release what was replaced (if the commit succeeded) and every claim not published.
+
+        Where it was not us who `ended` the transaction, what becomes of its claims is not ours to
+        say: they are garbage, which somebody collects, or published.
+        """
         if not published:
             self.forget_plan()
-        released = self._pack(self._pool) + self._spare + self._replaced
+        released = bytes(self._replaced)
+        if ended:
+            released = self._pack(self._pool) + self._spare + released
         if released:
             self._release(released)
             self._aim(released)

@@ -11,7 +11,7 @@ from contextlib import suppress
 import pytest
 
 from ivshmemfs.engine import ROOT_INO, Filesystem
-from ivshmemfs.errors import FsError, IvshmemfsError, NoSpace, TooManyPeers
+from ivshmemfs.errors import Busy, FsError, IvshmemfsError, NoSpace, TooManyPeers
 from ivshmemfs.format import geometry
 from ivshmemfs.region import Blocks
 from mkfs.image import Parameters
@@ -28,8 +28,8 @@ from tests.crash.cases import (
     set_up,
     settled_state,
 )
-from tests.crash.laboratory import Laboratory, Peer
-from tests.crash.workloads import WORKLOADS, Scene, pattern
+from tests.crash.laboratory import BLINK, Laboratory, Peer
+from tests.crash.workloads import INOS, WORKLOADS, Scene, pattern
 from tests.regions import ROOT, get, put
 
 # --- clocks ---------------------------------------------------------------------------------
@@ -178,6 +178,89 @@ def test_the_last_slot(laboratory: Laboratory, world: bytes) -> None:
         laboratory.mounted()
     peers[3].bury()
     assert laboratory.mounted().slot() == 4
+
+
+def test_a_mount_that_finds_no_slot_again_delays_nobody(
+    laboratory: Laboratory, world: bytes
+) -> None:
+    """It was declared gone, and others fill the table: each call answers at once, until it fits."""
+    laboratory.restore(world)
+    one = laboratory.mounted()
+    handle = one.run(lambda fs: fs.open(INOS[b"a"], os.O_RDWR, ROOT))
+    slot = one.slot()
+    assert one.fs.table.retire(slot, one.fs.table.state(slot))
+    others = [laboratory.mounted() for _ in range(6)]
+    for other in others:
+        assert other.fs._member is not None
+        other.fs._member.begin()  # none of them can be taken over
+    told, now = set(), laboratory.fates.clock.now
+    actions: list[Callable[[Filesystem], object]] = [
+        lambda fs: fs.mkdir(ROOT_INO, b"new", 0o755, ROOT),
+        lambda fs: fs.write(handle, 0, b"x"),
+        lambda fs: fs.open(INOS[b"b"], os.O_RDONLY, ROOT),
+        lambda fs: fs.create(ROOT_INO, b"newer", 0o600, os.O_RDWR, ROOT),
+        lambda fs: fs.tick(),
+    ]
+    with laboratory.fates.speaking(one.pid):
+        for _ in range(9):
+            laboratory.fates.clock.sleep(0.5)
+            now = laboratory.fates.clock.now
+            for action in actions:
+                with pytest.raises((Busy, TooManyPeers)) as caught:
+                    action(one.fs)
+                told.add(type(caught.value))
+                assert one.fs.getattr(ROOT_INO).ino == ROOT_INO  # looking needs no slot
+            assert laboratory.fates.clock.now - now < BLINK
+    assert told == {Busy, TooManyPeers}
+    others[2].bury()
+    one.quick(actions[0])
+    assert one.slot() == 3
+    one.run(lambda fs: fs.write(handle, 0, b"x"))
+    one.run(lambda fs: fs.release(handle))
+    assert not one.fs._open
+
+
+def test_who_was_declared_gone_in_the_middle_has_one_slot(
+    laboratory: Laboratory, world: bytes
+) -> None:
+    laboratory.restore(world)
+    one, other = laboratory.mounted(), laboratory.mounted()
+    for store in range(3, 12):
+
+        def evict() -> None:
+            assert other.fs.table.retire(one.slot(), other.fs.table.state(one.slot()))
+
+        one.memory.trap(store, evict)
+        one.run(lambda fs: put(fs, ROOT_INO, b"new", pattern(3000)))
+        assert [peer.record.pid for peer in laboratory.occupants()].count(one.pid) == 1
+        one.tick(5)
+        assert unreachable(other.fs) == 0
+
+
+def test_what_was_committed_is_told_even_when_no_slot_is_left(
+    laboratory: Laboratory, world: bytes
+) -> None:
+    """Declared gone right after its commit: the caller must not do it once more."""
+    laboratory.restore(world)
+    one, others = laboratory.mounted(), [laboratory.mounted() for _ in range(5)]
+
+    def evict_and_fill() -> None:
+        table = others[0].fs.table
+        assert table.retire(one.slot(), table.state(one.slot()))
+        for other in (*others, laboratory.mounted()):
+            assert other.fs._member is not None
+            other.fs._member.begin()
+
+    with laboratory.fates.speaking(one.pid):
+        handle = one.fs.open(INOS[b"a"], os.O_WRONLY | os.O_APPEND, ROOT)
+        stores = one.memory.stores
+        one.fs.write(handle, 0, b"first")
+        taken = one.memory.stores - stores
+        one.memory.trap(taken - 2, evict_and_fill)  # left: ending the transaction, and the hint
+        assert one.fs.write(handle, 0, b"second") == 6
+    content = others[0].run(lambda fs: get(fs, ROOT_INO, b"a"))
+    assert content.endswith(b"firstsecond")
+    assert content.count(b"second") == 1
 
 
 def test_open_files_of_the_dead_are_given_back(laboratory: Laboratory, world: bytes) -> None:

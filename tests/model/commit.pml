@@ -394,15 +394,35 @@ plan:
 #ifdef BREAK_STORE_UNFENCED
     atomic { blk[n_data].b = v + 1 };
 #endif
-#ifdef RELEASE_AFTER_IDLE           /* equally safe: what it replaced is garbage already */
+#ifndef RELEASE_BEFORE_IDLE         /* equally safe: what it replaced is garbage already */
     atomic { if :: MINE(ACTIVE) -> slot[s].state = IDLE :: else fi };
 #endif
     release(w % 8, o_root_tag);
     release(o_blk, o_tag);
+#if REWINDS > 0 && !defined(RELEASE_BEFORE_IDLE)
+    /* Put back to before its stores, after all this and whatever others do: the state word tells. */
+    atomic { if :: rewinds > 0 && MINE(IDLE) -> rewinds-- :: true -> goto settle fi };
+#ifdef BREAK_NO_GUARD               /* stores without looking at it */
+    store_data();
+    store_root();
+#endif
+#ifdef BREAK_RELEASE_UNENDED        /* releases claims of a transaction that it did not end */
+    release(n_root, tag);
+    release(n_data, tag);
+#endif
+    goto fenced;
+#else
     goto settle;
+#endif
 
 abort:
-    atomic { storing[me] = false; inflight[me] = 0; txns-- };   /* nothing will be published */
+    atomic {                                            /* nothing will be published */
+        storing[me] = false; inflight[me] = 0; txns--;
+        if
+        :: MINE(ACTIVE) -> slot[s].state = IDLE
+        :: else -> goto fenced                          /* what it claimed is not its own any more */
+        fi
+    };
     release(n_root, tag);
     release(n_data, tag);
 
@@ -414,10 +434,10 @@ settle:
         tag = 0; n_root = NONE; n_data = NONE; w = 0; obj = 0; v = 0;
         o_blk = 0; o_tag = 0; o_root_tag = 0; k_blk = 0; k_tag = 0;
         if
+#ifdef RELEASE_BEFORE_IDLE
         :: MINE(ACTIVE) -> slot[s].state = IDLE; goto begin
-#ifdef RELEASE_AFTER_IDLE
-        :: MINE(IDLE) -> goto begin
 #endif
+        :: MINE(IDLE) -> goto begin
         :: else -> goto fenced
         fi
     };

@@ -130,6 +130,29 @@ def test_scatter_then_gather_gives_the_same_bytes(blocks: Blocks) -> None:
     assert untouched == b"\xff" * len(untouched)
 
 
+def test_blocks_are_filled_while_the_guard_stands(blocks: Blocks) -> None:
+    """It is looked at before each block, and not at all without one."""
+    memory, word = blocks.memory, 8
+    got, _ = blocks.claim(4, TAG, 0)
+    memory.store(word, 77)
+    blocks.guard(word, 77)
+    assert blocks.scatter(got, b"a" * 4 * BLOCK) is True
+    memory.trap(3, lambda: memory.store(word, 78))  # a block is two events
+    assert blocks.scatter(got, b"b" * 4 * BLOCK) is False
+    assert [memory.read(DATA + BLOCK * at, 1) for at in range(4)] == [b"b", b"b", b"a", b"a"]
+    node = make_node(TAG, b"node")
+    assert blocks.write_node(2, node) is False
+    assert memory.read(DATA + BLOCK * 2, 1) == b"a"
+    memory.store(word, 77)
+    assert blocks.write_node(2, node) is True
+    memory.store(word, 78)
+    blocks.guard(0, 0)
+    assert blocks.scatter(got, b"c" * BLOCK) is True
+    for offset in (3, SIZE, SIZE - 4, 2**64 - 8):
+        with pytest.raises(ValueError, match="no word"):
+            blocks.guard(offset, 1)
+
+
 def test_scatter_leaves_blocks_it_does_not_need_alone(blocks: Blocks) -> None:
     got, _ = blocks.claim(3, TAG, 0)
     blocks.memory.write(DATA + BLOCK, b"\xff" * 2 * BLOCK)
