@@ -6,13 +6,14 @@
 from ivshmemfs.engine.filesystem import NOW, Filesystem, Handle
 from ivshmemfs.engine.inode import Attr, Context, StatFs
 from ivshmemfs.engine.lock import FileLock
-from ivshmemfs.engine.names import RENAME_EXCHANGE, RENAME_NOREPLACE
+from ivshmemfs.engine.names import RENAME_EXCHANGE, RENAME_NOREPLACE, RENAME_WHITEOUT
 from ivshmemfs.format.inode import ROOT_INO
 
 __all__ = [
     "NOW",
     "RENAME_EXCHANGE",
     "RENAME_NOREPLACE",
+    "RENAME_WHITEOUT",
     "ROOT_INO",
     "Attr",
     "Context",

@@ -15,7 +15,7 @@ from ivshmemfs.engine import data, directory, names, xattr
 from ivshmemfs.engine.directory import Entry
 from ivshmemfs.engine.inode import Attr, Context, Inode, StatFs, attributes
 from ivshmemfs.engine.mount import ATTEMPTS, Mount
-from ivshmemfs.engine.names import RENAME_EXCHANGE, RENAME_NOREPLACE
+from ivshmemfs.engine.names import RENAME_EXCHANGE, RENAME_NOREPLACE, RENAME_WHITEOUT
 from ivshmemfs.engine.transaction import Transaction, View
 from ivshmemfs.errors import Busy, FsError, NoSpace, StaleHandle
 from ivshmemfs.format.dirent import NAME_MAX
@@ -29,6 +29,7 @@ NOW = 1 << 63  # as a time: the time of the operation
 EARLIEST, LATEST = -(1 << 63), (1 << 63) - 1  # ns since 1970, as they can be stored
 CAREFUL = 5.0  # seconds that a mount looks up carefully after something vanished under a caller
 PINNED = 3.0  # seconds that a careful look-up lists a file as open
+_RENAME_FLAGS = RENAME_NOREPLACE | RENAME_EXCHANGE | RENAME_WHITEOUT
 GHOSTS = 4096  # removed inodes that are remembered at most
 FOLDERS = 4096  # directories that are remembered at most
 NAMES_MAX = 1000  # look-ups that are remembered until somebody commits
@@ -324,22 +325,24 @@ class Filesystem(Mount):
     def rename(
         self, parent: int, name: bytes, new_parent: int, new_name: bytes, flags: int, ctx: Context
     ) -> tuple[int, int]:
-        """Move an entry, also over another one; RENAME_NOREPLACE, RENAME_EXCHANGE.
+        """Move an entry, also over another one; RENAME_NOREPLACE, _EXCHANGE, _WHITEOUT.
 
         Returns which inode was moved, and which was moved back in exchange (0: none).
         """
-        if flags not in (0, RENAME_NOREPLACE, RENAME_EXCHANGE):
+        if flags & ~_RENAME_FLAGS or (flags & RENAME_EXCHANGE and flags != RENAME_EXCHANGE):
             raise FsError(errno.EINVAL)
-        return self._removing(
-            lambda tx: names.rename(tx, parent, name, new_parent, new_name, flags)
-        )
 
-    def _removing(self, plan: Callable[[Transaction], T]) -> T:
+        def plan(tx: Transaction) -> tuple[int, int]:
+            return names.rename(tx, parent, name, new_parent, new_name, flags, ctx)
+
+        return self._removing(plan, removal=not flags & RENAME_WHITEOUT)
+
+    def _removing(self, plan: Callable[[Transaction], T], *, removal: bool = True) -> T:
         def run(tx: Transaction) -> tuple[T, list[Inode]]:
             result = plan(tx)
             return result, [inode.evolve(nlink=0, ctime_ns=tx.now) for inode in tx.removed]
 
-        result, removed = self.change(run, removal=True)
+        result, removed = self.change(run, removal=removal)
         self._remember(removed)
         return result
 

@@ -18,7 +18,7 @@ from ivshmemfs.engine.transaction import Transaction, View
 from ivshmemfs.errors import Corrupt, FsError
 from ivshmemfs.format.inode import INODE, ORPHANS_INO, ROOT_INO, InodeRecord
 
-RENAME_NOREPLACE, RENAME_EXCHANGE = 1, 2
+RENAME_NOREPLACE, RENAME_EXCHANGE, RENAME_WHITEOUT = 1, 2, 4
 LINK_MAX = (1 << 31) - 1
 TARGET_MAX = 4095  # bytes of a symbolic link
 DEPTH_MAX = 100_000  # directories above one another, before it must be a ring
@@ -235,10 +235,17 @@ def rmdir(tx: Transaction, parent: int, name: bytes) -> None:
 
 
 def rename(
-    tx: Transaction, parent: int, name: bytes, new_parent: int, new_name: bytes, flags: int
+    tx: Transaction,
+    parent: int,
+    name: bytes,
+    new_parent: int,
+    new_name: bytes,
+    flags: int,
+    ctx: Context,
 ) -> tuple[int, int]:
     """Move an entry, also over another one; raises as rename(2) says.
 
+    With RENAME_WHITEOUT a device node 0:0 takes the old place, which overlay mounts know.
     Returns which inode was moved, and which was moved back in exchange (0: none).
     """
     _, inode = _existing(tx, parent, name)
@@ -249,12 +256,14 @@ def rename(
     if flags == RENAME_EXCHANGE:
         return _exchange(tx, (parent, name), (new_parent, new_name), inode, entry)
     if entry is not None:
-        if flags == RENAME_NOREPLACE:
+        if flags & RENAME_NOREPLACE:
             raise FsError(errno.EEXIST)
         if entry.ino == inode.ino:
             return inode.ino, 0
         _take_away(tx, new_parent, inode, target(tx, entry))
     _move(tx, (parent, name), (new_parent, new_name), inode, over=entry is not None)
+    if flags & RENAME_WHITEOUT:
+        make(tx, parent, name, stat.S_IFCHR, ctx)
     return inode.ino, 0
 
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from ivshmemfs.engine import (
     RENAME_EXCHANGE,
     RENAME_NOREPLACE,
+    RENAME_WHITEOUT,
     ROOT_INO,
     Context,
     Filesystem,
@@ -229,6 +230,7 @@ workload("rename-directory", _rename(b"e", b"d/moved"))
 workload("rename-directory-over", _rename(b"e/sub", b"d"))
 workload("rename-noreplace", _rename(b"a", b"d/new", RENAME_NOREPLACE))
 workload("rename-exchange", _rename(b"a", b"b", RENAME_EXCHANGE))
+workload("rename-whiteout", _rename(b"a", b"e/new", RENAME_WHITEOUT))
 workload("rename-exchange-kinds", _rename(b"a", b"e/sub", RENAME_EXCHANGE))
 workload("rename-within-tree", _rename(b"t/name-%016d" % 3, b"t/other"))
 workload("rename-into-tree", _rename(b"l", b"t/other"))

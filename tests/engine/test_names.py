@@ -12,6 +12,7 @@ import pytest
 from ivshmemfs.engine import (
     RENAME_EXCHANGE,
     RENAME_NOREPLACE,
+    RENAME_WHITEOUT,
     ROOT_INO,
     Context,
     Filesystem,
@@ -320,8 +321,18 @@ def test_a_directory_never_moves_below_itself(fs: Filesystem, flags: int) -> Non
 
 def test_unknown_rename_flags(fs: Filesystem) -> None:
     put(fs, ROOT_INO, b"a", b"x")
-    fails(errno.EINVAL, lambda: fs.rename(ROOT_INO, b"a", ROOT_INO, b"b", 4, ROOT))
-    fails(errno.EINVAL, lambda: fs.rename(ROOT_INO, b"a", ROOT_INO, b"b", 3, ROOT))
+    for flags in (3, 6, 7, 8, 16):
+        fails(errno.EINVAL, lambda f=flags: fs.rename(ROOT_INO, b"a", ROOT_INO, b"b", f, ROOT))  # type: ignore[misc]
+
+
+def test_rename_leaves_a_whiteout(fs: Filesystem, other: Filesystem) -> None:
+    ino = put(fs, ROOT_INO, b"a", b"x")
+    fs.rename(ROOT_INO, b"a", ROOT_INO, b"b", RENAME_WHITEOUT, ROOT)
+    assert other.lookup(ROOT_INO, b"b").ino == ino
+    left = other.lookup(ROOT_INO, b"a")
+    assert (left.mode, left.rdev, left.nlink) == (stat.S_IFCHR, 0, 1)
+    fs.rename(ROOT_INO, b"b", ROOT_INO, b"b", RENAME_WHITEOUT, ROOT)
+    assert other.lookup(ROOT_INO, b"b").ino == ino
 
 
 def test_rename_over_frees_what_was_there(fs: Filesystem, other: Filesystem) -> None:

@@ -156,9 +156,26 @@ def test_flags_of_rename(here: Path) -> None:
     fails(errno.ENOENT, rename2, here / "moved", here / "none", EXCHANGE)
     fails(errno.ENOENT, rename2, here / "none", here / "moved", EXCHANGE)
     fails(errno.EINVAL, rename2, here / "moved", here / "moved2", EXCHANGE | NOREPLACE)
-    fails(errno.EINVAL, rename2, here / "moved", here / "moved2", WHITEOUT)
+    fails(errno.EINVAL, rename2, here / "moved", here / "moved2", EXCHANGE | WHITEOUT)
     fails(errno.EINVAL, rename2, here / "moved", here / "moved2", 64)
     assert os.listdir(here) == ["moved"]
+
+
+def test_whiteouts(here: Path, there: Path) -> None:
+    """What overlay mounts ask for: the old name becomes a device node 0:0, in the same change."""
+    (here / "from").mkdir()
+    (here / "to").mkdir()
+    for name, make in KINDS.items():
+        make(here / "from" / name)
+        rename2(here / "from" / name, here / "to" / name, WHITEOUT)
+        left = (there / "from" / name).lstat()
+        assert (left.st_mode, left.st_rdev, left.st_nlink) == (stat.S_IFCHR, 0, 1)
+        assert not stat.S_ISCHR((there / "to" / name).lstat().st_mode)
+        assert (there / "from").stat().st_nlink == 2
+    (here / "from" / "new").touch()
+    fails(errno.EEXIST, rename2, here / "from" / "new", here / "to" / "file", WHITEOUT | NOREPLACE)
+    rename2(here / "from" / "new", here / "from" / "moved", WHITEOUT | NOREPLACE)
+    assert sorted(os.listdir(there / "from")) == sorted([*KINDS, "new", "moved"])
 
 
 def test_two_names_of_one_file(here: Path) -> None:
