@@ -326,7 +326,7 @@ def test_unknown_rename_flags(fs: Filesystem) -> None:
 
 
 def test_rename_leaves_a_whiteout(fs: Filesystem, other: Filesystem) -> None:
-    ino = put(fs, ROOT_INO, b"a", b"x")
+    ino = put(fs, ROOT_INO, b"a", b"x").ino
     fs.rename(ROOT_INO, b"a", ROOT_INO, b"b", RENAME_WHITEOUT, ROOT)
     assert other.lookup(ROOT_INO, b"b").ino == ino
     left = other.lookup(ROOT_INO, b"a")
