@@ -248,16 +248,18 @@ class Filesystem(Mount):
             if moment is not None:
                 self.clock.seen(moment)
 
+        # With a size or an owner comes a mode only to shed privileges; it may lack other bits.
+        alone = size is None and uid is None and gid is None
+
         def plan(tx: Transaction) -> Attr:
             inode = tx.inode(ino)
-            before = inode.record.mode
             if size is not None:
                 inode = self._resized(tx, inode, size, ctx)
             if uid is not None or gid is not None:
                 sheds, outsider = not inode.is_dir, self._outsider(inode, ctx)
                 inode = _without_privileges(tx, inode, unprivileged=sheds, outsider=outsider)
-            if mode is not None:  # with a size it is what the kernel left of the old one
-                changes["mode"] = mode & ~(before & ~inode.record.mode)
+            if mode is not None and not alone:
+                changes["mode"] = inode.record.mode & (mode | ~names.PRIVILEGES)
             return self._attr(tx.put(_changed(inode, changes, tx.now)))
 
         try:

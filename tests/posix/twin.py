@@ -116,9 +116,10 @@ class Place:
 
 
 class Twins:
-    """Two places that ought to behave alike."""
+    """Two places that ought to behave alike, for one of the callers or for all."""
 
-    def __init__(self, model: Place, place: Place) -> None:
+    def __init__(self, model: Place, place: Place, only: str | None = None) -> None:
+        self.only = only
         self._places = (model, place)
         self._actors = {name: Actor(*who) for name, who in CALLERS.items()}
         self._runs = 0
