@@ -52,7 +52,7 @@ from ivshmemfs.format.inode import ORPHANS_INO
 from ivshmemfs.region.probe import Scratch, cas_works, probe, refuse_unfit
 from ivshmemfs.shm.control import Hint
 from ivshmemfs.shm.peers import Membership, PeerTable
-from ivshmemfs.shm.space import Space
+from ivshmemfs.shm.space import Space, Supply
 from ivshmemfs.shm.store import Store
 
 if TYPE_CHECKING:
@@ -94,7 +94,7 @@ class Mount:
         self._hint = Hint(region.memory)
         self._member: Membership | None = None
         self._open: dict[int, int] = {}  # handles by inode
-        self._cursor = 0
+        self._supply = Supply(self.store)
         self._view: View | None = None
         self._collector: Collector | None = None
         self._collected_at = float("-inf")
@@ -117,7 +117,8 @@ class Mount:
             member.must_collect |= self.table.retire_gone(member.slot) or self._leaking()
             self._member = member
             count = self.superblock.geometry.block_count
-            self._cursor = (member.slot - 1) * count // self.table.count
+            start = (member.slot - 1) * count // self.table.count
+            self._supply = Supply(self.store, start)
         return self
 
     def unmount(self) -> None:
@@ -201,7 +202,7 @@ class Mount:
         return self._member
 
     def _transact(self, member: Membership, plan: Callable[[Transaction], T], removal: bool) -> T:
-        space = Space(self.store, self._begin(member), self._cursor)
+        space = Space(self.store, self._begin(member), self._supply)
         published = False
         try:
             for _ in range(ATTEMPTS):
@@ -230,7 +231,6 @@ class Mount:
             raise Busy("other peers commit faster than this one can plan")
         finally:
             space.settle(published, self._end(member))
-            self._cursor = space.cursor
 
     def _begin(self, member: Membership) -> int:
         try:

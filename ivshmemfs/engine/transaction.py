@@ -303,18 +303,17 @@ class Transaction(View):
         if pointer in seen:
             return
         seen.add(pointer)
-        blocks = self.store.blocks
         if kind != DIRLEAF:
             pointers = self._children(self.pointed(pointer, kind, level, owner))
             if kind == INDEX and level == 0:
-                blocks.release(pointers)
+                self.space.release_cut(pointers)
             else:
                 below = DIRLEAF if kind == DIRNODE and level == 1 else kind
                 for at in range(0, len(pointers), radix.SIZE):
                     if pointers[at : at + radix.SIZE] != NULL:
                         child = pointers[at : at + radix.SIZE]
                         self._release(child, below, level - 1, owner, seen)
-        blocks.release(pointer)
+        self.space.release_cut(pointer)
 
     def _children(self, node: Node) -> bytes:
         body = node.data[HEADER_SIZE:]

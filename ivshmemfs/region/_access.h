@@ -19,6 +19,7 @@
 #endif
 
 #if defined(__x86_64__)
+#include <emmintrin.h>
 #include <smmintrin.h>
 #elif defined(__aarch64__)
 #include <sys/auxv.h>
@@ -326,6 +327,30 @@ static void copy_in(int access, void *to, const void *from, size_t length)
         device_store(to, from, length);
     else
         memcpy(to, from, length);
+}
+
+/* Into cached memory, but past the caches; the caller fences before anybody is told of it. */
+static void stream_in(unsigned char *to, const unsigned char *from, size_t length)
+{
+#if defined(__x86_64__)
+    size_t head = (size_t)(-(uintptr_t)to & 63);
+    if (head > length)
+        head = length;
+    memcpy(to, from, head);
+    to += head, from += head, length -= head;
+    for (; length >= 64; to += 64, from += 64, length -= 64) {
+        __m128i a = _mm_loadu_si128((const __m128i *)from);
+        __m128i b = _mm_loadu_si128((const __m128i *)(from + 16));
+        __m128i c = _mm_loadu_si128((const __m128i *)(from + 32));
+        __m128i d = _mm_loadu_si128((const __m128i *)(from + 48));
+        __m128i *line = (__m128i *)(uintptr_t)to;
+        _mm_stream_si128(line, a);
+        _mm_stream_si128(line + 1, b);
+        _mm_stream_si128(line + 2, c);
+        _mm_stream_si128(line + 3, d);
+    }
+#endif
+    memcpy(to, from, length);
 }
 
 static void clear_in(int access, unsigned char *to, size_t length)

@@ -30,9 +30,17 @@
 #include "_access.h"
 #include "_crc32c.h"
 
+#ifndef MADV_POPULATE_READ
+#define MADV_POPULATE_READ 22 /* Linux 5.14 */
+#endif
+
 #define UNLIKELY(condition) __builtin_expect(!!(condition), 0)
 #define NOGIL_BYTES (64 * 1024) /* below this, handing over the GIL costs more than it gives */
 #define CHUNK 4096              /* what write() and zero() count as one block */
+#define LONG_RUN (16 * 1024)    /* bytes in a row from which on it is worth thinking how */
+#define WINDOW_BITS 16          /* as much as the kernel maps at one fault */
+#define WINDOW (UINT64_C(1) << WINDOW_BITS)
+#define WARM_WINDOWS 64 /* stored to so recently, a window is still in a cache */
 #define POINTER_SIZE 16
 #define NODE_HEADER 32
 #define NODE_USED_AT 8
@@ -58,6 +66,8 @@ typedef struct {
     uint32_t users;  /* operations in progress; the last one unmaps after close() */
     uint64_t stores;
     uint64_t countdown; /* events still to pass before the trap springs */
+    uint64_t moved;     /* bytes stored by long runs so far */
+    uint32_t *warmth;   /* for each window: when it was last stored to, see long_run() */
     PyObject *callback;
     PyObject *dead; /* class of the exception that a trap's callback raised */
 } Memory;
@@ -270,6 +280,8 @@ static void memory_unmap(Memory *memory)
     if (memory->base != NULL)
         munmap(memory->base, memory->length);
     memory->base = NULL;
+    free(memory->warmth);
+    memory->warmth = NULL;
 }
 
 /* Brackets every operation: close() meanwhile, by a callback or a thread, must not unmap. */
@@ -365,6 +377,8 @@ static int memory_map(Memory *memory, uint64_t fd, uint64_t offset)
         return -1;
     }
     memory->base = base;
+    if (memory->writable && memory->access == ACCESS_NORMAL) /* without it, runs are just slower */
+        memory->warmth = calloc(memory->length / WINDOW + 1, sizeof *memory->warmth);
     return 0;
 }
 
@@ -691,27 +705,77 @@ static bool bulk_next(struct bulk *bulk, struct piece *piece)
     return true;
 }
 
-static void piece_store(int access, const struct piece *piece)
+static void piece_store(int access, bool streaming, const struct piece *piece)
 {
-    if (piece->filled > 0)
+    if (piece->filled > 0 && streaming)
+        stream_in(piece->to, piece->from, piece->filled);
+    else if (piece->filled > 0)
         copy_in(access, piece->to, piece->from, piece->filled);
     if (piece->size > piece->filled)
         clear_in(access, piece->to + piece->filled, piece->size - piece->filled);
+}
+
+/* Makes one piece of those that follow each other in the region; not too long, so that the guard is
+ * looked at now and then. */
+static void piece_extend(struct piece *piece, struct bulk *bulk)
+{
+    struct bulk ahead = *bulk;
+    struct piece next;
+
+    while (piece->size < WINDOW && bulk_next(&ahead, &next) &&
+           next.to == piece->to + piece->size) {
+        piece->filled += next.filled;
+        piece->size += next.size;
+        *bulk = ahead;
+    }
+}
+
+/* Prepares a run of stores; whether they had better go past the caches.
+ *
+ * A file's pages appear in a mapping when they are first touched, and one fault for each of them
+ * takes longer than storing to it.  The kernel maps a whole window at once when it is asked to.
+ * What was stored to long ago is in no cache, so that storing to it there would have to fetch it
+ * first.  Nothing depends on the answers: other threads may change them at the same time. */
+static bool long_run(Memory *memory, const struct piece *run)
+{
+    uint64_t first = (uint64_t)(run->to - memory->base) >> WINDOW_BITS;
+    uint64_t last = (uint64_t)(run->to + run->size - 1 - memory->base) >> WINDOW_BITS;
+    uint32_t now = (uint32_t)(memory->moved >> WINDOW_BITS) + 1;
+    uint64_t cold = 0;
+
+    if (memory->warmth == NULL || run->size < LONG_RUN)
+        return false;
+    for (uint64_t window = first; window <= last; window++) {
+        uint32_t since = __atomic_exchange_n(&memory->warmth[window], now, __ATOMIC_RELAXED);
+        uint64_t rest = memory->length - (window << WINDOW_BITS);
+        if (since == 0)
+            madvise(memory->base + (window << WINDOW_BITS), rest < WINDOW ? rest : WINDOW,
+                    MADV_POPULATE_READ); /* older kernels refuse, and then it happens as it did */
+        cold += since == 0 || now - since > WARM_WINDOWS;
+    }
+    memory->moved += run->size;
+    return 2 * cold > last - first;
 }
 
 static void bulk_body(void *argument)
 {
     struct bulk *bulk = argument;
     struct piece piece;
+    bool streaming, streamed = false;
 
-    while (bulk_next(bulk, &piece)) {
+    while (!bulk->stale && bulk_next(bulk, &piece)) {
+        piece_extend(&piece, bulk);
+        streaming = long_run(bulk->memory, &piece);
         if (bulk->guarding != NULL && UNLIKELY(!guarded(bulk->guarding))) {
             bulk->stale = true;
-            return;
+        } else {
+            piece_store(bulk->memory->access, streaming, &piece);
+            bulk->events += 2 * ((piece.size + bulk->chunk - 1) / bulk->chunk);
+            streamed |= streaming;
         }
-        piece_store(bulk->memory->access, &piece);
-        bulk->events += 2;
     }
+    if (streamed)
+        fence_full(); /* streaming stores are ordered by nothing else */
 }
 
 struct half {
@@ -728,7 +792,7 @@ static void half_body(void *argument)
     if (half->guarding != NULL && !guarded(half->guarding))
         half->stale = true;
     else
-        piece_store(half->access, &half->piece);
+        piece_store(half->access, false, &half->piece);
 }
 
 static struct half piece_half(const struct bulk *bulk, const struct piece *piece, bool second)
@@ -1069,6 +1133,7 @@ refuse:
 struct claim {
     const Blocks *blocks;
     uint64_t tag;
+    const unsigned char *places; /* pointers to the blocks to visit; NULL: all, from cursor on */
     uint64_t cursor;
     uint64_t unvisited;
     uint64_t wanted;
@@ -1079,15 +1144,36 @@ struct claim {
     bool unable;
 };
 
+/* The block to visit; none (a number that is too large) for a null pointer. */
+static inline uint64_t claim_place(const struct claim *claim)
+{
+    if (claim->places == NULL)
+        return claim->cursor;
+    return pointer_tag(claim->places) != 0 ? pointer_block(claim->places) : MAX_BLOCKS;
+}
+
+static inline void claim_advance(struct claim *claim)
+{
+    claim->unvisited--;
+    if (claim->places != NULL)
+        claim->places += POINTER_SIZE;
+    else if (++claim->cursor == claim->blocks->block_count)
+        claim->cursor = 0;
+}
+
 static void claim_body(void *argument)
 {
     struct claim *claim = argument;
     const Blocks *blocks = claim->blocks;
 
     fence_around_swap(blocks->memory->access);
-    while (claim->got < claim->wanted && claim->unvisited > 0) {
-        unsigned char *address = tag_address(blocks, claim->cursor);
-        uint64_t previous = word_peek(address);
+    for (; claim->got < claim->wanted && claim->unvisited > 0; claim_advance(claim)) {
+        uint64_t previous, block = claim_place(claim);
+        unsigned char *address;
+        if (block >= blocks->block_count)
+            continue;
+        address = tag_address(blocks, block);
+        previous = word_peek(address);
         if (previous == 0) {
             if (claim->swaps == claim->swaps_allowed)
                 return;
@@ -1096,12 +1182,9 @@ static void claim_body(void *argument)
             if (claim->unable)
                 return;
             if (previous == 0)
-                pointer_make(claim->pointers + POINTER_SIZE * claim->got++,
-                             (uint32_t)claim->cursor, claim->tag);
+                pointer_make(claim->pointers + POINTER_SIZE * claim->got++, (uint32_t)block,
+                             claim->tag);
         }
-        claim->unvisited--;
-        if (++claim->cursor == blocks->block_count)
-            claim->cursor = 0;
     }
     fence_around_swap(blocks->memory->access);
 }
@@ -1128,18 +1211,24 @@ static int claim_run(struct claim *claim)
     return 0;
 }
 
+static int take_tag(PyObject *object, uint64_t *tag)
+{
+    if (take_u64(object, "tag", tag) < 0)
+        return -1;
+    if (*tag == 0) {
+        PyErr_SetString(PyExc_ValueError, "tag 0 means free and claims nothing");
+        return -1;
+    }
+    return 0;
+}
+
 static const signature claim_signature = {"claim", {"count", "tag", "cursor"}, 3, 3};
 
 static int take_claim(const Blocks *blocks, PyObject **given, struct claim *claim)
 {
-    if (take_u64(given[0], "count", &claim->wanted) < 0 ||
-        take_u64(given[1], "tag", &claim->tag) < 0 ||
+    if (take_u64(given[0], "count", &claim->wanted) < 0 || take_tag(given[1], &claim->tag) < 0 ||
         take_u64(given[2], "cursor", &claim->cursor) < 0 || check_block(blocks, claim->cursor) < 0)
         return -1;
-    if (claim->tag == 0) {
-        PyErr_SetString(PyExc_ValueError, "tag 0 means free and claims nothing");
-        return -1;
-    }
     if (claim->wanted > blocks->block_count)
         claim->wanted = blocks->block_count;
     return 0;
@@ -1167,6 +1256,35 @@ static PyObject *blocks_claim(PyObject *self, PyObject *const *args, Py_ssize_t 
     }
     if (claim.pointers != few)
         free(claim.pointers);
+    return result;
+}
+
+static const signature reclaim_signature = {"reclaim", {"pointers", "tag"}, 2, 2};
+
+static PyObject *blocks_reclaim(PyObject *self, PyObject *const *args, Py_ssize_t count,
+                                PyObject *keywords)
+{
+    Blocks *blocks = (Blocks *)self;
+    PyObject *given[2], *result = NULL;
+    struct claim claim = {.blocks = blocks};
+    Py_buffer places;
+
+    if (take_args(&reclaim_signature, args, count, keywords, given) < 0 ||
+        take_tag(given[1], &claim.tag) < 0 || take_pointers(blocks, given[0], true, &places) < 0)
+        return NULL;
+    claim.places = places.buf;
+    claim.wanted = claim.unvisited = (uint64_t)places.len / POINTER_SIZE;
+    claim.pointers = malloc((size_t)places.len + 1);
+    if (claim.pointers == NULL) {
+        PyErr_NoMemory();
+    } else if (use_for_stores(blocks->memory) == 0) {
+        if (claim_run(&claim) == 0)
+            result = PyBytes_FromStringAndSize((const char *)claim.pointers,
+                                               (Py_ssize_t)(claim.got * POINTER_SIZE));
+        unuse(blocks->memory);
+    }
+    free(claim.pointers);
+    PyBuffer_Release(&places);
     return result;
 }
 
@@ -1516,6 +1634,16 @@ struct gather {
     unsigned char *to;
 };
 
+#define HOLE UINT64_MAX
+
+/* The block that a pointer leads to; also a hole is one that changed under us and leads outside. */
+static inline uint64_t gather_block(const Blocks *blocks, const unsigned char *pointer)
+{
+    uint64_t block = pointer_block(pointer);
+
+    return pointer_tag(pointer) == 0 || block >= blocks->block_count ? HOLE : block;
+}
+
 static void gather_body(void *argument)
 {
     struct gather *gather = argument;
@@ -1526,10 +1654,13 @@ static void gather_body(void *argument)
         uint64_t within = gather->position % blocks->block_size;
         uint64_t length = blocks->block_size - within;
         const unsigned char *pointer = gather->pointers + index * POINTER_SIZE;
-        uint64_t block = pointer_block(pointer);
+        uint64_t block = gather_block(blocks, pointer), next = block;
+        while (block != HOLE && gather->position + length < gather->stop &&
+               gather_block(blocks, pointer += POINTER_SIZE) == ++next)
+            length += blocks->block_size;
         if (length > gather->stop - gather->position)
             length = gather->stop - gather->position;
-        if (pointer_tag(pointer) == 0 || block >= blocks->block_count)
+        if (block == HOLE)
             memset(gather->to, 0, length);
         else
             copy_out(blocks->memory->access, gather->to, block_address(blocks, block) + within,
@@ -1896,6 +2027,9 @@ static PyMethodDef blocks_methods[] = {
      "claim($self, count, tag, cursor)\n--\n\n"
      "Claim up to count free blocks for tag, from block cursor on and around.\n"
      "Returns their packed pointers and the next cursor."},
+    {"reclaim", FAST(blocks_reclaim),
+     "reclaim($self, pointers, tag)\n--\n\n"
+     "Claim those of the pointers' blocks that are free, for tag. Returns pointers to them."},
     {"release", FAST(blocks_release),
      "release($self, pointers)\n--\n\n"
      "Free the blocks that still carry their pointer's tag. Returns how many."},

@@ -12,7 +12,7 @@ leaves nothing but claims, which `settle` (or, after a death, a collector) takes
 
 A claim is ours while our state word says that its transaction is under way, and no longer: a
 machine that was put back into an older state finds what it had claimed settled, and perhaps
-published, by what it did in the meantime.  So that word is looked at before each block is filled
+published, by what it did in the meantime.  So that word is looked at before blocks are filled
 (`Blocks.guard`), and claims are released only by whoever has ended the transaction itself.
 """
 
@@ -31,24 +31,71 @@ _POINTER = words.POINTER
 _pack_header = HEADER.pack_values
 FIRST_CLAIM = 6  # blocks that an ordinary transaction needs
 SMALL_CLAIM = 4
-NEAR = 4096  # tags that may be scanned in vain for the sake of warm blocks
 _NOT_OURS = "another peer declared this mount gone in the middle of a transaction"
-BULK = 64  # released blocks that are worth any way
+BULK = 8  # blocks from which on claims are kept packed, and together
+FEW_KEPT = 4096  # released blocks that are remembered
+BULK_KEPT = 16384
+
+
+class Supply:
+    """Where one mount finds free blocks: those that it released last, else on from a cursor.
+
+    What was released last is still in a cache and mapped already, while a block that nobody has
+    touched yet must first be given memory.  Blocks of data that were released together stay
+    together, so that copies of what is put into them go in long runs.  All this is a guess at
+    which blocks are free: others may have claimed them.
+    """
+
+    def __init__(self, store: Store, cursor: int = 0) -> None:
+        self._store = store
+        self._cursor = cursor
+        self._few = bytearray()  # packed pointers, the last released at the end
+        self._bulk = bytearray()
+
+    def claim(self, count: int, tag: int) -> bytes:
+        """Packed pointers to `count` blocks, or to as many as there are."""
+        blocks, missing = self._store.blocks, count * words.POINTER_SIZE
+        got = b""
+        for known in (self._bulk, self._few) if count >= BULK else (self._few, self._bulk):
+            if missing and known:
+                last = bytes(known[-missing:])
+                del known[-missing:]
+                got += blocks.reclaim(last, tag)
+                missing = count * words.POINTER_SIZE - len(got)
+        if missing:
+            more, self._cursor = blocks.claim(missing // words.POINTER_SIZE, tag, self._cursor)
+            got += more
+        return got
+
+    def release(self, pointers: bytes | bytearray, *, bulk: bool = False) -> None:
+        """Free the blocks that still bear their pointers' tags; null pointers are skipped."""
+        try:
+            self._store.blocks.release(pointers)
+        except ValueError:  # a damaged tree led to a block that does not exist
+            for at in range(0, len(pointers), words.POINTER_SIZE):
+                with suppress(ValueError):
+                    self._store.blocks.release(pointers[at : at + words.POINTER_SIZE])
+            return
+        known, most = (self._bulk, BULK_KEPT) if bulk else (self._few, FEW_KEPT)
+        known += pointers
+        if len(known) > most * words.POINTER_SIZE:
+            del known[: -most * words.POINTER_SIZE]
 
 
 class Space:
     """Blocks of one transaction.  `tag` must come from `Membership.begin`."""
 
-    def __init__(self, store: Store, tag: int, cursor: int) -> None:
+    def __init__(self, store: Store, tag: int, supply: Supply) -> None:
         self._store = store
+        self._supply = supply
         self.tag = tag
-        self.cursor = cursor
         self._pool: list[int] = []
         self._nodes: dict[int, Node] = {}
         self._taken: set[int] = set()
         self._bulk = b""  # packed, used as `_taken` is
         self._spare = b""  # packed, claimed and unused as `_pool` is
         self._replaced = bytearray()
+        self._replaced_bulk = bytearray()
         self.replaced_count = 0
         self.keep = 0  # free blocks that must be left, where they are few
 
@@ -56,7 +103,7 @@ class Space:
 
     def _fill_pool(self, want: int) -> None:
         self._watch_room(want)
-        got, self.cursor = self._store.blocks.claim(want, self.tag, self.cursor)
+        got = self._supply.claim(want, self.tag)
         self._pool += memoryview(got).cast("I")[::4].tolist()
 
     def _watch_room(self, want: int) -> None:
@@ -65,7 +112,7 @@ class Space:
 
     def claim(self, count: int) -> bytes:
         """`count` packed pointers to fresh private blocks; NoSpace if there are not that many."""
-        if count > BULK:
+        if count >= BULK:
             return self._claim_many(count)
         if len(self._pool) < count:
             self._fill_pool(count - len(self._pool))
@@ -82,7 +129,7 @@ class Space:
             got, self._spare = self._spare, b""
         else:
             self._watch_room(count)
-            got, self.cursor = self._store.blocks.claim(count, self.tag, self.cursor)
+            got = self._supply.claim(count, self.tag)
         self._bulk += got
         if len(got) < count * words.POINTER_SIZE:
             raise NoSpace("no free blocks are left on the region")
@@ -139,7 +186,7 @@ class Space:
 
     def replace_many(self, pointers: bytes, count: int) -> None:
         """The same for packed pointers of published data, `count` of them not null."""
-        self._replaced += pointers
+        self._replaced_bulk += pointers
         self.replaced_count += count
 
     @property
@@ -147,21 +194,6 @@ class Space:
         """How many blocks more would be in use after the commit than before."""
         bulk = len(self._bulk) // words.POINTER_SIZE
         return len(self._taken) + bulk - self.replaced_count
-
-    def _release(self, pointers: bytes) -> None:
-        try:
-            self._store.blocks.release(pointers)
-        except ValueError:  # a damaged tree led to a block that does not exist
-            for at in range(0, len(pointers), words.POINTER_SIZE):
-                with suppress(ValueError):
-                    self._store.blocks.release(pointers[at : at + words.POINTER_SIZE])
-
-    def _aim(self, released: bytes) -> None:
-        """Claim next where blocks were just released: their memory is warm, and exists."""
-        blocks = memoryview(released).cast("I")
-        lowest = min(blocks[0], blocks[-4])
-        if 0 <= self.cursor - lowest < NEAR or len(blocks) > 4 * BULK:
-            self.cursor = lowest
 
     def fill(self, pointers: bytes, content: bytes | bytearray | memoryview) -> None:
         """Store `content` into claimed blocks, zeros after it in the last.  Raises Fenced."""
@@ -193,6 +225,7 @@ class Space:
         self._nodes.clear()
         self._taken.clear()
         self._replaced.clear()
+        self._replaced_bulk.clear()
         self.replaced_count = 0
 
     def settle(self, published: bool, ended: bool) -> None:
@@ -203,12 +236,18 @@ class Space:
         """
         if not published:
             self.forget_plan()
-        released = bytes(self._replaced)
+        few, bulk = bytes(self._replaced), bytes(self._replaced_bulk)
         if ended:
-            released = self._pack(self._pool) + self._spare + released
-        if released:
-            self._release(released)
-            self._aim(released)
+            few, bulk = self._pack(self._pool) + few, self._spare + bulk
+        if few:
+            self._supply.release(few)
+        if bulk:
+            self._supply.release(bulk, bulk=True)
         self._pool.clear()
         self._spare = b""
         self._replaced.clear()
+        self._replaced_bulk.clear()
+
+    def release_cut(self, pointers: bytes) -> None:
+        """After the commit: free blocks of a subtree that the new root no longer reaches."""
+        self._supply.release(pointers, bulk=len(pointers) >= BULK * words.POINTER_SIZE)

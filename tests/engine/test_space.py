@@ -188,3 +188,29 @@ def test_churn_in_a_nearly_full_region(made: TestRegion, seed: int) -> None:
         assert get(mounts[0], ROOT_INO, name) == content
     remove_all(mounts[1], ROOT_INO)
     assert_empty(mounts[0])
+
+
+def used_blocks(fs: Filesystem) -> set[int]:
+    """Numbers of all blocks that are not free."""
+    blocks = fs.store.blocks
+    return {block for block in range(blocks.block_count) if blocks.tag(block)}
+
+
+@pytest.mark.parametrize("size", [4096, 5 * 4096, 40 * 4096, 1 << 20])
+def test_what_was_just_freed_is_used_next(size: int) -> None:
+    with new_region(64 << 20) as made:
+        fs = made.mount()
+        handle, _ = fs.create(ROOT_INO, b"over", 0o644, os.O_WRONLY, ROOT)
+        fs.write(handle, 0, bytes(4 << 20))
+        fs.write(handle, 1 << 20, bytes(size))
+        touched = used_blocks(fs)
+        start = len(touched)
+        for number in range(30):
+            fs.write(handle, (number % 3) << 20, bytes([number]) * size)
+            touched |= used_blocks(fs)
+        assert len(touched) <= start + size // 4096 + 16  # one write's blocks, and its nodes
+        fs.release(handle)
+        remove_all(fs, ROOT_INO)
+        put(fs, ROOT_INO, b"again", bytes(3 << 20))
+        assert len(used_blocks(fs) | touched) <= len(touched) + 16
+        assert_clean(made)

@@ -58,6 +58,14 @@ class ModelBlocks:
             cursor = (cursor + 1) % self.block_count
         return got, cursor
 
+    def reclaim(self, pointers: bytes, tag: int) -> bytes:
+        got = b""
+        for block, old in unpack(pointers):
+            if old and self.tags[block] == 0:
+                self.tags[block] = tag
+                got += pointer(block, tag)
+        return got
+
     def release(self, pointers: bytes) -> int:
         released = 0
         for block, tag in unpack(pointers):

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import os
+import platform
+import re
+import resource
 import struct
+import tempfile
+from collections.abc import Sequence
 
 import pytest
 from hypothesis import given, settings
@@ -59,6 +64,14 @@ def test_a_stale_release_frees_nothing(blocks: Blocks) -> None:
     assert blocks.tag(0) == TAG + 1
 
 
+def test_reclaiming_takes_those_of_the_blocks_that_are_free(blocks: Blocks) -> None:
+    blocks.claim(1, 5, 8)
+    wanted = pointer(9, 1) + NULL + pointer(8, 1) + pointer(9, 2) + pointer(3, 1)
+    assert blocks.reclaim(wanted, TAG) == pointer(9, TAG) + pointer(3, TAG)
+    assert (blocks.tag(0), blocks.tag(3), blocks.tag(8), blocks.tag(9)) == (0, TAG, 5, TAG)
+    assert blocks.reclaim(b"", TAG) == b""
+
+
 @pytest.mark.parametrize("cursor", [-1, COUNT, 2**64])
 def test_a_cursor_outside_is_refused(blocks: Blocks, cursor: int) -> None:
     with pytest.raises(ValueError, match=r"cursor|outside"):
@@ -70,6 +83,8 @@ def test_a_cursor_outside_is_refused(blocks: Blocks, cursor: int) -> None:
 def test_an_impossible_tag_is_refused(blocks: Blocks, tag: int) -> None:
     with pytest.raises(ValueError, match="tag"):
         blocks.claim(1, tag, 0)
+    with pytest.raises(ValueError, match="tag"):
+        blocks.reclaim(pointer(0, 1), tag)
 
 
 # --- pointers -------------------------------------------------------------------------------
@@ -79,6 +94,7 @@ def test_an_impossible_tag_is_refused(blocks: Blocks, tag: int) -> None:
 def test_pointers_that_lead_outside_are_refused_by_value(blocks: Blocks, block: int) -> None:
     wrong = pointer(0, 1) + pointer(block, 1)
     for call in (
+        lambda: blocks.reclaim(wrong, TAG),
         lambda: blocks.release(wrong),
         lambda: blocks.check(wrong),
         lambda: blocks.gather(wrong, 0, 1, bytearray(1)),
@@ -205,6 +221,53 @@ def test_gather_outside_is_refused(blocks: Blocks, skip: int, length: int, at: i
 def test_gather_needs_a_writable_buffer(blocks: Blocks) -> None:
     with pytest.raises(BufferError):
         blocks.gather(pointer(0, 1), 0, 1, b"x")
+
+
+PAGE = 4096
+RUNS = [
+    range(3, 43),  # one run
+    [*range(30, 40), *range(5), *range(10, 30)],
+    range(40, 4, -1),  # none longer than a block
+]
+
+
+@pytest.mark.parametrize("order", RUNS, ids=["one", "three", "backwards"])
+@pytest.mark.parametrize("odd", [0, 1, 77])
+def test_runs_of_blocks_are_copied_like_single_ones(
+    memory: Memory, order: Sequence[int], odd: int
+) -> None:
+    blocks = Blocks(memory, TAGS, DATA, PAGE, 48)
+    got = b"".join(blocks.claim(1, TAG, block)[0] for block in order)
+    length = len(order) * PAGE - odd
+    for _ in range(3):  # cold at first, warm later
+        memory.write(DATA, b"\xee" * 48 * PAGE)
+        source = memoryview(os.urandom(odd + length))[odd:]
+        blocks.scatter(got, source)
+        padded = bytes(source) + bytes(odd)
+        for place, block in enumerate(order):
+            piece = memory.read(DATA + block * PAGE, PAGE)
+            assert piece == padded[place * PAGE : (place + 1) * PAGE]
+        for block in {*range(48)} - {*order}:
+            assert memory.read(DATA + block * PAGE, PAGE) == b"\xee" * PAGE
+        into = bytearray(length)
+        assert blocks.gather(got, 100, length - 100, into, at=odd)
+        assert into[odd : odd + length - 100] == source[100:]
+
+
+def test_a_long_run_in_a_fresh_mapping_takes_few_page_faults(place: Place) -> None:
+    release = tuple(int(word) for word in re.findall(r"\d+", platform.release())[:2])
+    if release < (5, 14):
+        pytest.skip("this kernel cannot map pages ahead of their use")
+    with tempfile.TemporaryFile(dir="/dev/shm") as file:
+        file.write(bytes(5 << 20))
+        file.flush()
+        blocks = Blocks(Memory(file.fileno(), 5 << 20), 0, 1 << 20, PAGE, 1024)
+    got, _ = blocks.claim(1024, TAG, 0)
+    data = os.urandom(1024 * PAGE)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    blocks.scatter(got, data)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before < 512
+    assert blocks.memory.read(1 << 20, 1024 * PAGE) == data
 
 
 # --- nodes ----------------------------------------------------------------------------------
@@ -417,6 +480,7 @@ pointers = st.lists(
 ).map(b"".join)
 steps = st.one_of(
     st.tuples(st.just("claim"), st.integers(0, 10), tags, st.integers(0, SMALL - 1)),
+    st.tuples(st.just("reclaim"), pointers, tags),
     st.tuples(st.just("release"), pointers),
     st.tuples(st.just("check"), pointers),
     st.tuples(st.just("gather"), pointers, st.integers(0, 200), st.integers(0, 200)),
@@ -464,6 +528,8 @@ def test_any_sequence_equals_the_model(
         match step:
             case ("claim", int(count), int(tag), int(cursor)):
                 assert blocks.claim(count, tag, cursor) == model.claim(count, tag, cursor)
+            case ("reclaim", bytes(p), int(tag)):
+                assert blocks.reclaim(p, tag) == model.reclaim(p, tag)
             case ("release", bytes(p)):
                 assert blocks.release(p) == model.release(p)
             case ("check", bytes(p)):

@@ -53,6 +53,7 @@ def test_every_access_survives(place: Place, memory: Memory, index: int) -> None
 
 BLOCK_CALLS: list[Callable[[Blocks], object]] = [
     lambda b: b.claim(3, 5, 0),
+    lambda b: b.reclaim(pointer(0, 5), 5),
     lambda b: b.release(pointer(0, 9)),
     lambda b: b.tag(0),
     lambda b: b.check(pointer(0, 9)),

@@ -35,6 +35,7 @@ STORES: list[tuple[str, Callable[[Blocks], object], int]] = [
     ("zero", lambda b: b.memory.zero(DATA, 8192), 4),
     ("claim", lambda b: b.claim(5, 9, 10), 5),
     ("claim all", lambda b: b.claim(1000, 9, 10), COUNT - 4),
+    ("reclaim", lambda b: b.reclaim(FOUR + bytes(16) + pointer(9, 7) + pointer(8, 7), 9), 2),
     ("release", lambda b: b.release(FOUR + bytes(16)), 4),
     ("release stale", lambda b: b.release(pointer(0, 8)), 1),
     ("scatter one", lambda b: b.scatter(FOUR, b"y"), 2),
