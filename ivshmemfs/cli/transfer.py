@@ -277,6 +277,7 @@ class Getter:
         self._recursive = recursive
         self._force = force
         self._zeroes = bytes(PIECE)
+        self._piece = memoryview(bytearray(PIECE))
 
     def copy(self, attr: Attr, target: bytes) -> None:
         """What has `attr` becomes the local file `target`; raises OSError, UsageError."""
@@ -325,8 +326,8 @@ class Getter:
         try:
             handle = patiently(lambda: fs.open(attr.ino, os.O_RDONLY))
             opened, at = handle, 0
-            while piece := patiently(lambda at=at: fs.read(opened, at, PIECE)):  # type: ignore[misc]
-                if not sparse or piece != self._zeroes[: len(piece)]:
+            while piece := patiently(lambda at=at: fs.read(opened, at, PIECE, self._piece)):  # type: ignore[misc]
+                if not sparse or bytes(piece) != self._zeroes[: len(piece)]:
                     _write(fd, piece, at)
                 at += len(piece)
                 self._meter.add(target, at, attr.size)
