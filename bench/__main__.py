@@ -17,7 +17,9 @@ from bench.peers import Peer
 from bench.runner import Client, Table, interleave
 from bench.workloads import MEMCPY, QUICK, Scale, Workloads
 
-SPECIAL = ("visibility", "commits", "directories", "sizes", "start", "idle", "memory")
+SPECIAL = (
+    "visibility", "commits", "transfer", "directories", "sizes", "start", "idle", "memory"
+)  # fmt: skip
 GROUPS = ("look", "names", "random", "sequential", "readdir", "cp", "tree")
 PEERS = ("tmpfs", "memcpy", "passthrough", "passthrough-never", "ivshmemfs-trio")
 DEFAULT_PEERS = ("tmpfs", "memcpy", "passthrough", "ivshmemfs-trio")
@@ -119,6 +121,8 @@ class Bench:
             found = special.visibility(client, shm, work, rounds=rounds, count=50)
         elif name == "commits":
             found = special.commits(client, shm, work, rounds=rounds)
+        elif name == "transfer":
+            found = special.transfer(client, shm, work, rounds=rounds, mib=16 if quick else 256)
         elif name == "start":
             found = special.start(shm, work, rounds=rounds, size=size)
         elif name == "idle":

@@ -316,6 +316,24 @@ static void mapping(char **arg)
 	report(label("read", block), size);
 }
 
+/* Copies the bytes of a file into a mapping that is in memory, or out of it, with one call. */
+static void once(char **arg)
+{
+	uint64_t size = (uint64_t)number(arg[0]) << 20, started;
+	int in = strcmp(arg[1], "in") == 0, region = opened(arg[2], O_RDWR), file;
+	int protection = in ? PROT_READ | PROT_WRITE : PROT_READ;
+	char *map = mmap(NULL, size, protection, MAP_SHARED | MAP_POPULATE, region, 0);
+
+	if (map == MAP_FAILED)
+		die("mmap");
+	file = opened(arg[3], in ? O_RDONLY : O_WRONLY | O_CREAT | O_TRUNC);
+	started = now();
+	if ((in ? read(file, map, size) : write(file, map, size)) != (ssize_t)size)
+		die(arg[3]);
+	note(started);
+	report("once", size);
+}
+
 /* COUNT files of SIZE bytes in the current directory, unless they are there already */
 static void fill(char **arg)
 {
@@ -498,6 +516,7 @@ static const struct {
 	{"sequential", sequential, 2}, {"mapping", mapping, 2}, {"fill", fill, 2},
 	{"list", list, 2},	   {"crowd", crowd, 3}, {"pump", pump, 3},
 	{"see", see, 3},	   {"coherent", coherent, 3}, {"run", run, 1},
+	{"once", once, 4},
 };
 
 int main(int argc, char **argv)

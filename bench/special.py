@@ -163,6 +163,48 @@ def region_sizes(
     return table
 
 
+# --- copying without a mount ------------------------------------------------------------------
+
+
+def transfer(client: Client, shm: Path, work: Path, *, rounds: int, mib: int) -> Figures:
+    """The rate of `get` and `put` of one large file, as a part of a single call's that copies it.
+
+    That call is write(2) from a mapping to tmpfs for `get`, and read(2) into a mapping that is in
+    memory already for `put`.  "process" compares whole processes, "loop" what both take longer for
+    the large file than for none: the start of Python is not in it.
+    """
+    source, region, raw = shm / "source", shm / "transfer", shm / "raw"
+    source.write_bytes(bytes(range(256)) * (mib << 12))
+    (shm / "nothing").write_bytes(b"")
+    raw.write_bytes(bytes(mib << 20))
+    make_region(region, f"{3 * mib}M")
+    figures: dict[str, list[float]] = {}
+    for turn in range(rounds + 2):
+        for way, name in (("in", "put"), ("out", "get")):
+            target = shm / "copy"
+            target.unlink(missing_ok=True)
+            began = time.perf_counter()
+            once = client.run(work, "once", mib, way, raw, source if way == "in" else target)
+            process = time.perf_counter() - began
+            target.unlink(missing_ok=True)
+            ours, nothing = (_transferred(name, shm, file) for file in ("source", "nothing"))
+            if turn >= 2:  # by then all memory of the region has been used
+                figures.setdefault(f"{name}: process", []).append(process / ours)
+                loop = once["once"].seconds / max(ours - nothing, 1e-9)
+                figures.setdefault(f"{name}: loop", []).append(loop)
+    for left in (source, region, raw, shm / "copy"):
+        left.unlink(missing_ok=True)
+    return {name: median(found) for name, found in figures.items()}
+
+
+def _transferred(name: str, shm: Path, file: str) -> float:
+    """Seconds for `put` or `get` of a file."""
+    region, target = str(shm / "transfer"), shm / "copy"
+    target.unlink(missing_ok=True)
+    ways = {"put": [str(shm / file), f"/{file}"], "get": [f"/{file}", str(target)]}
+    return _timed([*IVSHMEMFS, name, "--force", region, *ways[name]])
+
+
 # --- start, idling, memory --------------------------------------------------------------------
 
 
