@@ -26,10 +26,13 @@ from ivshmemfs.errors import Busy, FsError, IvshmemfsError, UsageError
 if TYPE_CHECKING:
     from rich.progress import Progress
 
-    from ivshmemfs.engine import Attr, Filesystem
+    from ivshmemfs.engine import Attr, Filesystem, Handle
 
-#: Bytes of one read or write: what one transaction carries, and what a cache still holds.
+#: Bytes of one read: what a cache still holds.
 PIECE = 1 << 20
+#: Bytes and blocks of one transaction at most; other mounts wait for its end.
+MOST = 4 << 20
+MOST_BLOCKS = 1024
 #: Seconds after which a copy counts as long, and shows how far it is.
 LONG = 1.0
 #: Seconds between two signs of life while copying into a region.
@@ -133,7 +136,7 @@ class Putter:
         self._recursive = recursive
         self._force = force
         self._me = Context(os.getuid(), os.getgid())
-        self._piece = bytearray(PIECE)
+        self._most = min(MOST, MOST_BLOCKS * fs.block_size)
         self._ticked = time.monotonic()
 
     def copy(self, source: bytes, folder: int, name: bytes) -> None:
@@ -170,7 +173,7 @@ class Putter:
             handle, attr = patiently(lambda: fs.create(folder, fresh, 0o600, flags, self._me))
             try:
                 try:
-                    for start, end in _extents(file.fileno(), status):
+                    for start, end in _extents(file.fileno(), status, fs.block_size):
                         self._pour(file.fileno(), handle, start, end, source, status.st_size)
                     self._dress(attr.ino, status, size=status.st_size)
                 finally:
@@ -182,17 +185,14 @@ class Putter:
                 raise
 
     def _pour(
-        self, fd: int, handle: object, start: int, end: int, source: bytes, size: int
+        self, fd: int, handle: Handle, start: int, end: int, source: bytes, size: int
     ) -> None:
+        fs = self._fs
         while start < end:
-            piece = memoryview(self._piece)[: min(PIECE, end - start)]
-            got = os.preadv(fd, [piece], start)
+            at, most = start, min(self._most, end - start)
+            got = patiently(lambda at=at, most=most: fs.write_from(handle, at, most, fd))  # type: ignore[misc]
             if not got:
                 return  # it became shorter meanwhile
-            done = 0
-            while done < got:
-                rest, at = piece[done:got], start + done
-                done += patiently(lambda at=at, rest=rest: self._fs.write(handle, at, rest))  # type: ignore[misc, arg-type]
             start += got
             self._meter.add(source, start, size)
             self._show_life()
@@ -248,8 +248,8 @@ class Putter:
         patiently(lambda: fs.setattr(ino, self._me, mode=mode, atime_ns=atime, mtime_ns=mtime))
 
 
-def _extents(fd: int, status: os.stat_result) -> Iterator[tuple[int, int]]:
-    """Where a local file has data: start and end of each run, in bytes."""
+def _extents(fd: int, status: os.stat_result, unit: int) -> Iterator[tuple[int, int]]:
+    """Where a local file has data: start, a multiple of `unit`, and end of each run, in bytes."""
     at, size = 0, status.st_size
     if status.st_blocks * 512 >= size:
         yield 0, size
@@ -261,7 +261,8 @@ def _extents(fd: int, status: os.stat_result) -> Iterator[tuple[int, int]]:
             if error.errno == errno.ENXIO:  # a hole to the end
                 return
             raise
-        at = os.lseek(fd, start, os.SEEK_HOLE)
+        start = max(start - start % unit, at)
+        at = min(-(-os.lseek(fd, start, os.SEEK_HOLE) // unit) * unit, size)
         yield start, at
 
 
@@ -320,22 +321,32 @@ class Getter:
         _dress(attr, fresh)
 
     def _file(self, attr: Attr, fresh: bytes, target: bytes) -> None:
-        fs, sparse = self._fs, attr.blocks * 512 < attr.size
+        fs = self._fs
+        copy = self._copied_sparsely if attr.blocks * 512 < attr.size else self._copied
         fd = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         handle = None
         try:
             handle = patiently(lambda: fs.open(attr.ino, os.O_RDONLY))
             opened, at = handle, 0
-            while piece := patiently(lambda at=at: fs.read(opened, at, PIECE, self._piece)):  # type: ignore[misc]
-                if not sparse or bytes(piece) != self._zeroes[: len(piece)]:
-                    _write(fd, piece, at)
-                at += len(piece)
+            while got := patiently(lambda at=at: copy(opened, at, fd)):  # type: ignore[misc]
+                at += got
                 self._meter.add(target, at, attr.size)
             os.ftruncate(fd, at)
         finally:
             os.close(fd)
             if handle is not None:
                 fs.release(handle)
+
+    def _copied(self, handle: Handle, at: int, fd: int) -> int:
+        """Copy a piece; its size."""
+        return self._fs.read_to(handle, at, PIECE, fd)
+
+    def _copied_sparsely(self, handle: Handle, at: int, fd: int) -> int:
+        """The same, but zeros stay a hole."""
+        piece = self._fs.read(handle, at, PIECE, self._piece)
+        if bytes(piece) != self._zeroes[: len(piece)]:
+            _write(fd, piece, at)
+        return len(piece)
 
     def _publish(self, fresh: bytes, target: bytes) -> None:
         if self._force:

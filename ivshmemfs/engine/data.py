@@ -10,6 +10,9 @@ Bytes behind the end of the file within its last block are zero, so that growing
 from __future__ import annotations
 
 import errno
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 from ivshmemfs.engine import radix
@@ -60,6 +63,37 @@ def read(
     return view.store.gather(pointers, skip, length, into)
 
 
+def read_to(view: DataReader, inode: Inode, offset: int, length: int, file: int) -> int:
+    """Copy up to `length` bytes to the same place in an open file; how many there were.
+
+    Whatever is raised, what stands there then is of no use.  Raises FsError for what goes wrong
+    with the file as well.
+    """
+    record = inode.record
+    length = max(min(length, record.size - offset), 0)
+    if record.payload == fmt.MAP and length:
+        first, skip = divmod(offset, view.block_size)
+        count = (skip + length - 1) // view.block_size + 1
+        pointers = radix.find_range(view, Tree(record.height, inode.data), inode.ino, first, count)
+        view.store.drain(pointers, skip, length, file, offset)
+        return length
+    piece = memoryview(read(view, inode, offset, length))
+    with _about_file():
+        while piece:
+            done = os.pwrite(file, piece, offset)
+            piece, offset = piece[done:], offset + done
+    return length
+
+
+@contextmanager
+def _about_file() -> Iterator[None]:
+    """What goes wrong with the file is not about the region."""
+    try:
+        yield
+    except OSError as error:
+        raise FsError(error.errno or errno.EIO, error.strerror or "") from None
+
+
 def _capacity(tx: DataWriter, inode: Inode) -> int:
     return fmt.payload_capacity(tx.block_size) - len(inode.xattr)
 
@@ -87,9 +121,42 @@ def write(tx: DataWriter, inode: Inode, offset: int, data: Buffer) -> Inode:
     before = tx.space.balance
     inode = _as_map(tx, inode)
     first, buffer = _whole_blocks(tx, inode, offset, data)
-    count = -(-len(buffer) // tx.block_size)
-    pointers = tx.space.claim(count)
+    pointers = tx.space.claim(-(-len(buffer) // tx.block_size))
     tx.space.fill(pointers, buffer)
+    return _with_blocks(tx, inode, first, pointers, size, record.blocks - before)
+
+
+def write_from(
+    tx: DataWriter, inode: Inode, offset: int, length: int, file: int
+) -> tuple[Inode, int]:
+    """The file with up to `length` bytes from the same place in an open file; how many there were.
+
+    What is appended in whole blocks goes there straight.  Raises NoSpace, EFBIG, FsError for what
+    goes wrong with the file as well.
+    """
+    end, record = offset + length, inode.record
+    if end > MAX_SIZE:
+        raise FsError(errno.EFBIG)
+    if offset % tx.block_size or offset < record.size or end <= _capacity(tx, inode):
+        with _about_file():
+            content = os.pread(file, length, offset)
+        return write(tx, inode, offset, content) if content else inode, len(content)
+    before = tx.space.balance
+    inode = _as_map(tx, inode)
+    pointers = tx.space.claim(-(-length // tx.block_size))
+    got = tx.space.fill_from(pointers, file, offset, length)
+    pointers = pointers[: -(-got // tx.block_size) * SIZE]
+    if not got:
+        return inode, 0
+    first = offset // tx.block_size
+    inode = _with_blocks(tx, inode, first, pointers, offset + got, record.blocks - before)
+    return inode, got
+
+
+def _with_blocks(
+    tx: DataWriter, inode: Inode, first: int, pointers: bytes, size: int, blocks: int
+) -> Inode:
+    """`inode` with filled blocks from the `first` on; `blocks`: used by it, less the balance."""
     tree = Tree(inode.record.height, inode.data)
     tree = radix.store(tx, tree, inode.ino, first, pointers, _slots(tx, inode))
     return inode.evolve(
@@ -99,7 +166,7 @@ def write(tx: DataWriter, inode: Inode, offset: int, data: Buffer) -> Inode:
         size=size,
         mtime_ns=tx.now,
         ctime_ns=tx.now,
-        blocks=record.blocks + tx.space.balance - before,
+        blocks=blocks + tx.space.balance,
     )
 
 

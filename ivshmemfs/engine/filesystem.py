@@ -468,6 +468,30 @@ class Filesystem(Mount):
         half = len(content) // 2
         return max(half - (offset + half) % self.block_size, min(half, self.block_size), 1)
 
+    def read_to(self, handle: Handle, offset: int, length: int, file: int) -> int:
+        """Copy up to `length` bytes, all of one moment, to the same place in an open local file.
+
+        Returns how many there were.  When this raises, what stands there is of no use.
+        """
+        return self.look(
+            lambda view: data.read_to(view, view.inode(handle.ino), offset, length, file)
+        )
+
+    def write_from(self, handle: Handle, offset: int, length: int, file: int) -> int:
+        """Copy up to `length` bytes from the same place in an open local file; atomic.
+
+        Returns how many there were.
+        """
+
+        def plan(tx: Transaction) -> int:
+            inode, done = data.write_from(tx, tx.inode(handle.ino), offset, length, file)
+            if done:
+                sheds, outsider = handle.unprivileged, handle.outsider
+                tx.put(_without_privileges(tx, inode, unprivileged=sheds, outsider=outsider))
+            return done
+
+        return self.change(plan)
+
     def fsync(self, handle: Handle) -> None:
         """Nothing to do: what has returned is in the region."""
 

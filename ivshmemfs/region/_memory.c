@@ -25,6 +25,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <sys/mman.h>
+#include <sys/uio.h>
 #include <unistd.h>
 
 #include "_access.h"
@@ -736,14 +737,14 @@ static void piece_extend(struct piece *piece, struct bulk *bulk)
  * takes longer than storing to it.  The kernel maps a whole window at once when it is asked to.
  * What was stored to long ago is in no cache, so that storing to it there would have to fetch it
  * first.  Nothing depends on the answers: other threads may change them at the same time. */
-static bool long_run(Memory *memory, const struct piece *run)
+static bool long_run(Memory *memory, const unsigned char *to, uint64_t length)
 {
-    uint64_t first = (uint64_t)(run->to - memory->base) >> WINDOW_BITS;
-    uint64_t last = (uint64_t)(run->to + run->size - 1 - memory->base) >> WINDOW_BITS;
+    uint64_t first = (uint64_t)(to - memory->base) >> WINDOW_BITS;
+    uint64_t last = (uint64_t)(to + length - 1 - memory->base) >> WINDOW_BITS;
     uint32_t now = (uint32_t)(memory->moved >> WINDOW_BITS) + 1;
     uint64_t cold = 0;
 
-    if (memory->warmth == NULL || run->size < LONG_RUN)
+    if (memory->warmth == NULL || length < LONG_RUN)
         return false;
     for (uint64_t window = first; window <= last; window++) {
         uint32_t since = __atomic_exchange_n(&memory->warmth[window], now, __ATOMIC_RELAXED);
@@ -753,7 +754,7 @@ static bool long_run(Memory *memory, const struct piece *run)
                     MADV_POPULATE_READ); /* older kernels refuse, and then it happens as it did */
         cold += since == 0 || now - since > WARM_WINDOWS;
     }
-    memory->moved += run->size;
+    memory->moved += length;
     return 2 * cold > last - first;
 }
 
@@ -765,7 +766,7 @@ static void bulk_body(void *argument)
 
     while (!bulk->stale && bulk_next(bulk, &piece)) {
         piece_extend(&piece, bulk);
-        streaming = long_run(bulk->memory, &piece);
+        streaming = long_run(bulk->memory, piece.to, piece.size);
         if (bulk->guarding != NULL && UNLIKELY(!guarded(bulk->guarding))) {
             bulk->stale = true;
         } else {
@@ -1644,27 +1645,35 @@ static inline uint64_t gather_block(const Blocks *blocks, const unsigned char *p
     return pointer_tag(pointer) == 0 || block >= blocks->block_count ? HOLE : block;
 }
 
+/* How many bytes from `position` on lie in a row, and where: NULL for a hole. */
+static uint64_t gather_row(const struct gather *gather, unsigned char **from)
+{
+    const Blocks *blocks = gather->blocks;
+    uint64_t left = gather->stop - gather->position;
+    uint64_t within = gather->position % blocks->block_size;
+    uint64_t length = blocks->block_size - within;
+    const unsigned char *pointer =
+        gather->pointers + gather->position / blocks->block_size * POINTER_SIZE;
+    uint64_t block = gather_block(blocks, pointer), next = block;
+
+    while (block != HOLE && length < left &&
+           gather_block(blocks, pointer += POINTER_SIZE) == ++next)
+        length += blocks->block_size;
+    *from = block == HOLE ? NULL : block_address(blocks, block) + within;
+    return length < left ? length : left;
+}
+
 static void gather_body(void *argument)
 {
     struct gather *gather = argument;
-    const Blocks *blocks = gather->blocks;
 
     while (gather->position < gather->stop) {
-        uint64_t index = gather->position / blocks->block_size;
-        uint64_t within = gather->position % blocks->block_size;
-        uint64_t length = blocks->block_size - within;
-        const unsigned char *pointer = gather->pointers + index * POINTER_SIZE;
-        uint64_t block = gather_block(blocks, pointer), next = block;
-        while (block != HOLE && gather->position + length < gather->stop &&
-               gather_block(blocks, pointer += POINTER_SIZE) == ++next)
-            length += blocks->block_size;
-        if (length > gather->stop - gather->position)
-            length = gather->stop - gather->position;
-        if (block == HOLE)
+        unsigned char *from;
+        uint64_t length = gather_row(gather, &from);
+        if (from == NULL)
             memset(gather->to, 0, length);
         else
-            copy_out(blocks->memory->access, gather->to, block_address(blocks, block) + within,
-                     length);
+            copy_out(gather->blocks->memory->access, gather->to, from, length);
         gather->to += length;
         gather->position += length;
     }
@@ -1799,6 +1808,264 @@ static PyObject *blocks_scatter(PyObject *self, PyObject *const *args, Py_ssize_
     PyBuffer_Release(&buffer);
     PyBuffer_Release(&pointers);
     return result;
+}
+
+/* --- Blocks: out of a file and into a file ----------------------------------------------------- */
+
+/* The kernel copies between a file's pages and the blocks by itself, which saves one copy of two.
+ * Not everywhere: device memory may not bear how it copies, some filesystems cannot reach a device's
+ * memory (EFAULT), and a trap wants to see every store.  There a buffer stands between. */
+struct transfer {
+    struct gather span; /* what of the blocks; `to` is not used */
+    int file;
+    uint64_t at; /* in the file, of what `span` begins with */
+    bool filling;
+    bool stale; /* the guard changed */
+};
+
+enum { ROWS = 64 };
+
+static bool kernel_may_copy(const Memory *memory)
+{
+    return memory->access != ACCESS_DEVICE && !memory->armed;
+}
+
+/* Moves as much as one call does; returns how much, or minus an errno.  Not much at once into the
+ * blocks, so that the guard is looked at now and then. */
+static int64_t transfer_step(struct transfer *transfer)
+{
+    static const unsigned char zeros[64 * 1024];
+    struct gather span = transfer->span;
+    struct iovec rows[ROWS];
+    PyThreadState *state;
+    int64_t moved;
+    int count = 0;
+
+    if (transfer->filling && span.stop - span.position > WINDOW)
+        span.stop = span.position + WINDOW;
+    for (; count < ROWS && span.position < span.stop; count++) {
+        unsigned char *from;
+        uint64_t length = gather_row(&span, &from);
+        if (from == NULL && length > sizeof zeros)
+            length = sizeof zeros;
+        if (transfer->filling && from != NULL)
+            long_run(span.blocks->memory, from, length);
+        rows[count].iov_base = from != NULL ? from : (void *)(uintptr_t)zeros;
+        rows[count].iov_len = length;
+        span.position += length;
+    }
+    state = PyEval_SaveThread();
+    moved = transfer->filling ? preadv(transfer->file, rows, count, (off_t)transfer->at)
+                              : pwritev(transfer->file, rows, count, (off_t)transfer->at);
+    moved = moved < 0 ? -errno : moved;
+    PyEval_RestoreThread(state);
+    if (moved > 0)
+        transfer->span.position += (uint64_t)moved, transfer->at += (uint64_t)moved;
+    return moved;
+}
+
+static void transfer_guard_body(void *argument)
+{
+    struct transfer *transfer = argument;
+    transfer->stale = transfer->filling && !guarded(transfer->span.blocks);
+}
+
+/* 0 when it is done, or found out to be in vain; -1 with OSError, or without one where the kernel
+ * cannot do it. */
+static int transfer_run(struct transfer *transfer)
+{
+    while (transfer->span.position < transfer->span.stop) {
+        int64_t moved;
+        if (perform(transfer->span.blocks->memory, transfer_guard_body, transfer, 8) < 0)
+            return -1;
+        moved = transfer->stale ? 0 : transfer_step(transfer);
+        if (moved == 0)
+            return 0;
+        if (moved == -EINTR ? PyErr_CheckSignals() < 0 : moved == -EFAULT)
+            return -1;
+        if (moved < 0 && moved != -EINTR)
+            return raise_os((int)-moved, strerror((int)-moved));
+    }
+    return 0;
+}
+
+/* The same between a file and private memory. */
+static int buffer_run(const struct transfer *transfer, unsigned char *buffer, uint64_t length,
+                      uint64_t *done)
+{
+    for (*done = 0; *done < length;) {
+        PyThreadState *state = PyEval_SaveThread();
+        off_t at = (off_t)(transfer->at + *done);
+        ssize_t moved = transfer->filling
+                            ? pread(transfer->file, buffer + *done, length - *done, at)
+                            : pwrite(transfer->file, buffer + *done, length - *done, at);
+        int code = errno;
+        PyEval_RestoreThread(state);
+        if (moved == 0)
+            break;
+        if (moved > 0)
+            *done += (uint64_t)moved;
+        else if (code != EINTR)
+            return raise_os(code, strerror(code));
+        else if (PyErr_CheckSignals() < 0)
+            return -1;
+    }
+    return 0;
+}
+
+static int take_file(PyObject *file, PyObject *at, struct transfer *transfer)
+{
+    uint64_t descriptor;
+
+    if (take_u64(file, "file", &descriptor) < 0 || check_limit("file", descriptor, 0, INT_MAX) < 0 ||
+        take_u64(at, "at", &transfer->at) < 0 ||
+        check_limit("at", transfer->at, 0, INT64_MAX / 2) < 0)
+        return -1;
+    transfer->file = (int)descriptor;
+    return 0;
+}
+
+/* Zeros from `used` bytes on to the end of the last block that is used. */
+static int fill_rest(const struct transfer *transfer, uint64_t used)
+{
+    const Blocks *blocks = transfer->span.blocks;
+    struct gather rest = transfer->span;
+    struct half half = {.access = blocks->memory->access};
+
+    rest.position = used;
+    rest.stop = (used + blocks->block_size - 1) / blocks->block_size * blocks->block_size;
+    if (rest.position == rest.stop)
+        return 0;
+    half.piece.size = gather_row(&rest, &half.piece.to);
+    if (half.piece.to == NULL) {
+        PyErr_SetString(PyExc_ValueError, "the pointers changed while they were used");
+        return -1;
+    }
+    return perform(blocks->memory, half_body, &half, half.piece.size);
+}
+
+static int fill_run(struct transfer *transfer, uint64_t length, uint64_t *done)
+{
+    const Blocks *blocks = transfer->span.blocks;
+    struct transfer straight = *transfer;
+    struct bulk bulk = {.memory = blocks->memory,
+                        .blocks = blocks,
+                        .guarding = blocks,
+                        .chunk = blocks->block_size};
+    unsigned char *buffer;
+    int status;
+
+    if (kernel_may_copy(blocks->memory)) {
+        status = transfer_run(&straight);
+        *done = straight.span.position;
+        transfer->stale = straight.stale;
+        if (status == 0 || PyErr_Occurred()) {
+            blocks->memory->stores += 2 * ((*done + blocks->block_size - 1) / blocks->block_size);
+            return status < 0 || straight.stale ? status : fill_rest(transfer, *done);
+        }
+    }
+    if ((buffer = malloc(length + 1)) == NULL) {
+        PyErr_NoMemory();
+        return -1;
+    }
+    status = buffer_run(transfer, buffer, length, done);
+    bulk.pointers = transfer->span.pointers;
+    bulk.from = buffer;
+    bulk.left = *done;
+    if (status == 0)
+        status = bulk_run(&bulk);
+    transfer->stale = bulk.stale;
+    free(buffer);
+    return status;
+}
+
+static const signature fill_signature = {"fill", {"pointers", "file", "at", "length"}, 4, 4};
+
+static PyObject *blocks_fill(PyObject *self, PyObject *const *args, Py_ssize_t count,
+                             PyObject *keywords)
+{
+    Blocks *blocks = (Blocks *)self;
+    PyObject *given[4], *result = NULL;
+    struct transfer transfer = {.span = {.blocks = blocks}, .filling = true};
+    uint64_t length, done;
+    Py_buffer pointers;
+
+    if (take_args(&fill_signature, args, count, keywords, given) < 0 ||
+        take_file(given[1], given[2], &transfer) < 0 || take_u64(given[3], "length", &length) < 0 ||
+        take_pointers(blocks, given[0], false, &pointers) < 0)
+        return NULL;
+    transfer.span.pointers = pointers.buf;
+    transfer.span.stop = length;
+    if (length > (uint64_t)pointers.len / POINTER_SIZE * blocks->block_size) {
+        PyErr_Format(PyExc_ValueError, "%R bytes do not fit %zd blocks of %llu", given[3],
+                     pointers.len / POINTER_SIZE, (unsigned long long)blocks->block_size);
+    } else if (use_for_stores(blocks->memory) == 0) {
+        if (fill_run(&transfer, length, &done) == 0)
+            result = PyLong_FromLongLong(transfer.stale ? -1 : (long long)done);
+        unuse(blocks->memory);
+    }
+    PyBuffer_Release(&pointers);
+    return result;
+}
+
+/* 1 when every block was good, 0 when one is stale, -1 with an exception. */
+static int drain_run(struct transfer *transfer, uint64_t length)
+{
+    const Blocks *blocks = transfer->span.blocks;
+    struct transfer straight = *transfer;
+    struct tags tags = {.blocks = blocks, .pointers = transfer->span.pointers};
+    unsigned char *buffer;
+    uint64_t done;
+    int status;
+
+    if (kernel_may_copy(blocks->memory) && length > 0) {
+        status = transfer_run(&straight);
+        if (status < 0 && PyErr_Occurred())
+            return -1;
+        tags.first = transfer->span.position / blocks->block_size;
+        tags.last = (transfer->span.stop - 1) / blocks->block_size + 1;
+        if (status >= 0)
+            return perform(blocks->memory, tags_body, &tags, 8) < 0 ? -1 : tags.same;
+    }
+    if ((buffer = malloc(length + 1)) == NULL) {
+        PyErr_NoMemory();
+        return -1;
+    }
+    transfer->span.to = buffer;
+    status = gather_run(&transfer->span, length);
+    if (status == 1 && buffer_run(transfer, buffer, length, &done) < 0)
+        status = -1;
+    free(buffer);
+    return status;
+}
+
+static const signature drain_signature = {
+    "drain", {"pointers", "skip", "length", "file", "at"}, 5, 5};
+
+static PyObject *blocks_drain(PyObject *self, PyObject *const *args, Py_ssize_t count,
+                              PyObject *keywords)
+{
+    Blocks *blocks = (Blocks *)self;
+    PyObject *given[5];
+    struct transfer transfer = {.span = {.blocks = blocks}};
+    uint64_t length, available;
+    Py_buffer pointers;
+    int good = -1;
+
+    if (take_args(&drain_signature, args, count, keywords, given) < 0 ||
+        take_file(given[3], given[4], &transfer) < 0 ||
+        take_pointers(blocks, given[0], true, &pointers) < 0)
+        return NULL;
+    given[4] = NULL;
+    available = (uint64_t)pointers.len / POINTER_SIZE * blocks->block_size;
+    transfer.span.pointers = pointers.buf;
+    if (use(blocks->memory) == 0) {
+        if (take_span(given, available, UINT64_MAX, &transfer.span, &length) == 0)
+            good = drain_run(&transfer, length);
+        unuse(blocks->memory);
+    }
+    PyBuffer_Release(&pointers);
+    return good < 0 ? NULL : PyBool_FromLong(good);
 }
 
 /* --- Blocks: metadata nodes ------------------------------------------------------------------- */
@@ -2046,6 +2313,14 @@ static PyMethodDef blocks_methods[] = {
      "scatter($self, pointers, buffer)\n--\n\n"
      "Store a buffer over the blocks in order; zeros fill the last one used.\n"
      "False when the guard changed: then only blocks before that were filled."},
+    {"fill", FAST(blocks_fill),
+     "fill($self, pointers, file, at, length)\n--\n\n"
+     "Store up to length bytes, from byte `at` of an open file on, over the blocks in order; zeros\n"
+     "fill the last one used. Returns how many bytes the file had; -1 when the guard changed."},
+    {"drain", FAST(blocks_drain),
+     "drain($self, pointers, skip, length, file, at)\n--\n\n"
+     "Write bytes [skip, skip + length) of the blocks in a row into an open file, from its byte\n"
+     "`at` on; False when a block is stale, and what was written of no use."},
     {"read_node", FAST(blocks_read_node),
      "read_node($self, block, tag)\n--\n\n"
      "A checked private copy of a metadata node, None when its tag is another by now."},

@@ -18,11 +18,12 @@ published, by what it did in the meantime.  So that word is looked at before blo
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterable
 from contextlib import suppress
 from typing import Any
 
-from ivshmemfs.errors import Fenced, NoSpace
+from ivshmemfs.errors import Fenced, FsError, NoSpace
 from ivshmemfs.format import words
 from ivshmemfs.format.node import HEADER, HEADER_SIZE
 from ivshmemfs.shm.store import Node, Store
@@ -199,6 +200,28 @@ class Space:
         """Store `content` into claimed blocks, zeros after it in the last.  Raises Fenced."""
         if not self._store.blocks.scatter(pointers, content):
             raise Fenced(_NOT_OURS)
+
+    def fill_from(self, pointers: bytes, file: int, at: int, length: int) -> int:
+        """The same with what stands in an open file from `at` on, which may end before `length`.
+
+        Returns how many bytes there were; blocks that none came for are given back.  Raises Fenced,
+        FsError for what went wrong with the file.
+        """
+        try:
+            got = self._store.blocks.fill(pointers, file, at, length)
+        except OSError as error:
+            raise FsError(error.errno or errno.EIO, error.strerror or "") from None
+        if got < 0:
+            raise Fenced(_NOT_OURS)
+        used = -(-got // self._store.geometry.block_size) * words.POINTER_SIZE
+        unused = pointers[used:]
+        if self._bulk.endswith(unused):
+            self._bulk = self._bulk[: len(self._bulk) - len(unused)]
+            self._spare += unused
+        else:
+            for place in range(0, len(unused), words.POINTER_SIZE):
+                self.replace(unused[place : place + words.POINTER_SIZE])
+        return got
 
     # --- ending ---
 

@@ -10,9 +10,10 @@ Restart, and the operation starts again from the new root.
 
 from __future__ import annotations
 
+import errno
 from typing import Any, Final
 
-from ivshmemfs.errors import Corrupt, Restart, StaleHandle
+from ivshmemfs.errors import Corrupt, FsError, Restart, StaleHandle
 from ivshmemfs.format import node as fmt
 from ivshmemfs.format import words
 from ivshmemfs.format.superblock import Superblock
@@ -173,6 +174,21 @@ class Store:
         elif node.kind != kind or node.level != level or node.owner != owner:
             self._expect(node, kind, level, owner)
         return node
+
+    def drain(self, pointers: bytes, skip: int, length: int, file: int, at: int) -> None:
+        """As `gather`, into an open file from its byte `at` on.
+
+        Whatever is raised, what stands there then is of no use.  Raises FsError for what goes wrong
+        with the file as well.
+        """
+        try:
+            good = self.blocks.drain(pointers, skip, length, file, at)
+        except ValueError as error:
+            raise Corrupt(f"a block map leads astray: {error}") from None
+        except OSError as error:
+            raise FsError(error.errno or errno.EIO, error.strerror or "") from None
+        if not good:
+            raise Restart("a data block was replaced")
 
     def gather(
         self, pointers: bytes, skip: int, length: int, into: memoryview | None = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import stat
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import pytest
 
 from tests.checks import assert_sound
 from tests.cli.conftest import complains, ivshmemfs
-from tests.regions import TestRegion, new_region, put, tree
+from tests.regions import ROOT, TestRegion, new_region, put, tree
 
 MIB = 1 << 20
 
@@ -134,3 +135,50 @@ def test_a_large_file_beside_a_mount(tmp_path: Path) -> None:
         done(ivshmemfs("get", made.path, "large", tmp_path / "back"))
         assert (tmp_path / "back").read_bytes() == content
         fs.unmount()
+
+
+def test_a_file_that_is_replaced_while_it_is_copied(tmp_path: Path) -> None:
+    """What arrives is one version or the other in each piece, never torn, and put stays whole."""
+    pieces = [bytes([number]) * (3 * MIB) for number in range(1, 6)]
+    with new_region(32 * MIB) as made:
+        fs = made.mount()
+        handle, _ = fs.create(1, b"busy", 0o644, os.O_WRONLY, ROOT)
+        fs.write(handle, 0, pieces[0])
+        for turn in range(4):
+            command = [sys.executable, "-m", "ivshmemfs.cli", "get", str(made.path), "busy"]
+            running = subprocess.Popen([*command, str(tmp_path / f"copy{turn}")])
+            number = 0
+            while running.poll() is None:
+                number += 1
+                for at in range(0, 3 * MIB, MIB):
+                    fs.write(handle, at, pieces[number % 5][at : at + MIB])
+            assert running.returncode == 0
+            copied = (tmp_path / f"copy{turn}").read_bytes()
+            assert len(copied) == 3 * MIB
+            for at in range(0, 3 * MIB, MIB):
+                assert len(set(copied[at : at + MIB])) == 1
+        fs.release(handle)
+        fs.unmount()
+
+
+def test_put_of_what_ends_in_the_middle_of_a_block(region: TestRegion, tmp_path: Path) -> None:
+    for size in (4095, 4096, 70_000, 4 * MIB - 1):
+        content = os.urandom(size)
+        (tmp_path / "odd").write_bytes(content)
+        done(ivshmemfs("put", "-f", region.path, tmp_path / "odd", "/odd"))
+        done(ivshmemfs("get", "-f", region.path, "/odd", tmp_path / "back"))
+        assert (tmp_path / "back").read_bytes() == content
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root to mount a small disk")
+def test_a_full_disk_is_said_and_leaves_nothing(region: TestRegion, tmp_path: Path) -> None:
+    (tmp_path / "big").write_bytes(os.urandom(3 * MIB))
+    done(ivshmemfs("put", region.path, tmp_path / "big", "/big"))
+    small = tmp_path / "small"
+    small.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1M", "tmpfs", str(small)], check=True)
+    try:
+        complains(ivshmemfs("get", region.path, "/big", small / "big"), 2, "No space left")
+        assert list(small.iterdir()) == []
+    finally:
+        subprocess.run(["umount", str(small)], check=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import stat
+import tempfile
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -290,6 +291,18 @@ handle_workload(
 handle_workload(
     "append-large", b"c", os.O_WRONLY | os.O_APPEND, lambda fs, h: fs.write(h, 0, pattern(9000, 5))
 )
+
+
+def _from_a_file(fs: Filesystem, handle: Handle) -> int:
+    """Append what a local file holds there, as `put` does."""
+    with tempfile.TemporaryFile() as file:
+        file.write(pattern(100_000, 6))
+        file.flush()
+        at = fs.getattr(handle.ino).size // fs.block_size * fs.block_size
+        return fs.write_from(handle, at + fs.block_size, 9000, file.fileno())
+
+
+handle_workload("from-a-file", b"b", os.O_WRONLY, _from_a_file)
 
 
 def _as_user(scene: Scene) -> None:

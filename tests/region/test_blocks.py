@@ -8,7 +8,8 @@ import re
 import resource
 import struct
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -99,6 +100,8 @@ def test_pointers_that_lead_outside_are_refused_by_value(blocks: Blocks, block: 
         lambda: blocks.check(wrong),
         lambda: blocks.gather(wrong, 0, 1, bytearray(1)),
         lambda: blocks.scatter(wrong, b"x"),
+        lambda: blocks.fill(wrong, 0, 0, 1),
+        lambda: blocks.drain(wrong, 0, 1, 0, 0),
         lambda: blocks.mark(wrong, bytearray(8 * COUNT)),
         lambda: blocks.tag(block),
         lambda: blocks.read_node(block, 1),
@@ -252,6 +255,90 @@ def test_runs_of_blocks_are_copied_like_single_ones(
         into = bytearray(length)
         assert blocks.gather(got, 100, length - 100, into, at=odd)
         assert into[odd : odd + length - 100] == source[100:]
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Iterator[int]:
+    descriptor = os.open(tmp_path / "file", os.O_RDWR | os.O_CREAT)
+    yield descriptor
+    os.close(descriptor)
+
+
+@pytest.mark.parametrize("order", RUNS, ids=["one", "three", "backwards"])
+@pytest.mark.parametrize("size", [0, 1, 4096, 40 * 4096, 40 * 4096 + 9])
+@pytest.mark.parametrize("armed", [False, True])
+def test_a_file_is_copied_over_blocks_and_back(
+    memory: Memory, file: int, order: Sequence[int], size: int, armed: bool
+) -> None:
+    blocks = Blocks(memory, TAGS, DATA, PAGE, 48)
+    got = b"".join(blocks.claim(1, TAG, block)[0] for block in order)
+    content = os.urandom(size)
+    os.pwrite(file, content, 100)
+    memory.write(DATA, b"\xee" * 48 * PAGE)
+    memory.trap(10**9, (lambda: None) if armed else None, loads=True)
+    room = len(got) // 16 * PAGE
+    length = min(size, room)
+    assert blocks.fill(got, file, 100, room) == length
+    used = -(-length // PAGE)
+    into = bytearray(room)
+    assert blocks.gather(got, 0, room, into)
+    assert into == content[:length].ljust(used * PAGE, b"\0").ljust(room, b"\xee")
+    for block in {*range(48)} - {*order}:
+        assert memory.read(DATA + block * PAGE, PAGE) == b"\xee" * PAGE
+    os.ftruncate(file, 0)
+    assert blocks.drain(got, min(5, room), room - 5, file, 7)
+    assert os.pread(file, 2 * room, 0) == bytes(7) + into[5:]
+
+
+def test_draining_writes_holes_as_zeros_and_notices_stale_blocks(blocks: Blocks, file: int) -> None:
+    got, _ = blocks.claim(2, TAG, 0)
+    blocks.scatter(got, b"a" * BLOCK + b"b" * BLOCK)
+    holes = NULL * (200_000 // BLOCK)
+    os.pwrite(file, b"x" * 300_000, 0)
+    assert blocks.drain(
+        got[:16] + holes + got[16:], 0, 2 * BLOCK + len(holes) // 16 * BLOCK, file, 0
+    )
+    expected = b"a" * BLOCK + bytes(len(holes) // 16 * BLOCK) + b"b" * BLOCK
+    assert os.pread(file, 300_000, 0) == expected.ljust(300_000, b"x")
+    blocks.release(got[16:])
+    assert blocks.drain(got, 0, BLOCK, file, 0)
+    assert not blocks.drain(got, 0, BLOCK + 1, file, 0)
+    assert blocks.drain(got, BLOCK, 0, file, 0)
+
+
+def test_what_is_wrong_with_the_file_is_said(blocks: Blocks, file: int) -> None:
+    got, _ = blocks.claim(1, TAG, 0)
+    with open("/dev/full", "wb", buffering=0) as full, pytest.raises(OSError, match="space"):
+        blocks.drain(got, 0, BLOCK, full.fileno(), 0)
+    reader, writer = os.pipe()
+    with pytest.raises(OSError, match="seek"):
+        blocks.fill(got, reader, 0, BLOCK)
+    with pytest.raises(OSError, match="seek"):
+        blocks.drain(got, 0, BLOCK, writer, 0)
+    os.close(reader)
+    os.close(writer)
+    for wrong in (-1, 2**31, 2**64):
+        with pytest.raises(ValueError, match="file"):
+            blocks.fill(got, wrong, 0, 1)
+        with pytest.raises(ValueError, match="at "):
+            blocks.fill(got, file, wrong if wrong != 2**31 else 2**63, 1)
+    with pytest.raises(ValueError, match="do not fit"):
+        blocks.fill(got, file, 0, BLOCK + 1)
+    with pytest.raises(ValueError, match="more than"):
+        blocks.drain(got, 1, BLOCK, file, 0)
+    with pytest.raises(ValueError, match="null"):
+        blocks.fill(NULL, file, 0, 1)
+
+
+def test_nothing_is_filled_once_the_guard_changed(blocks: Blocks, file: int) -> None:
+    got, _ = blocks.claim(2, TAG, 0)
+    os.pwrite(file, b"x" * BLOCK, 0)
+    blocks.guard(0, 5)
+    assert blocks.fill(got, file, 0, BLOCK) == -1
+    assert blocks.memory.is_zero(DATA, 2 * BLOCK)
+    blocks.memory.store(0, 5)
+    assert blocks.fill(got, file, 0, BLOCK) == BLOCK
+    assert blocks.memory.read(DATA, BLOCK) == b"x" * BLOCK
 
 
 def test_a_long_run_in_a_fresh_mapping_takes_few_page_faults(place: Place) -> None:

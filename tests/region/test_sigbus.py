@@ -8,6 +8,7 @@ import mmap
 import os
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Callable
 
@@ -51,6 +52,10 @@ def test_every_access_survives(place: Place, memory: Memory, index: int) -> None
     assert memory.load(0) == 0
 
 
+FILE = tempfile.TemporaryFile(dir="/dev/shm")  # noqa: SIM115 - for all of them
+FILE.write(bytes(BLOCK))
+FILE.flush()
+
 BLOCK_CALLS: list[Callable[[Blocks], object]] = [
     lambda b: b.claim(3, 5, 0),
     lambda b: b.reclaim(pointer(0, 5), 5),
@@ -59,6 +64,8 @@ BLOCK_CALLS: list[Callable[[Blocks], object]] = [
     lambda b: b.check(pointer(0, 9)),
     lambda b: b.gather(pointer(0, 9), 0, BLOCK, bytearray(BLOCK)),
     lambda b: b.scatter(pointer(0, 9), b"abc"),
+    lambda b: b.fill(pointer(0, 9), FILE.fileno(), 0, BLOCK),
+    lambda b: b.drain(pointer(0, 9), 0, BLOCK, FILE.fileno(), 0),
     lambda b: b.read_node(0, 9),
     lambda b: b.write_node(0, make_node(9, b"")),
     lambda b: b.free_count(),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+import tempfile
 from collections.abc import Callable
 from itertools import pairwise
 
@@ -21,6 +22,9 @@ def stop() -> None:
     raise Stop
 
 
+FILE = tempfile.TemporaryFile(dir="/dev/shm")  # noqa: SIM115 - for all of them
+FILE.write(b"f" * (BLOCK + 100))
+FILE.flush()
 FOUR = b"".join(pointer(block, 7) for block in range(4))
 
 # What each operation does, and how many store events it is.
@@ -40,6 +44,7 @@ STORES: list[tuple[str, Callable[[Blocks], object], int]] = [
     ("release stale", lambda b: b.release(pointer(0, 8)), 1),
     ("scatter one", lambda b: b.scatter(FOUR, b"y"), 2),
     ("scatter all", lambda b: b.scatter(FOUR, b"y" * (4 * BLOCK)), 8),
+    ("fill", lambda b: b.fill(FOUR, FILE.fileno(), 0, 2 * BLOCK), 4),
     ("write_node", lambda b: b.write_node(3, make_node(7, bytes(100))), 2),
 ]
 IDS = [name for name, _, _ in STORES]
