@@ -190,6 +190,10 @@ class Filesystem(Mount):
             return self._pinned(attr, lambda: self._found(self.look(read)))
         return attr
 
+    def numbered(self, ino: int) -> Attr:
+        """The attributes of an inode that nobody has looked up before; raises ESTALE."""
+        return self._found(self.look(lambda view: view.inode(ino)))
+
     def getattr(self, ino: int) -> Attr:
         """The attributes of an inode; raises ESTALE."""
         try:

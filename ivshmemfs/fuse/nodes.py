@@ -13,6 +13,8 @@ inode number in any case, because the attributes are always asked for once more.
 States of a directory, changed by what the kernel is told and by what it does:
 
     unknown     the kernel has no number for it
+    alone       the kernel came with a number of its own (a file handle), or asked for the parent
+                of such a directory: it has no place for it yet, and takes the first one named
     placed      `found` told the kernel a number for it, at (parent, name); parents are numbers too,
                 because each number of a parent is a tree of its own
     displaced   it moved, but what the kernel made of that is uncertain: next time, a new number
@@ -27,7 +29,7 @@ from typing import NamedTuple
 from ivshmemfs.errors import StaleHandle
 from ivshmemfs.format.inode import MAX_INO
 
-_NOWHERE = (0, b"")
+_NOWHERE, _ALONE = (0, b""), (-1, b"")
 
 
 class _Place(NamedTuple):
@@ -58,22 +60,30 @@ class Nodes:
     def found(self, ino: int, parent: int, name: bytes) -> int:
         """The number of directory `ino`, looked up as `name` below the number `parent`."""
         place = self._places.get(ino)
-        if place is None or place.parent != parent:
+        if place is not None and place.parent in (parent, _ALONE[0]):
+            node = place.node
+            if place[1:] != (parent, name):
+                self._place(ino, node, parent, name)
+        else:
             node = ino if place is None and ino not in self._told else self._new_number(ino)
             self._place(ino, node, parent, name)
-        else:
-            node = place.node
-            if place.name != name:
-                self._place(ino, node, parent, name)
         self._told[node] = self._told.get(node, 0) + 1
         return node
 
-    def seen(self, ino: int) -> int:
-        """The number of directory `ino`, which was looked up by itself: the place is unknown."""
+    def named(self, node: int) -> int:
+        """The number itself, by which the kernel asks for a directory: from a file handle."""
+        ino = self.inode_of(node)
+        if ino not in self._places:
+            self._place(ino, node, *_ALONE)
+        self._told[node] = self._told.get(node, 0) + 1
+        return node
+
+    def above(self, ino: int) -> int:
+        """The number of directory `ino`, which was looked up as the parent of another one."""
         place = self._places.get(ino)
         if place is None:
             node = ino if ino not in self._told else self._new_number(ino)
-            self._place(ino, node, *_NOWHERE)
+            self._place(ino, node, *_ALONE)
         else:
             node = place.node
         self._told[node] = self._told.get(node, 0) + 1
@@ -87,7 +97,7 @@ class Nodes:
     def _place(self, ino: int, node: int, parent: int, name: bytes) -> None:
         self._leave(ino)
         self._places[ino] = _Place(node, parent, name)
-        if parent:
+        if parent > 0:
             self._names[parent, name] = ino
 
     def _leave(self, ino: int) -> None:

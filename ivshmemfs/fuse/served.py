@@ -168,14 +168,16 @@ class Served:
     def _node(self, parent: int, name: bytes, attr: Attr) -> int:
         if attr.mode & _S_IFMT != _S_IFDIR:
             return attr.ino
-        if name in (b".", b".."):  # somebody comes with a file handle (NFS)
-            return self.nodes.seen(attr.ino)
+        if name == b".":  # somebody comes with a file handle (NFS)
+            return self.nodes.named(parent)
+        if name == b"..":
+            return self.nodes.above(attr.ino)
         return self.nodes.found(attr.ino, parent, name)
 
     def lookup(self, parent: int, name: bytes) -> tuple[int, Attr]:
         """(the number, the attributes) of an entry of the directory with the number *parent*."""
         ino = self.inode_of(parent)
-        attr = self.fs.getattr(ino) if name == b"." else self.fs.lookup(ino, name)
+        attr = self.fs.numbered(ino) if name == b"." else self.fs.lookup(ino, name)
         return self._node(parent, name, attr), attr
 
     def mkdir(self, parent: int, name: bytes, mode: int, ctx: Context) -> tuple[int, Attr]:

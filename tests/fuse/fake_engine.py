@@ -214,6 +214,9 @@ class FakeFilesystem:
     def getattr(self, ino: int) -> Attr:
         return self._inode(ino).attr()
 
+    def numbered(self, ino: int) -> Attr:
+        return self.getattr(ino)
+
     def setattr(
         self,
         ino: int,

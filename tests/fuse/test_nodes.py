@@ -107,9 +107,15 @@ def test_an_exchange_with_a_file() -> None:
 
 def test_a_directory_looked_up_by_itself() -> None:
     nodes = Nodes()
-    assert nodes.seen(7) == 7
-    first = nodes.found(7, 1, A)
-    assert first != 7
-    assert nodes.seen(7) == first
-    assert nodes.forget(7, 1) is False
-    assert nodes.forget(first, 2)
+    assert nodes.named(7) == 7
+    assert nodes.above(3) == 3
+    assert nodes.found(7, 3, A) == 7  # its place, at last
+    assert nodes.found(3, 1, B) == 3
+    moved = nodes.found(7, 4, A)
+    assert moved != 7
+    assert nodes.named(7) == 7  # an older number is good as long as somebody comes with it
+    assert nodes.named(moved) == nodes.above(7) == moved
+    assert nodes.forget(7, 3) is False
+    assert nodes.forget(moved, 3)
+    with pytest.raises(StaleHandle):
+        nodes.named(moved)
