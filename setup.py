@@ -1,8 +1,44 @@
-"""Builds the one C extension; everything else is declared in pyproject.toml."""
+"""Builds the C extension, and compiles ahead of time what every request runs through.
+
+The Python source of the compiled modules stays what is edited, tested and read: without mypyc's
+result beside it (IVSHMEMFS_COMPILE=0) it runs as it stands, three times as slow.  A wheel of the
+first kind fits the Python that it was built with, one of the second every Python from 3.11 on.
+"""
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+COMPILE = os.environ.get("IVSHMEMFS_COMPILE", "1") != "0"
+# Only what is hot, and nothing that declares records: they are read from their annotations.
+COMPILED = (
+    "ivshmemfs/engine/[a-z]*.py",
+    "ivshmemfs/shm/control.py",
+    "ivshmemfs/shm/peers.py",
+    "ivshmemfs/shm/space.py",
+    "ivshmemfs/shm/store.py",
+    "ivshmemfs/format/dirent.py",
+)
+
+
+class Build(build_ext):  # type: ignore[misc]  # setuptools has no types here
+    """Adds the compiled modules when it comes to building, not for every look at the metadata."""
+
+    def finalize_options(self) -> None:
+        """Called once the options are known; the modules are generated as C here."""
+        super().finalize_options()
+        if COMPILE and len(self.extensions) == 1:
+            from mypyc.build import mypycify
+
+            paths = sorted(str(path) for pattern in COMPILED for path in Path().glob(pattern))
+            self.extensions += mypycify(
+                paths, group_name="ivshmemfs._compiled", opt_level="2", debug_level="0"
+            )
+
 
 setup(
     ext_modules=[
@@ -15,6 +51,6 @@ setup(
             py_limited_api=True,
         )
     ],
-    # One wheel for every Python from 3.11 on.
-    options={"bdist_wheel": {"py_limited_api": "cp311"}},
+    cmdclass={"build_ext": Build},
+    options={} if COMPILE else {"bdist_wheel": {"py_limited_api": "cp311"}},
 )

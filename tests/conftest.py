@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import os
+import subprocess
+from pathlib import Path
 
 import pytest
+
+TOP = Path(__file__).resolve().parent.parent
 
 
 class Figures:
@@ -48,6 +52,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if any((TOP / "ivshmemfs").glob("_compiled*.so")):  # which would run in place of their sources
+        checked = subprocess.run(["sh", TOP / "scripts/setup", "--check"], check=False, timeout=60)
+        if checked.returncode:
+            raise pytest.UsageError(
+                "the compiled modules are older than their sources: run `sh scripts/setup`, "
+                "or `IVSHMEMFS_COMPILE=0 sh scripts/setup` to work on them uncompiled"
+            )
     config.stash[_FIGURES] = Figures()
 
 

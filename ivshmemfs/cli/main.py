@@ -11,6 +11,7 @@ does for the type fuse.ivshmemfs in /etc/fstab.
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import logging
 import os
 import sys
@@ -55,10 +56,20 @@ class Subcommands(click.Group):
         return command
 
 
+def _show_version(ctx: click.Context, _option: click.Parameter, wanted: bool) -> None:
+    if wanted and not ctx.resilient_parsing:
+        from ivshmemfs.engine import COMPILED
+
+        kind = "compiled" if COMPILED else "pure Python"
+        click.echo(f"ivshmemfs, version {importlib.metadata.version('ivshmemfs')} ({kind})")
+        ctx.exit()
+
+
 @click.command(
     cls=Subcommands, context_settings={"help_option_names": ["-h", "--help"]}, no_args_is_help=True
 )
-@click.version_option(package_name="ivshmemfs")
+@click.option("--version", is_flag=True, expose_value=False, is_eager=True, callback=_show_version,
+              help="Show the version and exit.")  # fmt: skip
 def cli() -> None:
     """A filesystem in memory that several machines share."""
 

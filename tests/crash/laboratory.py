@@ -10,6 +10,7 @@ peer may have a clock that is wrong in its own way.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,12 +18,11 @@ from typing import TypeVar
 
 import pytest
 
-from ivshmemfs.engine import Filesystem, clock, collect, filesystem, mount
+from ivshmemfs.engine import Filesystem, filesystem
 from ivshmemfs.errors import Busy
 from ivshmemfs.format import peer, superblock
 from ivshmemfs.region import Memory, Region, open_region
-from ivshmemfs.shm import control, identity, peers
-from mkfs import writer
+from ivshmemfs.shm import identity
 from tests.regions import TestRegion
 
 T = TypeVar("T")
@@ -39,7 +39,7 @@ class Death(BaseException):
 
 
 class Clock:
-    """Stands for the module `time` in everything that is tested."""
+    """Stands for the functions of the module `time` while a test runs."""
 
     def __init__(self) -> None:
         self.now = 1000.0
@@ -61,9 +61,6 @@ class Clock:
 
     def sleep(self, seconds: float) -> None:
         self.now += seconds
-
-
-TIMED = (collect, clock, filesystem, mount, control, identity, peers, writer)
 
 
 class Fates:
@@ -98,8 +95,8 @@ class Fates:
         patch.setattr(identity, "boot_id", lambda: self._boot)
         patch.setattr(identity, "machine_id", lambda: bytes(16))
         patch.setattr(filesystem, "CAREFUL", -1.0)  # what was looked up is not kept open
-        for module in TIMED:
-            patch.setattr(module, "time", self.clock)
+        for reading in ("monotonic", "monotonic_ns", "time_ns", "clock_gettime_ns", "sleep"):
+            patch.setattr(time, reading, getattr(self.clock, reading))
 
     @contextmanager
     def speaking(self, pid: int) -> Iterator[None]:
