@@ -98,7 +98,8 @@ def _capacity(tx: DataWriter, inode: Inode) -> int:
     return fmt.payload_capacity(tx.block_size) - len(inode.xattr)
 
 
-def _slots(tx: DataWriter, inode: Inode) -> int:
+def slots(tx: DataWriter, inode: Inode) -> int:
+    """How many top slots of a block map fit the inode."""
     return _capacity(tx, inode) // SIZE
 
 
@@ -158,7 +159,7 @@ def _with_blocks(
 ) -> Inode:
     """`inode` with filled blocks from the `first` on; `blocks`: used by it, less the balance."""
     tree = Tree(inode.record.height, inode.data)
-    tree = radix.store(tx, tree, inode.ino, first, pointers, _slots(tx, inode))
+    tree = radix.store(tx, tree, inode.ino, first, pointers, slots(tx, inode))
     return inode.evolve(
         data=tree.slots,
         payload=fmt.MAP,
@@ -174,11 +175,11 @@ def _as_map(tx: DataWriter, inode: Inode) -> Inode:
     """The same file with its bytes in blocks; the caller accounts for the block."""
     if inode.record.payload == fmt.MAP:
         return inode
-    slots = b""
+    pointer = b""
     if inode.data:
-        slots = tx.space.claim(1)
-        tx.space.fill(slots, inode.data)
-    return inode.evolve(data=slots, payload=fmt.MAP, height=0)
+        pointer = tx.space.claim(1)
+        tx.space.fill(pointer, inode.data)
+    return inode.evolve(data=pointer, payload=fmt.MAP, height=0)
 
 
 def _whole_blocks(tx: DataWriter, inode: Inode, offset: int, data: Buffer) -> tuple[int, Buffer]:
@@ -241,5 +242,5 @@ def _cut(tx: DataWriter, inode: Inode, size: int) -> Inode:
             kept = tx.store.gather(pointer, 0, rest)
             fresh = tx.space.claim(1)
             tx.space.fill(fresh, kept)
-            tree = radix.store(tx, tree, ino, last, fresh, _slots(tx, inode))
+            tree = radix.store(tx, tree, ino, last, fresh, slots(tx, inode))
     return inode.evolve(data=tree.slots, height=tree.height)

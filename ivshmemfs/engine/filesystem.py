@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from ivshmemfs.engine import data, directory, names, xattr
+from ivshmemfs.engine import data, directory, holes, names, xattr
 from ivshmemfs.engine.directory import Entry
 from ivshmemfs.engine.inode import Attr, Context, Inode, StatFs, attributes
 from ivshmemfs.engine.mount import ATTEMPTS, Mount
@@ -32,6 +32,8 @@ PINNED = 3.0  # seconds that a careful look-up lists a file as open
 _RENAME_FLAGS = RENAME_NOREPLACE | RENAME_EXCHANGE | RENAME_WHITEOUT
 GHOSTS = 4096  # removed inodes that are remembered at most
 FOLDERS = 4096  # directories that are remembered at most
+KEEP_SIZE, PUNCH_HOLE, ZERO_RANGE = 1, 2, 16  # modes of fallocate(2)
+FILLED_AT_ONCE = 1 << 20  # bytes of holes that one commit fills
 NAMES_MAX = 1000  # look-ups that are remembered until somebody commits
 
 
@@ -78,6 +80,7 @@ class Filesystem(Mount):
         self._folders: dict[int, Inode] = {}  # directories, as they were last looked up
         self._pins: deque[tuple[float, int]] = deque()
         self._careful_until = 0.0
+        self._nameless: set[int] = set()  # open files that were made without a name
 
     def tick(self) -> None:
         """Show life and do a bounded piece of housekeeping; about once a second.  Raises Busy."""
@@ -201,6 +204,10 @@ class Filesystem(Mount):
         except StaleHandle as stale:
             return self._attr(self._ghost(ino, stale))
 
+    def born(self, ino: int) -> int:
+        """When an inode was made, in ns since 1970; raises ESTALE."""
+        return self._look_at(lambda view: view.inode(ino).record.btime_ns)
+
     def readlink(self, ino: int) -> bytes:
         """The target of a symbolic link."""
 
@@ -315,7 +322,10 @@ class Filesystem(Mount):
 
     def link(self, ino: int, parent: int, name: bytes, ctx: Context) -> Attr:
         """Make another name for an inode that is no directory."""
-        return self._made(lambda tx: names.link(tx, ino, parent, name))
+        revive = ino in self._nameless
+        attr = self._made(lambda tx: names.link(tx, ino, parent, name, revive=revive))
+        self._nameless.discard(ino)
+        return attr
 
     def _made(self, plan: Callable[[Transaction], Inode]) -> Attr:
         return self.change(lambda tx: self._attr(plan(tx)))
@@ -413,6 +423,25 @@ class Filesystem(Mount):
         handle = self.open(attr.ino, flags, ctx)
         return handle, self.getattr(attr.ino)
 
+    def tmpfile(self, parent: int, mode: int, flags: int, ctx: Context) -> tuple[Handle, Attr]:
+        """Make and open a file without a name, as O_TMPFILE does; `link` may give it one."""
+
+        def plan(tx: Transaction) -> Attr:
+            folder = names.folder_of(tx, parent)
+            inode = names.make_nameless(tx, folder, stat.S_IFREG | stat.S_IMODE(mode), ctx)
+            self._hold_new(inode.ino)
+            return self._attr(inode)
+
+        try:
+            attr = self.change(plan)
+        except BaseException:
+            self._drop_new(0)
+            raise
+        self._drop_new(attr.ino)
+        if not flags & os.O_EXCL:
+            self._nameless.add(attr.ino)
+        return Handle(attr.ino, flags, ctx), attr
+
     # A new file must be listed as open before the commit that makes it visible, and a lost race
     # gives it another number, so what was listed for a failed plan is taken back.
     _new: int = 0
@@ -430,6 +459,8 @@ class Filesystem(Mount):
     def release(self, handle: Handle) -> None:
         """Close a file; a file without links whose last handle this was is freed."""
         last = self._let_go(handle.ino)
+        if last:
+            self._nameless.discard(handle.ino)
         if last and self._member is not None and self.view().root.record.orphans:
             inode = self.look(lambda view: view.find_inode(handle.ino))
             if inode is not None and inode.record.nlink == 0:
@@ -444,19 +475,27 @@ class Filesystem(Mount):
         """Up to `length` bytes from `offset`, all of one moment; in `into` if they are many."""
         return self.look(lambda view: data.read(view, view.inode(handle.ino), offset, length, into))
 
-    def write(self, handle: Handle, offset: int, content: data.Buffer) -> int:
-        """Write `content` at `offset`, or at the end when opened with O_APPEND; atomic.
+    def write(
+        self,
+        handle: Handle,
+        offset: int,
+        content: data.Buffer,
+        *,
+        append: bool | None = None,
+        ctx: Context | None = None,
+    ) -> int:
+        """Write `content` at `offset`, or at the end when it is to be appended; atomic.
 
+        Whether it is, and who writes, is as of the opening if the caller does not know better.
         Returns how many bytes were written: fewer when only a part fits the region.
         """
-        ino, append = handle.ino, handle.append
+        at_end = handle.append if append is None else append
 
         def plan(tx: Transaction) -> None:
-            inode = tx.inode(ino)
-            at = inode.record.size if append else offset
+            inode = tx.inode(handle.ino)
+            at = inode.record.size if at_end else offset
             inode = data.write(tx, inode, at, content)
-            sheds, outsider = handle.unprivileged, handle.outsider
-            tx.put(_without_privileges(tx, inode, unprivileged=sheds, outsider=outsider))
+            tx.put(self._shed(tx, inode, handle, ctx))
 
         try:
             if content:
@@ -464,8 +503,19 @@ class Filesystem(Mount):
         except NoSpace:
             if len(content) <= self.block_size:
                 raise
-            return self.write(handle, offset, memoryview(content)[: self._half(offset, content)])
+            part = memoryview(content)[: self._half(offset, content)]
+            return self.write(handle, offset, part, append=append, ctx=ctx)
         return len(content)
+
+    def _shed(
+        self, tx: Transaction, inode: Inode, handle: Handle, ctx: Context | None = None
+    ) -> Inode:
+        """`inode` without what it loses when `ctx`, or whoever opened it, writes."""
+        if ctx is None:
+            sheds, outsider = handle.unprivileged, handle.outsider
+        else:
+            sheds, outsider = ctx.uid != 0, self._outsider(inode, ctx)
+        return _without_privileges(tx, inode, unprivileged=sheds, outsider=outsider)
 
     def _half(self, offset: int, content: data.Buffer) -> int:
         """About half of `content`, ending at a block boundary of the file where possible."""
@@ -490,11 +540,58 @@ class Filesystem(Mount):
         def plan(tx: Transaction) -> int:
             inode, done = data.write_from(tx, tx.inode(handle.ino), offset, length, file)
             if done:
-                sheds, outsider = handle.unprivileged, handle.outsider
-                tx.put(_without_privileges(tx, inode, unprivileged=sheds, outsider=outsider))
+                tx.put(self._shed(tx, inode, handle))
             return done
 
         return self.change(plan)
+
+    def seek(self, handle: Handle, offset: int, whence: int) -> int:
+        """Where data (SEEK_DATA) or a hole (SEEK_HOLE) begins from `offset` on; raises ENXIO."""
+        if whence not in (os.SEEK_DATA, os.SEEK_HOLE):
+            raise FsError(errno.EINVAL)
+        find = holes.next_data if whence == os.SEEK_DATA else holes.next_hole
+        return self.look(lambda view: find(view, view.inode(handle.ino), offset))
+
+    def fallocate(self, handle: Handle, mode: int, offset: int, length: int) -> None:
+        """As fallocate(2): make or fill holes; blocks are kept within the file only.
+
+        Room that is written over needs new blocks all the same, so this promises nothing about
+        later writes.  Filling takes as many commits as it needs; raises NoSpace, EOPNOTSUPP.
+        """
+        if mode not in (0, KEEP_SIZE, PUNCH_HOLE | KEEP_SIZE, ZERO_RANGE, ZERO_RANGE | KEEP_SIZE):
+            raise FsError(errno.EOPNOTSUPP)
+        end = offset + length
+        if end > data.MAX_SIZE:
+            raise FsError(errno.EFBIG)
+        if mode & (PUNCH_HOLE | ZERO_RANGE):
+            self._punch(handle, offset, length, grow=not mode & KEEP_SIZE)
+        else:
+            self._fill(handle, offset, end, grow=not mode & KEEP_SIZE)
+
+    def _punch(self, handle: Handle, offset: int, length: int, *, grow: bool) -> None:
+        def plan(tx: Transaction) -> None:
+            inode = holes.punch(tx, _file(tx, handle), offset, length)
+            if grow and offset + length > inode.record.size:
+                inode = data.truncate(tx, inode, offset + length)
+            tx.put(self._shed(tx, inode, handle))
+
+        self.change(plan, removal=True)
+
+    def _fill(self, handle: Handle, offset: int, end: int, *, grow: bool) -> None:
+        record = self.look(lambda view: _file(view, handle).record)
+        missing = (end - offset) // self.block_size - record.blocks
+        if missing > self.statfs().blocks_avail:
+            raise NoSpace("the region has not that much room")
+
+        def plan(tx: Transaction) -> None:
+            inode = _file(tx, handle)
+            upto = step if grow else min(step, inode.record.size)
+            inode = holes.fill(tx, inode, at, upto)
+            tx.put(self._shed(tx, inode, handle))
+
+        for at in range(offset, end, FILLED_AT_ONCE):
+            step = min(at + FILLED_AT_ONCE, end)
+            self.change(plan)
 
     def fsync(self, handle: Handle) -> None:
         """Nothing to do: what has returned is in the region."""
@@ -581,6 +678,14 @@ class Filesystem(Mount):
     def removexattr(self, ino: int, name: bytes, ctx: Context) -> None:
         """Remove an attribute; raises ENODATA."""
         self.change(lambda tx: tx.put(xattr.remove_value(tx, tx.inode(ino), name)), removal=True)
+
+
+def _file(view: View, handle: Handle) -> Inode:
+    """What is open, if it is a regular file."""
+    inode = view.inode(handle.ino)
+    if not inode.is_regular:
+        raise FsError(errno.ENODEV)
+    return inode
 
 
 def _changed(inode: Inode, changes: dict[str, int], now: int) -> Inode:

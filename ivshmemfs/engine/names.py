@@ -161,18 +161,30 @@ def symlink(tx: Transaction, parent: int, name: bytes, to: bytes, ctx: Context) 
     return inode
 
 
-def link(tx: Transaction, ino: int, parent: int, name: bytes) -> Inode:
-    """Another name for an inode; raises EPERM for directories, EEXIST, EMLINK."""
+def make_nameless(tx: Transaction, folder: Inode, mode: int, ctx: Context) -> Inode:
+    """A new inode that nothing leads to, as if it had been made in `folder` and removed."""
+    inode = tx.new_inode(new_record(tx, folder, mode, ctx, nlink=0))
+    _keep_orphan(tx, inode)
+    return inode
+
+
+def link(tx: Transaction, ino: int, parent: int, name: bytes, *, revive: bool = False) -> Inode:
+    """Another name for an inode; raises EPERM for directories, EEXIST, EMLINK.
+
+    ENOENT for one that has no name left, unless it is to `revive`.
+    """
     folder = parent_of(tx, parent, name)
     inode = tx.inode(ino)
     if inode.is_dir:
         raise FsError(errno.EPERM)
-    if inode.record.nlink == 0:
+    if inode.record.nlink == 0 and not revive:
         raise FsError(errno.ENOENT)
     if inode.record.nlink >= LINK_MAX:
         raise FsError(errno.EMLINK)
     if directory.find(tx, folder, name) is not None:
         raise FsError(errno.EEXIST)
+    if inode.record.nlink == 0:
+        _forget_orphan(tx, ino)
     add(tx, folder, name, inode)
     return tx.touch(ino, nlink=inode.record.nlink + 1)
 
@@ -184,6 +196,19 @@ def _orphan_name(ino: int) -> bytes:
     return b"%016x" % ino
 
 
+def _keep_orphan(tx: Transaction, inode: Inode) -> None:
+    """Enter an inode without links among the orphans."""
+    orphans = tx.inode(ORPHANS_INO)
+    name = _orphan_name(inode.ino)
+    tx.put(directory.insert(tx, orphans, name, inode.ino, _kind(inode)))
+    tx.orphans += 1
+
+
+def _forget_orphan(tx: Transaction, ino: int) -> None:
+    tx.put(directory.remove(tx, tx.inode(ORPHANS_INO), _orphan_name(ino)))
+    tx.orphans -= 1
+
+
 def _unlinked(tx: Transaction, inode: Inode) -> None:
     """`inode` lost a link: count it, and free or keep what has none left."""
     left = inode.record.nlink - 1
@@ -193,10 +218,7 @@ def _unlinked(tx: Transaction, inode: Inode) -> None:
         tx.remove(inode)
     else:
         tx.put(inode.evolve(nlink=0, ctime_ns=tx.now))
-        orphans = tx.inode(ORPHANS_INO)
-        name = _orphan_name(inode.ino)
-        tx.put(directory.insert(tx, orphans, name, inode.ino, _kind(inode)))
-        tx.orphans += 1
+        _keep_orphan(tx, inode)
 
 
 def free_orphan(tx: Transaction, ino: int) -> None:
@@ -204,8 +226,7 @@ def free_orphan(tx: Transaction, ino: int) -> None:
     inode = tx.find_inode(ino)
     if inode is None or inode.record.nlink or tx.in_use(ino):
         return
-    tx.put(directory.remove(tx, tx.inode(ORPHANS_INO), _orphan_name(ino)))
-    tx.orphans -= 1
+    _forget_orphan(tx, ino)
     tx.remove(inode)
 
 

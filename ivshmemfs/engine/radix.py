@@ -94,6 +94,43 @@ def _collect(
         count -= here
 
 
+def next_leaf(reader: Reader, tree: Tree, owner: int, first: int, *, present: bool) -> int:
+    """The index of the first leaf from `first` on that is there, or with not `present` is not.
+
+    -1 when all the rest are holes; for holes, what is behind the tree counts as one.
+    """
+    return _next(reader, tree.slots, tree.height, owner, first, present)
+
+
+def _next(reader: Reader, slots: bytes, height: int, owner: int, first: int, present: bool) -> int:
+    span: int = reader.fanout**height
+    full = _full_weight(reader.fanout, height)
+    (top, inner), count = divmod(first, span), len(slots) // SIZE
+    while top < count:
+        pointer = slots[top * SIZE : top * SIZE + SIZE]
+        if pointer == NULL:
+            if not present:
+                return top * span + inner
+        elif height == 0:
+            if present:
+                return top
+        elif present or _POINTER.unpack(pointer)[1] < full:
+            below = reader.pointed(pointer, INDEX, height - 1, owner).data[HEADER_SIZE:]
+            found = _next(reader, below, height - 1, owner, inner, present)
+            if 0 <= found < span:
+                return top * span + found
+        top, inner = top + 1, 0
+    return -1 if present else max(count * span, first)
+
+
+def _full_weight(fanout: int, height: int) -> int:
+    """The weight of a pointer to a subtree of that height without holes."""
+    weight_below = 1
+    for _ in range(height):
+        weight_below = 1 + fanout * weight_below
+    return weight_below
+
+
 def trim(slots: bytes) -> bytes:
     """`slots` without trailing null pointers."""
     kept = len(slots.rstrip(b"\0"))

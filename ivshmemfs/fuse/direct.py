@@ -121,6 +121,10 @@ class Direct:
             (wire.RENAME2, self._rename2),
             (wire.OPEN, self._open),
             (wire.CREATE, self._create),
+            (wire.TMPFILE, self._tmpfile),
+            (wire.STATX, self._statx),
+            (wire.LSEEK, self._lseek),
+            (wire.FALLOCATE, self._fallocate),
             (wire.READ, self._read),
             (wire.WRITE, self._write),
             (wire.FLUSH, self._flush),
@@ -315,6 +319,18 @@ class Direct:
     def _getattr(self, node: int, _ctx: Context, _request: Buffer, _end: int) -> Answer:
         return self._attr(self._fs.getattr(self._served.inode_of(node)))
 
+    def _statx(self, node: int, _ctx: Context, _request: Buffer, _end: int) -> Answer:
+        """What getattr tells, and when the inode was made."""
+        ino = self._served.inode_of(node)
+        attr = self._served.presented(self._fs.getattr(ino))
+        times = (attr.atime_ns, self._fs.born(ino), attr.ctime_ns, attr.mtime_ns)
+        return wire.STATX_OUT.pack(
+            wire.STATX_BASIC_STATS | wire.STATX_BTIME, _BLOCK,
+            attr.nlink, attr.uid, attr.gid, attr.mode, attr.ino, attr.size, attr.blocks,
+            *(part for moment in times for part in divmod(moment, _BILLION)),
+            os.major(attr.rdev), os.minor(attr.rdev),
+        )  # fmt: skip
+
     def _setattr(self, node: int, ctx: Context, request: Buffer, _end: int) -> Answer:
         ino = self._inode(node, ctx)
         valid, _fh, size, atime, mtime, atime_ns, mtime_ns, mode, uid, gid = (
@@ -359,16 +375,38 @@ class Direct:
         opened = wire.OPEN_OUT.pack(self._served.keep(handle), self._open_flags)
         return self._entry(attr.ino, attr) + opened
 
+    def _tmpfile(self, node: int, ctx: Context, request: Buffer, _end: int) -> Answer:
+        flags, mode, umask = wire.CREATE_IN.unpack_from(request, _BODY)
+        ino = self._inode(node, ctx)
+        handle, attr = self._fs.tmpfile(ino, mode, flags, ctx._replace(umask=umask))
+        opened = wire.OPEN_OUT.pack(self._served.keep(handle), self._open_flags)
+        return self._entry(attr.ino, attr) + opened
+
+    def _lseek(self, _node: int, _ctx: Context, request: Buffer, _end: int) -> Answer:
+        fh, offset, whence = wire.LSEEK_IN.unpack_from(request, _BODY)
+        return wire.LSEEK_OUT.pack(self._fs.seek(self._served.handles[fh], offset, whence))
+
+    def _fallocate(self, _node: int, _ctx: Context, request: Buffer, _end: int) -> Answer:
+        fh, offset, length, mode = wire.FALLOCATE_IN.unpack_from(request, _BODY)
+        self._fs.fallocate(self._served.handles[fh], mode, offset, length)
+        return _NOTHING
+
     def _read(self, _node: int, _ctx: Context, request: Buffer, _end: int) -> Answer:
         fh, offset, size = wire.READ_IN.unpack_from(request, _BODY)
         into = self._result if size <= LARGEST else None
         got = self._fs.read(self._served.handles[fh], offset, size, into)
         return got if isinstance(got, bytes | memoryview) else memoryview(got)
 
-    def _write(self, _node: int, _ctx: Context, request: Buffer, _end: int) -> Answer:
-        fh, offset, size, _flags = wire.WRITE_IN.unpack_from(request, _BODY)
+    def _write(self, _node: int, ctx: Context, request: Buffer, _end: int) -> Answer:
+        fh, offset, size, write_flags, flags = wire.WRITE_IN.unpack_from(request, _BODY)
         content = memoryview(request)[_HEADERS : _HEADERS + size]
-        return wire.WRITE_OUT.pack(self._fs.write(self._served.handles[fh], offset, content))
+        handle = self._served.handles[fh]
+        if write_flags & wire.WRITE_CACHE:  # neither who wrote it nor how is known any more
+            written = self._fs.write(handle, offset, content, append=False)
+        else:
+            append = bool(flags & os.O_APPEND)
+            written = self._fs.write(handle, offset, content, append=append, ctx=ctx)
+        return wire.WRITE_OUT.pack(written)
 
     def _flush(self, _node: int, _ctx: Context, _request: Buffer, _end: int) -> Answer:
         # Each write is published when it returns; the kernel does not ask again after ENOSYS.

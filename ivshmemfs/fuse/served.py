@@ -42,7 +42,7 @@ LONGEST_DELAY = 0.005
 PATIENCE = 10.0
 
 #: Errors of an operation that point to damage or a dead region, so that the log must name them.
-_ALARMING = frozenset((errno.EUCLEAN, errno.EIO, errno.EFAULT, errno.ENXIO, errno.ENODEV))
+_ALARMING = frozenset((errno.EUCLEAN, errno.EIO, errno.EFAULT, errno.ENODEV))
 _S_IFMT, _S_IFDIR = 0o170000, 0o040000
 
 R = TypeVar("R")

@@ -32,8 +32,12 @@ CREATE = 35
 INTERRUPT = 36
 DESTROY = 38
 BATCH_FORGET = 42
+FALLOCATE = 43
 READDIRPLUS = 44
 RENAME2 = 45
+LSEEK = 46
+TMPFILE = 51
+STATX = 52
 
 # --- headers ----------------------------------------------------------------------------------
 
@@ -59,8 +63,8 @@ CREATE_IN = struct.Struct("=IIIxxxx")
 OPEN_IN = struct.Struct("=Ixxxx")
 #: fh, offset, size; READ, READDIR and READDIRPLUS.
 READ_IN = struct.Struct("=QQIxxxxxxxxxxxxxxxxxxxx")
-#: fh, offset, size, write_flags; the bytes follow.
-WRITE_IN = struct.Struct("=QQIIxxxxxxxxxxxxxxxx")
+#: fh, offset, size, write_flags, the file's flags; the bytes follow.
+WRITE_IN = struct.Struct("=QQIIxxxxxxxxIxxxx")
 #: fh; RELEASE and RELEASEDIR.
 RELEASE_IN = struct.Struct("=Qxxxxxxxxxxxxxxxx")
 #: mask, as access(2) takes it.
@@ -72,11 +76,16 @@ RENAME_IN = struct.Struct("=Q")
 #: The same, and flags.
 RENAME2_IN = struct.Struct("=QIxxxx")
 
+#: fh, offset, length, mode.
+FALLOCATE_IN = struct.Struct("=QQQIxxxx")
+#: fh, offset, whence.
+LSEEK_IN = struct.Struct("=QQIxxxx")
+
 # Bits of SETATTR_IN's first field.
 SET_MODE, SET_UID, SET_GID, SET_SIZE, SET_ATIME, SET_MTIME = 1, 2, 4, 8, 16, 32
 SET_ATIME_NOW, SET_MTIME_NOW = 1 << 7, 1 << 8
-#: In write_flags: the writer may not keep set-user-ID and set-group-ID bits.
-WRITE_KILL_SUIDGID = 4
+#: In write_flags: written back from the page cache, with whatever handle there is.
+WRITE_CACHE = 1
 
 # --- bodies of answers ------------------------------------------------------------------------
 
@@ -92,6 +101,13 @@ ENTRY_OUT = struct.Struct("=Q32x")
 OPEN_OUT = struct.Struct("=QIxxxx")
 #: size.
 WRITE_OUT = struct.Struct("=Ixxxx")
+#: offset.
+LSEEK_OUT = struct.Struct("=Q")
+#: After how long it may be kept and flags (all 0 here): mask, blksize, nlink, uid, gid, mode, ino,
+#: size, blocks, seconds and nanoseconds of atime, btime, ctime and mtime, rdev's major and minor.
+STATX_OUT = struct.Struct("=32xIIxxxxxxxxIIIHxxQQQxxxxxxxxqIxxxxqIxxxxqIxxxxqIxxxxII120x")
+#: In its mask: all that stat(2) tells, and when it was made.
+STATX_BASIC_STATS, STATX_BTIME = 0x7FF, 0x800
 #: ino, cookie of the next, length of the name, type; the name follows, then zeros up to 8 bytes.
 DIRENT = struct.Struct("=QQII")
 

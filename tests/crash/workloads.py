@@ -292,6 +292,43 @@ handle_workload(
     "append-large", b"c", os.O_WRONLY | os.O_APPEND, lambda fs, h: fs.write(h, 0, pattern(9000, 5))
 )
 
+for label, path, mode, offset, length in (
+    ("punch", b"c", 3, 700, 40_000),
+    ("punch-all", b"c", 3, 0, 1 << 20),
+    ("punch-inline", b"a", 3, 10, 100),
+    ("zero-range", b"q", 16, 100, 12_000),
+    ("fill", b"s", 0, 0, 30_000),
+    ("fill-beyond-the-end", b"b", 0, 1000, 9000),
+):
+    handle_workload(
+        label,
+        path,
+        os.O_RDWR,
+        lambda fs, handle, mode=mode, offset=offset, length=length: fs.fallocate(  # type: ignore[misc]
+            handle, mode, offset, length
+        ),
+    )
+workload("nameless", lambda fs: fs.tmpfile(ino(fs, b"d"), 0o600, os.O_RDWR, ROOT))
+
+
+def _nameless(scene: Scene) -> None:
+    scene.handles["it"], _ = scene.victim.run(lambda fs: fs.tmpfile(ROOT_INO, 0o600, 2, ROOT))
+    scene.victim.run(lambda fs: fs.write(scene.handles["it"], 0, pattern(3000, 9)))
+
+
+WORKLOADS["name-the-nameless"] = Workload(
+    "name-the-nameless",
+    lambda scene: scene.victim.run(
+        lambda fs: fs.link(scene.handles["it"].ino, ino(fs, b"d"), b"named", ROOT)
+    ),
+    _nameless,
+)
+WORKLOADS["close-the-nameless"] = Workload(
+    "close-the-nameless",
+    lambda scene: scene.victim.run(lambda fs: fs.release(scene.handles["it"])),
+    _nameless,
+)
+
 
 def _from_a_file(fs: Filesystem, handle: Handle) -> int:
     """Append what a local file holds there, as `put` does."""

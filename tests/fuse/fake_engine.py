@@ -303,15 +303,39 @@ class FakeFilesystem:
         data = self._inode(handle.ino).data
         return memoryview(bytes(data[offset : offset + length]))
 
-    def write(self, handle: FakeHandle, offset: int, data: bytes) -> int:
+    def write(
+        self,
+        handle: FakeHandle,
+        offset: int,
+        data: bytes,
+        *,
+        append: bool | None = None,
+        ctx: Context | None = None,
+    ) -> int:
         inode = self._inode(handle.ino)
-        if handle.flags & os.O_APPEND:
+        if handle.flags & os.O_APPEND if append is None else append:
             offset = len(inode.data)
         if offset > len(inode.data):
             inode.data.extend(bytes(offset - len(inode.data)))
         inode.data[offset : offset + len(data)] = data
         inode.times[1] = inode.times[2] = time.time_ns()
         return len(data)
+
+    def tmpfile(self, parent: int, mode: int, flags: int, ctx: Context) -> tuple[FakeHandle, Attr]:
+        raise FsError(errno.EOPNOTSUPP)
+
+    def born(self, ino: int) -> int:
+        return self._inode(ino).times[0]
+
+    def seek(self, handle: FakeHandle, offset: int, whence: int) -> int:
+        size = len(self._inode(handle.ino).data)
+        if offset >= size:
+            raise FsError(errno.ENXIO)
+        return offset if whence == os.SEEK_DATA else size
+
+    def fallocate(self, handle: FakeHandle, mode: int, offset: int, length: int) -> None:
+        data = self._inode(handle.ino).data
+        data.extend(bytes(max(offset + length - len(data), 0)))
 
     def fsync(self, handle: FakeHandle) -> None:
         self._inode(handle.ino)

@@ -136,6 +136,10 @@ def kernel() -> Iterator[Kernel]:
         (wire.ATTR, 88),
         (wire.ENTRY_OUT, 128 - 88),
         (wire.OPEN_OUT, 16),
+        (wire.LSEEK_IN, 24),
+        (wire.LSEEK_OUT, 8),
+        (wire.FALLOCATE_IN, 32),
+        (wire.STATX_OUT, 32 + 256),
         (wire.WRITE_OUT, 8),
         (wire.DIRENT, 24),
     ],
@@ -147,7 +151,7 @@ def test_records_are_as_large_as_the_kernel_says(record: struct.Struct, size: in
 def test_what_was_written_is_read(kernel: Kernel) -> None:
     ino, handle = kernel.create(b"f")
     content = os.urandom(100_000)
-    body = wire.WRITE_IN.pack(handle, 5, len(content), 0) + content
+    body = wire.WRITE_IN.pack(handle, 5, len(content), 0, 0) + content
     assert wire.WRITE_OUT.unpack(kernel.ask(wire.WRITE, body, node=ino)) == (len(content),)
     got = kernel.ask(wire.READ, wire.READ_IN.pack(handle, 0, 1 << 20), node=ino)
     assert got == bytes(5) + content
@@ -175,7 +179,7 @@ def test_an_entry_and_its_attributes(kernel: Kernel) -> None:
 def test_attributes_that_changed_are_not_the_old_ones(kernel: Kernel) -> None:
     ino, handle = kernel.create(b"f")
     before = kernel.ask(wire.GETATTR, bytes(16), node=ino)
-    kernel.ask(wire.WRITE, wire.WRITE_IN.pack(handle, 0, 3, 0) + b"abc", node=ino)
+    kernel.ask(wire.WRITE, wire.WRITE_IN.pack(handle, 0, 3, 0, 0) + b"abc", node=ino)
     assert wire.ATTR.unpack_from(before, wire.ATTR_OUT_SIZE)[1] == 0
     after = kernel.ask(wire.GETATTR, bytes(16), node=ino)
     assert wire.ATTR.unpack_from(after, wire.ATTR_OUT_SIZE)[1] == 3
@@ -259,12 +263,12 @@ def make_busy(kernel: Kernel, monkeypatch: pytest.MonkeyPatch, times: int) -> No
     """Let the next *times* calls of write find the engine busy."""
     real, left = kernel.fs.write, times
 
-    def write(handle: object, offset: int, data: bytes) -> int:
+    def write(handle: object, offset: int, data: bytes, **how: object) -> int:
         nonlocal left
         left -= 1
         if left >= 0:
             raise Busy("injected")
-        return real(handle, offset, data)  # type: ignore[arg-type]
+        return real(handle, offset, data, **how)  # type: ignore[arg-type]
 
     monkeypatch.setattr(kernel.served.fs, "write", write)
 
@@ -272,7 +276,7 @@ def make_busy(kernel: Kernel, monkeypatch: pytest.MonkeyPatch, times: int) -> No
 def test_a_busy_engine_is_tried_again(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
     ino, handle = kernel.create(b"f")
     make_busy(kernel, monkeypatch, 3)
-    kernel.send(wire.WRITE, wire.WRITE_IN.pack(handle, 0, 3, 0) + b"abc", node=ino)
+    kernel.send(wire.WRITE, wire.WRITE_IN.pack(handle, 0, 3, 0, 0) + b"abc", node=ino)
     assert kernel.silent()
     # The buffer is used again in between: the request that waits has its own copy.
     kernel.ask(wire.LOOKUP, b"f\0")
@@ -284,7 +288,7 @@ def test_a_busy_engine_is_tried_again(kernel: Kernel, monkeypatch: pytest.Monkey
 def test_who_stops_waiting_is_told_so(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
     ino, handle = kernel.create(b"f")
     make_busy(kernel, monkeypatch, 10**9)
-    kernel.send(wire.WRITE, wire.WRITE_IN.pack(handle, 0, 3, 0) + b"abc", node=ino)
+    kernel.send(wire.WRITE, wire.WRITE_IN.pack(handle, 0, 3, 0, 0) + b"abc", node=ino)
 
     async def interrupt() -> None:
         await trio.sleep(0.05)
@@ -301,7 +305,7 @@ def test_what_waits_fails_when_the_mount_ends(
 ) -> None:
     ino, handle = kernel.create(b"f")
     make_busy(kernel, monkeypatch, 10**9)
-    kernel.send(wire.WRITE, wire.WRITE_IN.pack(handle, 0, 3, 0) + b"abc", node=ino)
+    kernel.send(wire.WRITE, wire.WRITE_IN.pack(handle, 0, 3, 0, 0) + b"abc", node=ino)
     kernel.served.ending = True
     kernel.run()
     assert kernel.answer() == (errno.EIO, b"")

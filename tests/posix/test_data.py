@@ -43,20 +43,6 @@ def test_holes_read_as_zeros_and_take_no_room(here: Path, there: Path) -> None:
     assert path.stat().st_blocks == 0
 
 
-def test_seeking_data_and_holes_is_consistent(here: Path) -> None:
-    """SEEK_DATA may call all of it data; what it says is true."""
-    path = here / "file"
-    with path.open("w+b", buffering=0) as file:
-        file.seek(1 << 20)
-        file.write(b"data")
-        fd = file.fileno()
-        at = os.lseek(fd, 0, os.SEEK_DATA)
-        assert os.pread(fd, at, 0) == bytes(at)
-        hole = os.lseek(fd, 1 << 20, os.SEEK_HOLE)
-        assert hole == (1 << 20) + 4
-        fails(errno.ENXIO, os.lseek, fd, (1 << 20) + 4, os.SEEK_DATA)
-
-
 def test_blocks_follow_the_data(here: Path, there: Path) -> None:
     path = here / "file"
     path.write_bytes(b"")
@@ -153,16 +139,6 @@ def test_direct_and_synchronous_handles(here: Path, there: Path) -> None:
         os.fsync(fd)
         os.fdatasync(fd)
         os.close(fd)
-
-
-def test_preallocating_by_the_library(here: Path) -> None:
-    """posix_fallocate(3) falls back to writing where fallocate(2) is not offered."""
-    fd = os.open(here / "file", os.O_CREAT | os.O_RDWR)
-    os.write(fd, b"kept")
-    os.posix_fallocate(fd, 0, 100_000)
-    assert os.fstat(fd).st_size == 100_000
-    assert os.pread(fd, 5, 0) == b"kept\0"
-    os.close(fd)
 
 
 # --- space ------------------------------------------------------------------------------------

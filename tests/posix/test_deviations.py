@@ -27,34 +27,11 @@ def test_reading_leaves_the_access_time_alone(here: Path) -> None:
     assert here.stat().st_atime_ns == folder
 
 
-def test_no_unnamed_temporary_files(here: Path) -> None:
-    fails(errno.EOPNOTSUPP, os.open, here, os.O_TMPFILE | os.O_RDWR)
-
-
-def test_no_room_ahead_of_writing(here: Path) -> None:
-    fd = os.open(here / "file", os.O_CREAT | os.O_RDWR)
-    for mode in (0, 1, 2 | 1):
-        length = ctypes.c_long(4096)
-        assert _libc.fallocate(fd, mode, ctypes.c_long(0), length) == -1
-        assert ctypes.get_errno() == errno.EOPNOTSUPP
-    os.close(fd)
-
-
 def test_no_access_lists(here: Path) -> None:
     (here / "file").touch()
     for name in ("system.posix_acl_access", "system.posix_acl_default"):
         fails(errno.EOPNOTSUPP, os.setxattr, here, name, b"\x02\0\0\0")
         fails((errno.EOPNOTSUPP, errno.ENODATA), os.getxattr, here, name)
-
-
-def test_appending_is_decided_when_a_file_is_opened(here: Path) -> None:
-    path = here / "file"
-    path.write_bytes(b"0123456789")
-    fd = os.open(path, os.O_RDWR | os.O_APPEND)
-    fcntl.fcntl(fd, fcntl.F_SETFL, 0)
-    os.pwrite(fd, b"x", 0)
-    os.close(fd)
-    assert path.read_bytes() == b"0123456789x"
 
 
 def test_only_changes_by_the_own_machine_are_notified(here: Path, there: Path) -> None:
