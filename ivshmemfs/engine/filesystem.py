@@ -250,17 +250,18 @@ class Filesystem(Mount):
         size: int | None = None,
         atime_ns: int | None = None,
         mtime_ns: int | None = None,
+        kept: int | None = None,
     ) -> Attr:
-        """Change attributes; times may be NOW."""
+        """Change attributes; times may be NOW.
+
+        `kept` is a mode: privileges that are not in it are shed, all else stays.
+        """
 
         wanted = {"mode": mode, "uid": uid, "gid": gid, "atime_ns": atime_ns, "mtime_ns": mtime_ns}
         changes = {field: value for field, value in wanted.items() if value is not None}
         for moment in (atime_ns, mtime_ns):
             if moment is not None:
                 self.clock.seen(moment)
-
-        # With a size or an owner comes a mode only to shed privileges; it may lack other bits.
-        alone = size is None and uid is None and gid is None
 
         def plan(tx: Transaction) -> Attr:
             inode = tx.inode(ino)
@@ -269,8 +270,8 @@ class Filesystem(Mount):
             if uid is not None or gid is not None:
                 sheds, outsider = not inode.is_dir, self._outsider(inode, ctx)
                 inode = _without_privileges(tx, inode, unprivileged=sheds, outsider=outsider)
-            if mode is not None and not alone:
-                changes["mode"] = inode.record.mode & (mode | ~names.PRIVILEGES)
+            if kept is not None:
+                changes["mode"] = inode.record.mode & (kept | ~names.PRIVILEGES)
             return self._attr(tx.put(_changed(inode, changes, tx.now)))
 
         try:

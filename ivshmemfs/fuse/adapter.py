@@ -206,10 +206,10 @@ class Adapter(pyfuse3.Operations):
         changes = self.served.owner_changes(
             attr.st_uid if fields.update_uid else None, attr.st_gid if fields.update_gid else None
         )
-        if fields.update_mode:
-            changes["mode"] = attr.st_mode & 0o7777
         if fields.update_size:
             changes["size"] = attr.st_size
+        if fields.update_mode:
+            changes |= self.served.mode_change(attr.st_mode, changes)
         if fields.update_atime:
             changes["atime_ns"] = attr.st_atime_ns
         if fields.update_mtime:

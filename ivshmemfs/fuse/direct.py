@@ -339,10 +339,10 @@ class Direct:
         changes = self._served.owner_changes(
             uid if valid & wire.SET_UID else None, gid if valid & wire.SET_GID else None
         )
-        if valid & wire.SET_MODE:
-            changes["mode"] = mode & 0o7777
         if valid & wire.SET_SIZE:
             changes["size"] = size
+        if valid & wire.SET_MODE:
+            changes |= self._served.mode_change(mode, changes)
         if valid & wire.SET_ATIME:
             now = valid & wire.SET_ATIME_NOW
             changes["atime_ns"] = NOW if now else atime * _BILLION + atime_ns

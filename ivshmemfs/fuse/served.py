@@ -45,6 +45,8 @@ PATIENCE = 10.0
 _ALARMING = frozenset((errno.EUCLEAN, errno.EIO, errno.EFAULT, errno.ENODEV))
 _S_IFMT, _S_IFDIR = 0o170000, 0o040000
 
+_SHEDDING = {"uid", "gid", "size"}
+
 R = TypeVar("R")
 
 
@@ -162,6 +164,15 @@ class Served:
             elif value != fixed:
                 raise FsError(errno.EPERM, f"the mount option {field}= fixes the owner")
         return changes
+
+    @staticmethod
+    def mode_change(mode: int, changes: dict[str, int]) -> dict[str, int]:
+        """What a mode that comes with `changes` is to change.
+
+        With an owner or a size the kernel sends a mode only to shed privileges; the other bits in
+        it are as the kernel last saw them.
+        """
+        return {"kept" if changes.keys() & _SHEDDING else "mode": mode & 0o7777}
 
     # --- names ------------------------------------------------------------------------------
 

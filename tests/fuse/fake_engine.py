@@ -228,10 +228,13 @@ class FakeFilesystem:
         size: int | None = None,
         atime_ns: int | None = None,
         mtime_ns: int | None = None,
+        kept: int | None = None,
     ) -> Attr:
         inode = self._inode(ino)
         if mode is not None:
             inode.mode = stat.S_IFMT(inode.mode) | mode & 0o7777
+        if kept is not None:
+            inode.mode &= kept | ~0o6000
         if uid is not None:
             inode.uid = uid
         if gid is not None:
