@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from ivshmemfs.engine import data, directory, holes, names, xattr
 from ivshmemfs.engine.directory import Entry
-from ivshmemfs.engine.inode import Attr, Context, Inode, StatFs, attributes
+from ivshmemfs.engine.inode import MAX_RDEV, Attr, Context, Inode, StatFs, attributes
 from ivshmemfs.engine.mount import ATTEMPTS, Mount
 from ivshmemfs.engine.names import RENAME_EXCHANGE, RENAME_NOREPLACE, RENAME_WHITEOUT
 from ivshmemfs.engine.transaction import Transaction, View
@@ -310,6 +310,8 @@ class Filesystem(Mount):
         if stat.S_IFMT(mode) == 0:
             mode |= stat.S_IFREG
         if stat.S_IFMT(mode) == stat.S_IFDIR:
+            raise FsError(errno.EINVAL)
+        if not 0 <= rdev <= MAX_RDEV:
             raise FsError(errno.EINVAL)
         return self._made(lambda tx: names.make(tx, parent, name, mode, ctx, rdev=rdev))
 

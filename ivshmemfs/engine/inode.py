@@ -127,6 +127,11 @@ _ALLOWED = {
 }
 
 
+_MOST_BLOCKS = 1 << 32  # numbers of blocks have 32 bits
+MAX_RDEV = (1 << 32) - 1  # what a FUSE request carries
+TARGET_MAX = 4095  # bytes of a symbolic link
+
+
 def _problem(record: InodeRecord) -> str | None:
     kinds = _ALLOWED.get(stat.S_IFMT(record.mode))
     if kinds is None:
@@ -143,8 +148,12 @@ def _problem(record: InodeRecord) -> str | None:
         return "half a pointer in the block map"
     if record.payload == fmt.DIRTREE and not record.height:
         return "a directory tree without levels"
-    if record.size >> 63 or not record.blocks:
+    if record.size >> 63 or not 0 < record.blocks < _MOST_BLOCKS:
         return f"size {record.size}, {record.blocks} blocks"
+    if stat.S_ISLNK(record.mode) and record.size > TARGET_MAX:
+        return f"a symbolic link to {record.size} bytes"
+    if record.rdev > MAX_RDEV:
+        return f"device number {record.rdev:#x}"
     return None
 
 

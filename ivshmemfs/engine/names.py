@@ -13,14 +13,13 @@ import stat
 
 from ivshmemfs.engine import data, directory
 from ivshmemfs.engine.directory import Entry
-from ivshmemfs.engine.inode import Context, Inode
+from ivshmemfs.engine.inode import TARGET_MAX, Context, Inode
 from ivshmemfs.engine.transaction import Transaction, View
 from ivshmemfs.errors import Corrupt, FsError
 from ivshmemfs.format.inode import INODE, ORPHANS_INO, ROOT_INO, InodeRecord
 
 RENAME_NOREPLACE, RENAME_EXCHANGE, RENAME_WHITEOUT = 1, 2, 4
 LINK_MAX = (1 << 31) - 1
-TARGET_MAX = 4095  # bytes of a symbolic link
 DEPTH_MAX = 100_000  # directories above one another, before it must be a ring
 PRIVILEGES = stat.S_ISUID | stat.S_ISGID
 SET_GROUP_ID = stat.S_ISGID | stat.S_IXGRP  # both: of a program; the first alone: of another file

@@ -237,6 +237,8 @@ def check_inode(record: InodeRecord, used: int) -> Iterator[str]:
         yield f"a size of {record.size} bytes, but it is no file"
     if kind not in (stat.S_IFCHR, stat.S_IFBLK) and record.rdev:
         yield f"device number {record.rdev:#x}, but it is no device"
+    elif record.rdev >> 32:
+        yield f"device number {record.rdev:#x}, of more than 32 bits"
     if kind != stat.S_IFDIR and (record.parent or record.entries):
         yield f"parent {record.parent} and {record.entries} entries, but it is no directory"
 

@@ -136,5 +136,7 @@ def _mend_rest(draft: _Draft) -> None:
         draft.set("a size, and it is no file", size=0)
     if kind not in (stat.S_IFCHR, stat.S_IFBLK):
         draft.set("a device number, and it is no device", rdev=0)
+    elif record.rdev >> 32:
+        draft.set("a device number of more than 32 bits", rdev=0)
     if kind != stat.S_IFDIR:
         draft.set("directory fields, and it is no directory", parent=0, entries=0)

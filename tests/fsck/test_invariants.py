@@ -288,6 +288,7 @@ for _name, _ino, _fields in (
     ("inline_of_another_size", "small", {"size": 1 << 40}),
     ("negative_size", "sparse", {"size": (1 << 64) - 1}),
     ("device_number_of_a_file", "small", {"rdev": 5}),
+    ("device_number_of_64_bits", "device", {"rdev": 1 << 40}),
     ("parent_of_a_file", "small", {"parent": 1}),
     ("symlink_to_nothing", "link", {"size": 0, "payload_size": 0}),
     ("levels_without_pointers", "small", {"height": 1}),

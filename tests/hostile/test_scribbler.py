@@ -30,7 +30,7 @@ AREAS: dict[str, Callable[[Geometry], tuple[int, int]]] = {
 }
 
 
-def _word(value: int, chance: random.Random) -> int:
+def scribbled(value: int, chance: random.Random) -> int:
     """What stands there, somewhat changed, or anything at all."""
     kind = chance.randrange(4)
     if kind == 0:
@@ -49,7 +49,7 @@ def scribbling(made: TestRegion, area: tuple[int, int], seed: int) -> Iterator[l
     def scribble() -> None:
         while not ended.wait(0.00005):
             at = chance.randrange(area[0], area[1], WORD)
-            memory.store(at, _word(memory.load(at), chance))
+            memory.store(at, scribbled(memory.load(at), chance))
             count[0] += 1
 
     thread = threading.Thread(target=scribble, daemon=True)

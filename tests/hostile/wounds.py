@@ -218,6 +218,14 @@ def inodes() -> Iterator[tuple[str, Damage]]:
                     lambda k, who=who, change=change: k.edit_inode(getattr(Names, who), **change),  # type: ignore[misc]
                 )
 
+    for size in (4096, 1 << 40, (1 << 62) - 1):
+        yield (
+            f"link as a map of {size:#x}",
+            lambda k, size=size: k.set_payload(  # type: ignore[misc]
+                Names.link, words.POINTER.pack(0, 0, 0), payload=inode.MAP, height=12, size=size
+            ),
+        )
+
 
 def headers() -> Iterator[tuple[str, Damage]]:
     """Every field of the superblock × ten values, its checksum made good."""
