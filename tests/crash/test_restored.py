@@ -27,7 +27,7 @@ from ivshmemfs.engine import ROOT_INO
 from tests.checks import assert_sound, detailed_tree
 from tests.conftest import Figures
 from tests.crash.cases import Tree, close_others, replayable, set_up, tags
-from tests.crash.laboratory import Laboratory
+from tests.crash.laboratory import Laboratory, Peer
 from tests.crash.test_zombies import _conflict, _errno, _go_on_together
 from tests.crash.workloads import WORKLOADS, Scene, pattern
 from tests.regions import put
@@ -64,6 +64,15 @@ def went_on(scene: Scene, leaving: int) -> None:
     other.run(lambda fs: put(fs, ROOT_INO, b"full", pattern(max(free - LEFT, 8) * 1024, 31)))
 
 
+def seen(peer: Peer) -> Tree:
+    """What is there, but for how large the file was made that takes all that was free."""
+    tree = peer.run(detailed_tree)
+    content = tree.pop(b"full")[-1]
+    assert isinstance(content, bytes)
+    assert content == pattern(len(content), 31)
+    return tree
+
+
 def forked(work: Callable[[], object]) -> None:
     """Run `work` in a fork of this process, to its end."""
     pid = os.fork()
@@ -88,9 +97,9 @@ def allowed(laboratory: Laboratory, world: bytes, name: str) -> list[Tree]:
         went_on(scene, 0)
 
     forked(original)
-    before = scene.other.run(detailed_tree)
+    before = seen(scene.other)
     _errno(lambda: WORKLOADS[name].act(scene))
-    return [before, scene.other.run(detailed_tree)]
+    return [before, seen(scene.other)]
 
 
 class Resumed:
@@ -149,7 +158,7 @@ def run_case(laboratory: Laboratory, world: bytes, trees: list[Tree], case: Case
         after = fsck.repair(scene.other.region, force=True)
         assert not after.findings, str(after)
         return 1
-    assert scene.other.run(detailed_tree) in trees
+    assert seen(scene.other) in trees
     assert_sound(laboratory.memory)
     close_others(scene)
     _go_on_together(scene)
