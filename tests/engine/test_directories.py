@@ -120,9 +120,9 @@ def test_names_of_one_hash(roomy: TestRegion, monkeypatch: pytest.MonkeyPatch) -
     """Names that collide stand beside each other; more than one leaf holds is refused."""
     from ivshmemfs.errors import NoSpace
 
+    fs = roomy.mount()
     same = hashlib.blake2b(b"same", digest_size=8)
     monkeypatch.setattr(hashlib, "blake2b", lambda *_name, **_options: same)
-    fs = roomy.mount()
     called = [b"%d" % n for n in range(40)]
     for name in called:
         fs.mknod(ROOT_INO, name, 0o100644, 0, ROOT)
