@@ -144,6 +144,11 @@ class Mount:
         member = self._member
         return (member.slot, member.incarnation) if member is not None else (0, 0)
 
+    @property
+    def crowded(self) -> bool:
+        """Whether somebody is committing at this moment, so that a change would be Busy."""
+        return self._hint.held
+
     # --- the two ways to work -------------------------------------------------------------
 
     def view(self) -> View:

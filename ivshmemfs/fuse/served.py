@@ -19,9 +19,10 @@ import errno
 import functools
 import itertools
 import logging
+import os
 import random
 import time
-from collections.abc import Awaitable, Callable, Collection
+from collections.abc import Awaitable, Callable, Collection, Iterator
 from contextlib import suppress
 from typing import NamedTuple, TypeVar
 
@@ -33,8 +34,13 @@ from ivshmemfs.fuse.nodes import Nodes
 
 log = logging.getLogger(__name__)
 
+#: Seconds for which a busy operation is tried again before other requests are served meanwhile,
+#: for which it is waited awake each time, and then asleep.
+MOMENTS = 0.002
+SPIN_SECONDS = 40e-6
+NAP = 0.0001
 #: Seconds to wait before the first and, growing, between later attempts of a busy operation.
-FIRST_DELAY = 0.0002
+FIRST_DELAY = 0.001
 LONGEST_DELAY = 0.005
 #: Seconds after which a busy operation fails.  It fails with EIO: programs know that as the end
 #: of an operation, while EAGAIN on a file tells many of them to wait until it is readable, which
@@ -120,6 +126,26 @@ class Served:
         self._folders: dict[int, int] = {}  # by handle: the number that was opened
 
     # --- waiting --------------------------------------------------------------------------
+
+    def moments(self) -> Iterator[None]:
+        """Short waits, one for each attempt of a busy operation before `again`.
+
+        A commit takes less time than going to sleep and waking up, so whoever commits on another
+        CPU is waited for awake.  It may also be waiting for this very CPU, hence the naps.
+        """
+        now = time.monotonic()
+        end = now + MOMENTS
+        spin = SPIN_SECONDS if len(os.sched_getaffinity(0)) > 1 else 0.0
+        unexplained = 0
+        while now < end and unexplained < 2:
+            unexplained += not self.fs.crowded
+            awake = now + spin
+            while (crowded := self.fs.crowded) and time.monotonic() < awake:
+                pass
+            if crowded:
+                time.sleep(NAP * random.random())
+            yield
+            now = time.monotonic()
 
     async def again(self, operation: str, call: Callable[[], R]) -> R:
         """Try *call* again until the engine is no longer busy; raises FUSEError."""

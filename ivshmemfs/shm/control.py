@@ -79,6 +79,11 @@ class Hint:
         self._taken_at = time.monotonic()
         return True
 
+    @property
+    def held(self) -> bool:
+        """Whether anybody is committing."""
+        return self._memory.load(HINT_OFFSET) != 0
+
     def retake(self, slot: int) -> bool:
         """Show progress, or try again to become the one who commits."""
         return self._memory.load(HINT_OFFSET) == self._mine or self.take(slot)

@@ -83,6 +83,8 @@ class FakeHandle:
 class FakeFilesystem:
     """See the module's comment."""
 
+    crowded = False
+
     def __init__(self, faults: str | None = None, *, readonly: bool = False) -> None:
         self._faults = faults
         self._next = ROOT_INO + 1

@@ -288,6 +288,27 @@ def test_a_busy_engine_is_tried_again(kernel: Kernel, monkeypatch: pytest.Monkey
     assert kernel.ask(wire.READ, wire.READ_IN.pack(handle, 0, 9), node=ino) == b"abc"
 
 
+def test_a_commit_of_somebody_else_is_waited_for(
+    kernel: Kernel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For a moment, without another request in between; then others get their turn."""
+    ino, handle = kernel.create(b"f")
+    looks = iter([True] * 3 + [False] * 100)
+
+    class Crowd:
+        def __get__(self, *_: object) -> bool:
+            return next(looks)
+
+    monkeypatch.setattr(type(kernel.served.fs), "crowded", Crowd())
+    make_busy(kernel, monkeypatch, 2)
+    kernel.send(wire.WRITE, wire.WRITE_IN.pack(handle, 0, 3, 0) + b"abc", node=ino)
+    assert kernel.answer() == (0, wire.WRITE_OUT.pack(3))
+    monkeypatch.setattr(type(kernel.served.fs), "crowded", True)
+    make_busy(kernel, monkeypatch, 10**9)
+    kernel.send(wire.WRITE, wire.WRITE_IN.pack(handle, 0, 3, 0) + b"abc", node=ino)
+    assert kernel.silent()
+
+
 def test_who_stops_waiting_is_told_so(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
     ino, handle = kernel.create(b"f")
     make_busy(kernel, monkeypatch, 10**9)
