@@ -21,7 +21,7 @@ from ivshmemfs.region.chardev import sysfs_directory as char_directory
 from ivshmemfs.region.devmem import open_devmem
 from ivshmemfs.region.file import open_file
 from ivshmemfs.region.mapped import Region, look_at, shown
-from ivshmemfs.region.pci import find_devices, is_ivshmem, open_pci
+from ivshmemfs.region.pci import find_devices, is_ivshmem, is_resource, open_pci, open_resource
 from ivshmemfs.region.roots import HERE, Roots
 from ivshmemfs.region.sizes import parse_number, parse_size, readable_size
 
@@ -199,6 +199,8 @@ def _open_path(spec: str, readonly: bool, roots: Roots) -> Region:
         return open_chardev(path, offset=offset, size=size, readonly=readonly, roots=roots)
     if size is not None:
         raise UsageError(f"{shown(path)}: only a character device takes an offset or size")
+    if is_resource(path):
+        return open_resource(path, readonly=readonly, roots=roots)
     return open_file(path, readonly=readonly)
 
 
@@ -219,7 +221,8 @@ def open_region(
 ) -> Region:
     """Open what `spec` names.
 
-    `spec` is the path of a file or character device (there also PATH:SIZE or PATH:OFFSET:SIZE),
+    `spec` is the path of a file or character device (there also PATH:SIZE or PATH:OFFSET:SIZE) or
+    of a device's `resource2` or `resource2_wc` in sysfs,
     ``pci``, ``pci:0000:00:04.0``, ``mem:0xADDRESS:SIZE``, ``label=L`` or ``uuid=U``.  `identify`
     gets the first 4096 bytes of a region and tells the (label, uuid) of the filesystem on it, or
     None; ``label=`` and ``uuid=`` need it, and ``pci`` uses it to choose among several devices.

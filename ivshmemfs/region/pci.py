@@ -23,6 +23,7 @@ from ivshmemfs.region.roots import HERE, Roots
 VENDOR = 0x1AF4
 DEVICE_ID = 0x1110
 SHARED_BAR = 2
+PLAIN, COMBINING = f"resource{SHARED_BAR}", f"resource{SHARED_BAR}_wc"
 _ADDRESS = re.compile(
     r"(?:([0-9a-f]{4,8}):)?([0-9a-f]{2}):([0-9a-f]{2})\.([0-7])", re.IGNORECASE | re.ASCII
 )
@@ -110,6 +111,19 @@ def _enable(directory: Path, address: str) -> None:
         raise translate(error, switch) from None
 
 
+def _shared_memory(directory: Path, address: str) -> int:
+    """Bytes of the device's shared memory, which is switched on; raises a RegionError."""
+    _refuse_missing(directory, address)
+    size = bar_size(directory)
+    if size == 0:
+        raise RegionSize(
+            f"PCI device {address} has no shared memory (BAR2); start QEMU with ivshmem-plain "
+            "and a memory backend with share=on"
+        )
+    _enable(directory, address)
+    return size
+
+
 def _map(path: Path, size: int, *, readonly: bool, access: int, spec: str) -> Region:
     descriptor = open_descriptor(path, readonly=readonly)
     available = os.fstat(descriptor).st_size
@@ -127,21 +141,30 @@ def open_pci(address: str, *, readonly: bool = False, roots: Roots = HERE) -> Re
     """Map the shared memory of the device at `address`; raises a RegionError or UsageError."""
     address = normal_address(address)
     directory = roots.sys / "bus/pci/devices" / address
-    _refuse_missing(directory, address)
-    size = bar_size(directory)
-    if size == 0:
-        raise RegionSize(
-            f"PCI device {address} has no shared memory (BAR2); start QEMU with ivshmem-plain "
-            "and a memory backend with share=on"
-        )
-    _enable(directory, address)
+    size = _shared_memory(directory, address)
     spec = f"pci:{address}"
-    combining = directory / f"resource{SHARED_BAR}_wc"
+    combining = directory / COMBINING
     if combining.exists():
         try:
             return _map(combining, size, readonly=readonly, access=WRITE_COMBINING, spec=spec)
         except RegionError:
             pass  # the plain one then works, or its error is the one to show
-    access = WRITE_COMBINING if roots.x86 else DEVICE
-    plain = directory / f"resource{SHARED_BAR}"
-    return _map(plain, size, readonly=readonly, access=access, spec=spec)
+    access = _plain_access(roots)
+    return _map(directory / PLAIN, size, readonly=readonly, access=access, spec=spec)
+
+
+def is_resource(path: Path) -> bool:
+    """Whether a path is the sysfs file of an ivshmem device's shared memory."""
+    return path.name in (PLAIN, COMBINING) and is_ivshmem(path.parent)
+
+
+def open_resource(path: Path, *, readonly: bool = False, roots: Roots = HERE) -> Region:
+    """Map a device by the sysfs file that is named, and by no other way; raises a RegionError."""
+    whole = path.absolute()
+    size = _shared_memory(whole.parent, whole.parent.resolve().name)
+    access = WRITE_COMBINING if whole.name == COMBINING else _plain_access(roots)
+    return _map(whole, size, readonly=readonly, access=access, spec=str(whole))
+
+
+def _plain_access(roots: Roots) -> int:
+    return WRITE_COMBINING if roots.x86 else DEVICE

@@ -71,6 +71,13 @@ def make_pci(
     return Backend(f"pci:{address}", roots, file, 0, access)
 
 
+def by_resource(device: Backend, name: str) -> Backend:
+    """The same device by one of its files in sysfs."""
+    access = DEVICE if name == "resource2" else WRITE_COMBINING
+    spec = str(device.file.with_name(name))
+    return Backend(spec, device.roots, device.file, device.start, access)
+
+
 def make_mem(tmp_path: Path, machine: str) -> Backend:
     roots = Roots(
         sys=tmp_path / "sys", dev=tmp_path / "dev", proc=tmp_path / "proc", machine=machine
@@ -126,8 +133,8 @@ def hugetlbfs(tmp_path: Path) -> Iterator[Path]:
 
 
 BACKENDS = [
-    "tmpfs", "file", "hugetlbfs", "pci-wc", "pci-plain", "pci-arm", "pci-arm-wc", "mem", "mem-arm",
-    "uio", "chardev-size", "chardev-offset",
+    "tmpfs", "file", "hugetlbfs", "pci-wc", "pci-plain", "pci-arm", "pci-arm-wc", "resource2",
+    "resource2_wc", "mem", "mem-arm", "uio", "chardev-size", "chardev-offset",
 ]  # fmt: skip
 
 
@@ -149,6 +156,8 @@ def backend(
             yield make_pci(tmp_path, combining=request.param == "pci-wc", machine="x86_64")
         case "pci-arm" | "pci-arm-wc":
             yield make_pci(tmp_path, combining=request.param == "pci-arm-wc", machine="aarch64")
+        case "resource2" | "resource2_wc":
+            yield by_resource(make_pci(tmp_path, combining=True, machine="aarch64"), request.param)
         case "mem" | "mem-arm":
             machine = "x86_64" if request.param == "mem" else "aarch64"
             yield make_mem(tmp_path, machine)
@@ -282,6 +291,21 @@ def test_an_unusable_resource2_wc_falls_back(tmp_path: Path) -> None:
     with backend.open() as region:
         assert region.path.name == "resource2"
         assert region.memory.access == DEVICE
+
+
+@pytest.mark.parametrize("name", ["resource2", "resource2_wc"])
+def test_the_file_that_is_named_is_the_one_that_is_mapped(tmp_path: Path, name: str) -> None:
+    backend = by_resource(make_pci(tmp_path, combining=True, machine="aarch64"), name)
+    with backend.open() as region:
+        assert region.path == backend.file.with_name(name)
+    assert backend.file.with_name("enable").read_text() == "1"
+
+
+def test_a_file_called_like_a_resource_is_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "resource2"
+    create_file(path, SIZE)
+    with open_region(str(path)) as region:
+        assert region.memory.access == NORMAL
 
 
 @pytest.mark.parametrize("spec", ["mem:0x20000:2M", "mem:131072:2097152", "mem:0X20000:0x200000"])
