@@ -181,7 +181,7 @@ def _serve(
         lifeline.close()
 
 
-def umount(path: str, *, lazy: bool = False, seconds: float = 10.0) -> None:
+def umount(path: str, *, lazy: bool = False, seconds: float = 30.0) -> None:
     """Unmount *path* and wait until its daemon has left the region.
 
     A mount whose daemon is dead is detached.  Raises MountError.
@@ -202,4 +202,7 @@ def umount(path: str, *, lazy: bool = False, seconds: float = 10.0) -> None:
                 f"or detach it now with 'ivshmemfs umount --lazy {path}'"
             ) from None
         if grip is not None and not lazy and not mountpoint.wait_for_end(grip, seconds):
-            raise MountError(f"{path} is unmounted, but its daemon has not ended yet")
+            raise MountError(
+                f"{path} is unmounted, but its daemon has not ended yet: "
+                f"'ivshmemfs peers {entry.source}' shows when it has left"
+            )

@@ -207,30 +207,50 @@ def _failure(stderr: str) -> MountError:
 # A daemon holds a listening socket, named after the device number of its mount, until its process
 # ends.  Whoever wants to know when that is connects, and waits for the connection to break.  The
 # daemon itself never looks at the socket, so a stopped or hung one cannot block anybody.
+#
+# The kernel gives the device number away again as soon as a mount is gone, which may be long before
+# its daemon has ended.  So the names of one device number are counted up, and the highest that
+# anybody holds is that of the mount.
+
+#: Daemons that can wait for their end at once with the same device number.
+LIFELINES = 16
 
 
 def hold_lifeline(device: str) -> socket.socket | None:
-    """Bind the lifeline of the mount *device*; None when somebody has taken the name."""
+    """Bind the lifeline of the mount *device*; None when there are too many of the same number."""
+    held = _highest_lifeline(device)
+    if held is not None:
+        held[1].close()
+    number = 0 if held is None else held[0] + 1
     lifeline = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
-        lifeline.bind(_lifeline_name(device))
-        lifeline.listen(8)
+        if number < LIFELINES:
+            lifeline.bind(_lifeline_name(device, number))
+            lifeline.listen(8)
+            return lifeline
     except OSError:
-        lifeline.close()
-        return None
-    return lifeline
+        pass
+    lifeline.close()
+    return None
 
 
 def grasp_lifeline(device: str) -> socket.socket | None:
     """Connect to the lifeline of the mount *device*; None when no daemon holds it."""
-    grip = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    grip.setblocking(False)
-    try:
-        grip.connect(_lifeline_name(device))
-    except OSError:
-        grip.close()
-        return None
-    return grip
+    held = _highest_lifeline(device)
+    return None if held is None else held[1]
+
+
+def _highest_lifeline(device: str) -> tuple[int, socket.socket] | None:
+    """The number of the last lifeline that anybody holds, and a connection to it."""
+    for number in reversed(range(LIFELINES)):
+        grip = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        grip.setblocking(False)
+        try:
+            grip.connect(_lifeline_name(device, number))
+            return number, grip
+        except OSError:
+            grip.close()
+    return None
 
 
 def wait_for_end(grip: socket.socket, seconds: float) -> bool:
@@ -244,5 +264,5 @@ def wait_for_end(grip: socket.socket, seconds: float) -> bool:
         return True
 
 
-def _lifeline_name(device: str) -> bytes:
-    return b"\0ivshmemfs mount " + device.encode()
+def _lifeline_name(device: str, number: int) -> bytes:
+    return f"\0ivshmemfs mount {device} {number}".encode()

@@ -325,6 +325,35 @@ def test_a_stopped_daemon_can_be_unmounted(mnt: FakeMount) -> None:
     assert left(mnt.faults)
 
 
+def test_a_daemon_that_lingers_does_not_hold_up_the_next_mount_of_its_number() -> None:
+    """The kernel reuses the device number of a mount that is gone before its daemon is."""
+    device = f"test {os.getpid()}"
+    assert mountpoint.grasp_lifeline(device) is None
+    lingering = mountpoint.hold_lifeline(device)
+    mounted = mountpoint.hold_lifeline(device)
+    grip = mountpoint.grasp_lifeline(device)
+    assert lingering is not None
+    assert mounted is not None
+    assert grip is not None
+    assert not mountpoint.wait_for_end(grip, 0.1)
+    mounted.close()
+    assert mountpoint.wait_for_end(grip, PATIENCE)
+    old = mountpoint.grasp_lifeline(device)
+    assert old is not None
+    later = mountpoint.hold_lifeline(device)
+    lingering.close()
+    assert mountpoint.wait_for_end(old, PATIENCE)
+    assert later is not None
+    new = mountpoint.grasp_lifeline(device)  # although its number is not the first
+    assert new is not None
+    later.close()
+    assert mountpoint.wait_for_end(new, PATIENCE)
+    assert mountpoint.grasp_lifeline(device) is None
+    grip.close()
+    old.close()
+    new.close()
+
+
 def test_an_engine_that_cannot_leave(mnt: FakeMount) -> None:
     mnt.fail("unmount", "KeyError")
     daemon.umount(str(mnt.path))
