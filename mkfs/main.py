@@ -48,9 +48,14 @@ def _open(spec: str, size: int | None, force: bool) -> tuple[Region, bool]:
     fresh = not os.path.lexists(spec)
     if fresh and spec.startswith(NOT_FILES):
         raise UsageError(f"--size creates a file; {spec} has a size of its own: leave out --size")
+    before = None if fresh else os.stat(spec).st_size
     if fresh or force:
         create_file(spec, size, exist_ok=force)
-    region = open_region(spec)
+    try:
+        region = open_region(spec)
+    except IvshmemfsError:
+        _take_back(spec, before, size)
+        raise
     if region.size != size:
         region.close()
         raise RegionSize(
@@ -58,6 +63,14 @@ def _open(spec: str, size: int | None, force: bool) -> tuple[Region, bool]:
             "change its size with --force"
         )
     return region, fresh
+
+
+def _take_back(path: str, before: int | None, size: int) -> None:
+    """Undo what making a file of `size` did, after it could not be used; None: it was not there."""
+    if before is None:
+        Path(path).unlink(missing_ok=True)
+    elif before < size == os.stat(path).st_size:
+        os.truncate(path, before)
 
 
 def _plan(region_size: int, block_size: int | None, peers: int) -> Geometry:
@@ -133,7 +146,8 @@ def main(args: list[str] | None = None, prog_name: str = "mkfs.ivshmemfs") -> No
     try:
         command.main(args, prog_name=prog_name, standalone_mode=False)
     except click.ClickException as error:
-        error.show()
+        text = " ".join(error.format_message().rstrip(".").split())
+        click.echo(f"{prog_name}: {text} (see '{prog_name} --help')", err=True)
         sys.exit(FAILURE)
     except click.Abort:
         sys.exit(FAILURE)

@@ -38,7 +38,10 @@ GIVE_BACK = 5.0
 _PR_SET_PDEATHSIG = 1
 
 
-@click.command("lock", context_settings={"allow_interspersed_args": False})
+@click.command(
+    "lock", short_help="Run COMMAND under a lock that counts everywhere.",
+    context_settings={"allow_interspersed_args": False},
+)  # fmt: skip
 @click.argument("file", type=click.Path())
 @click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
 @click.option("-n", "--nonblock", is_flag=True, help="Fail at once when it is held.")

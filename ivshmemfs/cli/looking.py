@@ -66,7 +66,7 @@ def info_command(region: str) -> None:
         ("uuid", superblock.identify(raw)[1]),  # type: ignore[index]  # decode has checked it
         ("format", f"{record.major}.{record.minor}"),
         ("created", _when(checked.created_ns)),
-        ("blocks", f"{geometry.block_count} of {size} bytes, {geometry.reserve} in reserve"),
+        ("blocks", f"{geometry.block_count} of {size} bytes each, {geometry.reserve} in reserve"),
         ("used", readable_size((stats.blocks - stats.blocks_free) * size)),
         ("free", f"{free} for data"),
         ("inodes", str(stats.files - stats.files_free)),

@@ -71,7 +71,10 @@ def _show_version(ctx: click.Context, _option: click.Parameter, wanted: bool) ->
 @click.option("--version", is_flag=True, expose_value=False, is_eager=True, callback=_show_version,
               help="Show the version and exit.")  # fmt: skip
 def cli() -> None:
-    """A filesystem in memory that several machines share."""
+    """A filesystem in memory that several machines share.
+
+    mkfs.ivshmemfs makes one, fsck.ivshmemfs checks it.
+    """
 
 
 def main(arguments: list[str] | None = None, prog_name: str | None = None) -> None:
@@ -103,7 +106,7 @@ def _run(words: list[str]) -> int:
         return EXIT_USAGE
     except click.UsageError as error:
         command = error.ctx.command_path if error.ctx is not None else "ivshmemfs"
-        _complain(f"{error.format_message()} (see '{command} --help')")
+        _complain(f"{error.format_message().rstrip('.')} (see '{command} --help')")
         return EXIT_USAGE
     except click.ClickException as error:
         _complain(error.format_message())

@@ -69,6 +69,7 @@ def mount_command(
         if as_helper:
             raise UsageError("name a region and a mount point")
         region = None
+    _refuse_nameless(target)
     chosen = parse(options)
     chosen.readonly |= read_only
     if log is not None:
@@ -78,6 +79,12 @@ def mount_command(
     notice = daemon.mount(_attach(region, chosen), target, chosen, foreground=foreground)
     if notice:
         click.echo(f"ivshmemfs: {notice}", err=True)
+
+
+def _refuse_nameless(mountpoint: str) -> None:
+    """Of an empty path everything would make the current directory."""
+    if not mountpoint:
+        raise UsageError("the mount point has no name: an empty variable, perhaps?")
 
 
 def _attach(spec: str | None, options: MountOptions) -> daemon.Attach:
@@ -144,5 +151,6 @@ def umount_command(mountpoint: str, lazy: bool) -> None:
 
     Returns when the daemon has left the region.
     """
+    _refuse_nameless(mountpoint)
     daemon.umount(mountpoint, lazy=lazy)
     sys.stdout.flush()

@@ -71,7 +71,7 @@ def _since(peer: Peer) -> str:
         return "?"
 
 
-@click.command("evict")
+@click.command("evict", short_help="Declare the peer in SLOT gone.")
 @click.argument("region")
 @click.argument("slot", type=int)
 @click.option("--force", is_flag=True, help="Even though it shows life; it will then rejoin.")

@@ -415,7 +415,7 @@ def _metered(quiet: bool) -> Iterator[Meter]:
         meter.close()
 
 
-@click.command("put")
+@click.command("put", short_help="Copy local files to REGION, without a mount.")
 @_options
 def put_command(
     region: str,
@@ -443,7 +443,7 @@ def put_command(
         putter.copy(sources[0], above.ino, _last(destination))
 
 
-@click.command("get")
+@click.command("get", short_help="Copy files from REGION, without a mount.")
 @_options
 def get_command(
     region: str,

@@ -70,7 +70,8 @@ def main(args: list[str] | None = None, prog_name: str = "fsck.ivshmemfs") -> No
     try:
         sys.exit(command.main(args, prog_name=prog_name, standalone_mode=False))
     except click.ClickException as error:
-        error.show()
+        text = " ".join(error.format_message().rstrip(".").split())
+        click.echo(f"{prog_name}: {text} (see '{prog_name} --help')", err=True)
         sys.exit(USAGE)
     except click.Abort:
         sys.exit(OPERATIONAL)

@@ -7,6 +7,7 @@ import re
 from ivshmemfs.errors import UsageError
 
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+_READABLE = {"E": 1 << 60, "P": 1 << 50, "T": 1 << 40, "G": 1 << 30, "M": 1 << 20, "K": 1 << 10}
 _SIZE = re.compile(r"(0x[0-9a-f]+|[0-9]+)(?:([KMGT]?)(?:i?B)?)", re.IGNORECASE | re.ASCII)
 MAX_SIZE = (1 << 63) - 1
 
@@ -41,7 +42,7 @@ def exact_size(size: int) -> str:
 
 def readable_size(size: int) -> str:
     """A size for reading, rounded: 1 MiB, 1.5 GiB, 700 bytes."""
-    for unit in ("T", "G", "M", "K"):
-        if size >= _UNITS[unit]:
-            return f"{size / _UNITS[unit]:.4g} {unit}iB"
+    for unit, bytes_of in _READABLE.items():
+        if size >= bytes_of:
+            return f"{size / bytes_of:.4g} {unit}iB"
     return f"{size} bytes"

@@ -133,7 +133,9 @@ def test_nothing_there_is_8(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
 @pytest.mark.parametrize("arguments", [(), ("-x", "r"), ("-n", "-y", "r"), ("one", "two"), ("",)])
 def test_wrong_use_is_16(arguments: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
     assert run(*arguments) == 16
-    assert capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert said.startswith("fsck.ivshmemfs: ")
+    assert said.count("\n") == 1
 
 
 def test_live_peers_are_not_repaired_under(

@@ -45,6 +45,8 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
     assert run(*arguments) == 1
     out, err = capsys.readouterr()
     assert out == ""
+    assert err.startswith("mkfs.ivshmemfs: ")
+    assert err.count("\n") == 1
     return err.strip()
 
 
@@ -238,6 +240,19 @@ def test_wrong_arguments_leave_nothing_behind(
 ) -> None:
     assert says in refused(capsys, *arguments, path)
     assert not path.exists()
+
+
+def test_what_cannot_be_mapped_leaves_nothing_behind(capsys: pytest.CaptureFixture[str]) -> None:
+    """A sparse file can be larger than any address space."""
+    path = Path(f"/dev/shm/ivshmemfs-mkfs-test-{os.getpid()}")
+    try:
+        assert "97.66 PiB" in refused(capsys, "--size", "100000T", path)
+        assert not path.exists()
+        path.write_bytes(b"kept" * 1024)
+        assert "97.66 PiB" in refused(capsys, "--force", "--size", "100000T", path)
+        assert path.read_bytes() == b"kept" * 1024
+    finally:
+        path.unlink(missing_ok=True)
 
 
 def test_too_small_a_file_stays_as_it_is(path: Path, capsys: pytest.CaptureFixture[str]) -> None:

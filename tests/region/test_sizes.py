@@ -44,6 +44,7 @@ def test_an_exact_size_is_read_back(size: int) -> None:
         (1 << 20, "1 MiB"),
         (3 << 29, "1.5 GiB"),
         (1 << 44, "16 TiB"),
+        (1 << 62, "4 EiB"),
     ],
 )
 def test_sizes_read_well(size: int, text: str) -> None:
