@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import click
 from rich.console import Console
 from rich.progress import Progress
 
-from bench import build, peers, report, special
+from bench import build, guest, peers, report, special
 from bench.peers import Peer
-from bench.runner import Client, Table, interleave
+from bench.runner import LocalClient, Table, interleave
 from bench.workloads import MEMCPY, QUICK, Scale, Workloads
 
 SPECIAL = (
     "visibility", "commits", "transfer", "directories", "sizes", "start", "idle", "memory"
 )  # fmt: skip
+IN_A_GUEST = "guest"
 GROUPS = ("look", "names", "random", "sequential", "readdir", "cp", "tree")
 PEERS = ("tmpfs", "memcpy", "passthrough", "passthrough-never", "ivshmemfs-trio")
 DEFAULT_PEERS = ("tmpfs", "memcpy", "passthrough", "ivshmemfs-trio")
@@ -69,7 +72,7 @@ class Bench:
         """Every workload on every peer, client and daemons on *cpus*."""
         title = f"client and daemon on {len(cpus)} CPU{'s' * (len(cpus) > 1)}"
         table = self.tables.setdefault(title, {})
-        client = Client(self.program, cpus)
+        client = LocalClient(self.program, cpus)
         with (
             self._mounted(cpus, chosen) as found,
             Progress(console=self.console, transient=True) as progress,
@@ -91,12 +94,23 @@ class Bench:
                 )  # fmt: skip
         report.show_table(self.console, title, table)
 
+    def in_a_guest(self, quick: bool, rounds: int | None) -> None:
+        """Every workload in a guest, on ours, virtio-9p and virtiofs."""
+        if missing := guest.missing():
+            self.console.print(f"in a guest: left out: {missing}", soft_wrap=True)
+            return
+        table = guest.measure(
+            self.shm, self.work, quick=quick, rounds=rounds, on_run=self.console.log
+        )
+        self.tables[guest.title()] = table
+        report.show_table(self.console, guest.title(), table)
+
     # --- everything else ------------------------------------------------------------------
 
     def special(self, name: str, quick: bool) -> None:
         """One of `SPECIAL`."""
         rounds, looks = self.scale.rounds, self.scale.looks
-        client = Client(self.program, peers.available_cpus())
+        client = LocalClient(self.program, peers.available_cpus())
         shm, work = self.shm, self.work
         if name == "directories":
             large = 2000 if quick else 100_000
@@ -114,7 +128,7 @@ class Bench:
         else:
             self._figures(name, client, quick)
 
-    def _figures(self, name: str, client: Client, quick: bool) -> None:
+    def _figures(self, name: str, client: LocalClient, quick: bool) -> None:
         rounds, shm, work = self.scale.rounds, self.shm, self.work
         size = "1G" if quick else "16G"
         if name == "visibility":
@@ -147,14 +161,22 @@ class Bench:
 
 @click.command()
 @click.option("--quick", is_flag=True, help="Small amounts: shows that it works, measures little.")
-@click.option("--only", multiple=True, type=click.Choice([*GROUPS, *SPECIAL]), help="Only these.")
+@click.option(
+    "--only", multiple=True, type=click.Choice([*GROUPS, *SPECIAL, IN_A_GUEST]), help="Only these."
+)
 @click.option("--peer", multiple=True, type=click.Choice(PEERS), help="Only beside these.")
 @click.option("--cores", default="1,2", show_default=True, help="Numbers of CPUs to pin to.")
 @click.option("--rounds", type=int, help="Rounds; medians are taken over them.")
 @click.option("--json", "output", type=click.Path(path_type=Path), help="Write all figures there.")
+@click.option("--keep", is_flag=True, help="Keep what the JSON file has of what is not measured.")
+@click.option("--redraw", is_flag=True, help="Measure nothing: draw what the JSON file has.")
 @click.option(
     "--plots", type=click.Path(path_type=Path, file_okay=False), help="Draw SVG files there."
 )
+@click.option(
+    "--document", "page", type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help="Write figures and plots into this page, between its marks.",
+)  # fmt: skip
 def main(
     quick: bool,
     only: tuple[str, ...],
@@ -162,9 +184,35 @@ def main(
     cores: str,
     rounds: int | None,
     output: Path | None,
+    keep: bool,
+    redraw: bool,
     plots: Path | None,
+    page: Path | None,
 ) -> None:
     """Measure ivshmemfs beside tmpfs, memcpy and a file system in C; needs root or fusermount3."""
+    if (keep or redraw) and output is None:
+        raise click.UsageError("--keep and --redraw need --json FILE")
+    if (plots or page) and not can_draw():
+        sys.exit("bench: plots need matplotlib: run 'sh scripts/setup --bench'")
+    document: Any = None
+    if output is not None and (redraw or (keep and output.exists())):
+        document = report.load(output)
+    if not redraw:
+        try:
+            made = _measure(quick, only, peer, cores, rounds)
+        except build.BuildError as error:
+            sys.exit(f"bench: {error}")
+        document = report.merged(document, made) if document else made
+        if output is not None:
+            report.save(output, document)
+    if plots is not None or page is not None:
+        _show(document, plots, page)
+
+
+def _measure(
+    quick: bool, only: tuple[str, ...], peer: tuple[str, ...], cores: str, rounds: int | None
+) -> Any:
+    """Everything that was asked for, as JSON can hold it."""
     scale = QUICK if quick else Scale()
     if rounds is not None:
         scale = Scale(**{**scale.__dict__, "rounds": rounds})
@@ -173,10 +221,7 @@ def main(
         tempfile.TemporaryDirectory(prefix="ivshmemfs-bench-", dir="/dev/shm") as shm,
         tempfile.TemporaryDirectory(prefix="ivshmemfs-bench-") as work,
     ):
-        try:
-            bench = Bench(Console(), scale, Path(shm), Path(work))
-        except build.BuildError as error:
-            sys.exit(f"bench: {error}")
+        bench = Bench(Console(), scale, Path(shm), Path(work))
         available = peers.available_cpus()
         for count in [int(word) for word in cores.split(",") if groups]:
             if count <= len(available):
@@ -184,13 +229,29 @@ def main(
         for name in SPECIAL:
             if name in only or not only:
                 bench.special(name, quick)
-    document = report.as_json(bench.tables, bench.figures)
-    if output is not None:
-        report.save(output, document)
-    if plots is not None:
-        from bench.plots import draw
+        if IN_A_GUEST in only or not only:
+            bench.in_a_guest(quick, rounds)
+        return report.as_json(bench.tables, bench.figures)
 
-        draw(document, plots)
+
+def _show(document: Any, plots: Path | None, page: Path | None) -> None:
+    from bench.document import DocumentError, write
+    from bench.plots import draw
+
+    if plots is None and page is not None:
+        plots = page.parent / "figures"
+    if plots is not None:
+        made = draw(document, plots)
+        if page is not None:
+            try:
+                write(page, document, made)
+            except DocumentError as error:
+                sys.exit(f"bench: {error}")
+
+
+def can_draw() -> bool:
+    """Whether matplotlib is there."""
+    return importlib.util.find_spec("matplotlib") is not None
 
 
 if __name__ == "__main__":

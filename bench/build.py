@@ -14,10 +14,10 @@ class BuildError(Exception):
     """Something cannot be compiled; the text says what is missing."""
 
 
-def client(folder: Path) -> Path:
-    """Compile the measuring client into *folder*."""
-    made = folder / "client"
-    _compile([str(HERE / "client.c"), "-o", str(made)])
+def client(folder: Path, *, static: bool = False) -> Path:
+    """Compile the measuring client into *folder*; *static* needs no libraries where it runs."""
+    made = folder / ("client-static" if static else "client")
+    _compile([str(HERE / "client.c"), "-o", str(made), *(["-static"] if static else [])])
     return made
 
 

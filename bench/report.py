@@ -63,11 +63,12 @@ def show_figures(console: Console, title: str, figures: Mapping[str, float]) -> 
     """Names and numbers."""
     made = RichTable(title=title, title_justify="left", show_header=False)
     for name, value in figures.items():
-        made.add_row(name, _readable(value))
+        made.add_row(name, readable(value))
     console.print(made)
 
 
-def _readable(value: float) -> str:
+def readable(value: float) -> str:
+    """A number as people write it."""
     if value and abs(value) < 0.01:
         return f"{value:.2e}"
     return f"{value:,.0f}" if value >= 1000 else f"{value:.3f}"
@@ -91,6 +92,19 @@ def as_json(tables: Mapping[str, Table], figures: Mapping[str, Mapping[str, floa
         },
         "figures": figures,
     }
+
+
+def merged(old: Any, new: Any) -> Any:
+    """The figures of a run, and those of an earlier one for what it did not measure."""
+    tables = {title: dict(table) for title, table in old["tables"].items()}
+    for title, table in new["tables"].items():
+        tables.setdefault(title, {}).update(table)
+    return {**new, "tables": tables, "figures": {**old["figures"], **new["figures"]}}
+
+
+def load(path: Path) -> Any:
+    """Read the JSON file of an earlier run."""
+    return json.loads(path.read_text())
 
 
 def save(path: Path, document: Any) -> None:

@@ -8,7 +8,7 @@ import statistics
 import subprocess
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from bench.peers import Peer, pinned
 
@@ -26,8 +26,20 @@ class Sample(NamedTuple):
     bytes: int
 
 
-class Client:
-    """The compiled client, pinned to some CPUs."""
+class Client(Protocol):
+    """Runs groups of measurements, on this machine or another."""
+
+    def run(self, folder: Path, *words: object) -> dict[str, Sample]:
+        """Run one group in *folder*."""
+        ...
+
+    def folder(self, path: Path, *, empty: bool = False) -> Path:
+        """*path*, a folder that exists, perhaps newly made."""
+        ...
+
+
+class LocalClient:
+    """The compiled client on this machine, pinned to some CPUs."""
 
     def __init__(self, program: Path, cpus: Sequence[int]) -> None:
         self._program = program
@@ -46,6 +58,13 @@ class Client:
         if done.returncode:
             raise RuntimeError(f"{folder}: {' '.join(map(str, words))}: {done.stderr.strip()}")
         return parse(done.stdout)
+
+    def folder(self, path: Path, *, empty: bool = False) -> Path:
+        """*path*, a folder that exists, perhaps newly made."""
+        if empty:
+            shutil.rmtree(path, ignore_errors=True)
+        path.mkdir(exist_ok=True)
+        return path
 
 
 def parse(text: str) -> dict[str, Sample]:
@@ -99,10 +118,3 @@ def interleave(
             for name, sample in measure(peer).items():
                 table.setdefault(name, {}).setdefault(peer.name, []).append(sample)
             on_run()
-
-
-def emptied(folder: Path) -> Path:
-    """*folder*, newly made."""
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
-    return folder

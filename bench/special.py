@@ -23,7 +23,7 @@ from bench.peers import (
     ours,
     unmount,
 )
-from bench.runner import Client, Sample, Table, emptied, interleave, parse
+from bench.runner import LocalClient, Sample, Table, interleave, parse
 
 Figures = dict[str, float]
 PUMP_MILLISECONDS = 700
@@ -45,7 +45,7 @@ def mounts(region: Path, work: Path, count: int) -> Iterator[list[Peer]]:
 # --- several mounts ---------------------------------------------------------------------------
 
 
-def visibility(client: Client, shm: Path, work: Path, *, rounds: int, count: int) -> Figures:
+def visibility(client: LocalClient, shm: Path, work: Path, *, rounds: int, count: int) -> Figures:
     """How long a change takes to be seen through another mount, against tmpfs.
 
     Seconds from the start of the write until a reader of the other mount, which reads all the
@@ -74,7 +74,7 @@ def visibility(client: Client, shm: Path, work: Path, *, rounds: int, count: int
 
 
 def commits(
-    client: Client, shm: Path, work: Path, *, rounds: int, counts: Sequence[int] = (1, 2, 4, 8)
+    client: LocalClient, shm: Path, work: Path, *, rounds: int, counts: Sequence[int] = (1, 2, 4, 8)
 ) -> Figures:
     """4 KiB random writes per second of several mounts at once: totals, and the smallest share.
 
@@ -96,7 +96,7 @@ def commits(
     return figures
 
 
-def _pump(client: Client, peers: Sequence[Peer]) -> list[int]:
+def _pump(client: LocalClient, peers: Sequence[Peer]) -> list[int]:
     """Operations of each mount within the same interval."""
     start = time.clock_gettime_ns(time.CLOCK_MONOTONIC) + int(PUMP_LEAD * 1e9)
     running = [
@@ -116,7 +116,7 @@ def _pump(client: Client, peers: Sequence[Peer]) -> list[int]:
 
 
 def directories(
-    client: Client, shm: Path, work: Path, *, rounds: int, large: int, times: int
+    client: LocalClient, shm: Path, work: Path, *, rounds: int, large: int, times: int
 ) -> Table:
     """Lookup, create, unlink in a small and a large directory, through one mount and two.
 
@@ -141,7 +141,7 @@ def directories(
 
 
 def region_sizes(
-    client: Client, shm: Path, work: Path, *, rounds: int, count: int, large: str = "16G"
+    client: LocalClient, shm: Path, work: Path, *, rounds: int, count: int, large: str = "16G"
 ) -> Table:
     """The small operations on a 64 MiB region and on a large one."""
     table: Table = {}
@@ -166,7 +166,7 @@ def region_sizes(
 # --- copying without a mount ------------------------------------------------------------------
 
 
-def transfer(client: Client, shm: Path, work: Path, *, rounds: int, mib: int) -> Figures:
+def transfer(client: LocalClient, shm: Path, work: Path, *, rounds: int, mib: int) -> Figures:
     """The rate of `get` and `put` of one large file, as a part of a single call's that copies it.
 
     That call is write(2) from a mapping to tmpfs for `get`, and read(2) into a mapping that is in
@@ -231,7 +231,7 @@ def _timed(command: Sequence[str]) -> float:
     return time.perf_counter() - started
 
 
-def idle(client: Client, shm: Path, work: Path, *, seconds: float) -> Figures:
+def idle(client: LocalClient, shm: Path, work: Path, *, seconds: float) -> Figures:
     """The part of one core that a mount uses while nothing asks for anything."""
     region = make_region(shm / "idle", "64M")
     with ours(region, work / "idle", available_cpus()) as peer:
@@ -247,13 +247,13 @@ def _cpu_seconds(peer: Peer) -> float:
     return sum(int((task / "schedstat").read_text().split()[0]) for task in tasks) / 1e9
 
 
-def memory(client: Client, shm: Path, work: Path, *, files: int, size: str = "16G") -> Figures:
+def memory(client: LocalClient, shm: Path, work: Path, *, files: int, size: str = "16G") -> Figures:
     """Resident MiB of a mount's own memory after it made and listed a large tree."""
     region = make_region(shm / "memory", size, reserve=False)
     with ours(region, work / "memory", available_cpus()) as peer:
         at_start = _resident_mib(peer)
         for number in range(files // 1000):
-            folder = emptied(peer.path / f"folder{number}")
+            folder = client.folder(peer.path / f"folder{number}", empty=True)
             client.run(folder, "fill", 1000, 100)
         command = ["find", str(peer.path), "-size", "+1M"]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)

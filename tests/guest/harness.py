@@ -1,7 +1,8 @@
 """A QEMU guest over this machine's own file tree, and commands run in it.
 
 virtme-ng knows how to boot a stock kernel with the host's root file system, read-only over 9p; it
-is asked once for the command line and the initramfs (`Recipe`).  Starting QEMU ourselves means
+is asked once for the command line and the initramfs (`VirtmeRecipe`).  ARM64 guests run from an
+initramfs that `scripts/aarch64-check` makes (`ArmRecipe`).  Starting QEMU ourselves means
 that its pid is known: tests stop, resume and kill it, and it dies with the test run, however that
 ends.  There is no network device.  What tests exchange goes through the ivshmem device alone; only
 commands and their output travel over a virtio-serial port (see ``agent.py``).
@@ -33,7 +34,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from queue import Empty, Queue
-from typing import Any
+from typing import Any, Protocol
 
 from tests.guest.agent import PORT_NAME
 
@@ -57,8 +58,28 @@ def kernel_root() -> Path:
     return Path(os.environ.get("IVSHMEMFS_CACHE") or Path(caches) / "ivshmemfs") / "guest/current"
 
 
+def arm_parts() -> Path | None:
+    """Where ``scripts/aarch64-check`` keeps its parts, when guests are to be ARM64 machines."""
+    place = os.environ.get("IVSHMEMFS_TEST_AARCH64")
+    return Path(place) if place else None
+
+
+def kvm_works() -> bool:
+    """Whether QEMU can leave the guest's instructions to the processor.
+
+    A /dev/kvm alone says little: without the processor's own support it serves only guests that
+    were made for that, and a stock kernel hangs in it.  IVSHMEMFS_TEST_KVM=0 or 1 decides instead.
+    """
+    if said := os.environ.get("IVSHMEMFS_TEST_KVM"):
+        return said != "0"
+    words = Path("/proc/cpuinfo").read_text().split()
+    return ("vmx" in words or "svm" in words) and os.access("/dev/kvm", os.R_OK | os.W_OK)
+
+
 def missing_parts() -> str | None:
     """What a guest needs and this machine lacks, or None."""
+    if arm := arm_parts():
+        return None if (arm / "guest-initramfs").exists() else f"there is no ARM64 guest in {arm}"
     if shutil.which("qemu-system-x86_64") is None:
         return "qemu-system-x86_64 is not installed"
     if not (BIN / "virtme-run").exists():
@@ -89,18 +110,27 @@ class Completed:
         return self
 
 
-class Recipe:
-    """How to boot: virtme-ng's QEMU command line and initramfs, made once for all guests."""
+class Recipe(Protocol):
+    """How to boot, made once for all guests."""
+
+    def command(self, name: str) -> list[str]:
+        """The QEMU command line of a guest of this name, still without its devices."""
+        ...
+
+
+class VirtmeRecipe:
+    """virtme-ng's QEMU command line and initramfs."""
 
     def __init__(self, directory: Path) -> None:
         kernel = next((kernel_root() / "boot").glob("vmlinuz-*")).resolve()
+        self.modules = kernel.parent.parent  # as modprobe -d takes it, also in the guest
         self.initramfs = directory / "initramfs"
         made = subprocess.run(
             [str(BIN / "virtme-run"), "--kimg", str(kernel), "--mods=auto", "--force-9p",
              "--memory", "1G", "--cpus", _CPUS, "--name", _NAME,
-             *([] if os.environ.get("IVSHMEMFS_TEST_KVM") else ["--disable-kvm"]),
+             *([] if kvm_works() else ["--disable-kvm"]),
              "--show-boot-console", "--script-sh", "true",
-             "--kopt", f"task={AGENT}", "--kopt", f"modules={kernel.parent.parent}",
+             "--kopt", f"task={AGENT}", "--kopt", f"modules={self.modules}",
              "--dry-run", "--show-command", "--save-initramfs", str(self.initramfs)],
             stdin=subprocess.DEVNULL,
             capture_output=True,
@@ -116,6 +146,36 @@ class Recipe:
     def command(self, name: str) -> list[str]:
         """The QEMU command line of a guest of this name, still without its devices."""
         return [word.replace(_NAME, name) for word in self._argv]
+
+
+class ArmRecipe:
+    """An ARM64 machine, emulated; `directory` is seen in it under its own name."""
+
+    def __init__(self, parts: Path, directory: Path) -> None:
+        self._parts = parts
+        self._directory = directory
+
+    def command(self, name: str) -> list[str]:
+        """The QEMU command line of a guest of this name, still without its devices."""
+        qemu = self._parts / "qemu/usr"
+        kernel = next((self._parts / "kernel/boot").glob("vmlinuz-*"))
+        words = f"hostname={name} agent={AGENT} workplace={self._directory}"
+        cpu = os.environ.get("IVSHMEMFS_AARCH64_CPU", "max,pauth-impdef=on")
+        share = f"local,path={self._directory},mount_tag=workplace,security_model=none,readonly=on"
+        return [
+            str(qemu / "bin/qemu-system-aarch64"),
+            *("-L", str(qemu / "share/qemu"), "-L", "/usr/share/qemu", "-L", "/usr/share/seabios"),
+            *("-machine", "virt", "-cpu", cpu, "-smp", _CPUS, "-m", "1G"),
+            *("-nodefaults", "-nographic", "-no-reboot", "-serial", "stdio", "-virtfs", share),
+            *("-kernel", str(kernel), "-initrd", str(self._parts / "guest-initramfs")),
+            *("-append", f"console=ttyAMA0 panic=-1 {words}"),
+        ]
+
+
+def make_recipe(directory: Path) -> Recipe:
+    """The recipe for the machines that this run is about; `directory` is for its files."""
+    arm = arm_parts()
+    return VirtmeRecipe(directory) if arm is None else ArmRecipe(arm, directory)
 
 
 class Pending:
@@ -144,10 +204,23 @@ class Pending:
 
 
 class Guest:
-    """One virtual machine with an ivshmem-plain device for each of ``regions`` (host files)."""
+    """One virtual machine with an ivshmem-plain device for each of ``regions`` (host files).
 
-    def __init__(self, recipe: Recipe, name: str, regions: Sequence[Path], directory: Path) -> None:
+    ``devices`` are more words for QEMU's command line.  A ``modest`` one runs at low priority.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        name: str,
+        regions: Sequence[Path],
+        directory: Path,
+        devices: Sequence[str] = (),
+        modest: bool = True,
+    ) -> None:
         self.name = name
+        self._more_devices = devices
+        self._modest = modest
         self.regions = regions
         self.failed_to_boot = False
         self._recipe = recipe
@@ -180,7 +253,7 @@ class Guest:
                 stdout=console,
                 stderr=console,
                 start_new_session=True,
-                preexec_fn=_modest_child,
+                preexec_fn=_modest_child if self._modest else dies_with_parent,
             )
         self._hello = self._pending[0] = Pending(self, ["boot"], BOOT_SECONDS)
         self._socket = self._connect("agent")
@@ -189,6 +262,7 @@ class Guest:
     def _devices(self) -> Iterator[str]:
         # As libvirt does; the same again when the guest is started again.
         yield from ("-uuid", str(uuid.uuid5(uuid.NAMESPACE_OID, str(self._directory))))
+        yield from self._more_devices
         yield from ("-device", "virtio-serial")
         yield from ("-chardev", f"socket,id=agent,path={self._path('agent')},server=on,wait=off")
         yield from ("-device", f"virtserialport,chardev=agent,name={PORT_NAME}")
@@ -325,7 +399,12 @@ class Guest:
             pending.answer.put(None)
 
 
+def dies_with_parent() -> None:
+    """In a child before its program starts: it is killed when the thread that made it ends."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
 def _modest_child() -> None:
     """In the child before QEMU starts: low priority, and gone when the test run is gone."""
     os.nice(10)
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    dies_with_parent()
