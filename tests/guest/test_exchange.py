@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.guest.conftest import Shared
-from tests.guest.harness import Guest
+from tests.guest.harness import Guest, arm_parts
 from tests.guest.machines import Host, Mount, manifest
 
 pytestmark = pytest.mark.guest
@@ -41,8 +41,15 @@ def direction(
 
 @pytest.fixture(scope="module")
 def source_tree(workplace: Path) -> Path:
-    """The standard library, at the same place in the guest; complete in a long run."""
-    left_out = () if os.environ.get("IVSHMEMFS_TEST_LONG") else ("__pycache__", "config-*", "test")
+    """The standard library, at the same place in the guest; complete in a long run.
+
+    ARM64 guests are always emulated and so get a part of it.
+    """
+    left_out = ["__pycache__", "config-*", "test"]
+    if os.environ.get("IVSHMEMFS_TEST_LONG"):
+        left_out = []
+    elif arm_parts():
+        left_out += ["[g-z]*", "[A-D]*", "ensurepip", "distutils", "ctypes", "dbm", "curses"]
     copy = workplace / "stdlib"
     shutil.copytree(STDLIB, copy, symlinks=True, ignore=shutil.ignore_patterns(*left_out))
     return copy
@@ -52,7 +59,7 @@ def test_a_source_tree(direction: tuple[Mount, Mount], host: Host, source_tree: 
     writer, reader = direction
     writer.sh(f"cp -a {source_tree} $M/tree", timeout=900)
     expected = manifest(host, str(source_tree))
-    assert len(expected) > 500
+    assert len(expected) > (100 if arm_parts() else 500)
     assert reader.manifest("tree", timeout=900) == expected
 
 
