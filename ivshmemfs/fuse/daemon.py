@@ -203,6 +203,7 @@ def umount(path: str, *, lazy: bool = False, seconds: float = 30.0) -> None:
             ) from None
         if grip is not None and not lazy and not mountpoint.wait_for_end(grip, seconds):
             raise MountError(
-                f"{path} is unmounted, but its daemon has not ended yet: "
+                f"{path} is unmounted, but its daemon has not ended yet: a container or service "
+                "that was started meanwhile may still have it mounted; "
                 f"'ivshmemfs peers {entry.source}' shows when it has left"
             )
