@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,12 +22,13 @@ def lab() -> Iterator[Lab]:
 
 
 @pytest.fixture
-def here(lab: Lab) -> Path:
-    """A new directory on the first mount, which everybody may use."""
+def here(lab: Lab) -> Iterator[Path]:
+    """A new directory on the first mount, which everybody may use, and which goes with the test."""
     path = lab.paths[0] / f"p{next(_numbers)}"
     path.mkdir()
     path.chmod(0o1777)
-    return path
+    yield path
+    shutil.rmtree(path)
 
 
 @pytest.fixture
