@@ -576,7 +576,7 @@ class Filesystem(Mount):
             inode = holes.punch(tx, _file(tx, handle), offset, length)
             if grow and offset + length > inode.record.size:
                 inode = data.truncate(tx, inode, offset + length)
-            tx.put(self._shed(tx, inode, handle))
+            tx.put(self._shed(tx, _modified(inode, tx.now), handle))
 
         self.change(plan, removal=True)
 
@@ -590,7 +590,7 @@ class Filesystem(Mount):
             inode = _file(tx, handle)
             upto = step if grow else min(step, inode.record.size)
             inode = holes.fill(tx, inode, at, upto)
-            tx.put(self._shed(tx, inode, handle))
+            tx.put(self._shed(tx, _modified(inode, tx.now), handle))
 
         for at in range(offset, end, FILLED_AT_ONCE):
             step = min(at + FILLED_AT_ONCE, end)
@@ -701,6 +701,11 @@ def _changed(inode: Inode, changes: dict[str, int], now: int) -> Inode:
             moment = fields[field]
             fields[field] = now if moment == NOW else min(max(moment, EARLIEST), LATEST)
     return inode.evolve(ctime_ns=now, **fields)
+
+
+def _modified(inode: Inode, now: int) -> Inode:
+    """What fallocate(2) leaves even where it had nothing to do."""
+    return inode.evolve(mtime_ns=now, ctime_ns=now)
 
 
 def _no_groups(_pid: int) -> Collection[int]:

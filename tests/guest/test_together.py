@@ -43,7 +43,7 @@ def play(*parts: tuple[Mount, str, int]) -> None:
 def test_three_machines_append(
     shared: Shared, host: Host, guests: list[Guest], long_run: bool
 ) -> None:
-    count = 10_000 if long_run else 300
+    count = 10_000 if long_run else 60
     machines: list[Machine] = [host, *guests]
     mounts = [shared.on(machine) for machine in machines]
     play(*[(mount, "append", count) for mount in mounts])
@@ -59,7 +59,7 @@ def test_three_machines_append(
 def test_exactly_one_machine_gets_a_lock(
     shared: Shared, host: Host, guest: Guest, how: str, long_run: bool
 ) -> None:
-    rounds = 300 if long_run else 30
+    rounds = 300 if long_run else 10
     machines: list[Machine] = [host, guest]
     mounts = [shared.on(machine) for machine in machines]
     place = Path(mounts[0].place)
@@ -70,7 +70,7 @@ def test_exactly_one_machine_gets_a_lock(
 
 
 def test_both_replace_one_name(shared: Shared, host: Host, guest: Guest, long_run: bool) -> None:
-    rounds = 2000 if long_run else 100
+    rounds = 2000 if long_run else 25
     here, there = shared.on(host), shared.on(guest)
     (Path(here.place) / "name").write_bytes(b"0" * 5000)
     play((here, "replace", rounds), (there, "replace", rounds), (here, "watch", 2),
@@ -78,7 +78,7 @@ def test_both_replace_one_name(shared: Shared, host: Host, guest: Guest, long_ru
 
 
 def test_one_truncates_what_the_other_writes(two: list[Mount], long_run: bool) -> None:
-    rounds = 2000 if long_run else 100
+    rounds = 2000 if long_run else 25
     here, there = two
     here.sh(": >$M/file")
     play((here, "write", rounds), (there, "cut", rounds), (here, "read", 2), (there, "read", 2))
@@ -104,6 +104,6 @@ def test_one_copies_what_the_other_removes(two: list[Mount], host_mount: Mount) 
 
 
 def test_names_that_were_not_there_are_found_at_once(two: list[Mount], long_run: bool) -> None:
-    rounds = 300 if long_run else 25
+    rounds = 300 if long_run else 8
     here, there = two
     play((here, "ask", rounds), (there, "answer", rounds))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import fcntl
 import mmap
 import os
 import socket
@@ -185,6 +186,14 @@ def _fd(slot: int) -> int:
         raise OSError(errno.EBADF, "not open here") from None
 
 
+def _stream(slot: int) -> int:
+    """The descriptor of a slot, unless it is a fifo's: those meet within one mount only."""
+    fd = _fd(slot)
+    if stat.S_ISFIFO(os.fstat(fd).st_mode):
+        raise OSError(errno.ESPIPE, "not tried")
+    return fd
+
+
 def _keep(slot: int, path: str, flags: int, mode: int) -> None:
     if (_folder, slot) in _opened:
         os.close(_opened.pop((_folder, slot)))
@@ -200,6 +209,8 @@ def _fstat(slot: int) -> tuple[Any, ...]:
     found = os.fstat(_fd(slot))
     size = 0 if stat.S_ISDIR(found.st_mode) else found.st_size
     times = (_shown(found.st_atime_ns), _shown(found.st_mtime_ns))
+    if stat.S_ISFIFO(found.st_mode):
+        times = ("", "")  # documented: what goes through a fifo does not count
     return found.st_mode, found.st_nlink, found.st_uid, found.st_gid, size, found.st_rdev, times
 
 
@@ -228,6 +239,15 @@ def _seek(slot: int, offset: int, whence: int) -> int | None:
     return os.lseek(fd, offset, whence) if stat.S_ISREG(os.fstat(fd).st_mode) else None
 
 
+def _fallocate(slot: int, mode: int, offset: int, length: int) -> None:
+    _checked(_libc.fallocate(_fd(slot), mode, ctypes.c_long(offset), ctypes.c_long(length)))
+
+
+def _append_from_now(slot: int) -> None:
+    flags = fcntl.fcntl(_fd(slot), fcntl.F_GETFL)
+    fcntl.fcntl(_fd(slot), fcntl.F_SETFL, flags | os.O_APPEND)
+
+
 def _mapped(slot: int, offset: int, length: int) -> bytes:
     found = os.fstat(_fd(slot))
     size = found.st_size if stat.S_ISREG(found.st_mode) else 0
@@ -240,23 +260,26 @@ def _mapped(slot: int, offset: int, length: int) -> bytes:
 CALLS |= {
     "f keep": _keep,
     "f close": _close,
+    "f append": _append_from_now,
     "f chmod": lambda slot, mode: os.fchmod(_fd(slot), mode),
     "f chown": lambda slot, uid, gid: os.fchown(_fd(slot), uid, gid),
     "f copy": _copy_range,
+    "f fallocate": _fallocate,
     "f link": _link_open,
     "f list": lambda slot: sorted(os.listdir(_fd(slot))),
     "f map": _mapped,
     "f pread": lambda slot, length, at: os.pread(_fd(slot), length, at),
     "f pwrite": lambda slot, data, at: os.pwrite(_fd(slot), data, at),
-    "f read": lambda slot, length: os.read(_fd(slot), length),
+    "f pwrite to end": lambda slot, data: os.pwritev(_stream(slot), [data], 0, os.RWF_APPEND),
+    "f read": lambda slot, length: os.read(_stream(slot), length),
     "f seek": _seek,
     "f setxattr": lambda slot, name, value: os.setxattr(_fd(slot), name, value),
     "f stat": _fstat,
     "f sync": lambda slot: os.fsync(_fd(slot)),
     "f truncate": lambda slot, size: os.ftruncate(_fd(slot), size),
     "f utimens": _futimens,
-    "f write": lambda slot, data: os.write(_fd(slot), data),
-    "f writev": lambda slot, *parts: os.writev(_fd(slot), parts),
+    "f write": lambda slot, data: os.write(_stream(slot), data),
+    "f writev": lambda slot, *parts: os.writev(_stream(slot), parts),
 }
 
 

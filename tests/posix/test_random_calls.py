@@ -132,7 +132,8 @@ class Generator:
         return self.chance.choice(("chown", "lchown")), self.path(), *self.owners()
 
     def truncate(self) -> Call:
-        return "truncate", self.path(), self.offset()
+        # Not to 0: tmpfs does not change the times of a file that is empty already.
+        return "truncate", self.path(), max(self.offset(), 1)
 
     def moments(self) -> tuple[tuple[int, int], tuple[int, int]]:
         values = ((0, UTIME_NOW), (0, UTIME_OMIT), (self.chance.randrange(10**6), 7))
@@ -162,7 +163,8 @@ class Generator:
         chance, slot = self.chance, self.chance.randrange(SLOTS)
         flags = chance.choice((os.O_RDONLY, os.O_RDWR, os.O_RDWR, os.O_WRONLY)) | os.O_NONBLOCK
         flags |= chance.choice((0, 0, os.O_CREAT, os.O_CREAT, os.O_APPEND, os.O_TRUNC,
-                                os.O_CREAT | os.O_APPEND, os.O_DIRECTORY))  # fmt: skip
+                                os.O_CREAT | os.O_APPEND, os.O_DIRECTORY, os.O_TMPFILE,
+                                os.O_TMPFILE | os.O_EXCL))  # fmt: skip
         self.slots[slot] = mount, caller, bool(flags & os.O_APPEND)
         return "f keep", slot, self.path(), flags, self.mode()
 
@@ -179,6 +181,9 @@ class Generator:
             ("f utimens", slot, *self.moments()),
             ("f setxattr", slot, "user.a", b"w" * 20),
             ("f link", slot, self.path()),
+            ("f fallocate", slot, chance.choice((0, 1, 3)), self.offset(),
+             chance.choice((0, 100, 4096, 30_000))),
+            ("f pwrite to end", slot, self.data()),
             ("f map", slot, chance.randrange(5000), 3000),
         ]  # fmt: skip
         if not appends:  # whose offset is as the own machine knows the size
@@ -188,6 +193,9 @@ class Generator:
                 ("f read", slot, 3000), ("f write", slot, self.data()),
                 ("f writev", slot, self.data(), b"middle", self.data()),
             ]  # fmt: skip
+        if chance.random() < 0.03:
+            self.slots[slot] = (*self.slots[slot][:2], True)
+            return "f append", slot
         if chance.random() < 0.1:
             self.slots.pop(slot)
             return "f close", slot
@@ -237,7 +245,7 @@ def compare(model: Path, places: Sequence[Path], seed: int, count: int) -> None:
         for place in places:
             assert _facts(look(place)) == _facts(look(model))
     except BaseException:
-        print(f"--case {seed}\n" + "\n".join(done[-30:]))
+        print(f"--case {seed}\n" + "\n".join(done[-300:]))
         raise
     finally:
         for actor in actors.values():

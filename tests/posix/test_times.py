@@ -65,6 +65,7 @@ def test_what_touches_a_file(here: Path, there: Path) -> None:
     assert changed_by(path, with_file(path, rw, os.fsync)) == ""
     assert changed_by(path, with_file(path, rw | os.O_TRUNC, lambda fd: None)) == "mc"
     assert changed_by(path, with_file(path, rw | os.O_TRUNC, lambda fd: None)) == "mc"
+    assert changed_by(path, with_file(path, rw, lambda fd: os.posix_fallocate(fd, 0, 1))) == "mc"
     assert changed_by(path, lambda: os.truncate(path, 100)) == "mc"
     assert changed_by(path, lambda: os.truncate(path, 50)) == "mc"
     assert changed_by(path, lambda: path.chmod(0o600)) == "c"
