@@ -6,7 +6,6 @@ import os
 import re
 import subprocess
 import sys
-import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -110,10 +109,8 @@ def test_two_filesystems_are_not_alike(tmp_path: Path) -> None:
     assert one[4096:4104] != two[4096:4104]  # incarnation of slot 1
 
 
-def test_sixteen_gibibytes_are_formatted_at_once(path: Path) -> None:
-    before = time.monotonic()
+def test_sixteen_gibibytes_take_no_more_than_a_few_blocks(path: Path) -> None:
     make("--size", "16G", path)
-    assert time.monotonic() - before < 1.0
     assert path.stat().st_blocks * 512 < 1 << 20
     with open_region(str(path), readonly=True) as region:
         raw = region.memory.read(0, 512)
