@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import subprocess
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from statistics import median
@@ -24,6 +24,10 @@ from bench.peers import (
     unmount,
 )
 from bench.runner import LocalClient, Sample, Table, interleave, parse
+from ivshmemfs.cli.peering import peer
+from ivshmemfs.cli.transfer import Getter, Meter, Putter
+from ivshmemfs.engine import ROOT_INO
+from ivshmemfs.region import open_region
 
 Figures = dict[str, float]
 PUMP_MILLISECONDS = 700
@@ -170,39 +174,48 @@ def transfer(client: LocalClient, shm: Path, work: Path, *, rounds: int, mib: in
     """The rate of `get` and `put` of one large file, as a part of a single call's that copies it.
 
     That call is write(2) from a mapping to tmpfs for `get`, and read(2) into a mapping that is in
-    memory already for `put`.  "process" compares whole processes, "loop" what both take longer for
-    the large file than for none: the start of Python is not in it.
+    memory already for `put`.  "process" compares whole processes, with the start of Python and all
+    mapping; "loop" the copying alone, in a process that has all of the region mapped.
     """
     source, region, raw = shm / "source", shm / "transfer", shm / "raw"
     source.write_bytes(bytes(range(256)) * (mib << 12))
-    (shm / "nothing").write_bytes(b"")
     raw.write_bytes(bytes(mib << 20))
     make_region(region, f"{3 * mib}M")
+    target = shm / "copy"
+    ways = {"put": ("in", source, "/source"), "get": ("out", "/source", target)}
     figures: dict[str, list[float]] = {}
-    for turn in range(rounds + 2):
-        for way, name in (("in", "put"), ("out", "get")):
-            target = shm / "copy"
-            target.unlink(missing_ok=True)
-            began = time.perf_counter()
-            once = client.run(work, "once", mib, way, raw, source if way == "in" else target)
-            process = time.perf_counter() - began
-            target.unlink(missing_ok=True)
-            ours, nothing = (_transferred(name, shm, file) for file in ("source", "nothing"))
-            if turn >= 2:  # by then all memory of the region has been used
-                figures.setdefault(f"{name}: process", []).append(process / ours)
-                loop = once["once"].seconds / max(ours - nothing, 1e-9)
-                figures.setdefault(f"{name}: loop", []).append(loop)
-    for left in (source, region, raw, shm / "copy"):
+    with _looping(region, source, target) as loops:
+        for turn in range(rounds + 2):
+            for name, (way, here, there) in ways.items():
+                target.unlink(missing_ok=True)
+                began = time.perf_counter()
+                once = client.run(work, "once", mib, way, raw, source if way == "in" else target)
+                process = time.perf_counter() - began
+                target.unlink(missing_ok=True)
+                ours = _timed([*IVSHMEMFS, name, "--force", str(region), str(here), str(there)])
+                target.unlink(missing_ok=True)
+                began = time.perf_counter()
+                loops[name]()
+                loop = time.perf_counter() - began
+                if turn >= 2:  # by then all memory of the region has been used
+                    figures.setdefault(f"{name}: process", []).append(process / ours)
+                    figures.setdefault(f"{name}: loop", []).append(once["once"].seconds / loop)
+    for left in (source, region, raw, target):
         left.unlink(missing_ok=True)
     return {name: median(found) for name, found in figures.items()}
 
 
-def _transferred(name: str, shm: Path, file: str) -> float:
-    """Seconds for `put` or `get` of a file."""
-    region, target = str(shm / "transfer"), shm / "copy"
-    target.unlink(missing_ok=True)
-    ways = {"put": [str(shm / file), f"/{file}"], "get": [f"/{file}", str(target)]}
-    return _timed([*IVSHMEMFS, name, "--force", region, *ways[name]])
+@contextmanager
+def _looping(region: Path, source: Path, target: Path) -> Iterator[dict[str, Callable[[], None]]]:
+    """The copying of `put` and `get`, within this process."""
+    with open_region(str(region)) as opened, peer(opened, readonly=False) as fs:
+        how = {"recursive": False, "force": True}
+        putter = Putter(fs, Meter(quiet=True), **how)
+        getter = Getter(fs, Meter(quiet=True), **how)
+        yield {
+            "put": lambda: putter.copy(bytes(source), ROOT_INO, b"source"),
+            "get": lambda: getter.copy(fs.lookup(ROOT_INO, b"source"), bytes(target)),
+        }
 
 
 # --- start, idling, memory --------------------------------------------------------------------

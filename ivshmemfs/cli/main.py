@@ -11,13 +11,13 @@ does for the type fuse.ivshmemfs in /etc/fstab.
 from __future__ import annotations
 
 import importlib
-import importlib.metadata
 import logging
 import os
 import sys
 
 import click
 
+from ivshmemfs import __version__
 from ivshmemfs.errors import IvshmemfsError
 
 EXIT_USAGE = 1
@@ -61,7 +61,7 @@ def _show_version(ctx: click.Context, _option: click.Parameter, wanted: bool) ->
         from ivshmemfs.engine import COMPILED
 
         kind = "compiled" if COMPILED else "pure Python"
-        click.echo(f"ivshmemfs, version {importlib.metadata.version('ivshmemfs')} ({kind})")
+        click.echo(f"ivshmemfs, version {__version__} ({kind})")
         ctx.exit()
 
 

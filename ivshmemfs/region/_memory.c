@@ -1823,7 +1823,7 @@ struct transfer {
     bool stale; /* the guard changed */
 };
 
-enum { ROWS = 64 };
+enum { ROWS = 64, FILLED = 4 * WINDOW };
 
 static bool kernel_may_copy(const Memory *memory)
 {
@@ -1841,8 +1841,8 @@ static int64_t transfer_step(struct transfer *transfer)
     int64_t moved;
     int count = 0;
 
-    if (transfer->filling && span.stop - span.position > WINDOW)
-        span.stop = span.position + WINDOW;
+    if (transfer->filling && span.stop - span.position > FILLED)
+        span.stop = span.position + FILLED;
     for (; count < ROWS && span.position < span.stop; count++) {
         unsigned char *from;
         uint64_t length = gather_row(&span, &from);

@@ -17,9 +17,9 @@ import os
 import socket
 import time
 import uuid as _uuid
-from importlib import metadata
 from pathlib import Path
 
+from ivshmemfs import __version__
 from ivshmemfs.format import peer
 
 _UNKNOWN = bytes(16)
@@ -60,13 +60,6 @@ def start_time(pid: int) -> int:
     return int(stat.rpartition(b")")[2].split()[19])
 
 
-def _version() -> bytes:
-    try:
-        return metadata.version("ivshmemfs").encode()[:16]
-    except metadata.PackageNotFoundError:
-        return b"source"
-
-
 def current(incarnation: int) -> peer.SlotRecord:
     """The identity of this process, for a slot's record; state and hot words are zero."""
     pid = os.getpid()
@@ -83,7 +76,7 @@ def current(incarnation: int) -> peer.SlotRecord:
         host=os.fsencode(socket.gethostname())[: peer.HOST_SIZE],
         joined_ns=time.time_ns(),
         capabilities=0,
-        version=_version(),
+        version=__version__.encode()[:16],
         crc=0,
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import importlib.metadata
 import os
 import signal
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from ivshmemfs import __version__
 from ivshmemfs.format import superblock
 from ivshmemfs.region import open_region
 from tests.cli.conftest import complains, ivshmemfs
@@ -314,4 +316,5 @@ def test_help_and_version() -> None:
         result = ivshmemfs(*words)
         assert result.returncode == 0
         assert "Usage: ivshmemfs" in result.stdout
-    assert "0.1" in ivshmemfs("--version").stdout
+    assert __version__ in ivshmemfs("--version").stdout
+    assert importlib.metadata.version("ivshmemfs") == __version__
