@@ -36,6 +36,7 @@ FALLOCATE = 43
 READDIRPLUS = 44
 RENAME2 = 45
 LSEEK = 46
+COPY_FILE_RANGE = 47
 TMPFILE = 51
 STATX = 52
 
@@ -78,6 +79,8 @@ RENAME2_IN = struct.Struct("=QIxxxx")
 
 #: fh, offset, length, mode.
 FALLOCATE_IN = struct.Struct("=QQQIxxxx")
+#: fh and offset to read from, nodeid, fh and offset to write to, length, flags.
+COPY_FILE_RANGE_IN = struct.Struct("=QQQQQQQ")
 #: fh, offset, whence.
 LSEEK_IN = struct.Struct("=QQIxxxx")
 

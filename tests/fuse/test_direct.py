@@ -139,6 +139,7 @@ def kernel() -> Iterator[Kernel]:
         (wire.LSEEK_IN, 24),
         (wire.LSEEK_OUT, 8),
         (wire.FALLOCATE_IN, 32),
+        (wire.COPY_FILE_RANGE_IN, 56),
         (wire.STATX_OUT, 32 + 256),
         (wire.WRITE_OUT, 8),
         (wire.DIRENT, 24),
@@ -155,6 +156,20 @@ def test_what_was_written_is_read(kernel: Kernel) -> None:
     assert wire.WRITE_OUT.unpack(kernel.ask(wire.WRITE, body, node=ino)) == (len(content),)
     got = kernel.ask(wire.READ, wire.READ_IN.pack(handle, 0, 1 << 20), node=ino)
     assert got == bytes(5) + content
+
+
+def test_copying_between_files(kernel: Kernel) -> None:
+    """At most as much as one request carries; the caller asks for the rest."""
+    (one, source), (two, to) = kernel.create(b"f"), kernel.create(b"g")
+    content = os.urandom(100_000)
+    body = wire.WRITE_IN.pack(source, 0, len(content), 0, 0) + content
+    kernel.ask(wire.WRITE, body, node=one)
+    for length, copied in ((50_000, 50_000), (1 << 40, 99_993)):
+        body = wire.COPY_FILE_RANGE_IN.pack(source, 7, two, to, 3, length, 0)
+        answer = kernel.ask(wire.COPY_FILE_RANGE, body, node=one)
+        assert wire.WRITE_OUT.unpack(answer) == (copied,)
+        got = kernel.ask(wire.READ, wire.READ_IN.pack(to, 0, 1 << 20), node=two)
+        assert got == bytes(3) + content[7 : 7 + copied]
 
 
 def test_an_entry_and_its_attributes(kernel: Kernel) -> None:

@@ -167,6 +167,52 @@ def test_calls_never_see_stale_pages(here: Path, there: Path) -> None:
         assert mapping[0:3] == b"new"
 
 
+def _sent(fd: int, to: int) -> bytes:
+    """What sendfile(2) sends."""
+    os.ftruncate(to, 0)
+    os.lseek(to, 0, os.SEEK_SET)
+    os.sendfile(to, fd, 0, 1 << 20)
+    return os.pread(to, 1 << 20, 0)
+
+
+def test_what_the_kernel_sends_by_itself_is_as_it_last_looked(
+    here: Path, there: Path, tmp_path: Path
+) -> None:
+    """sendfile(2) and splice(2) go through pages, too; opening and stat(2) renew them."""
+    (here / "file").write_bytes(b"old" * 3000)
+    fd, to = os.open(here / "file", os.O_RDONLY), os.open(tmp_path / "to", os.O_CREAT | os.O_RDWR)
+    assert _sent(fd, to) == b"old" * 3000
+    with (there / "file").open("r+b", buffering=0) as other:
+        other.write(b"new" * 3000)
+        assert _sent(fd, to) == b"old" * 3000
+        os.fstat(fd)
+        assert _sent(fd, to) == b"new" * 3000
+        other.write(b"longer" * 1000)
+        os.stat(here / "file")
+        assert _sent(fd, to) == b"new" * 3000 + b"longer" * 1000
+        os.truncate(there / "file", 6)
+        os.close(os.open(here / "file", os.O_RDONLY))
+        assert _sent(fd, to) == b"newnew"
+    os.close(fd)
+    os.close(to)
+
+
+def test_copies_within_a_mount_see_what_others_write(here: Path, there: Path) -> None:
+    """copy_file_range(2) copies what is there now, as far as the kernel knows the file."""
+    (here / "file").write_bytes(b"old" * 3000)
+    fd, to = os.open(here / "file", os.O_RDONLY), os.open(here / "to", os.O_CREAT | os.O_RDWR)
+    for content in (b"new", b"abc"):
+        with (there / "file").open("r+b", buffering=0) as other:
+            other.write(content * 3000)
+        assert os.copy_file_range(fd, to, 9000, 0, 0) == 9000
+        assert (there / "to").read_bytes() == content * 3000
+    (there / "file").write_bytes(b"x" * 20_000)
+    os.fstat(fd)
+    assert os.copy_file_range(fd, to, 30_000, 0, 0) == 20_000
+    os.close(fd)
+    os.close(to)
+
+
 # --- with -o mmap, for kernels before 6.6 -------------------------------------------------------
 
 

@@ -7,6 +7,8 @@ operations that led to it.
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import mmap
 import os
 import random
@@ -20,6 +22,15 @@ from tests.posix.lab import SHARED_MAPPINGS, Lab, needs_fuse, needs_root, new_la
 pytestmark = [needs_fuse, needs_root]
 
 LARGEST = 300_000
+KEEP, PUNCH, ZERO = 1, 2, 16
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def _fallocate(fd: int, mode: int, offset: int, length: int) -> None:
+    """fallocate(2)."""
+    if _libc.fallocate(fd, mode, ctypes.c_long(offset), ctypes.c_long(length)):
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code))
 
 
 class Exerciser:
@@ -36,7 +47,8 @@ class Exerciser:
     def run(self, count: int) -> None:
         """So many random steps; then everything is compared."""
         steps = [self.read, self.read, self.write, self.write, self.append, self.truncate,
-                 self.stat, self.reopen, self.map_read]  # fmt: skip
+                 self.stat, self.reopen, self.map_read, self.blank, self.blank, self.reserve,
+                 self.copy, self.holes]  # fmt: skip
         if self.shared:
             steps.append(self.map_write)
         try:
@@ -104,6 +116,59 @@ class Exerciser:
             os.truncate(self.paths[who], size)
         del self.model[size:]
         self.model.extend(bytes(size - len(self.model)))
+
+    def blank(self, who: int) -> None:
+        """Punch a hole, or have a range zeroed, which may make the file longer."""
+        offset, length = self.place(beyond=1)
+        length = max(length, 1)
+        mode = self.chance.choice((PUNCH | KEEP, ZERO, ZERO | KEEP))
+        self.note(f"{who}: fallocate {mode} {length} at {offset}")
+        _fallocate(self.fds[who], mode, offset, length)
+        if not mode & KEEP:
+            self.model.extend(bytes(max(offset + length - len(self.model), 0)))
+        end = min(offset + length, len(self.model))
+        if end > offset:
+            self.model[offset:end] = bytes(end - offset)
+
+    def reserve(self, who: int) -> None:
+        offset, length = self.place(beyond=1)
+        length = max(length, 1)
+        mode = self.chance.choice((0, KEEP))
+        self.note(f"{who}: fallocate {mode} {length} at {offset}")
+        _fallocate(self.fds[who], mode, offset, length)
+        if not mode:
+            self.model.extend(bytes(max(offset + length - len(self.model), 0)))
+
+    def copy(self, who: int) -> None:
+        """A part of the file to another place in it."""
+        offset, length = self.place()
+        to = self.chance.randrange(LARGEST)
+        length = min(length, len(self.model) - offset, LARGEST - to, abs(to - offset))
+        if length < 1:
+            return
+        self.note(f"{who}: copy {length} from {offset} to {to}")
+        fd, data = self.fds[who], bytes(self.model[offset : offset + length])
+        os.fstat(fd)  # as cp(1) does: the kernel copies no further than it knows the file
+        assert os.copy_file_range(fd, fd, length, offset, to) == length
+        self._store(to, data)
+
+    def holes(self, who: int) -> None:
+        """Where the file says that it has no data, there are zeros."""
+        self.note(f"{who}: holes")
+        at, size = 0, len(self.model)
+        while at < size:
+            try:
+                data = os.lseek(self.fds[who], at, os.SEEK_DATA)
+            except OSError as error:
+                if error.errno != errno.ENXIO:
+                    raise
+                data = size
+            assert not any(self.model[at:data])
+            if data < size:
+                at = os.lseek(self.fds[who], data, os.SEEK_HOLE)
+                assert data < at <= size
+            else:
+                at = size
 
     def stat(self, who: int) -> None:
         self.note(f"{who}: stat")
