@@ -316,11 +316,11 @@ def test_a_commit_of_somebody_else_is_waited_for(
 
     monkeypatch.setattr(type(kernel.served.fs), "crowded", Crowd())
     make_busy(kernel, monkeypatch, 2)
-    kernel.send(wire.WRITE, wire.WRITE_IN.pack(handle, 0, 3, 0) + b"abc", node=ino)
+    kernel.send(wire.WRITE, wire.WRITE_IN.pack(handle, 0, 3, 0, 0) + b"abc", node=ino)
     assert kernel.answer() == (0, wire.WRITE_OUT.pack(3))
     monkeypatch.setattr(type(kernel.served.fs), "crowded", True)
     make_busy(kernel, monkeypatch, 10**9)
-    kernel.send(wire.WRITE, wire.WRITE_IN.pack(handle, 0, 3, 0) + b"abc", node=ino)
+    kernel.send(wire.WRITE, wire.WRITE_IN.pack(handle, 0, 3, 0, 0) + b"abc", node=ino)
     assert kernel.silent()
 
 
