@@ -75,7 +75,7 @@ def test_two_mounts_on_this_machine(start: Start) -> None:
 @pytest.mark.usefixtures("workplace")
 def test_the_host_and_a_guest(start: Start) -> None:
     demo = start("--guest")
-    out, _ = demo.communicate(timeout=500)
+    out, _ = demo.communicate(timeout=900)
     assert demo.returncode == 0, out
     assert "host |   Hello from the guest" in out
     assert "guest |   Hello from the host" in out
