@@ -99,11 +99,12 @@ class Bench:
         if missing := guest.missing():
             self.console.print(f"in a guest: left out: {missing}", soft_wrap=True)
             return
-        table = guest.measure(
+        title = guest.title()
+        self.tables[title], self.figures[title] = guest.measure(
             self.shm, self.work, quick=quick, rounds=rounds, on_run=self.console.log
         )
-        self.tables[guest.title()] = table
-        report.show_table(self.console, guest.title(), table)
+        report.show_table(self.console, title, self.tables[title])
+        report.show_figures(self.console, title, self.figures[title])
 
     # --- everything else ------------------------------------------------------------------
 

@@ -7,6 +7,7 @@ import importlib.metadata
 import os
 import signal
 import sys
+import uuid
 from pathlib import Path
 
 import pytest
@@ -101,6 +102,41 @@ def test_a_label(place: Path) -> None:
         mounted(f"label={label}", place)
         assert mount_lines(place)[0].split()[-2] == str(path)
         unmounted(place)
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def test_a_uuid(place: Path) -> None:
+    path = Path(f"/dev/shm/ivshmemfs-uuid-test-{os.getpid()}")
+    wanted = str(uuid.uuid4())
+    try:
+        made = run(sys.executable, "-m", "mkfs", "--size", "1M", "--uuid", wanted, path, timeout=60)
+        assert made.returncode == 0, made.stderr
+        mounted(f"uuid={wanted.upper()}", place)
+        assert mount_lines(place)[0].split()[-2] == str(path)
+        unmounted(place)
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def test_sixteen_gigabytes_with_a_name_of_255_bytes(place: Path) -> None:
+    path = Path(f"/dev/shm/ivshmemfs-large-test-{os.getpid()}")
+    name = os.fsencode(place) + b"/" + bytes(range(0x80, 0x100)) + b"n" * 127
+    try:
+        made = run(sys.executable, "-m", "mkfs", "--size", "16G", path, timeout=60)
+        assert made.returncode == 0, made.stderr
+        mounted(path, place)
+        with open(name, "wb") as file:
+            file.write(b"first")
+            file.seek(1 << 33)
+            file.write(b"last")
+        assert os.listdir(os.fsencode(place)) == [os.path.basename(name)]
+        assert os.stat(name).st_size == (1 << 33) + 4
+        assert os.statvfs(place).f_blocks * os.statvfs(place).f_frsize > 15 << 30
+        unmounted(place)
+        assert path.stat().st_blocks * 512 < 256 << 20, "the file must stay sparse"
+        checked = run(sys.executable, "-m", "ivshmemfs.fsck", "-n", path, timeout=120)
+        assert (checked.returncode, checked.stderr) == (0, "")
     finally:
         path.unlink(missing_ok=True)
 

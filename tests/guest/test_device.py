@@ -40,6 +40,11 @@ def test_bars_have_the_sizes_of_the_files_and_can_be_mapped_write_combining(gues
             assert guest.sh(f"stat -c '%s %a' {guest.bar(index)}/{name}") == f"{size} 600\n"
 
 
+def test_the_guest_has_no_network(guest: Guest) -> None:
+    """So whatever comes over can only have come through the shared memory."""
+    assert guest.sh("ls /sys/class/net") == "lo\n"
+
+
 @pytest.mark.parametrize("name", ["resource2", "resource2_wc"])
 def test_stores_of_each_side_are_seen_by_the_other(
     guest: Guest, blank: list[Path], name: str
