@@ -23,7 +23,6 @@ import os
 import random
 import time
 from collections.abc import Awaitable, Callable, Collection, Iterator
-from contextlib import suppress
 from typing import NamedTuple, TypeVar
 
 from pyfuse3 import FUSEError, get_sup_groups
@@ -231,11 +230,15 @@ class Served:
         self.nodes.moved((parent, name), (new_parent, new_name), moved, exchanged)
 
     def forget(self, node: int, times: int) -> None:
-        """The kernel forgets what it was told *times* times."""
-        with suppress(StaleHandle):
+        """The kernel forgets what it was told *times* times.  Never raises; errors are logged."""
+        try:
             ino = self.inode_of(node)
             if self.nodes.forget(node, times):
                 self.fs.forget(ino)
+        except StaleHandle:
+            pass
+        except Exception as error:  # nobody waits for an answer
+            failure("forget", error)
 
     # --- handles ----------------------------------------------------------------------------
 

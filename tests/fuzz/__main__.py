@@ -3,7 +3,7 @@
     python -m tests.fuzz READER [--seconds N] [--keep]
 
 What it finds is written to a file that libFuzzer names and raises as it was.  --keep puts the
-inputs that reach all that was reached into the corpus of the repository, as far as they fit.
+shortest inputs that reached something new into the corpus of the repository, as many as fit.
 """
 
 from __future__ import annotations
@@ -45,9 +45,7 @@ def campaign(reader: str, seconds: int, keep: bool) -> int:
     from tests.fuzz.readers import seeds  # not before `fuzz` has arranged for instrumentation
 
     with tempfile.TemporaryDirectory() as name:
-        folder, least = Path(name, "all"), Path(name, "least")
-        folder.mkdir()
-        least.mkdir()
+        folder = Path(name)
         for number, data in enumerate(corpus.load(reader) + seeds(reader)):
             (folder / str(number)).write_bytes(data)
         command = [sys.executable, "-m", "tests.fuzz", "--inside", reader]
@@ -61,8 +59,7 @@ def campaign(reader: str, seconds: int, keep: bool) -> int:
         run = [*command, *limits, f"-max_total_time={seconds}", "-print_final_stats=1", str(folder)]
         status = subprocess.run(run, check=False).returncode
         if keep and not status:
-            subprocess.run([*command, "-merge=1", *limits, str(least), str(folder)], check=True)
-            kept = corpus.save(reader, [path.read_bytes() for path in least.iterdir()])
+            kept = corpus.save(reader, [path.read_bytes() for path in folder.iterdir()])
             print(f"{reader}: {kept} inputs kept")
     return status
 
