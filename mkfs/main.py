@@ -77,7 +77,9 @@ def _plan(region_size: int, block_size: int | None, peers: int) -> Geometry:
     try:
         return geo.plan(region_size, block_size, peers)
     except ValueError as error:
-        raise RegionSize(str(error)) from None
+        raise RegionSize(
+            f"{error}; it takes 1 MiB or more, and blocks of 1K to 64K (a power of two)"
+        ) from None
 
 
 def _report(region: Region, geometry: Geometry, parameters: Parameters) -> None:

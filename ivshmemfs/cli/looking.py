@@ -20,7 +20,11 @@ def list_command() -> None:
     """List the devices and files that are, or could be, regions."""
     candidates = discover()
     if not candidates:
-        click.echo("no ivshmem device, and nothing in /dev/shm", err=True)
+        click.echo(
+            "no ivshmem device here, and nothing in /dev/shm; make a region with: "
+            "mkfs.ivshmemfs --size 64M /dev/shm/NAME",
+            err=True,
+        )
         return
     rows = [("REGION", "WHAT", "LABEL", "UUID")]
     rows += [_row(candidate) for candidate in candidates]

@@ -121,7 +121,7 @@ def _run(words: list[str]) -> int:
         _complain(str(error) or type(error).__name__)
         return error.exit_code
     except OSError as error:
-        _complain(str(error))
+        _complain(_plain(error))
         return EXIT_SYSTEM
     except Exception as error:
         if os.environ.get("IVSHMEMFS_DEBUG"):
@@ -129,6 +129,13 @@ def _run(words: list[str]) -> int:
             logging.getLogger(__name__).exception("a bug")
         _complain(f"internal error, please report it: {type(error).__name__}: {error}")
         return EXIT_INTERNAL
+
+
+def _plain(error: OSError) -> str:
+    """What an OSError says, without its number."""
+    if error.filename is None or error.strerror is None:
+        return str(error)
+    return f"{os.fsdecode(error.filename)}: {error.strerror}"
 
 
 def _complain(text: str) -> None:
