@@ -102,7 +102,7 @@ def test_postmark(here: Path, long_run: bool) -> None:
 STRESSORS = [
     "access", "aio", "aiol", "chattr", "chdir", "chmod", "chown", "copy-file", "dentry", "dir",
     "dirdeep", "dirmany", "dnotify", "dup", "fallocate", "fanotify", "fcntl", "fiemap",
-    "file-ioctl", "filename", "flock", "fpunch", "fstat", "getdent", "handle", "hdd",
+    "file-ioctl", "filename", "flock", "fpunch", "fsize", "fstat", "getdent", "handle", "hdd",
     "inode-flags", "inotify", "io", "io-uring", "iomix", "lease", "link", "locka", "lockf",
     "lockofd", "mknod", "open", "readahead", "rename", "revio", "seek", "sendfile", "splice",
     "symlink", "sync-file", "touch", "utime", "verity", "xattr",
