@@ -151,6 +151,34 @@ def test_a_directory_that_another_machine_moved(places: list[Path], look: bool) 
     assert found == {"sub"}
 
 
+def test_something_else_by_the_same_name(here: Path, there: Path) -> None:
+    """What the kernel knows of a name never outlives what another machine puts in its place."""
+    (here / "one").mkdir()
+    (here / "two").write_text("2")
+    opened = os.open(here / "one", os.O_RDONLY)
+    os.rmdir(there / "one")
+    (there / "one").write_text("a file now")
+    os.unlink(there / "two")
+    (there / "two" / "sub").mkdir(parents=True)
+    assert (here / "one").read_text() == "a file now"
+    assert os.listdir(here / "two") == ["sub"]
+    assert os.listdir(opened) == []
+    fails(errno.ENOENT, lambda: os.mkdir("new", dir_fd=opened))
+    os.close(opened)
+    fails(errno.EISDIR, os.unlink, here / "two")
+    fails(errno.ENOTDIR, os.rmdir, here / "one")
+    os.symlink("one", here / "link")
+    assert (here / "link").read_text() == "a file now"
+    os.unlink(there / "link")
+    os.symlink("two", there / "link")
+    assert os.listdir(here / "link") == ["sub"]
+    os.rename(there / "two", there / "three")
+    os.rename(there / "one", there / "two")
+    os.rename(there / "three", there / "one")
+    fails(errno.ENOTDIR, os.listdir, here / "two")
+    assert os.listdir(here / "one") == ["sub"]
+
+
 def test_directories_that_everybody_moves(places: list[Path], long_run: bool) -> None:
     """Only what rename(2) says, never ESTALE, and no directory is lost or below itself."""
     rounds = 2000 if long_run else 200
