@@ -62,9 +62,19 @@ def _attributes(k: Knife) -> Place:
     return Place(k.block_of(Names.far), at, node.INDEX, 0, Names.far)
 
 
+def _attribute_data(k: Knife) -> Place:
+    index = words.POINTER.unpack(k.record(Names.far).xattr_pointer)[0]
+    return Place(index, node.HEADER_SIZE, 0, 0, Names.far)
+
+
+def _direct(k: Knife) -> Place:
+    return Place(k.block_of(Names.orphan), inode.PAYLOAD_OFFSET, 0, 0, Names.orphan)
+
+
 PLACES: dict[str, Callable[[Knife], Place]] = {
     "inode table": _table, "root": _table_top, "block map": _map, "index": _index,
     "directory": _directory, "interior": _interior, "attributes": _attributes,
+    "attribute data": _attribute_data, "direct data": _direct,
 }  # fmt: skip
 
 
