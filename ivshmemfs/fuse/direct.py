@@ -54,8 +54,8 @@ _NOTHING = b""
 _header = wire.IN_HEADER.unpack_from
 _out = wire.OUT_HEADER.pack
 _OUT_SIZE = wire.OUT_HEADER.size
-_entry_head = wire.ENTRY_OUT.pack
-_ENTRY_SIZE = wire.ENTRY_OUT.size + wire.ATTR.size
+_ATTR_AT = wire.ENTRY_OUT.size
+_ENTRY_SIZE = _ATTR_AT + wire.ATTR.size
 
 
 def _huge(size: int) -> mmap.mmap:
@@ -73,7 +73,11 @@ class Waiting(NamedTuple):
     unique: int
     node: int
     ctx: Context
-    request: bytes
+    request: Buffer
+
+    def call(self) -> Answer:
+        """Try it."""
+        return self.handler(self.node, self.ctx, self.request, len(self.request))
 
 
 class Direct:
@@ -156,27 +160,26 @@ class Direct:
             return None if self._silent(opcode, node, size) else request[:size]
         ctx = Context(uid, gid, 0, pid)
         try:
-            answer = self._soon(handler, node, ctx, request, size)
+            answer = handler(node, ctx, request, size)
         except Busy:
-            copy = bytes(request[:size])
-            self._wait(Waiting(handler.__name__[1:], handler, unique, node, ctx, copy))
+            self._soon(Waiting(handler.__name__[1:], handler, unique, node, ctx, request[:size]))
         except Exception as error:
             self._say(unique, failure(handler.__name__[1:], error).errno)
         else:
             self._answer(unique, answer)
         return None
 
-    def _soon(
-        self, handler: Handler, node: int, ctx: Context, request: Buffer, size: int
-    ) -> Answer:
-        """The answer, after a moment's waiting if need be; raises Busy when it takes longer."""
+    def _soon(self, waiting: Waiting) -> None:
+        """Try again for a moment; then let a task wait, so that others are served meanwhile."""
         try:
-            return handler(node, ctx, request, size)
-        except Busy as busy:
             for _ in self._served.moments():
                 with suppress(Busy):
-                    return handler(node, ctx, request, size)
-            raise busy from None
+                    self._answer(waiting.unique, waiting.call())
+                    return
+        except Exception as error:
+            self._say(waiting.unique, failure(waiting.operation, error).errno)
+        else:
+            self._wait(waiting._replace(request=bytes(waiting.request)))
 
     def _answer(self, unique: int, answer: Answer) -> None:
         header = _out(_OUT_SIZE + len(answer), 0, unique)
@@ -236,12 +239,8 @@ class Direct:
         self._spawn(answer_later)
 
     async def _again(self, waiting: Waiting) -> None:
-        def call() -> Answer:
-            request = waiting.request
-            return waiting.handler(waiting.node, waiting.ctx, request, len(request))
-
         try:
-            answer = await self._served.again(waiting.operation, call)
+            answer = await self._served.again(waiting.operation, waiting.call)
         except pyfuse3.FUSEError as error:
             self._say(waiting.unique, error.errno)
         else:
@@ -249,31 +248,33 @@ class Direct:
 
     # --- parts of answers -------------------------------------------------------------------
 
-    def _attr(self, attr: Attr) -> bytes:
-        """*attr* packed, after the time that it may be kept."""
+    def _entry(self, node: int, attr: Attr) -> bytes:
+        """An entry: its number, and its attributes, which show that number too."""
         known = self._packed.get(attr.ino)
-        if known is not None and known[0] is attr:
-            return known[1]
+        entry = known[1] if known is not None and known[0] is attr else self._pack(attr)
+        if node == attr.ino:
+            return entry
+        number = wire.INO.pack(node)
+        return number + entry[len(number) : _ATTR_AT] + number + entry[_ATTR_AT + len(number) :]
+
+    def _attr(self, attr: Attr) -> bytes:
+        """Attributes, after the time that they may be kept: the same bytes end an entry."""
+        return self._entry(attr.ino, attr)[_ATTR_AT - wire.ATTR_OUT_SIZE :]
+
+    def _pack(self, attr: Attr) -> bytes:
+        """The entry of what is known by the number of its inode."""
         shown = self._served.presented(attr)
         atime, atime_ns = divmod(shown.atime_ns, _BILLION)
         mtime, mtime_ns = divmod(shown.mtime_ns, _BILLION)
         ctime, ctime_ns = divmod(shown.ctime_ns, _BILLION)
-        packed = bytes(wire.ATTR_OUT_SIZE) + wire.ATTR.pack(
+        entry = wire.ENTRY_OUT.pack(attr.ino) + wire.ATTR.pack(
             shown.ino, shown.size, shown.blocks, atime, mtime, ctime, atime_ns, mtime_ns, ctime_ns,
             shown.mode, shown.nlink, shown.uid, shown.gid, shown.rdev, _BLOCK,
         )  # fmt: skip
         if len(self._packed) >= PACKED_KEPT:
             self._packed.clear()
-        self._packed[attr.ino] = attr, packed
-        return packed
-
-    def _entry(self, node: int, attr: Attr) -> bytes:
-        """An entry: its number, and its attributes, which show that number too."""
-        packed = self._attr(attr)
-        at = wire.ATTR_OUT_SIZE
-        if node != attr.ino:
-            packed = packed[:at] + wire.INO.pack(node) + packed[at + wire.INO.size :]
-        return _entry_head(node) + packed[at:]
+        self._packed[attr.ino] = attr, entry
+        return entry
 
     def _inode(self, node: int, ctx: Context) -> int:
         """The inode that *node* means; raises EACCES for whoever may not use this mount."""
@@ -294,7 +295,8 @@ class Direct:
 
     def _lookup(self, node: int, ctx: Context, request: Buffer, end: int) -> Answer:
         self._inode(node, ctx)
-        return self._entry(*self._served.lookup(node, bytes(request[_BODY : end - 1])))
+        found, attr = self._served.lookup(node, bytes(request[_BODY : end - 1]))
+        return self._entry(found, attr)
 
     def _mkdir(self, node: int, ctx: Context, request: Buffer, end: int) -> Answer:
         self._inode(node, ctx)

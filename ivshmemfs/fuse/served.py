@@ -214,6 +214,8 @@ class Served:
         """(the number, the attributes) of an entry of the directory with the number *parent*."""
         ino = self.inode_of(parent)
         attr = self.fs.numbered(ino) if name == b"." else self.fs.lookup(ino, name)
+        if attr.mode & _S_IFMT != _S_IFDIR:  # as most
+            return attr.ino, attr
         return self._node(parent, name, attr), attr
 
     def mkdir(self, parent: int, name: bytes, mode: int, ctx: Context) -> tuple[int, Attr]:
