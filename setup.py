@@ -22,6 +22,8 @@ COMPILED = (
     "ivshmemfs/shm/space.py",
     "ivshmemfs/shm/store.py",
     "ivshmemfs/format/dirent.py",
+    "ivshmemfs/format/record.py",
+    "ivshmemfs/format/words.py",
 )
 
 

@@ -115,8 +115,9 @@ def _root(region: Region) -> Iterator[str]:
 def _inode(region: Region, number: int) -> Iterator[str]:
     from ivshmemfs.engine import Filesystem
 
-    found = Filesystem.mount(region, readonly=True).view().inode(number)
-    block, _weight, _tag = words.POINTER.unpack(found.pointer)
+    view = Filesystem.mount(region, readonly=True).view()
+    view.inode(number)  # or it says why not
+    block, _weight, _tag = words.POINTER.unpack(view.pointer_to(number))
     yield from _block(region, block)
 
 

@@ -97,7 +97,7 @@ class Collector:
             if pointer == NULL or self._marked(pointer):
                 continue
             if height:
-                body = view.pointed(pointer, INDEX, height - 1, owner).data[HEADER_SIZE:]
+                body = view.nodes.node(pointer, INDEX, height - 1, owner).data[HEADER_SIZE:]
                 yield from self._mark_slots(view, body, height - 1, owner)
             else:
                 yield from self._mark_inode(view, view.inode_at(pointer))
@@ -120,7 +120,7 @@ class Collector:
             if self._marked(pointer):
                 continue
             if level:
-                node = view.pointed(pointer, DIRNODE, level, owner)
+                node = view.nodes.node(pointer, DIRNODE, level, owner)
                 body = node.data[HEADER_SIZE + 8 * node.count :]
                 yield from self._mark_children(view, body, level - 1, owner)
             self._mark(pointer)

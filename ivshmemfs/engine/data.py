@@ -13,36 +13,21 @@ import errno
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any, Final
 
 from ivshmemfs.engine import radix
 from ivshmemfs.engine.inode import Inode
-from ivshmemfs.engine.radix import NULL, SIZE, Reader, Tree, Writer
+from ivshmemfs.engine.radix import NULL, SIZE, Tree
+from ivshmemfs.engine.transaction import Transaction, View
 from ivshmemfs.errors import FsError
 from ivshmemfs.format import inode as fmt
-from ivshmemfs.shm.store import Store
 
-MAX_SIZE = (1 << 62) - 1
+MAX_SIZE: Final = (1 << 62) - 1
 Buffer = bytes | bytearray | memoryview
 
 
-class DataReader(Reader, Protocol):
-    """A snapshot that knows where data stands."""
-
-    store: Store
-    block_size: int
-
-
-class DataWriter(Writer, Protocol):
-    """A transaction."""
-
-    store: Store
-    block_size: int
-    now: int
-
-
 def read(
-    view: DataReader, inode: Inode, offset: int, length: int, into: memoryview | None = None
+    view: View, inode: Inode, offset: int, length: int, into: memoryview | None = None
 ) -> Buffer:
     """Up to `length` bytes from `offset`; fewer at the end of the file.
 
@@ -59,11 +44,12 @@ def read(
     size = view.block_size
     first, skip = divmod(offset, size)
     count = (skip + length - 1) // size + 1
-    pointers = radix.find_range(view, Tree(record.height, inode.data), inode.ino, first, count)
+    tree = Tree(record.height, inode.data)
+    pointers = radix.find_range(view.nodes, tree, inode.ino, first, count)
     return view.store.gather(pointers, skip, length, into)
 
 
-def read_to(view: DataReader, inode: Inode, offset: int, length: int, file: int) -> int:
+def read_to(view: View, inode: Inode, offset: int, length: int, file: int) -> int:
     """Copy up to `length` bytes to the same place in an open file; how many there were.
 
     Whatever is raised, what stands there then is of no use.  Raises FsError for what goes wrong
@@ -74,7 +60,8 @@ def read_to(view: DataReader, inode: Inode, offset: int, length: int, file: int)
     if record.payload == fmt.MAP and length:
         first, skip = divmod(offset, view.block_size)
         count = (skip + length - 1) // view.block_size + 1
-        pointers = radix.find_range(view, Tree(record.height, inode.data), inode.ino, first, count)
+        tree = Tree(record.height, inode.data)
+        pointers = radix.find_range(view.nodes, tree, inode.ino, first, count)
         view.store.drain(pointers, skip, length, file, offset)
         return length
     piece = memoryview(read(view, inode, offset, length))
@@ -94,16 +81,16 @@ def _about_file() -> Iterator[None]:
         raise FsError(error.errno or errno.EIO, error.strerror or "") from None
 
 
-def _capacity(tx: DataWriter, inode: Inode) -> int:
+def _capacity(tx: Transaction, inode: Inode) -> int:
     return fmt.payload_capacity(tx.block_size) - len(inode.xattr)
 
 
-def slots(tx: DataWriter, inode: Inode) -> int:
+def slots(tx: Transaction, inode: Inode) -> int:
     """How many top slots of a block map fit the inode."""
     return _capacity(tx, inode) // SIZE
 
 
-def write(tx: DataWriter, inode: Inode, offset: int, data: Buffer) -> Inode:
+def write(tx: Transaction, inode: Inode, offset: int, data: Buffer) -> Inode:
     """The file with `data` at `offset`; raises NoSpace, EFBIG."""
     end = offset + len(data)
     if end > MAX_SIZE:
@@ -128,7 +115,7 @@ def write(tx: DataWriter, inode: Inode, offset: int, data: Buffer) -> Inode:
 
 
 def write_from(
-    tx: DataWriter, inode: Inode, offset: int, length: int, file: int
+    tx: Transaction, inode: Inode, offset: int, length: int, file: int
 ) -> tuple[Inode, int]:
     """The file with up to `length` bytes from the same place in an open file; how many there were.
 
@@ -155,11 +142,11 @@ def write_from(
 
 
 def _with_blocks(
-    tx: DataWriter, inode: Inode, first: int, pointers: bytes, size: int, blocks: int
+    tx: Transaction, inode: Inode, first: int, pointers: bytes, size: int, blocks: int
 ) -> Inode:
     """`inode` with filled blocks from the `first` on; `blocks`: used by it, less the balance."""
     tree = Tree(inode.record.height, inode.data)
-    tree = radix.store(tx, tree, inode.ino, first, pointers, slots(tx, inode))
+    tree = radix.store(tx.space, tree, inode.ino, first, pointers, slots(tx, inode))
     return inode.evolve(
         data=tree.slots,
         payload=fmt.MAP,
@@ -171,7 +158,7 @@ def _with_blocks(
     )
 
 
-def _as_map(tx: DataWriter, inode: Inode) -> Inode:
+def _as_map(tx: Transaction, inode: Inode) -> Inode:
     """The same file with its bytes in blocks; the caller accounts for the block."""
     if inode.record.payload == fmt.MAP:
         return inode
@@ -182,7 +169,7 @@ def _as_map(tx: DataWriter, inode: Inode) -> Inode:
     return inode.evolve(data=pointer, payload=fmt.MAP, height=0)
 
 
-def _whole_blocks(tx: DataWriter, inode: Inode, offset: int, data: Buffer) -> tuple[int, Buffer]:
+def _whole_blocks(tx: Transaction, inode: Inode, offset: int, data: Buffer) -> tuple[int, Buffer]:
     """(first block, bytes from its start on): `data` completed by what stands around it."""
     size = tx.block_size
     first, skip = divmod(offset, size)
@@ -195,22 +182,22 @@ def _whole_blocks(tx: DataWriter, inode: Inode, offset: int, data: Buffer) -> tu
     return first, b"".join((head, data, tail))
 
 
-def _old_bytes(tx: DataWriter, inode: Inode, offset: int, length: int) -> Buffer:
+def _old_bytes(tx: Transaction, inode: Inode, offset: int, length: int) -> Buffer:
     """`length` bytes within one block, zeros where the file has none."""
     got = _read_map(tx, inode, offset, min(length, max(inode.record.size - offset, 0)))
     return got if len(got) == length else bytes(got) + bytes(length - len(got))
 
 
-def _read_map(tx: DataWriter, inode: Inode, offset: int, length: int) -> Buffer:
+def _read_map(tx: Transaction, inode: Inode, offset: int, length: int) -> Buffer:
     if length <= 0:
         return b""
     tree = Tree(inode.record.height, inode.data)
     first, skip = divmod(offset, tx.block_size)
-    pointer = radix.find(tx, tree, inode.ino, first)
+    pointer = radix.find(tx.space, tree, inode.ino, first)
     return tx.store.gather(pointer, skip, length)
 
 
-def truncate(tx: DataWriter, inode: Inode, size: int) -> Inode:
+def truncate(tx: Transaction, inode: Inode, size: int) -> Inode:
     """The file cut or extended to `size` bytes."""
     if size > MAX_SIZE:
         raise FsError(errno.EFBIG)
@@ -231,16 +218,16 @@ def truncate(tx: DataWriter, inode: Inode, size: int) -> Inode:
     return inode.evolve(blocks=blocks, **times)
 
 
-def _cut(tx: DataWriter, inode: Inode, size: int) -> Inode:
+def _cut(tx: Transaction, inode: Inode, size: int) -> Inode:
     block_size, ino = tx.block_size, inode.ino
     tree = Tree(inode.record.height, inode.data)
-    tree = radix.cut(tx, tree, ino, -(-size // block_size))
+    tree = radix.cut(tx.space, tree, ino, -(-size // block_size))
     last, rest = divmod(size, block_size)
     if rest:
-        pointer = radix.find(tx, tree, ino, last)
+        pointer = radix.find(tx.space, tree, ino, last)
         if pointer != NULL:
             kept = tx.store.gather(pointer, 0, rest)
             fresh = tx.space.claim(1)
             tx.space.fill(fresh, kept)
-            tree = radix.store(tx, tree, ino, last, fresh, slots(tx, inode))
+            tree = radix.store(tx.space, tree, ino, last, fresh, slots(tx, inode))
     return inode.evolve(data=tree.slots, height=tree.height)

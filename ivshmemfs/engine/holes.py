@@ -9,9 +9,9 @@ from __future__ import annotations
 import errno
 
 from ivshmemfs.engine import data, radix
-from ivshmemfs.engine.data import DataReader, DataWriter
 from ivshmemfs.engine.inode import Inode
 from ivshmemfs.engine.radix import NULL, Tree
+from ivshmemfs.engine.transaction import Transaction, View
 from ivshmemfs.errors import FsError
 from ivshmemfs.format import inode as fmt
 
@@ -22,7 +22,7 @@ def _tree(inode: Inode) -> Tree:
     return Tree(inode.record.height, inode.data)
 
 
-def next_data(view: DataReader, inode: Inode, offset: int) -> int:
+def next_data(view: View, inode: Inode, offset: int) -> int:
     """Where data begins at or behind `offset`; raises ENXIO when there is none."""
     record = inode.record
     if offset >= record.size or record.payload == fmt.EMPTY:
@@ -30,14 +30,14 @@ def next_data(view: DataReader, inode: Inode, offset: int) -> int:
     if record.payload == fmt.INLINE:
         return offset
     first = offset // view.block_size
-    found = radix.next_leaf(view, _tree(inode), inode.ino, first, present=True)
+    found = radix.next_leaf(view.nodes, _tree(inode), inode.ino, first, present=True)
     start = max(offset, found * view.block_size)
     if found < 0 or start >= record.size:
         raise FsError(errno.ENXIO)
     return start
 
 
-def next_hole(view: DataReader, inode: Inode, offset: int) -> int:
+def next_hole(view: View, inode: Inode, offset: int) -> int:
     """Where a hole begins at or behind `offset`, the end of the file at the latest.
 
     Raises ENXIO from the end on.
@@ -50,11 +50,11 @@ def next_hole(view: DataReader, inode: Inode, offset: int) -> int:
     if record.payload == fmt.INLINE:
         return record.size
     first = offset // view.block_size
-    found = radix.next_leaf(view, _tree(inode), inode.ino, first, present=False)
+    found = radix.next_leaf(view.nodes, _tree(inode), inode.ino, first, present=False)
     return min(max(offset, found * view.block_size), record.size)
 
 
-def punch(tx: DataWriter, inode: Inode, offset: int, length: int) -> Inode:
+def punch(tx: Transaction, inode: Inode, offset: int, length: int) -> Inode:
     """The file with zeros in place of `length` bytes; whole blocks among them become holes."""
     size, block = inode.record.size, tx.block_size
     end = min(offset + length, size)
@@ -71,24 +71,24 @@ def punch(tx: DataWriter, inode: Inode, offset: int, length: int) -> Inode:
     return _without(tx, inode, first, last)
 
 
-def _blank(tx: DataWriter, inode: Inode, start: int, end: int) -> Inode:
+def _blank(tx: Transaction, inode: Inode, start: int, end: int) -> Inode:
     """Zeros in a part of one block; nothing to do in a hole."""
     if start >= end:
         return inode
-    if radix.find(tx, _tree(inode), inode.ino, start // tx.block_size) == NULL:
+    if radix.find(tx.space, _tree(inode), inode.ino, start // tx.block_size) == NULL:
         return inode
     return data.write(tx, inode, start, bytes(end - start))
 
 
-def _without(tx: DataWriter, inode: Inode, first: int, last: int) -> Inode:
+def _without(tx: Transaction, inode: Inode, first: int, last: int) -> Inode:
     """No pointers to the blocks from `first` up to `last`, which is not one of them."""
     before = tx.space.balance
     tree = _tree(inode)
     room = data.slots(tx, inode)
-    last = min(last, len(tree.slots) // radix.SIZE * tx.fanout**tree.height)
+    last = min(last, len(tree.slots) // radix.SIZE * tx.space.fanout**tree.height)
     while first < last:
         count = min(STEP, last - first)
-        tree = radix.store(tx, tree, inode.ino, first, NULL * count, room)
+        tree = radix.store(tx.space, tree, inode.ino, first, NULL * count, room)
         first += count
     return inode.evolve(
         data=tree.slots,
@@ -99,7 +99,7 @@ def _without(tx: DataWriter, inode: Inode, first: int, last: int) -> Inode:
     )
 
 
-def fill(tx: DataWriter, inode: Inode, offset: int, end: int) -> Inode:
+def fill(tx: Transaction, inode: Inode, offset: int, end: int) -> Inode:
     """The file with blocks of zeros in place of the holes up to `end`, to which it may grow."""
     at = offset
     while at < end:

@@ -16,7 +16,11 @@ from ivshmemfs.format import words
 from ivshmemfs.format.dirent import Interior, Leaf
 from ivshmemfs.format.inode import INODE, PAYLOAD_OFFSET, InodeRecord
 
-SECTOR = 512
+SECTOR: Final = 512
+# As in the module stat, but known when this is compiled.
+_FORMAT: Final = 0o170000
+_DIRECTORY: Final = 0o040000
+_REGULAR: Final = 0o100000
 
 
 class Attr(NamedTuple):
@@ -59,16 +63,13 @@ class StatFs(NamedTuple):
 class Inode:
     """One inode: its record, its payload and its inline extended attributes."""
 
-    __slots__ = ("attr", "data", "ino", "leaf", "pointer", "record", "top", "xattr")
+    __slots__ = ("attr", "data", "ino", "leaf", "record", "top", "xattr")
 
-    def __init__(
-        self, ino: int, record: InodeRecord, data: bytes, xattr: bytes, pointer: bytes
-    ) -> None:
+    def __init__(self, ino: int, record: InodeRecord, data: bytes, xattr: bytes) -> None:
         self.ino: Final = ino
         self.record: Final = record
         self.data: Final = data  # the payload
         self.xattr: Final = xattr
-        self.pointer = pointer  # where it is published; null before it is
         self.attr: Attr | None = None  # made when first asked for
         self.leaf: Leaf | None = None  # parsed payload of a small directory
         self.top: Interior | None = None  # parsed payload of a large one
@@ -85,7 +86,7 @@ class Inode:
             xattr = self.xattr
         else:
             changes["xattr_inline"] = len(xattr)
-        return Inode(self.ino, self.record._replace(**changes), data, xattr, self.pointer)
+        return Inode(self.ino, INODE.changed(self.record, changes), data, xattr)
 
     def body(self) -> bytes:
         """Everything after the node header."""
@@ -94,15 +95,15 @@ class Inode:
     @property
     def is_dir(self) -> bool:
         """Whether it is a directory."""
-        return stat.S_ISDIR(self.record.mode)
+        return self.record.mode & _FORMAT == _DIRECTORY
 
     @property
     def is_regular(self) -> bool:
         """Whether it is a regular file."""
-        return stat.S_ISREG(self.record.mode)
+        return self.record.mode & _FORMAT == _REGULAR
 
 
-def parse(ino: int, data: bytes, pointer: bytes, block_size: int) -> Inode:
+def parse(ino: int, data: bytes, block_size: int) -> Inode:
     """The inode in an inode block's bytes; raises Corrupt when it contradicts itself."""
     if len(data) < PAYLOAD_OFFSET:
         raise Corrupt(f"inode {ino}: its block holds only {len(data)} bytes")
@@ -113,7 +114,7 @@ def parse(ino: int, data: bytes, pointer: bytes, block_size: int) -> Inode:
     problem = _problem(record)
     if problem:
         raise Corrupt(f"inode {ino}: {problem}")
-    return Inode(ino, record, data[PAYLOAD_OFFSET:end], data[end:], pointer)
+    return Inode(ino, record, data[PAYLOAD_OFFSET:end], data[end:])
 
 
 _ALLOWED = {

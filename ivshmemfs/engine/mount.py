@@ -220,13 +220,13 @@ class Mount:
                     result = plan(tx)
                     if not tx.changed:
                         return result
-                    root_block = tx.seal()
+                    new_root = tx.seal()
                 except Restart as overtaken:
                     if self.store.control.load() == word:
                         raise Corrupt(f"the present root leads astray: {overtaken}") from None
                 else:
                     space.store_nodes()
-                    if space.publish(word, root_block):
+                    if space.publish(word, new_root):
                         published = True
                         tx.release_dropped()
                         return result

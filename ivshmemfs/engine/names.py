@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from typing import Any
 
 from ivshmemfs.engine import data, directory
 from ivshmemfs.engine.directory import Entry
@@ -118,10 +119,11 @@ def new_record(
         gid = above.gid
         if stat.S_ISDIR(mode):
             mode |= stat.S_ISGID
-    return _BLANK._replace(
-        mode=mode, nlink=nlink, uid=ctx.uid, gid=gid, rdev=rdev, parent=parent,
-        atime_ns=tx.now, mtime_ns=tx.now, ctime_ns=tx.now, btime_ns=tx.now,
-    )  # fmt: skip
+    fields: dict[str, Any] = {
+        "mode": mode, "nlink": nlink, "uid": ctx.uid, "gid": gid, "rdev": rdev, "parent": parent,
+        "atime_ns": tx.now, "mtime_ns": tx.now, "ctime_ns": tx.now, "btime_ns": tx.now,
+    }  # fmt: skip
+    return INODE.changed(_BLANK, fields)
 
 
 def add(tx: Transaction, folder: Inode, name: bytes, inode: Inode, links: int = 0) -> Inode:

@@ -5,82 +5,65 @@ its owner, and a height.  At height 0 the slots are the leaves; at height h each
 node of level h - 1 with `fanout` slots, itself trimmed.  A missing slot is a null pointer, and
 null pointers are holes.
 
-Nodes are never changed in place: a change writes new nodes along the path (Transaction.space)
-and reports what it replaced.  A pointer's weight counts the blocks below it and itself, so that
-dropping a subtree costs a look at its pointer.
+Nodes are never changed in place: a change writes new nodes along the path into the transaction's
+`Space` and reports what it replaced.  A pointer's weight counts the blocks below it and itself,
+so that dropping a subtree costs a look at its pointer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
-from typing import NamedTuple, Protocol
+from typing import Final
 
 from ivshmemfs.format import words
 from ivshmemfs.format.node import HEADER_SIZE, INDEX, MAX_HEIGHT
-from ivshmemfs.shm.space import Space
-from ivshmemfs.shm.store import Node
+from ivshmemfs.shm.space import Space, weight_of
+from ivshmemfs.shm.store import Nodes
 
-_POINTER = words.POINTER
-SIZE = words.POINTER_SIZE
-NULL = words.NULL
-
-
-class Reader(Protocol):
-    """Where nodes come from: a snapshot, or a transaction with nodes of its own."""
-
-    fanout: int
-
-    def pointed(self, pointer: bytes, kind: int, level: int, owner: int) -> Node:
-        """The node that a packed pointer leads to."""
+SIZE: Final = words.POINTER_SIZE
+NULL: Final = words.NULL
 
 
-class Writer(Reader, Protocol):
-    """A transaction."""
-
-    space: Space
-
-    def drop(self, pointer: bytes, kind: int, level: int, owner: int) -> None:
-        """Release a whole subtree after the commit."""
-
-
-class Tree(NamedTuple):
+class Tree:
     """Top slots, and levels of index nodes below them."""
 
-    height: int
-    slots: bytes
+    __slots__ = ("height", "slots")
+
+    def __init__(self, height: int, slots: bytes) -> None:
+        self.height: Final = height
+        self.slots: Final = slots
 
 
-def find(reader: Reader, tree: Tree, owner: int, index: int) -> bytes:
+def find(nodes: Nodes, tree: Tree, owner: int, index: int) -> bytes:
     """The packed pointer of leaf `index`; NULL for a hole."""
     data, base, height = tree.slots, 0, tree.height
     while height:
-        top, index = divmod(index, reader.fanout**height)
-        at = base + top * SIZE
+        span = span_of(nodes.fanout, height)
+        at = base + index // span * SIZE
+        index %= span
         pointer = data[at : at + SIZE]
         if len(pointer) < SIZE or pointer == NULL:
             return NULL
         height -= 1
-        data, base = reader.pointed(pointer, INDEX, height, owner).data, HEADER_SIZE
+        data, base = nodes.node(pointer, INDEX, height, owner).data, HEADER_SIZE
     at = base + index * SIZE
     return data[at : at + SIZE] or NULL
 
 
-def find_range(reader: Reader, tree: Tree, owner: int, first: int, count: int) -> bytes:
+def find_range(nodes: Nodes, tree: Tree, owner: int, first: int, count: int) -> bytes:
     """The packed pointers of leaves [first, first + count), holes as nulls."""
     parts: list[bytes] = []
-    _collect(reader, tree.slots, tree.height, owner, first, count, parts)
+    _collect(nodes, tree.slots, tree.height, owner, first, count, parts)
     return b"".join(parts) if len(parts) != 1 else parts[0]
 
 
 def _collect(
-    reader: Reader, slots: bytes, height: int, owner: int, first: int, count: int, out: list[bytes]
+    nodes: Nodes, slots: bytes, height: int, owner: int, first: int, count: int, out: list[bytes]
 ) -> None:
     if height == 0:
         got = slots[first * SIZE : (first + count) * SIZE]
         out.append(got + bytes(count * SIZE - len(got)) if len(got) < count * SIZE else got)
         return
-    span = reader.fanout**height
+    span = span_of(nodes.fanout, height)
     while count:
         top, inner = divmod(first, span)
         here = min(count, span - inner)
@@ -88,23 +71,23 @@ def _collect(
         if len(pointer) < SIZE or pointer == NULL:
             out.append(bytes(here * SIZE))
         else:
-            node = reader.pointed(pointer, INDEX, height - 1, owner)
-            _collect(reader, node.data[HEADER_SIZE:], height - 1, owner, inner, here, out)
+            node = nodes.node(pointer, INDEX, height - 1, owner)
+            _collect(nodes, node.data[HEADER_SIZE:], height - 1, owner, inner, here, out)
         first += here
         count -= here
 
 
-def next_leaf(reader: Reader, tree: Tree, owner: int, first: int, *, present: bool) -> int:
+def next_leaf(nodes: Nodes, tree: Tree, owner: int, first: int, *, present: bool) -> int:
     """The index of the first leaf from `first` on that is there, or with not `present` is not.
 
     -1 when all the rest are holes; for holes, what is behind the tree counts as one.
     """
-    return _next(reader, tree.slots, tree.height, owner, first, present)
+    return _next(nodes, tree.slots, tree.height, owner, first, present)
 
 
-def _next(reader: Reader, slots: bytes, height: int, owner: int, first: int, present: bool) -> int:
-    span: int = reader.fanout**height
-    full = _full_weight(reader.fanout, height)
+def _next(nodes: Nodes, slots: bytes, height: int, owner: int, first: int, present: bool) -> int:
+    span = span_of(nodes.fanout, height)
+    full = _full_weight(nodes.fanout, height)
     (top, inner), count = divmod(first, span), len(slots) // SIZE
     while top < count:
         pointer = slots[top * SIZE : top * SIZE + SIZE]
@@ -114,9 +97,9 @@ def _next(reader: Reader, slots: bytes, height: int, owner: int, first: int, pre
         elif height == 0:
             if present:
                 return top
-        elif present or _POINTER.unpack(pointer)[1] < full:
-            below = reader.pointed(pointer, INDEX, height - 1, owner).data[HEADER_SIZE:]
-            found = _next(reader, below, height - 1, owner, inner, present)
+        elif present or weight_of(pointer) < full:
+            below = nodes.node(pointer, INDEX, height - 1, owner).data[HEADER_SIZE:]
+            found = _next(nodes, below, height - 1, owner, inner, present)
             if 0 <= found < span:
                 return top * span + found
         top, inner = top + 1, 0
@@ -129,6 +112,14 @@ def _full_weight(fanout: int, height: int) -> int:
     for _ in range(height):
         weight_below = 1 + fanout * weight_below
     return weight_below
+
+
+def span_of(fanout: int, height: int) -> int:
+    """Leaves below one slot of a node of that height."""
+    span = 1
+    for _ in range(height):
+        span *= fanout
+    return span
 
 
 def trim(slots: bytes) -> bytes:
@@ -149,29 +140,29 @@ def weight(slots: bytes) -> int:
     return sum(memoryview(slots).cast("I")[1::4].tolist())
 
 
-def store(tx: Writer, tree: Tree, owner: int, first: int, pointers: bytes, capacity: int) -> Tree:
+def store(space: Space, tree: Tree, owner: int, first: int, pointers: bytes, capacity: int) -> Tree:
     """A tree whose leaves from `first` on are `pointers` (packed; nulls make holes).
 
     `capacity` is how many top slots the owner has room for.  Leaves that were there before are
     replaced (released after the commit); the leaves themselves must be blocks, not subtrees.
     """
     last = first + len(pointers) // SIZE - 1
-    tree = fit(tx, tree, owner, last, capacity)
-    slots, _ = _store(tx, tree.slots, tree.height, owner, first, pointers)
+    tree = fit(space, tree, owner, last, capacity)
+    slots, _ = _store(space, tree.slots, tree.height, owner, first, pointers)
     return Tree(tree.height, trim(slots))
 
 
 def store_some(
-    tx: Writer, tree: Tree, owner: int, leaves: list[tuple[int, bytes]], capacity: int
+    space: Space, tree: Tree, owner: int, leaves: list[tuple[int, bytes]], capacity: int
 ) -> Tree:
     """The same for scattered leaves: (index, pointer) by ascending index; no node twice."""
-    tree = fit(tx, tree, owner, leaves[-1][0], capacity)
-    slots, _ = _store_some(tx, tree.slots, tree.height, owner, leaves)
+    tree = fit(space, tree, owner, leaves[-1][0], capacity)
+    slots, _ = _store_some(space, tree.slots, tree.height, owner, leaves)
     return Tree(tree.height, trim(slots))
 
 
 def _store_some(
-    tx: Writer, slots: bytes, height: int, owner: int, leaves: list[tuple[int, bytes]]
+    space: Space, slots: bytes, height: int, owner: int, leaves: list[tuple[int, bytes]]
 ) -> tuple[bytes, int]:
     """(new slots, change of weight)"""
     new, total = bytearray(slots), 0
@@ -182,19 +173,19 @@ def _store_some(
         for index, pointer in leaves:
             old = bytes(new[index * SIZE : index * SIZE + SIZE])
             if old != NULL:
-                tx.space.replace(old)
+                space.replace(old)
             new[index * SIZE : index * SIZE + SIZE] = pointer
             total += (pointer != NULL) - (old != NULL)
         return bytes(new), total
-    span = tx.fanout**height
+    span = span_of(space.fanout, height)
     while leaves:
         top = leaves[0][0] // span
         here = [(index - top * span, pointer) for index, pointer in leaves if index // span == top]
         leaves = leaves[len(here) :]
         child = slots[top * SIZE : top * SIZE + SIZE] or NULL
-        pointer, delta = _rewrite_child(
-            tx, child, height - 1, owner, partial(_store_some, leaves=here)
-        )
+        below = _below(space, child, height - 1, owner)
+        below, delta = _store_some(space, below, height - 1, owner, here)
+        pointer, delta = _renewed(space, child, height - 1, owner, below, delta)
         if len(new) <= top * SIZE:
             new += bytes((top + 1) * SIZE - len(new))
         new[top * SIZE : top * SIZE + SIZE] = pointer
@@ -202,24 +193,24 @@ def _store_some(
     return bytes(new), total
 
 
-def fit(tx: Writer, tree: Tree, owner: int, last: int, capacity: int) -> Tree:
+def fit(space: Space, tree: Tree, owner: int, last: int, capacity: int) -> Tree:
     """The same leaves in a tree that has place for leaf `last` under `capacity` top slots."""
-    height, slots = tree
-    while last >= capacity * tx.fanout**height or len(slots) > capacity * SIZE:
+    height, slots = tree.height, tree.slots
+    while last >= capacity * span_of(space.fanout, height) or len(slots) > capacity * SIZE:
         if height >= MAX_HEIGHT:
             raise ValueError("the tree cannot grow any higher")
-        step = tx.fanout * SIZE
+        step = space.fanout * SIZE
         pieces = [slots[at : at + step] for at in range(0, len(slots), step)]
-        slots = b"".join(_node(tx, height, owner, piece) for piece in pieces)
+        slots = b"".join(_node(space, height, owner, piece) for piece in pieces)
         height += 1
     return Tree(height, slots)
 
 
-def _node(tx: Writer, level: int, owner: int, slots: bytes) -> bytes:
+def _node(space: Space, level: int, owner: int, slots: bytes) -> bytes:
     slots = trim(slots)
     if not slots:
         return NULL
-    return tx.space.add_node(INDEX, level, owner, 0, slots, 1 + weight(slots))
+    return space.add_node(INDEX, level, owner, 0, slots, 1 + weight(slots))
 
 
 def _splice(slots: bytes, at: int, pointers: bytes) -> bytes:
@@ -230,25 +221,25 @@ def _splice(slots: bytes, at: int, pointers: bytes) -> bytes:
 
 
 def _store(
-    tx: Writer, slots: bytes, height: int, owner: int, first: int, pointers: bytes
+    space: Space, slots: bytes, height: int, owner: int, first: int, pointers: bytes
 ) -> tuple[bytes, int]:
     """(new slots, change of weight)"""
     if height == 0:
         old = slots[first * SIZE : first * SIZE + len(pointers)]
         gone = count_pointers(old)
         if gone == 1 and len(old) == SIZE:
-            tx.space.replace(old)
+            space.replace(old)
         elif gone:
-            tx.space.replace_many(old, gone)
+            space.replace_many(old, gone)
         return _splice(slots, first, pointers), count_pointers(pointers) - gone
-    span, total = tx.fanout**height, 0
+    span, total = span_of(space.fanout, height), 0
     while pointers:
         top, inner = divmod(first, span)
         here = pointers[: (span - inner) * SIZE]
         child = slots[top * SIZE : top * SIZE + SIZE] or NULL
-        pointer, delta = _rewrite_child(
-            tx, child, height - 1, owner, partial(_store, first=inner, pointers=here)
-        )
+        below = _below(space, child, height - 1, owner)
+        below, delta = _store(space, below, height - 1, owner, inner, here)
+        pointer, delta = _renewed(space, child, height - 1, owner, below, delta)
         slots = _splice(slots, top, pointer)
         total += delta
         first += len(here) // SIZE
@@ -256,56 +247,48 @@ def _store(
     return slots, total
 
 
-def _rewrite_child(
-    tx: Writer, child: bytes, level: int, owner: int, change: Callable[..., tuple[bytes, int]]
+def _below(space: Space, child: bytes, level: int, owner: int) -> bytes:
+    """The slots of a child, which may be null."""
+    return space.node(child, INDEX, level, owner).data[HEADER_SIZE:] if child != NULL else b""
+
+
+def _renewed(
+    space: Space, child: bytes, level: int, owner: int, below: bytes, delta: int
 ) -> tuple[bytes, int]:
-    """(pointer to the child as `change` leaves it, change of weight)"""
-    below, old_weight = b"", 0
+    """(pointer to a child with slots `below`, which weigh `delta` more, its change of weight)"""
+    old_weight = 0
     if child != NULL:
-        below = tx.pointed(child, INDEX, level, owner).data[HEADER_SIZE:]
-        old_weight = _POINTER.unpack(child)[1]
-    below, delta = change(tx, below, level, owner)
-    if child != NULL:
-        tx.space.replace(child)
+        old_weight = weight_of(child)
+        space.replace(child)
     below = trim(below)
     if not below:
         return NULL, -old_weight
     new_weight = (old_weight or 1) + delta
-    return tx.space.add_node(INDEX, level, owner, 0, below, new_weight), new_weight - old_weight
+    return space.add_node(INDEX, level, owner, 0, below, new_weight), new_weight - old_weight
 
 
-def cut(tx: Writer, tree: Tree, owner: int, first: int) -> Tree:
+def cut(space: Space, tree: Tree, owner: int, first: int) -> Tree:
     """A tree without leaves from `first` on; what is cut off is dropped whole."""
-    slots, _ = _cut(tx, tree.slots, tree.height, owner, first)
+    slots, _ = _cut(space, tree.slots, tree.height, owner, first)
     return Tree(tree.height if slots else 0, slots)
 
 
-def _cut(tx: Writer, slots: bytes, height: int, owner: int, first: int) -> tuple[bytes, int]:
-    span = tx.fanout**height
+def _cut(space: Space, slots: bytes, height: int, owner: int, first: int) -> tuple[bytes, int]:
+    span = span_of(space.fanout, height)
     keep, inner = divmod(first, span)
     beyond = slots[(keep + (1 if inner else 0)) * SIZE :]
     lost = weight(beyond)
     if height == 0:
         if lost:
-            tx.space.replace_many(beyond, lost)
+            space.replace_many(beyond, lost)
         return trim(slots[: keep * SIZE]), -lost
     for at in range(0, len(beyond), SIZE):
         if beyond[at : at + SIZE] != NULL:
-            tx.drop(beyond[at : at + SIZE], INDEX, height - 1, owner)
+            space.drop(beyond[at : at + SIZE], INDEX, height - 1, owner)
     kept = slots[: keep * SIZE]
     child = slots[keep * SIZE : keep * SIZE + SIZE] if inner else b""
     if not child or child == NULL:
         return trim(kept), -lost
-    pointer, delta = _cut_child(tx, child, height - 1, owner, inner)
+    below, delta = _cut(space, _below(space, child, height - 1, owner), height - 1, owner, inner)
+    pointer, delta = _renewed(space, child, height - 1, owner, below, delta)
     return trim(kept + pointer), delta - lost
-
-
-def _cut_child(tx: Writer, child: bytes, level: int, owner: int, first: int) -> tuple[bytes, int]:
-    below = tx.pointed(child, INDEX, level, owner).data[HEADER_SIZE:]
-    below, delta = _cut(tx, below, level, owner, first)
-    old_weight = _POINTER.unpack(child)[1]
-    tx.space.replace(child)
-    if not below:
-        return NULL, -old_weight
-    new_weight = old_weight + delta
-    return tx.space.add_node(INDEX, level, owner, 0, below, new_weight), delta

@@ -14,7 +14,7 @@ from __future__ import annotations
 import errno
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Any, NamedTuple
+from typing import Any, Final
 
 from ivshmemfs.engine import inode as inodes
 from ivshmemfs.engine import radix
@@ -24,7 +24,7 @@ from ivshmemfs.errors import Corrupt, FsError, NoSpace, Restart, StaleHandle
 from ivshmemfs.format import inode as fmt
 from ivshmemfs.format import node as node_format
 from ivshmemfs.format import words
-from ivshmemfs.format.dirent import decode_interior
+from ivshmemfs.format.dirent import NODE_ENTRY, decode_interior
 from ivshmemfs.format.inode import InodeRecord
 from ivshmemfs.format.node import (
     DIRLEAF,
@@ -38,19 +38,21 @@ from ivshmemfs.format.node import (
     RootRecord,
 )
 from ivshmemfs.shm.space import Space
-from ivshmemfs.shm.store import Node, Store
+from ivshmemfs.shm.store import Node, Nodes, Store
 
-_POINTER = words.POINTER
-LARGEST_CLAIM = 2048  # blocks; more than one request needs
-FOUND_MAX = 1000  # inodes that a view remembers besides the node cache
+LARGEST_CLAIM: Final = 2048  # blocks; more than one request needs
+FOUND_MAX: Final = 1000  # inodes that a view remembers besides the node cache
 
 
-class Root(NamedTuple):
+class Root:
     """A parsed root block."""
 
-    record: RootRecord
-    table: Tree
-    pointer: bytes
+    __slots__ = ("pointer", "record", "table")
+
+    def __init__(self, record: RootRecord, table: Tree, pointer: bytes) -> None:
+        self.record: Final = record
+        self.table: Final = table
+        self.pointer: Final = pointer
 
 
 def parse_root(node: Node) -> Root:
@@ -62,7 +64,7 @@ def parse_root(node: Node) -> Root:
     if len(slots) != record.slots * words.POINTER_SIZE or record.height > node_format.MAX_HEIGHT:
         raise Corrupt(f"the root in block {node.block} has {record.slots} pointers, "
                       f"{len(slots)} bytes of them, height {record.height}")  # fmt: skip
-    return Root(record, Tree(record.height, slots), _POINTER.pack(node.block, 1, node.tag))
+    return Root(record, Tree(record.height, slots), node.pointer)
 
 
 class View:
@@ -70,20 +72,15 @@ class View:
 
     def __init__(self, store: Store, word: int, root: Node) -> None:
         self.store = store
+        self.nodes: Nodes = store
         self.word = word
-        self.block_size = store.geometry.block_size
-        self.fanout = node_format.index_fanout(self.block_size)
+        self.block_size = store.block_size
         self.secret = store.superblock.uuid
         if root.parsed is None:
             root.parsed = parse_root(root)
         self.root: Root = root.parsed
         self._found: dict[int, Inode] = {}
         self.names: dict[tuple[int, bytes], Inode] = {}  # for callers: what look-ups found
-
-    def pointed(self, pointer: bytes, kind: int, level: int, owner: int) -> Node:
-        """The node that a packed pointer leads to."""
-        block, _, tag = _POINTER.unpack(pointer)
-        return self.store.node(block, tag, kind, level, owner)
 
     def inode(self, ino: int) -> Inode:
         """An inode; raises StaleHandle when there is none of that number."""
@@ -96,24 +93,27 @@ class View:
         """An inode, or None."""
         found = self._found.get(ino)
         if found is None:
-            pointer = radix.find(self, self.root.table, 0, ino)
+            pointer = self.pointer_to(ino)
             if pointer == NULL:
                 return None
-            found = self._parsed(self.pointed(pointer, INODE, 0, ino), pointer)
+            found = self._parsed(self.nodes.node(pointer, INODE, 0, ino))
             if len(self._found) < FOUND_MAX:
                 self._found[ino] = found
         return found
 
-    def _parsed(self, node: Node, pointer: bytes) -> Inode:
+    def pointer_to(self, ino: int) -> bytes:
+        """Where an inode stands, packed; null when there is none."""
+        return radix.find(self.nodes, self.root.table, 0, ino)
+
+    def _parsed(self, node: Node) -> Inode:
         if node.parsed is None:
-            node.parsed = inodes.parse(node.owner, node.data, pointer, self.block_size)
+            node.parsed = inodes.parse(node.owner, node.data, self.block_size)
         found: Inode = node.parsed
         return found
 
     def inode_at(self, pointer: bytes) -> Inode:
         """The inode in the inode block that a pointer of the inode table leads to."""
-        block, _, tag = _POINTER.unpack(pointer)
-        return self._parsed(self.store.node(block, tag, INODE, 0, None), pointer)
+        return self._parsed(self.nodes.node(pointer, INODE, 0, None))
 
     def directory(self, ino: int) -> Inode:
         """A directory; raises ENOTDIR, StaleHandle."""
@@ -139,6 +139,7 @@ class Transaction(View):
         super().__init__(store, word, root)
         self.in_use = in_use  # whether anybody holds an inode open; announces that it may go
         self.space = space
+        self.nodes = space
         self.removal = removal
         space.keep = 0 if removal else self._kept_free()
         self.now = now
@@ -147,19 +148,8 @@ class Transaction(View):
         self._inodes = self.root.record.inodes
         self.removed: list[Inode] = []
         self._dirty: dict[int, Inode | None] = {}
-        self._old: dict[int, bytes] = {}
-        self._dropped: list[tuple[bytes, int, int, int]] = []
 
     # --- reading on top of the changes ---
-
-    def pointed(self, pointer: bytes, kind: int, level: int, owner: int) -> Node:
-        """The node that a packed pointer leads to, which may be one of this transaction's own."""
-        block, _, tag = _POINTER.unpack(pointer)
-        if tag == self.space.tag:
-            own = self.space.node(block, tag)
-            if own is not None:
-                return own
-        return self.store.node(block, tag, kind, level, owner)
 
     def find_inode(self, ino: int) -> Inode | None:
         """An inode as it will be, or None."""
@@ -169,14 +159,14 @@ class Transaction(View):
 
     # --- changes ---
 
-    def new_inode(self, record: InodeRecord, data: bytes = b"") -> Inode:
-        """A new inode with the next number."""
+    def new_inode(self, record: InodeRecord) -> Inode:
+        """A new inode with the next number, and nothing in it."""
         ino = self.next_ino
         if ino > fmt.MAX_INO:
             raise NoSpace("all inode numbers are used up: make a new filesystem")
         self.next_ino += 1
         self._inodes += 1
-        inode = Inode(ino, record._replace(payload_size=len(data)), data, b"", NULL)
+        inode = Inode(ino, record, b"", b"")
         self._dirty[ino] = inode
         return inode
 
@@ -198,7 +188,7 @@ class Transaction(View):
         if record.payload == fmt.MAP:
             self._drop_slots(inode.data, record.height, inode.ino)
         elif record.payload == fmt.DIRTREE:
-            pointers = decode_interior(inode.data, len(inode.data) // 24).pointers
+            pointers = decode_interior(inode.data, len(inode.data) // NODE_ENTRY).pointers
             self._drop_children(pointers, record.height, inode.ino)
         if record.xattr_pointer != NULL:
             self._drop_slots(record.xattr_pointer, record.xattr_height, inode.ino)
@@ -210,17 +200,12 @@ class Transaction(View):
         for at in range(0, len(slots), radix.SIZE):
             pointer = slots[at : at + radix.SIZE]
             if pointer != NULL:
-                self.drop(pointer, INDEX, height - 1, owner)
+                self.space.drop(pointer, INDEX, height - 1, owner)
 
     def _drop_children(self, pointers: bytes, height: int, owner: int) -> None:
         for at in range(0, len(pointers), radix.SIZE):
             kind = DIRNODE if height > 1 else DIRLEAF
-            self.drop(pointers[at : at + radix.SIZE], kind, height - 1, owner)
-
-    def drop(self, pointer: bytes, kind: int, level: int, owner: int) -> None:
-        """Release a whole subtree after the commit."""
-        self._dropped.append((pointer, kind, level, owner))
-        self.space.replaced_count += _POINTER.unpack(pointer)[1]
+            self.space.drop(pointers[at : at + radix.SIZE], kind, height - 1, owner)
 
     # --- ending ---
 
@@ -239,39 +224,36 @@ class Transaction(View):
         near = geometry.block_count - 4 * geometry.reserve - LARGEST_CLAIM
         return geometry.reserve // 2 if self.root.record.used > near else 0
 
-    def seal(self) -> int:
-        """Build the new root; returns its block.
+    def seal(self) -> Node:
+        """Build the new root.
 
         Raises NoSpace when the region would hold more than it may; removals may use the reserve.
         """
         leaves = [(ino, self._seal_inode(ino)) for ino in sorted(self._dirty)]
         capacity = node_format.root_capacity(self.block_size)
-        table = radix.store_some(self, self.root.table, 0, leaves, capacity)
+        table = radix.store_some(self.space, self.root.table, 0, leaves, capacity)
         record = self.root.record
         used = record.used + self.space.balance
         geometry = self.store.geometry
         room = geometry.block_count - (0 if self.removal else geometry.reserve)
         if used > room and self.space.balance > 0:
             raise NoSpace("the region is full")
-        new = RootRecord(
-            fsid=record.fsid,
-            sequence=self._next_sequence(),
-            next_ino=self.next_ino,
-            used=max(used, 1),
-            inodes=max(self._inodes, 0),
-            orphans=max(self.orphans, 0),
-            time_ns=self.now,
-            height=table.height,
-            slots=len(table.slots) // radix.SIZE,
-        )
+        changes: dict[str, Any] = {
+            "sequence": self._next_sequence(),
+            "next_ino": self.next_ino,
+            "used": max(used, 1),
+            "inodes": max(self._inodes, 0),
+            "orphans": max(self.orphans, 0),
+            "time_ns": self.now,
+            "height": table.height,
+            "slots": len(table.slots) // radix.SIZE,
+        }
+        new = ROOT_RECORD.changed(record, changes)
         self.space.replace(self.root.pointer)
-        body = ROOT_RECORD.pack(new) + table.slots
-        pointer = self.space.add_node(ROOT, 0, 0, 0, body)
-        block = int.from_bytes(pointer[:4], "little")
-        node = self.space.node(block, self.space.tag)
-        if node is not None:
-            node.parsed = Root(new, table, pointer)
-        return block
+        pointer = self.space.add_node(ROOT, 0, 0, 0, ROOT_RECORD.pack(new) + table.slots)
+        node = self.space.node(pointer, ROOT, 0, 0)
+        node.parsed = Root(new, table, pointer)
+        return node
 
     def _next_sequence(self) -> int:
         """The number of this commit: fences, which make no root, count as well."""
@@ -283,9 +265,7 @@ class Transaction(View):
         inode = self._dirty[ino]
         if inode is None:
             return NULL
-        pointer = self.space.add_node(INODE, 0, ino, 0, inode.body(), parsed=inode)
-        inode.pointer = pointer
-        return pointer
+        return self.space.add_node(INODE, 0, ino, 0, inode.body(), 1, inode)
 
     def release_dropped(self) -> None:
         """After the commit: release the blocks of every dropped subtree.
@@ -294,7 +274,7 @@ class Transaction(View):
         skipped.
         """
         seen: set[bytes] = set()
-        for pointer, kind, level, owner in self._dropped:
+        for pointer, kind, level, owner in self.space.dropped:
             with suppress(Corrupt, Restart, ValueError):
                 self._release(pointer, kind, level, owner, seen)
 
@@ -304,7 +284,7 @@ class Transaction(View):
             return
         seen.add(pointer)
         if kind != DIRLEAF:
-            pointers = self._children(self.pointed(pointer, kind, level, owner))
+            pointers = self._children(self.nodes.node(pointer, kind, level, owner))
             if kind == INDEX and level == 0:
                 self.space.release_cut(pointers)
             else:

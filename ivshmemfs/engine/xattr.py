@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import errno
-from typing import Protocol
 
 from ivshmemfs.engine import radix
-from ivshmemfs.engine.data import DataReader, DataWriter
 from ivshmemfs.engine.inode import Inode
 from ivshmemfs.engine.radix import NULL, SIZE, Tree
+from ivshmemfs.engine.transaction import Transaction, View
 from ivshmemfs.errors import Corrupt, FsError
 from ivshmemfs.format import inode as fmt
 from ivshmemfs.format import xattr as encoding
@@ -25,10 +24,6 @@ PUBLIC = (b"user.", b"security.")
 NAMESPACES = (*PUBLIC, b"trusted.")
 
 
-class XattrWriter(DataWriter, Protocol):
-    """A transaction."""
-
-
 def check_namespace(name: bytes) -> None:
     """Raise EOPNOTSUPP for attributes that are not merely stored."""
     if not name.startswith(NAMESPACES):
@@ -37,7 +32,7 @@ def check_namespace(name: bytes) -> None:
         raise FsError(errno.EINVAL)
 
 
-def load(view: DataReader, inode: Inode) -> dict[bytes, bytes]:
+def load(view: View, inode: Inode) -> dict[bytes, bytes]:
     """All extended attributes by name."""
     record = inode.record
     raw = bytes(inode.xattr)
@@ -46,7 +41,7 @@ def load(view: DataReader, inode: Inode) -> dict[bytes, bytes]:
             raise Corrupt(f"inode {inode.ino}: {record.xattr_size} bytes of extended attributes")
         count = -(-record.xattr_size // view.block_size)
         tree = Tree(record.xattr_height, record.xattr_pointer)
-        pointers = radix.find_range(view, tree, inode.ino, 0, count)
+        pointers = radix.find_range(view.nodes, tree, inode.ino, 0, count)
         raw = bytes(view.store.gather(pointers, 0, record.xattr_size))
     try:
         return encoding.decode(raw) if raw else {}
@@ -54,7 +49,7 @@ def load(view: DataReader, inode: Inode) -> dict[bytes, bytes]:
         raise Corrupt(f"inode {inode.ino}: extended attributes: {error}") from None
 
 
-def set_value(tx: XattrWriter, inode: Inode, name: bytes, value: bytes, flags: int) -> Inode:
+def set_value(tx: Transaction, inode: Inode, name: bytes, value: bytes, flags: int) -> Inode:
     """The inode with one attribute set; raises EEXIST, ENODATA, ERANGE, E2BIG, NoSpace."""
     if len(name) > NAME_MAX:
         raise FsError(errno.ERANGE)
@@ -69,7 +64,7 @@ def set_value(tx: XattrWriter, inode: Inode, name: bytes, value: bytes, flags: i
     return save(tx, inode, {**values, name: value})
 
 
-def remove_value(tx: XattrWriter, inode: Inode, name: bytes) -> Inode:
+def remove_value(tx: Transaction, inode: Inode, name: bytes) -> Inode:
     """The inode without an attribute; raises ENODATA."""
     check_namespace(name)
     values = load(tx, inode)
@@ -78,14 +73,14 @@ def remove_value(tx: XattrWriter, inode: Inode, name: bytes) -> Inode:
     return save(tx, inode, values)
 
 
-def without_capability(tx: XattrWriter, inode: Inode) -> Inode:
+def without_capability(tx: Transaction, inode: Inode) -> Inode:
     """The inode without the capabilities that running it would give."""
     values = load(tx, inode)
     return save(tx, inode, values) if values.pop(CAPABILITY, None) is not None else inode
 
 
 def save(
-    tx: XattrWriter, inode: Inode, values: dict[bytes, bytes], *, silent: bool = False
+    tx: Transaction, inode: Inode, values: dict[bytes, bytes], *, silent: bool = False
 ) -> Inode:
     """The inode with these attributes and no others; `silent` leaves its ctime alone."""
     if sum(encoding.XATTR.size + len(n) + len(v) for n, v in values.items()) > TOTAL_MAX:
@@ -95,7 +90,7 @@ def save(
     old = Tree(record.xattr_height, record.xattr_pointer)
     if old.slots != NULL:
         if old.height:
-            tx.drop(old.slots, INDEX, old.height - 1, inode.ino)
+            tx.space.drop(old.slots, INDEX, old.height - 1, inode.ino)
         else:
             tx.space.replace(old.slots)
     capacity = fmt.payload_capacity(tx.block_size)
@@ -104,7 +99,7 @@ def save(
     if not inline:
         pointers = tx.space.claim(-(-len(raw) // tx.block_size))
         tx.space.fill(pointers, raw)
-        tree = radix.store(tx, Tree(0, b""), inode.ino, 0, pointers, 1)
+        tree = radix.store(tx.space, Tree(0, b""), inode.ino, 0, pointers, 1)
         beside = b""
     assert len(tree.slots) == SIZE
     return inode.evolve(

@@ -5,7 +5,7 @@ that tell apart names of equal hash, so it is unique in its directory, stays wit
 life and serves as the cookie of readdir: reading a directory while it changes misses and
 doubles nothing that was there throughout.
 
-A leaf stores its `n` entries by columns, so that all its work is done by slices:
+A leaf stores its `n` entries by columns, so that all its work is done by slices of its bytes:
 
     keys   n x u64, ascending
     inos   n x u64, inode number | file type << 56
@@ -17,111 +17,34 @@ tree is 0, and bounds are multiples of 256, so that names of equal hash stand in
 """
 
 import hashlib
+import struct
 import sys
 from array import array
-from bisect import bisect_left
-from typing import NamedTuple
+from functools import lru_cache
+from typing import Final
 
-from ivshmemfs.format import words
+from ivshmemfs.format.words import POINTER_SIZE, WORD
+from ivshmemfs.region._memory import ascending, lower_bound, sum_bytes
 
 assert sys.byteorder == "little", "columns are taken as they stand"
 
-NAME_MAX = 255
-ENTRY_FIXED = 17  # bytes of an entry besides its name
-NODE_ENTRY = 8 + words.POINTER_SIZE
-COLLISIONS = 256
-TYPE_SHIFT = 56
-INO_MASK = (1 << TYPE_SHIFT) - 1
-FIRST_KEY = COLLISIONS  # keys below are free for readdir's own cookies
+NAME_MAX: Final = 255
+ENTRY_FIXED: Final = 17  # bytes of an entry besides its name
+NODE_ENTRY: Final = 24  # a key and a pointer
+COLLISIONS: Final = 256
+TYPE_SHIFT: Final = 56
+INO_MASK: Final = (1 << 56) - 1
+FIRST_KEY: Final = COLLISIONS  # keys below are free for readdir's own cookies
+LAST_KEY: Final = (1 << 63) - 1
+_pack_word = struct.Struct("<Q").pack
+_unpack_word = struct.Struct("<Q").unpack_from
 
 
+@lru_cache(maxsize=4096)  # a name is looked up before it is made, and made before it is removed
 def name_key(name: bytes, secret: bytes) -> int:
     """The lowest key that `name` may have; `secret` (the UUID) keeps collisions from being made."""
     digest = hashlib.blake2b(name, digest_size=8, key=secret).digest()
     return max(int.from_bytes(digest, "little") >> 9, 1) << 8
-
-
-class Leaf(NamedTuple):
-    """The entries of one leaf; all columns have the same length.  Never modified."""
-
-    keys: "array[int]"  # u64
-    inos: "array[int]"  # u64, with the type in the top byte
-    sizes: bytes
-    names: bytes
-
-    def find(self, key: int, name: bytes) -> int:
-        """Index of `name`, whose first possible key is `key`; -1 if it is not here."""
-        keys = self.keys
-        at = bisect_left(keys, key)
-        while at < len(keys) and keys[at] < key + COLLISIONS:
-            if self.sizes[at] == len(name) and self.name(at) == name:
-                return at
-            at += 1
-        return -1
-
-    def name(self, at: int) -> bytes:
-        """Name of entry `at`."""
-        start = sum(self.sizes[:at])
-        return self.names[start : start + self.sizes[at]]
-
-    def insert(self, key: int, ino_and_type: int, name: bytes) -> "Leaf":
-        """A leaf with one entry more."""
-        at = bisect_left(self.keys, key)
-        cut = sum(self.sizes[:at])
-        keys, inos = self.keys[:], self.inos[:]
-        keys.insert(at, key)
-        inos.insert(at, ino_and_type)
-        return Leaf(
-            keys,
-            inos,
-            self.sizes[:at] + bytes((len(name),)) + self.sizes[at:],
-            self.names[:cut] + name + self.names[cut:],
-        )
-
-    def remove(self, at: int) -> "Leaf":
-        """A leaf without entry `at`."""
-        cut = sum(self.sizes[:at])
-        return Leaf(
-            self.keys[:at] + self.keys[at + 1 :],
-            self.inos[:at] + self.inos[at + 1 :],
-            self.sizes[:at] + self.sizes[at + 1 :],
-            self.names[:cut] + self.names[cut + self.sizes[at] :],
-        )
-
-    def replace(self, at: int, ino_and_type: int) -> "Leaf":
-        """A leaf whose entry `at` leads to another inode."""
-        inos = self.inos[:]
-        inos[at] = ino_and_type
-        return self._replace(inos=inos)
-
-    def part(self, start: int, stop: int) -> "Leaf":
-        """Entries [start, stop)."""
-        cut = sum(self.sizes[:start])
-        end = cut + sum(self.sizes[start:stop])
-        return Leaf(
-            self.keys[start:stop],
-            self.inos[start:stop],
-            self.sizes[start:stop],
-            self.names[cut:end],
-        )
-
-    def join(self, other: "Leaf") -> "Leaf":
-        """The entries of both; all keys of `other` are larger."""
-        return Leaf(
-            self.keys + other.keys,
-            self.inos + other.inos,
-            self.sizes + other.sizes,
-            self.names + other.names,
-        )
-
-    @property
-    def size(self) -> int:
-        """Bytes when encoded."""
-        return ENTRY_FIXED * len(self.keys) + len(self.names)
-
-    def encode(self) -> bytes:
-        """The four columns."""
-        return b"".join((self.keys.tobytes(), self.inos.tobytes(), self.sizes, self.names))
 
 
 def column(raw: bytes = b"") -> "array[int]":
@@ -131,12 +54,136 @@ def column(raw: bytes = b"") -> "array[int]":
     return words_of
 
 
-EMPTY_LEAF = Leaf(column(), column(), b"", b"")
+class Leaf:
+    """The entries of one leaf: their columns, packed.  Never modified."""
+
+    __slots__ = ("count", "raw")
+
+    def __init__(self, raw: bytes, count: int) -> None:
+        self.raw: Final = raw
+        self.count: Final = count
+
+    @property
+    def keys(self) -> "array[int]":
+        """The first column."""
+        return column(self.raw[: WORD * self.count])
+
+    @property
+    def inos(self) -> "array[int]":
+        """The second column, with the type in the top byte."""
+        return column(self.raw[WORD * self.count : 2 * WORD * self.count])
+
+    @property
+    def sizes(self) -> bytes:
+        """The third column."""
+        return self.raw[2 * WORD * self.count : ENTRY_FIXED * self.count]
+
+    @property
+    def names(self) -> bytes:
+        """The fourth column."""
+        return self.raw[ENTRY_FIXED * self.count :]
+
+    def lower(self, key: int) -> int:
+        """Index of the first entry whose key is not below `key`."""
+        return lower_bound(self.raw, self.count, key)
+
+    def key(self, at: int) -> int:
+        """Key of entry `at`."""
+        found: int = _unpack_word(self.raw, WORD * at)[0]
+        return found
+
+    def ino(self, at: int) -> int:
+        """Inode number and type of entry `at`."""
+        found: int = _unpack_word(self.raw, WORD * (self.count + at))[0]
+        return found
+
+    def name_at(self, at: int) -> int:
+        """Where the name of entry `at` begins."""
+        sizes = 2 * WORD * self.count
+        return ENTRY_FIXED * self.count + sum_bytes(self.raw, sizes, sizes + at)
+
+    def name(self, at: int) -> bytes:
+        """Name of entry `at`."""
+        start = self.name_at(at)
+        return self.raw[start : start + self.raw[2 * WORD * self.count + at]]
+
+    def find(self, key: int, name: bytes) -> int:
+        """Index of `name`, whose first possible key is `key`; -1 if it is not here."""
+        at = self.lower(key)
+        while at < self.count and self.key(at) < key + COLLISIONS:
+            if self.raw[2 * WORD * self.count + at] == len(name) and self.name(at) == name:
+                return at
+            at += 1
+        return -1
+
+    def insert(self, key: int, ino_and_type: int, name: bytes) -> "Leaf":
+        """A leaf with one entry more."""
+        raw, at, inos = self.raw, self.lower(key), WORD * self.count
+        sizes, cut = 2 * inos, self.name_at(at)
+        parts = (
+            raw[: WORD * at],
+            _pack_word(key),
+            raw[WORD * at : inos + WORD * at],
+            _pack_word(ino_and_type),
+            raw[inos + WORD * at : sizes + at],
+            bytes((len(name),)),
+            raw[sizes + at : cut],
+            name,
+            raw[cut:],
+        )
+        return Leaf(b"".join(parts), self.count + 1)
+
+    def remove(self, at: int) -> "Leaf":
+        """A leaf without entry `at`."""
+        raw, inos = self.raw, WORD * self.count
+        sizes, cut = 2 * inos, self.name_at(at)
+        parts = (
+            raw[: WORD * at],
+            raw[WORD * (at + 1) : inos + WORD * at],
+            raw[inos + WORD * (at + 1) : sizes + at],
+            raw[sizes + at + 1 : cut],
+            raw[cut + raw[sizes + at] :],
+        )
+        return Leaf(b"".join(parts), self.count - 1)
+
+    def replace(self, at: int, ino_and_type: int) -> "Leaf":
+        """A leaf whose entry `at` leads to another inode."""
+        raw, place = self.raw, WORD * (self.count + at)
+        return Leaf(raw[:place] + _pack_word(ino_and_type) + raw[place + WORD :], self.count)
+
+    def part(self, start: int, stop: int) -> "Leaf":
+        """Entries [start, stop)."""
+        raw, inos = self.raw, WORD * self.count
+        sizes = 2 * inos
+        parts = (
+            raw[WORD * start : WORD * stop],
+            raw[inos + WORD * start : inos + WORD * stop],
+            raw[sizes + start : sizes + stop],
+            raw[self.name_at(start) : self.name_at(stop)],
+        )
+        return Leaf(b"".join(parts), stop - start)
+
+    def join(self, other: "Leaf") -> "Leaf":
+        """The entries of both; all keys of `other` are larger."""
+        parts = (
+            self.raw[: WORD * self.count],
+            other.raw[: WORD * other.count],
+            self.raw[WORD * self.count : 2 * WORD * self.count],
+            other.raw[WORD * other.count : 2 * WORD * other.count],
+            self.sizes,
+            other.sizes,
+            self.names,
+            other.names,
+        )
+        return Leaf(b"".join(parts), self.count + other.count)
+
+    @property
+    def size(self) -> int:
+        """Bytes when encoded."""
+        return len(self.raw)
 
 
-def _ascending(keys: "array[int]") -> bool:
-    listed = keys.tolist()
-    return listed == sorted(set(listed))
+EMPTY_LEAF: Final = Leaf(b"", 0)
 
 
 def decode_leaf(raw: bytes, count: int) -> Leaf:
@@ -144,36 +191,88 @@ def decode_leaf(raw: bytes, count: int) -> Leaf:
     if len(raw) < ENTRY_FIXED * count:
         raise ValueError(f"{count} entries do not fit into {len(raw)} bytes")
     sizes = raw[16 * count : 17 * count]
-    names = raw[17 * count :]
-    if sum(sizes) != len(names) or 0 in sizes:
+    if sum_bytes(sizes, 0, count) != len(raw) - ENTRY_FIXED * count or 0 in sizes:
         raise ValueError("name lengths do not add up")
-    keys = column(raw[: 8 * count])
-    if not _ascending(keys):
+    if not ascending(raw, count):
         raise ValueError("keys are not in order")
-    return Leaf(keys, column(raw[8 * count : 16 * count]), sizes, names)
+    return Leaf(raw, count)
 
 
-class Interior(NamedTuple):
-    """An interior node: lower-bound keys and as many pointers (packed, 16 bytes each)."""
+class Interior:
+    """An interior node: lower-bound keys and as many pointers, packed.  Never modified."""
 
-    keys: "array[int]"  # u64
-    pointers: bytes
+    __slots__ = ("count", "raw")
 
-    def encode(self) -> bytes:
-        """The two columns."""
-        return self.keys.tobytes() + self.pointers
+    def __init__(self, raw: bytes, count: int) -> None:
+        self.raw: Final = raw
+        self.count: Final = count
+
+    @property
+    def keys(self) -> "array[int]":
+        """The first column."""
+        return column(self.raw[: WORD * self.count])
+
+    @property
+    def pointers(self) -> bytes:
+        """The second column."""
+        return self.raw[WORD * self.count :]
+
+    def key(self, at: int) -> int:
+        """Lower bound of child `at`."""
+        found: int = _unpack_word(self.raw, WORD * at)[0]
+        return found
+
+    def pointer(self, at: int) -> bytes:
+        """Pointer to child `at`."""
+        place = WORD * self.count + POINTER_SIZE * at
+        return self.raw[place : place + POINTER_SIZE]
+
+    def pick(self, key: int) -> int:
+        """Index of the child whose range holds `key`."""
+        return max(lower_bound(self.raw, self.count, min(key, LAST_KEY) + 1) - 1, 0)
+
+    def replace(self, at: int, children: "Interior") -> "Interior":
+        """The same node with `children` in the place of child `at`."""
+        raw, old, new = self.raw, WORD * self.count, WORD * children.count
+        place = old + POINTER_SIZE * at
+        parts = (
+            raw[: WORD * at],
+            children.raw[:new],
+            raw[WORD * (at + 1) : place],
+            children.raw[new:],
+            raw[place + POINTER_SIZE :],
+        )
+        return Interior(b"".join(parts), self.count - 1 + children.count)
+
+    def part(self, start: int, stop: int) -> "Interior":
+        """Children [start, stop)."""
+        keys, pointers = self.raw[WORD * start : WORD * stop], WORD * self.count
+        low, high = pointers + POINTER_SIZE * start, pointers + POINTER_SIZE * stop
+        return Interior(keys + self.raw[low:high], stop - start)
+
+    def from_bound(self, bound: int) -> "Interior":
+        """The same node with another bound of its first child."""
+        return Interior(_pack_word(bound) + self.raw[WORD:], self.count)
 
     @property
     def size(self) -> int:
         """Bytes when encoded."""
-        return NODE_ENTRY * len(self.keys)
+        return len(self.raw)
+
+
+NO_CHILDREN: Final = Interior(b"", 0)
+
+
+def interior_of(children: list[tuple[int, bytes]]) -> Interior:
+    """The node of these (lower bound, pointer) pairs."""
+    keys = b"".join([_pack_word(key) for key, _ in children])
+    return Interior(keys + b"".join([pointer for _, pointer in children]), len(children))
 
 
 def decode_interior(raw: bytes, count: int) -> Interior:
     """Parse `count` (key, pointer) pairs; ValueError when the bytes contradict themselves."""
     if len(raw) != NODE_ENTRY * count or not count:
         raise ValueError(f"{count} entries do not fit {len(raw)} bytes")
-    keys = column(raw[: 8 * count])
-    if not _ascending(keys):
+    if not ascending(raw, count):
         raise ValueError("keys are not in order")
-    return Interior(keys, raw[8 * count :])
+    return Interior(raw, count)

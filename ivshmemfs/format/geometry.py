@@ -11,15 +11,15 @@
 The two words have cache lines of their own, because every mount reads or swaps them all the time.
 """
 
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from ivshmemfs.format import peer, words
 
-COMMIT_OFFSET = 1024
-HINT_OFFSET = 1152
-SCRATCH_OFFSET = 1280
-SCRATCH_SIZE = 768
-PEERS_OFFSET = 4096
+COMMIT_OFFSET: Final = 1024
+HINT_OFFSET: Final = 1152
+SCRATCH_OFFSET: Final = 1280
+SCRATCH_SIZE: Final = 768
+PEERS_OFFSET: Final = 4096
 CONTROL_SIGNATURE = f"commit@{COMMIT_OFFSET} hint@{HINT_OFFSET} peers@{PEERS_OFFSET}"
 
 MIN_BLOCK_SIZE = 1024

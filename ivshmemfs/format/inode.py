@@ -9,17 +9,21 @@ top of the block map (16-byte pointers), the directory entries themselves, or th
 directory tree.  One block thus serves a small file, a symlink or a small directory whole.
 """
 
-from typing import Annotated, NamedTuple
+from typing import Annotated, Final, NamedTuple
 
 from ivshmemfs.format import node
 from ivshmemfs.format.record import At, Layout
 
-ROOT_INO = 1
-ORPHANS_INO = 2  # hidden directory: inodes without links that are still open somewhere
-FIRST_INO = 3
-MAX_INO = (1 << 56) - 1
+ROOT_INO: Final = 1
+ORPHANS_INO: Final = 2  # hidden directory: inodes without links that are still open somewhere
+FIRST_INO: Final = 3
+MAX_INO: Final = (1 << 56) - 1
 
-EMPTY, INLINE, MAP, DIRLEAF, DIRTREE = range(5)
+EMPTY: Final = 0
+INLINE: Final = 1
+MAP: Final = 2
+DIRLEAF: Final = 3
+DIRTREE: Final = 4
 PAYLOAD_NAMES = ("empty", "inline", "map", "dirleaf", "dirtree")
 
 

@@ -5,12 +5,16 @@ checksum covers bytes 4 to `used`; `tag` repeats the claim, and `owner` the inod
 pointer that leads to the wrong place is recognised.
 """
 
-from typing import Annotated, NamedTuple
+from typing import Annotated, Final, NamedTuple
 
 from ivshmemfs.format import words
 from ivshmemfs.format.record import At, Layout
 
-ROOT, INODE, INDEX, DIRLEAF, DIRNODE = range(1, 6)
+ROOT: Final = 1
+INODE: Final = 2
+INDEX: Final = 3
+DIRLEAF: Final = 4
+DIRNODE: Final = 5
 KIND_NAMES = {
     ROOT: "root",
     INODE: "inode",
@@ -19,8 +23,8 @@ KIND_NAMES = {
     DIRNODE: "dirnode",
 }
 
-HEADER_SIZE = 32
-MAX_HEIGHT = 12  # of any tree; 2^64 leaves need fewer levels at the smallest block size
+HEADER_SIZE: Final = 32
+MAX_HEIGHT: Final = 12  # of any tree; 2^64 leaves need fewer levels at the smallest block size
 
 
 class HeaderRecord(NamedTuple):

@@ -5,20 +5,20 @@ the open filter changes when files are opened and closed.  `shm/peers.py` says i
 """
 
 from collections.abc import Iterator
-from typing import Annotated, NamedTuple
+from typing import Annotated, Final, NamedTuple
 
 from ivshmemfs.format import words
 from ivshmemfs.format.record import At, Buffer, Layout
 from ivshmemfs.region._memory import crc32c
 
-SLOT_SIZE = 512
-STATE_OFFSET = 0
-HEARTBEAT_OFFSET = 8
-INTENT_OFFSET = 16
-IDENTITY_OFFSET = 64
-FILTER_OFFSET = 256
-FILTER_WORDS = 32
-HOST_SIZE = 64
+SLOT_SIZE: Final = 512
+STATE_OFFSET: Final = 0
+HEARTBEAT_OFFSET: Final = 8
+INTENT_OFFSET: Final = 16
+IDENTITY_OFFSET: Final = 64
+FILTER_OFFSET: Final = 256
+FILTER_WORDS: Final = 32
+HOST_SIZE: Final = 64
 
 
 class SlotRecord(NamedTuple):

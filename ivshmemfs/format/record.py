@@ -11,7 +11,7 @@ that `dump` and docs/format.md print from the same fields.
 """
 
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Annotated, Any, Generic, NamedTuple, TypeVar, get_args, get_origin
 
 T = TypeVar("T", bound=tuple[Any, ...])
@@ -56,9 +56,9 @@ class Layout(Generic[T]):
         self._struct = struct.Struct(self._format())
         if self._struct.size != size:
             raise TypeError(f"{self.name} takes {self._struct.size} bytes, not {size}")
-        self._make = cls._make  # type: ignore[attr-defined]
         self.pack_values = self._struct.pack  # the fields in order, for hot paths
         self._offsets = {field.name: field.offset for field in self.fields}
+        self._places = {field.name: place for place, field in enumerate(self.fields)}
 
     def _format(self) -> str:
         parts, at = ["<"], 0
@@ -77,8 +77,18 @@ class Layout(Generic[T]):
 
     def unpack(self, buffer: Buffer, offset: int = 0) -> T:
         """The record at `offset` of `buffer`; raises struct.error when it is too short."""
-        record: T = self._make(self._struct.unpack_from(buffer, offset))
+        return self._made(self._struct.unpack_from(buffer, offset))
+
+    def _made(self, values: Iterable[Any]) -> T:
+        record: T = tuple.__new__(self.cls, values)
         return record
+
+    def changed(self, record: T, changes: dict[str, Any]) -> T:
+        """The same record with other values in some of its fields."""
+        values = list(record)
+        for name, value in changes.items():
+            values[self._places[name]] = value
+        return self._made(values)
 
     def pack(self, record: T) -> bytes:
         """`size` bytes; raises struct.error when a value does not fit its field."""

@@ -14,47 +14,40 @@ exactly that many, and the root would have to stand in the same block, for its s
 compare-and-swap to succeed).
 """
 
-import struct
-from typing import Annotated, NamedTuple
+from typing import Final
 
-from ivshmemfs.format.record import At, Layout
+from ivshmemfs.format.pointer import NULL as NULL
+from ivshmemfs.format.pointer import POINTER as POINTER
+from ivshmemfs.format.pointer import POINTER_LAYOUT as POINTER_LAYOUT
+from ivshmemfs.format.pointer import POINTER_SIZE as POINTER_SIZE
+from ivshmemfs.format.pointer import PointerRecord as PointerRecord
 
-WORD = 8
+WORD: Final = 8
 
-SLOT_SHIFT = 56
-INCARNATION_SHIFT = 36
-INCARNATION_MASK = (1 << 20) - 1
-COUNTER_MASK = (1 << 36) - 1
+SLOT_SHIFT: Final = 56
+INCARNATION_SHIFT: Final = 36
+INCARNATION_MASK: Final = (1 << 20) - 1
+COUNTER_MASK: Final = (1 << 36) - 1
 
-BLOCK_BITS = 28
-BLOCK_MASK = (1 << BLOCK_BITS) - 1
-SEQUENCE_MASK = (1 << 36) - 1
-MAX_BLOCKS = 1 << BLOCK_BITS
+BLOCK_BITS: Final = 28
+BLOCK_MASK: Final = (1 << BLOCK_BITS) - 1
+SEQUENCE_MASK: Final = (1 << 36) - 1
+MAX_BLOCKS: Final = 1 << BLOCK_BITS
 
-NEED_SHIFT = 48
-NEED_MASK = (1 << 8) - 1
-PROGRESS_MASK = (1 << NEED_SHIFT) - 1
-FILTER_BITS = 48
-FILTER_MASK = (1 << FILTER_BITS) - 1
+NEED_SHIFT: Final = 48
+NEED_MASK: Final = (1 << 8) - 1
+PROGRESS_MASK: Final = (1 << NEED_SHIFT) - 1
+FILTER_BITS: Final = 48
+FILTER_MASK: Final = (1 << FILTER_BITS) - 1
 
 # States of a peer slot, in the order in which they follow each other (shm/peers.py says who may
 # change which).
-FREE, JOINING, IDLE, ACTIVE, DEAD = range(5)
+FREE: Final = 0
+JOINING: Final = 1
+IDLE: Final = 2
+ACTIVE: Final = 3
+DEAD: Final = 4
 STATE_NAMES = ("free", "joining", "idle", "active", "dead")
-
-
-class PointerRecord(NamedTuple):
-    """Names a block together with the tag that it must still bear; all zero is the null pointer."""
-
-    block: Annotated[int, At(0, "I", "block number")]
-    weight: Annotated[int, At(4, "I", "blocks in the subtree, this one included (1 for a leaf)")]
-    tag: Annotated[int, At(8, "Q", "tag that the block bears while the pointer is valid")]
-
-
-POINTER_LAYOUT = Layout(PointerRecord, 16)
-POINTER = struct.Struct("<IIQ")
-POINTER_SIZE = POINTER_LAYOUT.size
-NULL = bytes(POINTER_SIZE)
 
 
 def make_tag(slot: int, incarnation: int, counter: int) -> int:

@@ -582,6 +582,48 @@ static PyObject *memory_store(PyObject *self, PyObject *const *args, Py_ssize_t 
     return result;
 }
 
+static const signature column_signature = {"load_column", {"offset", "stride", "count"}, 3, 3};
+
+/* One word after the other, each a load event of its own. */
+static int column_run(Memory *memory, struct word_access *word, uint64_t stride, PyObject *into,
+                      uint64_t count)
+{
+    for (uint64_t at = 0; at < count; at++, word->address += stride) {
+        PyObject *value = NULL;
+        if (load_event(memory) == 0 && perform(memory, load_body, word, 8) == 0)
+            value = from_u64(word->value);
+        if (value == NULL || PyList_SetItem(into, (Py_ssize_t)at, value) < 0)
+            return -1;
+    }
+    return 0;
+}
+
+static PyObject *memory_load_column(PyObject *self, PyObject *const *args, Py_ssize_t nargs,
+                                    PyObject *keywords)
+{
+    Memory *memory = (Memory *)self;
+    PyObject *given[3], *result = NULL;
+    uint64_t stride, count;
+    struct word_access word;
+
+    if (take_args(&column_signature, args, nargs, keywords, given) < 0 ||
+        take_u64(given[1], "stride", &stride) < 0 || take_u64(given[2], "count", &count) < 0 ||
+        use(memory) < 0)
+        return NULL;
+    if (take_word(memory, given[0], &word) < 0) {
+        /* it has said what is wrong */
+    } else if ((stride & 7) != 0 || stride == 0 ||
+               count > (memory->length - (uint64_t)(word.address - memory->base) - 8) / stride + 1) {
+        PyErr_Format(PyExc_ValueError, "%R words every %R bytes leave the region, or its words",
+                     given[2], given[1]);
+    } else if ((result = PyList_New((Py_ssize_t)count)) != NULL) {
+        if (column_run(memory, &word, stride, result, count) < 0)
+            Py_CLEAR(result);
+    }
+    unuse(memory);
+    return result;
+}
+
 static const signature cas_signature = {"cas", {"offset", "expected", "new"}, 3, 3};
 
 static PyObject *memory_cas(PyObject *self, PyObject *const *args, Py_ssize_t count,
@@ -2233,6 +2275,61 @@ static PyObject *blocks_write_node(PyObject *self, PyObject *const *args, Py_ssi
     return result;
 }
 
+/* 1 when all were stored, 0 when the guard changed, -1 with an exception. */
+static int nodes_write_run(const Blocks *blocks, PyObject *pointers, PyObject *nodes)
+{
+    int good = 1;
+
+    for (Py_ssize_t at = 0; at < PyList_Size(pointers) && good == 1; at++) {
+        PyObject *node_object = PyList_GetItem(nodes, at), *pointer = PyList_GetItem(pointers, at);
+        Py_buffer node, packed;
+
+        if (node_object == NULL || pointer == NULL || /* a callback shortened the lists */
+            take_pointers(blocks, pointer, false, &packed) < 0)
+            return -1;
+        if (PyObject_GetBuffer(node_object, &node, PyBUF_SIMPLE) < 0) {
+            good = -1;
+        } else {
+            if (packed.len != POINTER_SIZE || node.len < NODE_HEADER ||
+                (uint64_t)node.len > blocks->block_size) {
+                PyErr_Format(PyExc_ValueError, "a node has 32 to %llu bytes and one pointer",
+                             (unsigned long long)blocks->block_size);
+                good = -1;
+            } else {
+                good = node_write_run(blocks, pointer_block(packed.buf), &node);
+            }
+            PyBuffer_Release(&node);
+        }
+        PyBuffer_Release(&packed);
+    }
+    return good;
+}
+
+static const signature write_nodes_signature = {"write_nodes", {"pointers", "nodes"}, 2, 2};
+
+static PyObject *blocks_write_nodes(PyObject *self, PyObject *const *args, Py_ssize_t count,
+                                    PyObject *keywords)
+{
+    Blocks *blocks = (Blocks *)self;
+    PyObject *given[2], *result = NULL;
+    int good;
+
+    if (take_args(&write_nodes_signature, args, count, keywords, given) < 0)
+        return NULL;
+    if (!PyList_Check(given[0]) || !PyList_Check(given[1]) ||
+        PyList_Size(given[0]) != PyList_Size(given[1])) {
+        PyErr_SetString(PyExc_TypeError, "pointers and nodes must be lists of one length");
+        return NULL;
+    }
+    if (use_for_stores(blocks->memory) == 0) {
+        good = nodes_write_run(blocks, given[0], given[1]);
+        if (good >= 0)
+            result = PyBool_FromLong(good);
+        unuse(blocks->memory);
+    }
+    return result;
+}
+
 /* --- the module ------------------------------------------------------------------------------- */
 
 #define FAST(function) ((PyCFunction)(void (*)(void))(function)), METH_FASTCALL | METH_KEYWORDS
@@ -2242,6 +2339,9 @@ static PyMethodDef memory_methods[] = {
      "close($self)\n--\n\nUnmap; any later access raises ValueError. Closing twice is harmless."},
     {"load", FAST(memory_load),
      "load($self, offset)\n--\n\nThe 64-bit word at offset; later accesses come after it."},
+    {"load_column", FAST(memory_load_column),
+     "load_column($self, offset, stride, count)\n--\n\n"
+     "A list of the words at offset, offset + stride, and so on."},
     {"store", FAST(memory_store),
      "store($self, offset, value)\n--\n\nStore a 64-bit word after everything stored before."},
     {"cas", FAST(memory_cas),
@@ -2327,6 +2427,9 @@ static PyMethodDef blocks_methods[] = {
     {"write_node", FAST(blocks_write_node),
      "write_node($self, block, node)\n--\n\n"
      "Store a metadata node, with its checksum filled in; False when the guard changed."},
+    {"write_nodes", FAST(blocks_write_nodes),
+     "write_nodes($self, pointers, nodes)\n--\n\n"
+     "The same for a list of packed pointers and one of nodes, in order."},
     {"free_count", blocks_free_count, METH_NOARGS,
      "free_count($self)\n--\n\nHow many blocks are free."},
     {"mark", FAST(blocks_mark),
@@ -2403,12 +2506,104 @@ static PyObject *module_crc32c_table(PyObject *self, PyObject *const *args, Py_s
     return crc_call(&crc_signature, crc32c_by_table_of, args, count, keywords);
 }
 
+/* --- packed words and bytes in private memory -------------------------------------------------- */
+
+/* Gets a buffer that has `count` packed words at its beginning. */
+static int take_words(PyObject *object, PyObject *count_object, Py_buffer *buffer, uint64_t *count)
+{
+    if (take_u64(count_object, "count", count) < 0 ||
+        PyObject_GetBuffer(object, buffer, PyBUF_SIMPLE) < 0)
+        return -1;
+    if (*count > (uint64_t)buffer->len / 8) {
+        PyErr_Format(PyExc_ValueError, "%llu words are more than %zd bytes hold",
+                     (unsigned long long)*count, buffer->len);
+        PyBuffer_Release(buffer);
+        return -1;
+    }
+    return 0;
+}
+
+static const signature lower_bound_signature = {
+    "lower_bound", {"buffer", "count", "value"}, 3, 3};
+
+static PyObject *module_lower_bound(PyObject *self, PyObject *const *args, Py_ssize_t nargs,
+                                    PyObject *keywords)
+{
+    PyObject *given[3];
+    uint64_t count, value, low = 0;
+    Py_buffer buffer;
+
+    (void)self;
+    if (take_args(&lower_bound_signature, args, nargs, keywords, given) < 0 ||
+        take_u64(given[2], "value", &value) < 0 ||
+        take_words(given[0], given[1], &buffer, &count) < 0)
+        return NULL;
+    while (low < count) {
+        uint64_t middle = low + (count - low) / 2;
+        if (u64_at(buffer.buf, middle) < value)
+            low = middle + 1;
+        else
+            count = middle;
+    }
+    PyBuffer_Release(&buffer);
+    return from_u64(low);
+}
+
+static const signature ascending_signature = {"ascending", {"buffer", "count"}, 2, 2};
+
+static PyObject *module_ascending(PyObject *self, PyObject *const *args, Py_ssize_t nargs,
+                                  PyObject *keywords)
+{
+    PyObject *given[2];
+    uint64_t count, at = 1;
+    Py_buffer buffer;
+
+    (void)self;
+    if (take_args(&ascending_signature, args, nargs, keywords, given) < 0 ||
+        take_words(given[0], given[1], &buffer, &count) < 0)
+        return NULL;
+    while (at < count && u64_at(buffer.buf, at - 1) < u64_at(buffer.buf, at))
+        at++;
+    PyBuffer_Release(&buffer);
+    return PyBool_FromLong(at >= count);
+}
+
+static const signature sum_bytes_signature = {"sum_bytes", {"buffer", "start", "stop"}, 3, 3};
+
+static PyObject *module_sum_bytes(PyObject *self, PyObject *const *args, Py_ssize_t nargs,
+                                  PyObject *keywords)
+{
+    PyObject *given[3];
+    uint64_t start, stop, sum = 0;
+    Py_buffer buffer;
+
+    (void)self;
+    if (take_args(&sum_bytes_signature, args, nargs, keywords, given) < 0 ||
+        take_u64(given[1], "start", &start) < 0 || take_u64(given[2], "stop", &stop) < 0 ||
+        PyObject_GetBuffer(given[0], &buffer, PyBUF_SIMPLE) < 0)
+        return NULL;
+    if (stop > (uint64_t)buffer.len)
+        stop = (uint64_t)buffer.len;
+    for (; start < stop; start++)
+        sum += ((const unsigned char *)buffer.buf)[start];
+    PyBuffer_Release(&buffer);
+    return from_u64(sum);
+}
+
 static PyMethodDef module_methods[] = {
     {"crc32c", FAST(module_crc32c),
      "crc32c(buffer, seed=0)\n--\n\nCRC-32C of a buffer; seed is the result for what precedes it."},
     {"_crc32c_by_table", FAST(module_crc32c_table),
      "_crc32c_by_table(buffer, seed=0)\n--\n\n"
      "crc32c as on a processor without the instruction, for tests."},
+    {"lower_bound", FAST(module_lower_bound),
+     "lower_bound(buffer, count, value)\n--\n\n"
+     "Index of the first of count packed ascending words that is not below value."},
+    {"ascending", FAST(module_ascending),
+     "ascending(buffer, count)\n--\n\n"
+     "Whether each of count packed words is above the one before it."},
+    {"sum_bytes", FAST(module_sum_bytes),
+     "sum_bytes(buffer, start, stop)\n--\n\nThe sum of bytes [start, stop)."},
     {NULL, NULL, 0, NULL}};
 
 static PyTypeObject *add_type(PyObject *module, PyType_Spec *spec)

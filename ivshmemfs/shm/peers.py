@@ -37,7 +37,7 @@ import time
 from array import array
 from collections.abc import Iterator
 from contextlib import suppress
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from ivshmemfs.errors import Busy, Fenced, TooManyPeers
 from ivshmemfs.format import peer, words
@@ -47,6 +47,7 @@ from ivshmemfs.region import Memory
 from ivshmemfs.shm import identity
 from ivshmemfs.shm.control import Control
 
+_SLOT: Final = peer.SLOT_SIZE
 JOIN_ATTEMPTS = 20
 POLL = 0.05  # seconds between two looks at a full table
 SILENCE = 3.0  # seconds without a heartbeat after which an idle slot may be taken when none is free
@@ -159,9 +160,9 @@ class PeerTable:
     def lists(self, index: int, own: int) -> bool:
         """Whether any slot but `own` lists filter index `index` as open."""
         place, bit = divmod(index, words.FILTER_BITS)
-        for slot in range(1, self.count + 1):
+        for slot in self._others(own):
             word = self.state(slot)
-            if slot == own or word >> words.SLOT_SHIFT not in (IDLE, ACTIVE, DEAD):
+            if word >> words.SLOT_SHIFT not in (IDLE, ACTIVE, DEAD):
                 continue
             listed = self.memory.load(self.offset(slot, peer.FILTER_OFFSET + place * words.WORD))
             low = word >> words.INCARNATION_SHIFT & 0xFFFF
@@ -171,10 +172,15 @@ class PeerTable:
 
     def intends(self, ino: int, own: int) -> bool:
         """Whether any slot but `own` is about to free inode `ino`."""
-        for slot in range(1, self.count + 1):
-            if slot != own and self.memory.load(self.offset(slot, peer.INTENT_OFFSET)) == ino:
-                return True
-        return False
+        intents = self.memory.load_column(self.offset(1, peer.INTENT_OFFSET), _SLOT, self.count)
+        if 0 < own <= self.count:
+            intents[own - 1] = 0
+        return ino in intents
+
+    def _others(self, own: int) -> list[int]:
+        """The slots but `own` that are not free."""
+        states = self.memory.load_column(self.offset(1), _SLOT, self.count)
+        return [slot for slot, word in enumerate(states, 1) if word and slot != own]
 
 
 class Membership:

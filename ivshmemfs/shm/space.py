@@ -19,21 +19,23 @@ published, by what it did in the meantime.  So that word is looked at before blo
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterable
 from contextlib import suppress
-from typing import Any
+from typing import Any, Final
 
 from ivshmemfs.errors import Fenced, FsError, NoSpace
 from ivshmemfs.format import words
 from ivshmemfs.format.node import HEADER, HEADER_SIZE
-from ivshmemfs.shm.store import Node, Store
+from ivshmemfs.shm.store import Node, Nodes, Store
 
-_POINTER = words.POINTER
+SIZE: Final = words.POINTER_SIZE
+_TAG: Final = 8  # where a packed pointer's tag stands
+_FREE: Final = bytes(8)
+_ONE: Final = (1).to_bytes(4, "little")
 _pack_header = HEADER.pack_values
-FIRST_CLAIM = 6  # blocks that an ordinary transaction needs
-SMALL_CLAIM = 4
+FIRST_CLAIM: Final = 6  # blocks that an ordinary transaction needs
+SMALL_CLAIM: Final = 4
 _NOT_OURS = "another peer declared this mount gone in the middle of a transaction"
-BULK = 8  # blocks from which on claims are kept packed, and together
+BULK: Final = 8  # blocks from which on claims are kept packed, and together
 FEW_KEPT = 4096  # released blocks that are remembered
 BULK_KEPT = 16384
 
@@ -55,16 +57,16 @@ class Supply:
 
     def claim(self, count: int, tag: int) -> bytes:
         """Packed pointers to `count` blocks, or to as many as there are."""
-        blocks, missing = self._store.blocks, count * words.POINTER_SIZE
+        blocks, missing = self._store.blocks, count * SIZE
         got = b""
         for known in (self._bulk, self._few) if count >= BULK else (self._few, self._bulk):
             if missing and known:
                 last = bytes(known[-missing:])
                 del known[-missing:]
                 got += blocks.reclaim(last, tag)
-                missing = count * words.POINTER_SIZE - len(got)
+                missing = count * SIZE - len(got)
         if missing:
-            more, self._cursor = blocks.claim(missing // words.POINTER_SIZE, tag, self._cursor)
+            more, self._cursor = blocks.claim(missing // SIZE, tag, self._cursor)
             got += more
         return got
 
@@ -73,29 +75,40 @@ class Supply:
         try:
             self._store.blocks.release(pointers)
         except ValueError:  # a damaged tree led to a block that does not exist
-            for at in range(0, len(pointers), words.POINTER_SIZE):
+            for at in range(0, len(pointers), SIZE):
                 with suppress(ValueError):
-                    self._store.blocks.release(pointers[at : at + words.POINTER_SIZE])
+                    self._store.blocks.release(pointers[at : at + SIZE])
             return
         known, most = (self._bulk, BULK_KEPT) if bulk else (self._few, FEW_KEPT)
         known += pointers
-        if len(known) > most * words.POINTER_SIZE:
-            del known[: -most * words.POINTER_SIZE]
+        if len(known) > most * SIZE:
+            del known[: -most * SIZE]
 
 
-class Space:
-    """Blocks of one transaction.  `tag` must come from `Membership.begin`."""
+def weight_of(pointer: bytes) -> int:
+    """Blocks of the subtree that a packed pointer leads to."""
+    return int.from_bytes(pointer[4:8], "little")
+
+
+class Space(Nodes):
+    """Blocks of one transaction.  `tag` must come from `Membership.begin`.
+
+    All pointers are packed; those in `_pool`, `_taken`, `_bulk` and `_spare` weigh 1.
+    """
 
     def __init__(self, store: Store, tag: int, supply: Supply) -> None:
+        super().__init__(store.block_size)
         self._store = store
         self._supply = supply
-        self.tag = tag
-        self._pool: list[int] = []
-        self._nodes: dict[int, Node] = {}
-        self._taken: set[int] = set()
-        self._bulk = b""  # packed, used as `_taken` is
-        self._spare = b""  # packed, claimed and unused as `_pool` is
-        self._replaced = bytearray()
+        self._tag = tag
+        self._mark = tag.to_bytes(8, "little")  # as pointers bear it
+        self._pool: list[bytes] = []
+        self._nodes: dict[bytes, Node] = {}
+        self._taken: set[bytes] = set()
+        self._bulk = b""  # in a row, used as `_taken` is
+        self._spare = b""  # in a row, claimed and unused as `_pool` is
+        self._replaced: list[bytes] = []
+        self.dropped: list[tuple[bytes, int, int, int]] = []
         self._replaced_bulk = bytearray()
         self.replaced_count = 0
         self.keep = 0  # free blocks that must be left, where they are few
@@ -104,8 +117,9 @@ class Space:
 
     def _fill_pool(self, want: int) -> None:
         self._watch_room(want)
-        got = self._supply.claim(want, self.tag)
-        self._pool += memoryview(got).cast("I")[::4].tolist()
+        got = self._supply.claim(want, self._tag)
+        for at in range(0, len(got), SIZE):
+            self._pool.append(got[at : at + SIZE])
 
     def _watch_room(self, want: int) -> None:
         if self.keep and self._store.blocks.free_count() - want < self.keep:
@@ -119,35 +133,31 @@ class Space:
             self._fill_pool(count - len(self._pool))
             if len(self._pool) < count:
                 raise NoSpace("no free blocks are left on the region")
-        blocks = self._pool[:count]
+        pointers = self._pool[:count]
         del self._pool[:count]
-        self._taken.update(blocks)
-        return self._pack(blocks)
+        self._taken.update(pointers)
+        return b"".join(pointers)
 
     def _claim_many(self, count: int) -> bytes:
         """The same for so many that they are kept packed; those of a failed plan come first."""
-        if len(self._spare) == count * words.POINTER_SIZE:
+        if len(self._spare) == count * SIZE:
             got, self._spare = self._spare, b""
         else:
             self._watch_room(count)
-            got = self._supply.claim(count, self.tag)
+            got = self._supply.claim(count, self._tag)
         self._bulk += got
-        if len(got) < count * words.POINTER_SIZE:
+        if len(got) < count * SIZE:
             raise NoSpace("no free blocks are left on the region")
         return got
 
-    def _pack(self, blocks: Iterable[int]) -> bytes:
-        pack, tag = _POINTER.pack, self.tag
-        return b"".join([pack(block, 1, tag) for block in blocks])
-
-    def _take(self) -> int:
+    def _take(self) -> bytes:
         if not self._pool:
             self._fill_pool(SMALL_CLAIM if self._taken else FIRST_CLAIM)
             if not self._pool:
                 raise NoSpace("no free blocks are left on the region")
-        block = self._pool.pop()
-        self._taken.add(block)
-        return block
+        pointer = self._pool.pop()
+        self._taken.add(pointer)
+        return pointer
 
     def add_node(
         self,
@@ -163,27 +173,37 @@ class Space:
 
         It is stored to the region at the commit.
         """
-        block, tag = self._take(), self.tag
-        data = _pack_header(0, kind, level, count, HEADER_SIZE + len(body), owner, tag) + body
-        node = Node(block, tag, kind, level, owner, count, data)
+        pointer = self._take()
+        if weight != 1:
+            pointer = pointer[:4] + weight.to_bytes(4, "little") + pointer[_TAG:]
+        size = HEADER_SIZE + len(body)
+        data = _pack_header(0, kind, level, count, size, owner, self._tag) + body
+        node = Node(pointer, kind, level, owner, count, data)
         node.parsed = parsed
-        self._nodes[block] = node
-        return _POINTER.pack(block, weight, tag)
+        self._nodes[pointer] = node
+        return pointer
 
-    def node(self, block: int, tag: int) -> Node | None:
-        """A node that this transaction added itself."""
-        return self._nodes.get(block) if tag == self.tag else None
+    def node(self, pointer: bytes, kind: int, level: int, owner: int | None) -> Node:
+        """A node of this transaction, or a published one; see `Nodes`."""
+        own = self._nodes.get(pointer)
+        return own if own is not None else self._store.node(pointer, kind, level, owner)
 
     def replace(self, pointer: bytes) -> None:
         """The new root will not reach this block (the block alone, not what it points at)."""
-        block, _, tag = _POINTER.unpack(pointer)
-        if tag == self.tag:
-            self._nodes.pop(block, None)
-            self._taken.discard(block)
-            self._pool.append(block)
-        elif tag:
-            self._replaced += pointer
+        tag = pointer[_TAG:]
+        if tag == self._mark:
+            self._nodes.pop(pointer, None)
+            alone = pointer[:4] + _ONE + tag
+            self._taken.discard(alone)
+            self._pool.append(alone)
+        elif tag != _FREE:
+            self._replaced.append(pointer)
             self.replaced_count += 1
+
+    def drop(self, pointer: bytes, kind: int, level: int, owner: int) -> None:
+        """The new root will not reach a whole subtree; whoever commits releases `dropped`."""
+        self.dropped.append((pointer, kind, level, owner))
+        self.replaced_count += weight_of(pointer)
 
     def replace_many(self, pointers: bytes, count: int) -> None:
         """The same for packed pointers of published data, `count` of them not null."""
@@ -193,7 +213,7 @@ class Space:
     @property
     def balance(self) -> int:
         """How many blocks more would be in use after the commit than before."""
-        bulk = len(self._bulk) // words.POINTER_SIZE
+        bulk = len(self._bulk) // SIZE
         return len(self._taken) + bulk - self.replaced_count
 
     def fill(self, pointers: bytes, content: bytes | bytearray | memoryview) -> None:
@@ -213,32 +233,36 @@ class Space:
             raise FsError(error.errno or errno.EIO, error.strerror or "") from None
         if got < 0:
             raise Fenced(_NOT_OURS)
-        used = -(-got // self._store.geometry.block_size) * words.POINTER_SIZE
+        used = -(-got // self._store.geometry.block_size) * SIZE
         unused = pointers[used:]
         if self._bulk.endswith(unused):
             self._bulk = self._bulk[: len(self._bulk) - len(unused)]
             self._spare += unused
         else:
-            for place in range(0, len(unused), words.POINTER_SIZE):
-                self.replace(unused[place : place + words.POINTER_SIZE])
+            for place in range(0, len(unused), SIZE):
+                self.replace(unused[place : place + SIZE])
         return got
 
     # --- ending ---
 
     def store_nodes(self) -> None:
         """Write the nodes to the region; they are private still.  Raises Fenced."""
-        write = self._store.blocks.write_node
-        for block, node in self._nodes.items():
-            if not write(block, node.data):
-                raise Fenced(_NOT_OURS)
+        data = [node.data for node in self._nodes.values()]
+        if not self._store.blocks.write_nodes(list(self._nodes), data):
+            raise Fenced(_NOT_OURS)
         self._store.memory.fence()
 
-    def publish(self, planned_on: int, root_block: int) -> bool:
+    def publish(self, planned_on: int, root: Node) -> bool:
         """Swap the commit word; False when somebody else committed first."""
-        if not self._store.control.publish(planned_on, root_block):
+        word = self._store.control.publish(planned_on, root.block)
+        if not word:
             return False
+        cache = self._store.cache
+        for pointer in self._replaced:
+            cache.drop(pointer)
         for node in self._nodes.values():
-            self._store.cache.put(node)
+            cache.put(node)
+        self._store.know(word, root)
         return True
 
     def forget_plan(self) -> None:
@@ -249,6 +273,7 @@ class Space:
         self._taken.clear()
         self._replaced.clear()
         self._replaced_bulk.clear()
+        self.dropped.clear()
         self.replaced_count = 0
 
     def settle(self, published: bool, ended: bool) -> None:
@@ -259,9 +284,9 @@ class Space:
         """
         if not published:
             self.forget_plan()
-        few, bulk = bytes(self._replaced), bytes(self._replaced_bulk)
+        few, bulk = b"".join(self._replaced), bytes(self._replaced_bulk)
         if ended:
-            few, bulk = self._pack(self._pool) + few, self._spare + bulk
+            few, bulk = b"".join(self._pool) + few, self._spare + bulk
         if few:
             self._supply.release(few)
         if bulk:
@@ -273,4 +298,4 @@ class Space:
 
     def release_cut(self, pointers: bytes) -> None:
         """After the commit: free blocks of a subtree that the new root no longer reaches."""
-        self._supply.release(pointers, bulk=len(pointers) >= BULK * words.POINTER_SIZE)
+        self._supply.release(pointers, bulk=len(pointers) >= BULK * SIZE)

@@ -1,7 +1,7 @@
 """Reading published blocks: the snapshot, verified nodes, and the cache of them.
 
-A published block is never modified, so a node read under (block, tag) stays true as long as
-anybody points at it by that pair; the cache is keyed so and needs no invalidation.  One load of
+A published block is never modified, so a node read under a pointer (block and tag) stays true as
+long as anybody points at it so; the cache is keyed by that and needs no invalidation.  One load of
 the commit word tells whether the root that a mount knows is the present one.
 
 Whatever contradicts itself raises Corrupt; what was merely overtaken by other peers raises
@@ -21,18 +21,19 @@ from ivshmemfs.region import Blocks, Memory
 from ivshmemfs.shm.control import Control
 
 CACHE_BYTES = 16 << 20
+_unpack_pointer = words.POINTER.unpack
+_unpack_header = fmt.HEADER.unpack
 
 
 class Node:
     """One metadata block in private memory.  Immutable; `parsed` is what a reader made of it."""
 
-    __slots__ = ("block", "count", "data", "kind", "level", "owner", "parsed", "tag")
+    __slots__ = ("count", "data", "kind", "level", "owner", "parsed", "pointer")
 
     def __init__(
-        self, block: int, tag: int, kind: int, level: int, owner: int, count: int, data: bytes
+        self, pointer: bytes, kind: int, level: int, owner: int, count: int, data: bytes
     ) -> None:
-        self.block: Final = block
-        self.tag: Final = tag
+        self.pointer: Final = pointer  # packed
         self.kind: Final = kind
         self.level: Final = level
         self.owner: Final = owner
@@ -40,44 +41,69 @@ class Node:
         self.data: Final = data  # header included
         self.parsed: Any = None
 
+    @property
+    def block(self) -> int:
+        """Where it stands."""
+        return int.from_bytes(self.pointer[:4], "little")
+
 
 class NodeCache:
-    """Bounded cache by (block, tag); two generations, so that what is used survives."""
+    """Bounded cache by pointer; two generations, so that what is used survives."""
 
     def __init__(self, limit: int = CACHE_BYTES) -> None:
         self._limit = limit // 2
         self._size = 0
-        self._young: dict[int, Node] = {}
-        self._old: dict[int, Node] = {}
+        self._young: dict[bytes, Node] = {}
+        self._old: dict[bytes, Node] = {}
 
-    def get(self, block: int, tag: int) -> Node | None:
-        """The node that stood in `block` under `tag`, if it is known."""
-        node = self._young.get(block)
+    def get(self, pointer: bytes) -> Node | None:
+        """The node that a packed pointer leads to, if it is known."""
+        node = self._young.get(pointer)
         if node is None:
-            node = self._old.get(block)
-            if node is None:
-                return None
-            if node.tag == tag:
+            node = self._old.get(pointer)
+            if node is not None:
                 self.put(node)
-        return node if node.tag == tag else None
+        return node
 
     def put(self, node: Node) -> None:
         """Remember a node that was read, or that was published."""
         if self._size > self._limit:
             self._old, self._young, self._size = self._young, {}, 0
-        self._young[node.block] = node
+        self._young[node.pointer] = node
         self._size += len(node.data) + 400
+
+    def drop(self, pointer: bytes) -> None:
+        """Forget a node that this mount has replaced, so that its memory serves the next one."""
+        node = self._young.pop(pointer, None)
+        if node is not None:
+            self._size -= len(node.data) + 400
 
     def clear(self) -> None:
         """Forget everything."""
         self._young, self._old, self._size = {}, {}, 0
 
 
-class Store:
+class Nodes:
+    """Where nodes come from: the region, or a transaction with nodes of its own beside it."""
+
+    def __init__(self, block_size: int) -> None:
+        self.block_size: Final = block_size
+        self.fanout: Final = fmt.index_fanout(block_size)
+
+    def node(self, pointer: bytes, kind: int, level: int, owner: int | None) -> Node:
+        """The node that a packed pointer leads to, of any owner if None.
+
+        Raises Restart when it was replaced, or Corrupt.
+        """
+        raise NotImplementedError
+
+
+class Store(Nodes):
     """The published blocks of one region."""
 
     def __init__(self, memory: Memory, superblock: Superblock) -> None:
         geometry = superblock.geometry
+        super().__init__(geometry.block_size)
         self.memory = memory
         self.superblock = superblock
         self.geometry = geometry
@@ -124,10 +150,11 @@ class Store:
         tag = self.blocks.tag(block)
         if tag == 0:
             return None
-        root = self.cache.get(block, tag)
+        pointer = words.POINTER.pack(block, 1, tag)
+        root = self.cache.get(pointer)
         if root is None or root.kind != fmt.ROOT:
             try:
-                root = self._load(block, tag, fmt.ROOT, 0, 0)
+                root = self._load(pointer, fmt.ROOT, 0, 0)
             except (Corrupt, Restart):
                 if self.control.load() != word:
                     return None
@@ -138,15 +165,20 @@ class Store:
             raise StaleHandle("the region was formatted anew: unmount it and mount it again")
         return root
 
-    def _load(self, block: int, tag: int, kind: int, level: int, owner: int | None) -> Node | None:
+    def know(self, word: int, root: Node) -> None:
+        """This mount has just published `root` with commit word `word`."""
+        self._word, self._root = word, root
+
+    def _load(self, pointer: bytes, kind: int, level: int, owner: int | None) -> Node | None:
+        block, _, tag = _unpack_pointer(pointer)
         try:
             data = self.blocks.read_node(block, tag)
         except ValueError as error:
             raise Corrupt(f"block {block}: {error}") from None
         if data is None:
             return None
-        header = fmt.HEADER.unpack(data)
-        node = Node(block, tag, header.kind, header.level, header.owner, header.count, data)
+        header = _unpack_header(data)
+        node = Node(pointer, header.kind, header.level, header.owner, header.count, data)
         self._expect(node, kind, level, owner)
         self.cache.put(node)
         return node
@@ -161,16 +193,13 @@ class Store:
                 f"{level} of inode {owner} should be"
             )
 
-    def node(self, block: int, tag: int, kind: int, level: int, owner: int | None) -> Node:
-        """The node that a pointer leads to, of any owner if None.
-
-        Raises Restart when it was replaced, or Corrupt.
-        """
-        node = self.cache.get(block, tag)
+    def node(self, pointer: bytes, kind: int, level: int, owner: int | None) -> Node:
+        """The published node that a packed pointer leads to; see `Nodes`."""
+        node = self.cache.get(pointer)
         if node is None:
-            node = self._load(block, tag, kind, level, owner)
+            node = self._load(pointer, kind, level, owner)
             if node is None:
-                raise Restart(f"block {block} was replaced")
+                raise Restart(f"block {_unpack_pointer(pointer)[0]} was replaced")
         elif node.kind != kind or node.level != level or node.owner != owner:
             self._expect(node, kind, level, owner)
         return node

@@ -14,11 +14,9 @@ from ivshmemfs.format.dirent import (
     ENTRY_FIXED,
     FIRST_KEY,
     NODE_ENTRY,
-    Interior,
-    Leaf,
-    column,
     decode_interior,
     decode_leaf,
+    interior_of,
     name_key,
 )
 
@@ -64,7 +62,7 @@ class LeafMachine(RuleBasedStateMachine):
 
     @rule()
     def through_bytes(self) -> None:
-        raw = self.leaf.encode()
+        raw = self.leaf.raw
         assert len(raw) == self.leaf.size
         self.leaf = decode_leaf(raw, len(self.leaf.keys))
 
@@ -103,9 +101,9 @@ def test_golden_keys() -> None:
 
 
 def test_golden_leaf() -> None:
-    leaf = Leaf(column(), column(), b"", b"").insert(0x100, 8 << 56 | 3, b"b")
+    leaf = EMPTY_LEAF.insert(0x100, 8 << 56 | 3, b"b")
     leaf = leaf.insert(0x200, 4 << 56 | 5, b"aa")
-    assert leaf.encode().hex() == (
+    assert leaf.raw.hex() == (
         "00010000000000000002000000000000"
         "03000000000000080500000000000004"
         "0102626161"
@@ -118,7 +116,7 @@ def test_any_bytes_are_a_leaf_or_refused(raw: bytes, count: int) -> None:
         leaf = decode_leaf(raw, count)
     except ValueError:
         return
-    assert leaf.encode() == raw
+    assert leaf.raw == raw
     assert len(leaf.keys) == len(leaf.inos) == len(leaf.sizes) == count
 
 
@@ -142,14 +140,14 @@ KEYS = st.lists(st.integers(0, (1 << 64) - 1), min_size=1, max_size=50, unique=T
 
 @given(KEYS)
 def test_interior_round_trip(keys: list[int]) -> None:
-    pointers = b"".join(words.POINTER.pack(at, 1, at + 1) for at in range(len(keys)))
-    node = Interior(EMPTY_LEAF.keys[:], pointers)
-    node.keys.extend(keys)
-    raw = node.encode()
+    each = [words.POINTER.pack(at, 1, at + 1) for at in range(len(keys))]
+    node = interior_of(list(zip(keys, each, strict=True)))
+    raw = node.raw
     assert len(raw) == node.size == NODE_ENTRY * len(keys)
     back = decode_interior(raw, len(keys))
     assert list(back.keys) == keys
-    assert back.pointers == pointers
+    assert back.pointers == b"".join(each)
+    assert [back.pointer(at) for at in range(back.count)] == each
 
 
 @given(st.binary(max_size=400), st.integers(0, 1 << 16))
@@ -158,5 +156,5 @@ def test_any_bytes_are_an_interior_node_or_refused(raw: bytes, count: int) -> No
         node = decode_interior(raw, count)
     except ValueError:
         return
-    assert node.encode() == raw
+    assert node.raw == raw
     assert count > 0

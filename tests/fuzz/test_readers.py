@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 
 from ivshmemfs.engine.inode import parse
-from ivshmemfs.engine.radix import NULL
 from ivshmemfs.errors import Corrupt
 from ivshmemfs.format.inode import INODE, MAP, InodeRecord
 from ivshmemfs.format.node import HEADER_SIZE
@@ -38,10 +37,10 @@ def test_what_stat_cannot_tell_is_damage(fields: dict[str, int]) -> None:
     """More blocks than numbers of blocks, a device number of 64 bits, an endless target."""
     blank = INODE.unpack(bytes(INODE.size))
     record = blank._replace(mode=stat.S_IFCHR | 0o600, nlink=1, blocks=1)
-    assert parse(7, bytes(HEADER_SIZE) + INODE.pack(record), NULL, 1024).ino == 7
+    assert parse(7, bytes(HEADER_SIZE) + INODE.pack(record), 1024).ino == 7
     wrong = InodeRecord(*{**record._asdict(), **fields}.values())
     with pytest.raises(Corrupt):
-        parse(7, bytes(HEADER_SIZE) + INODE.pack(wrong), NULL, 1024)
+        parse(7, bytes(HEADER_SIZE) + INODE.pack(wrong), 1024)
 
 
 @pytest.mark.parametrize("reader", READERS)

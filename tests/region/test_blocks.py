@@ -635,3 +635,52 @@ def test_any_sequence_equals_the_model(
         assert memory.read(4096, len(model.data)) == model.data
         assert memory.read(0, 8 * SMALL) == table(model.tags)
         assert blocks.free_count() == model.tags.count(0)
+
+
+def test_several_nodes_are_written_in_one_call(blocks: Blocks) -> None:
+    nodes = [make_node(TAG, bytes(size)) for size in (0, 7, BLOCK - 32)]
+    places = [pointer(block, TAG) for block in (5, 2, 9)]
+    blocks.claim(COUNT, TAG, 0)
+    assert blocks.write_nodes(places, nodes) is True
+    for place, node in zip((5, 2, 9), nodes, strict=True):
+        assert (blocks.read_node(place, TAG) or b"")[4:] == node[4:]
+    assert blocks.write_nodes([], []) is True
+
+
+def test_nodes_stop_where_the_guard_changes(blocks: Blocks) -> None:
+    memory, word = blocks.memory, 8
+    memory.store(word, 77)
+    blocks.guard(word, 77)
+    memory.write(DATA, bytes(BLOCK * 3))
+    memory.trap(3, lambda: memory.store(word, 78))  # a block is two events
+    places = [pointer(block, TAG) for block in range(3)]
+    assert blocks.write_nodes(places, [make_node(TAG, b"")] * 3) is False
+    assert [memory.is_zero(DATA + BLOCK * at, BLOCK) for at in range(3)] == [False, False, True]
+
+
+@pytest.mark.parametrize(
+    ("pointers", "nodes"),
+    [
+        ([pointer(COUNT, TAG)], [make_node(TAG, b"")]),
+        ([NULL], [make_node(TAG, b"")]),
+        ([pointer(0, TAG) * 2], [make_node(TAG, b"")]),
+        ([b""], [make_node(TAG, b"")]),
+        ([pointer(0, TAG)], [bytes(31)]),
+        ([pointer(0, TAG)], [bytes(BLOCK + 1)]),
+    ],
+)
+def test_nodes_that_do_not_fit_are_refused(
+    blocks: Blocks, pointers: list[bytes], nodes: list[bytes]
+) -> None:
+    before = blocks.memory.read(0, SIZE)
+    with pytest.raises(ValueError, match=r"block|pointer|node"):
+        blocks.write_nodes(pointers, nodes)
+    assert blocks.memory.read(0, SIZE) == before
+
+
+def test_nodes_come_in_lists_of_one_length(blocks: Blocks) -> None:
+    for pointers, nodes in (([NULL], []), (b"", []), ([], None)):
+        with pytest.raises(TypeError, match="lists of one length"):
+            blocks.write_nodes(pointers, nodes)  # type: ignore[arg-type]
+    with pytest.raises(TypeError):
+        blocks.write_nodes([pointer(0, TAG)], ["text"])  # type: ignore[list-item]

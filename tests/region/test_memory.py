@@ -329,3 +329,22 @@ def test_buffers_of_any_kind_are_written(memory: Memory) -> None:
     memory.write(4096, memoryview(b"xdefx")[1:4])
     memory.write(8192, bytearray(b"ghi"))
     assert memory.read(0, 3) + memory.read(4096, 3) + memory.read(8192, 3) == b"abcdefghi"
+
+
+def test_a_column_of_words(memory: Memory) -> None:
+    for at in range(SIZE // 8):
+        memory.store(8 * at, at)
+    assert memory.load_column(16, 24, 4) == [2, 5, 8, 11]
+    assert memory.load_column(0, 8, SIZE // 8) == list(range(SIZE // 8))
+    assert memory.load_column(SIZE - 8, 1 << 40, 1) == [SIZE // 8 - 1]
+    assert memory.load_column(0, 8, 0) == []
+
+
+@pytest.mark.parametrize(
+    ("offset", "stride", "count"),
+    [(4, 8, 1), (SIZE, 8, 1), (0, 8, SIZE // 8 + 1), (SIZE - 8, 8, 2), (0, 12, 1), (0, 0, 1),
+     (0, 1 << 63, 3), (0, 8, 2**64 - 1), (-8, 8, 1)],
+)  # fmt: skip
+def test_columns_outside_are_refused(memory: Memory, offset: int, stride: int, count: int) -> None:
+    with pytest.raises(ValueError, match=r"out of|leave the region"):
+        memory.load_column(offset, stride, count)

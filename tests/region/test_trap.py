@@ -25,6 +25,7 @@ def stop() -> None:
 FILE = tempfile.TemporaryFile(dir="/dev/shm")  # noqa: SIM115 - for all of them
 FILE.write(b"f" * (BLOCK + 100))
 FILE.flush()
+TWO = [make_node(7, bytes(100)), make_node(7, b"")]
 FOUR = b"".join(pointer(block, 7) for block in range(4))
 
 # What each operation does, and how many store events it is.
@@ -46,6 +47,7 @@ STORES: list[tuple[str, Callable[[Blocks], object], int]] = [
     ("scatter all", lambda b: b.scatter(FOUR, b"y" * (4 * BLOCK)), 8),
     ("fill", lambda b: b.fill(FOUR, FILE.fileno(), 0, 2 * BLOCK), 4),
     ("write_node", lambda b: b.write_node(3, make_node(7, bytes(100))), 2),
+    ("write_nodes", lambda b: b.write_nodes([FOUR[:16], FOUR[48:]], TWO), 4),
 ]
 IDS = [name for name, _, _ in STORES]
 CALLS = [(call, events) for _, call, events in STORES]
@@ -206,6 +208,7 @@ def test_a_callback_may_take_the_block_that_was_about_to_be_claimed(blocks: Bloc
 
 LOADS: list[tuple[str, Callable[[Blocks], object], int]] = [
     ("load", lambda b: b.memory.load(0), 1),
+    ("load_column", lambda b: b.memory.load_column(0, 64, 3), 3),
     ("read", lambda b: b.memory.read(0, 10_000), 1),
     ("tag", lambda b: b.tag(0), 1),
     ("check", lambda b: b.check(FOUR), 1),

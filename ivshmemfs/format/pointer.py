@@ -1,0 +1,22 @@
+"""The pointer, 16 bytes; where words are spoken of, it is one of them (`words`)."""
+
+import struct
+from typing import Annotated, Final, NamedTuple
+
+from ivshmemfs.format.record import At, Layout
+
+
+class PointerRecord(NamedTuple):
+    """Names a block together with the tag that it must still bear; all zero is the null pointer."""
+
+    block: Annotated[int, At(0, "I", "block number")]
+    weight: Annotated[int, At(4, "I", "blocks in the subtree, this one included (1 for a leaf)")]
+    tag: Annotated[int, At(8, "Q", "tag that the block bears while the pointer is valid")]
+
+
+POINTER_SIZE: Final = 16
+POINTER_LAYOUT = Layout(PointerRecord, POINTER_SIZE)
+POINTER = struct.Struct("<IIQ")
+NULL: Final = bytes(POINTER_SIZE)
+WEIGHT: Final = slice(4, 8)  # its bytes
+TAG: Final = slice(8, 16)
