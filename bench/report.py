@@ -80,7 +80,7 @@ def as_json(tables: Mapping[str, Table], figures: Mapping[str, Mapping[str, floa
         "machine": {
             "cpus": os.cpu_count(),
             "machine": platform.machine(),
-            "kernel": platform.release(),
+            "kernel": platform.release().split("-")[0],
             "python": platform.python_version(),
         },
         "tables": {
