@@ -6,11 +6,12 @@ also carries incarnation and counter, so that nobody acts on a slot that has mov
     FREE     -> JOINING   a newcomer, with the next incarnation
     JOINING  -> IDLE      its owner, once its identity stands
     IDLE     -> ACTIVE    its owner, counter + 1: a transaction begins, and claims bear that counter
-    ACTIVE   -> IDLE      its owner, when everything it claimed is settled: published or released
+    ACTIVE   -> IDLE      its owner, when everything it claimed is settled: published, or garbage
+                          that it releases next
     IDLE     -> FREE      its owner leaves
     IDLE     -> JOINING   a newcomer takes the slot of a peer that is gone, or silent when the
-                          table is full; safe at any time, since an idle peer has nothing claimed
-                          and cannot begin a transaction any more
+                          table is full; safe at any time, since all claims of an idle peer are
+                          settled and it cannot begin a transaction any more
     JOINING  -> FREE      anybody, when it stays so for seconds: its owner died before it could say
                           who it is, or will start again; safe, as above
     ACTIVE   -> DEAD      whoever knows that the owner is gone, or was told so by an administrator
@@ -271,6 +272,7 @@ class Membership:
         for slot, seen in self.table.heartbeats().items():
             idle = seen[0] >> words.SLOT_SHIFT in (IDLE, JOINING)
             if idle and before.get(slot) == seen and self._claim(slot, seen[0]):
+                self.must_collect = True  # its owner may have died while it released
                 return True
         return False
 

@@ -86,6 +86,7 @@ def test_a_silent_idle_peer_makes_room(new: New) -> None:
         patch.setattr(time, "sleep", beat)
         late.membership.join(wait=0.02)
     assert late.membership.slot == 3
+    assert late.membership.must_collect  # whoever was there may have died while it released
     with pytest.raises(Fenced):
         members[2].membership.beat()
     with pytest.raises(Fenced):
