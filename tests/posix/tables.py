@@ -12,7 +12,6 @@ from tests.posix.twin import (
     CALLERS,
     FOREIGN_GROUP,
     GROUP,
-    MEMBER,
     OTHER,
     OWNER,
     SECOND_GROUP,
@@ -425,6 +424,3 @@ def chains() -> Iterator[Case]:
         for name in ("stat", "open to read", "chmod", "truncate same", "lstat", "unlink", "rename"):
             words = tuple(Here(f"d/{length}") if w == F else w for w in OPERATIONS[name])
             yield Case(f"{name} through {length}", tuple(setup), words)
-
-
-assert MEMBER != OTHER

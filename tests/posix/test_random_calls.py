@@ -257,7 +257,7 @@ def compare(model: Path, places: Sequence[Path], seed: int, count: int) -> None:
 def _seeds(only_case: str | None, long_run: bool) -> list[int]:
     if only_case is not None:
         return [int(only_case)]
-    return list(range(40 if long_run else 4))
+    return list(range(12 if long_run else 4))
 
 
 @pytest.mark.parametrize("mounts", [1, 3])
