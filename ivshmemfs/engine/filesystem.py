@@ -31,7 +31,7 @@ CAREFUL = 5.0  # seconds that a mount looks up carefully after something vanishe
 PINNED = 3.0  # seconds that a careful look-up lists a file as open
 _RENAME_FLAGS = RENAME_NOREPLACE | RENAME_EXCHANGE | RENAME_WHITEOUT
 GHOSTS = 4096  # removed inodes that are remembered at most
-FOLDERS = 4096  # directories that are remembered at most
+FOLDERS = 4096  # directories, fifos and the like that are remembered at most
 KEEP_SIZE, PUNCH_HOLE, ZERO_RANGE = 1, 2, 16  # modes of fallocate(2)
 FILLED_AT_ONCE = 1 << 20  # bytes of holes that one commit fills
 NAMES_MAX = 1000  # look-ups that are remembered until somebody commits
@@ -64,9 +64,10 @@ class Filesystem(Mount):
     Callers look a name up first and name the inode in a second call.  Two things bridge the time
     between, in which anybody may remove it:
 
-    * *Ghosts*: what this mount itself removed, and a directory whoever removed it, keeps its
+    * *Ghosts*: what this mount itself removed, and what is no file whoever removed it, keeps its
       attributes, without links, until the caller forgets the inode: a directory that somebody is
-      in, a path that somebody holds.  So directories are remembered whenever they are looked up.
+      in, a fifo that is open, a path that somebody holds.  So all but files are remembered whenever
+      they are looked up.
     * *Pins*: once a file vanished so under a caller (ESTALE; the kernel then walks the path
       again), files that are looked up are listed as open for a moment, so that the second walk
       cannot fail the same way however fast others replace the name.
@@ -77,7 +78,7 @@ class Filesystem(Mount):
         #: The further groups of a process, by its number; set by whoever can find out.
         self.groups_of: Callable[[int], Collection[int]] = _no_groups
         self._ghosts: dict[int, Inode] = {}
-        self._folders: dict[int, Inode] = {}  # directories, as they were last looked up
+        self._folders: dict[int, Inode] = {}  # all but files, as they were last looked up
         self._pins: deque[tuple[float, int]] = deque()
         self._careful_until = 0.0
         self._nameless: set[int] = set()  # open files that were made without a name
@@ -119,7 +120,7 @@ class Filesystem(Mount):
 
     def _found(self, inode: Inode) -> Attr:
         """The attributes of what was looked up."""
-        if inode.is_dir:
+        if not inode.is_regular:  # nobody tells when a directory is entered, or a fifo opened
             folders = self._folders
             if folders.pop(inode.ino, None) is None and len(folders) >= FOLDERS:
                 del folders[next(iter(folders))]

@@ -7,6 +7,7 @@ import itertools
 import os
 import random
 import shutil
+import stat
 import sys
 import time
 from collections import Counter
@@ -177,6 +178,20 @@ def test_something_else_by_the_same_name(here: Path, there: Path) -> None:
     os.rename(there / "three", there / "one")
     fails(errno.ENOTDIR, os.listdir, here / "two")
     assert os.listdir(here / "one") == ["sub"]
+
+
+def test_a_fifo_that_another_machine_removes(here: Path, there: Path) -> None:
+    """Whoever has it open goes on, as with a file."""
+    os.mkfifo(here / "fifo", 0o600)
+    fd = os.open(here / "fifo", os.O_RDWR | os.O_NONBLOCK)
+    os.unlink(there / "fifo")
+    assert os.fstat(fd).st_nlink == 0
+    os.fchmod(fd, 0o640)
+    assert os.fstat(fd).st_mode == stat.S_IFIFO | 0o640
+    os.write(fd, b"through")
+    assert os.read(fd, 100) == b"through"
+    os.close(fd)
+    fails(errno.ENOENT, os.stat, here / "fifo")
 
 
 def test_directories_that_everybody_moves(places: list[Path], long_run: bool) -> None:
