@@ -36,7 +36,7 @@ def test_the_bundle_installs_without_a_network(tmp_path: Path) -> None:
     if not (TOP / ".venv").exists() or not sys.executable.startswith(str(TOP / ".venv")):
         pytest.skip("builds on the environment that scripts/setup makes")
     bundle = tmp_path / "bundle.sh"
-    subprocess.run(["sh", TOP / "scripts/bundle", bundle], check=True, timeout=300)
+    subprocess.run(["sh", TOP / "scripts/bundle", bundle], check=True, timeout=1500)
     target = tmp_path / "opt"
     # An index that does not exist: anything that is not carried along would fail.
     environment = {**os.environ, "PIP_INDEX_URL": "http://127.0.0.1:9/", "PIP_NO_INDEX": "1"}
