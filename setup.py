@@ -32,14 +32,15 @@ class Build(build_ext):  # type: ignore[misc]  # setuptools has no types here
 
     def finalize_options(self) -> None:
         """Called once the options are known; the modules are generated as C here."""
-        super().finalize_options()
-        if COMPILE and len(self.extensions) == 1:
+        modules = self.distribution.ext_modules
+        if COMPILE and len(modules) == 1:
             from mypyc.build import mypycify
 
             paths = sorted(str(path) for pattern in COMPILED for path in Path().glob(pattern))
-            self.extensions += mypycify(
+            modules += mypycify(
                 paths, group_name="ivshmemfs._compiled", opt_level="2", debug_level="0"
             )
+        super().finalize_options()  # which prepares every module that there is by now
 
 
 setup(
