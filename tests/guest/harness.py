@@ -131,6 +131,7 @@ class VirtmeRecipe:
              *([] if kvm_works() else ["--disable-kvm"]),
              "--show-boot-console", "--script-sh", "true",
              "--kopt", f"task={AGENT}", "--kopt", f"modules={self.modules}",
+             "--kopt", "no_timer_check",  # an emulated timer may be late on a busy machine
              "--dry-run", "--show-command", "--save-initramfs", str(self.initramfs)],
             stdin=subprocess.DEVNULL,
             capture_output=True,
