@@ -18,7 +18,6 @@ because the next request takes its place.
 from __future__ import annotations
 
 import errno
-import logging
 import mmap
 import os
 from collections.abc import Awaitable, Callable
@@ -28,13 +27,11 @@ from typing import NamedTuple
 import pyfuse3
 import trio
 
-from ivshmemfs.engine import NOW, Attr, Context
+from ivshmemfs.engine import NOW, Attr, Context, Handle
 from ivshmemfs.errors import Busy, FsError
 from ivshmemfs.fuse import wire
 from ivshmemfs.fuse.handshake import Relay
 from ivshmemfs.fuse.served import Entry, Served, failure
-
-log = logging.getLogger(__name__)
 
 LARGEST = 1 << 20  # bytes that one request reads or writes
 LARGEST_LISTING = 1 << 17
@@ -101,6 +98,7 @@ class Direct:
         self._device = connection.device
         self.hand_on = connection.offer
         self.pump = connection.pump
+        self._unwanted = connection.unwanted
         self._spawn = spawn
         self._open_flags = 0 if page_cache else wire.FOPEN_DIRECT_IO
         self._root_only = root_only
@@ -196,11 +194,6 @@ class Direct:
             os.write(self._device, _out(_OUT_SIZE, -code, unique))
         except OSError as error:
             self._unwanted(error)
-
-    def _unwanted(self, error: OSError) -> None:
-        """An answer that the kernel did not take: nobody waits for it, or all is over."""
-        if error.errno not in (errno.ENOENT, errno.ENODEV):
-            log.error("the kernel refused an answer: %s", error)
 
     def _silent(self, opcode: int, node: int, size: int) -> bool:
         """Do what has no answer; False when *opcode* is nothing of that kind."""
@@ -381,6 +374,9 @@ class Direct:
     def _open(self, node: int, ctx: Context, request: Buffer, _end: int) -> Answer:
         (flags,) = wire.OPEN_IN.unpack_from(request, _BODY)
         handle = self._fs.open(self._inode(node, ctx), flags, ctx)
+        return self._opened(handle)
+
+    def _opened(self, handle: Handle) -> bytes:
         return wire.OPEN_OUT.pack(self._served.keep(handle), self._open_flags)
 
     def _create(self, node: int, ctx: Context, request: Buffer, end: int) -> Answer:
@@ -388,15 +384,13 @@ class Direct:
         name = self._name(request, _BODY + wire.CREATE_IN.size, end)
         ino = self._inode(node, ctx)
         handle, attr = self._fs.create(ino, name, mode, flags, ctx._replace(umask=umask))
-        opened = wire.OPEN_OUT.pack(self._served.keep(handle), self._open_flags)
-        return self._entry(attr.ino, attr) + opened
+        return self._entry(attr.ino, attr) + self._opened(handle)
 
     def _tmpfile(self, node: int, ctx: Context, request: Buffer, _end: int) -> Answer:
         flags, mode, umask = wire.CREATE_IN.unpack_from(request, _BODY)
         ino = self._inode(node, ctx)
         handle, attr = self._fs.tmpfile(ino, mode, flags, ctx._replace(umask=umask))
-        opened = wire.OPEN_OUT.pack(self._served.keep(handle), self._open_flags)
-        return self._entry(attr.ino, attr) + opened
+        return self._entry(attr.ino, attr) + self._opened(handle)
 
     def _lseek(self, _node: int, _ctx: Context, request: Buffer, _end: int) -> Answer:
         fh, offset, whence = wire.LSEEK_IN.unpack_from(request, _BODY)

@@ -84,8 +84,13 @@ class Relay:
             try:
                 os.write(self.device, answer)
             except OSError as error:
-                if error.errno not in (errno.ENOENT, errno.ENODEV):  # nobody waits for it any more
-                    log.error("the kernel refused an answer: %s", error)
+                self.unwanted(error)
+
+    @staticmethod
+    def unwanted(error: OSError) -> None:
+        """An answer that the kernel did not take: nobody waits for it, or all is over."""
+        if error.errno not in (errno.ENOENT, errno.ENODEV):
+            log.error("the kernel refused an answer: %s", error)
 
 
 class Handshake:

@@ -202,8 +202,7 @@ class Served:
     # --- names ------------------------------------------------------------------------------
 
     def _node(self, parent: int, name: bytes, attr: Attr) -> int:
-        if attr.mode & _S_IFMT != _S_IFDIR:
-            return attr.ino
+        """The number of a directory, told as an entry of the one with the number *parent*."""
         if name == b".":  # somebody comes with a file handle (NFS)
             return self.nodes.named(parent)
         if name == b"..":
