@@ -103,8 +103,9 @@ def write(tx: Transaction, inode: Inode, offset: int, data: Buffer) -> Inode:
         if len(old) < offset:
             old += bytes(offset - len(old))
         new = b"".join((old[:offset], data, old[end:]))
+        now = tx.modified(record.mtime_ns)
         return inode.evolve(
-            data=new, payload=fmt.INLINE, height=0, size=size, mtime_ns=tx.now, ctime_ns=tx.now
+            data=new, payload=fmt.INLINE, height=0, size=size, mtime_ns=now, ctime_ns=now
         )
     before = tx.space.balance
     inode = _as_map(tx, inode)
@@ -147,13 +148,14 @@ def _with_blocks(
     """`inode` with filled blocks from the `first` on; `blocks`: used by it, less the balance."""
     tree = Tree(inode.record.height, inode.data)
     tree = radix.store(tx.space, tree, inode.ino, first, pointers, slots(tx, inode))
+    now = tx.modified(inode.record.mtime_ns)
     return inode.evolve(
         data=tree.slots,
         payload=fmt.MAP,
         height=tree.height,
         size=size,
-        mtime_ns=tx.now,
-        ctime_ns=tx.now,
+        mtime_ns=now,
+        ctime_ns=now,
         blocks=blocks + tx.space.balance,
     )
 
@@ -197,12 +199,19 @@ def _read_map(tx: Transaction, inode: Inode, offset: int, length: int) -> Buffer
     return tx.store.gather(pointer, skip, length)
 
 
+def modified(tx: Transaction, inode: Inode) -> Inode:
+    """What a change leaves even where it had nothing to do."""
+    now = tx.modified(inode.record.mtime_ns)
+    return inode.evolve(mtime_ns=now, ctime_ns=now)
+
+
 def truncate(tx: Transaction, inode: Inode, size: int) -> Inode:
     """The file cut or extended to `size` bytes."""
     if size > MAX_SIZE:
         raise FsError(errno.EFBIG)
-    times: dict[str, Any] = {"mtime_ns": tx.now, "ctime_ns": tx.now, "size": size}
     record = inode.record
+    now = tx.modified(record.mtime_ns)
+    times: dict[str, Any] = {"mtime_ns": now, "ctime_ns": now, "size": size}
     before = tx.space.balance
     if record.payload == fmt.INLINE:
         if size <= _capacity(tx, inode):

@@ -6,7 +6,6 @@ import errno
 import os
 import stat
 import time
-from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -29,6 +28,8 @@ NOW = 1 << 63  # as a time: the time of the operation
 EARLIEST, LATEST = -(1 << 63), (1 << 63) - 1  # ns since 1970, as they can be stored
 CAREFUL = 5.0  # seconds that a mount looks up carefully after something vanished under a caller
 PINNED = 3.0  # seconds that a careful look-up lists a file as open
+PINS = 64  # of them at once: the list is coarse, and what it seems to hold is freed late
+PINNED_SHARE = 8  # a part of the free space: as much at most is kept from being freed by pins
 _RENAME_FLAGS = RENAME_NOREPLACE | RENAME_EXCHANGE | RENAME_WHITEOUT
 GHOSTS = 4096  # removed inodes that are remembered at most
 FOLDERS = 4096  # directories, fifos and the like that are remembered at most
@@ -70,7 +71,8 @@ class Filesystem(Mount):
       they are looked up.
     * *Pins*: once a file vanished so under a caller (ESTALE; the kernel then walks the path
       again), files that are looked up are listed as open for a moment, so that the second walk
-      cannot fail the same way however fast others replace the name.
+      cannot fail the same way however fast others replace the name.  Some at a time only, and small
+      ones beside the free space, because what was replaced takes up room for as long.
     """
 
     def __init__(self, region: Region, *, readonly: bool = False) -> None:
@@ -79,7 +81,10 @@ class Filesystem(Mount):
         self.groups_of: Callable[[int], Collection[int]] = _no_groups
         self._ghosts: dict[int, Inode] = {}
         self._folders: dict[int, Inode] = {}  # all but files, as they were last looked up
-        self._pins: deque[tuple[float, int]] = deque()
+        self._pins: dict[
+            int, tuple[float, int]
+        ] = {}  # until when, blocks; the last one pinned last
+        self._pinned_blocks = 0
         self._careful_until = 0.0
         self._nameless: set[int] = set()  # open files that were made without a name
 
@@ -87,11 +92,6 @@ class Filesystem(Mount):
         """Show life and do a bounded piece of housekeeping; about once a second.  Raises Busy."""
         self._unpin(time.monotonic())
         super().tick()
-
-    def unmount(self) -> None:
-        """Leave the peer table.  Files that are still open and have no links are given back."""
-        self._unpin(float("inf"))
-        super().unmount()
 
     # --- what vanishes between two calls ------------------------------------------------------
 
@@ -155,12 +155,31 @@ class Filesystem(Mount):
         except StaleHandle:
             self._let_go(attr.ino)
             return False
-        self._pins.append((now + PINNED, attr.ino))
+        before = self._pins.pop(attr.ino, None)
+        if before is not None:
+            self._let_go(attr.ino)
+            self._pinned_blocks -= before[1]
+        blocks = -(-attr.size // self.block_size)
+        self._pins[attr.ino] = now + PINNED, blocks
+        self._pinned_blocks += blocks
+        self._unpin(now)
         return True
 
     def _unpin(self, now: float) -> None:
-        while self._pins and self._pins[0][0] < now:
-            self._let_go(self._pins.popleft()[1])
+        """Let pins go whose time is over, or which are too many."""
+        while self._pins:
+            ino, (until, blocks) = next(iter(self._pins.items()))
+            many = len(self._pins) > PINS or self._pinned_blocks > self._pinnable()
+            if until >= now and not (many and len(self._pins) > 1):
+                break
+            del self._pins[ino]
+            self._pinned_blocks -= blocks
+            self._close(ino)
+
+    def _pinnable(self) -> int:
+        """Blocks that may be kept by pins."""
+        free = self.superblock.geometry.block_count - self.view().root.record.used
+        return max(free, 0) // PINNED_SHARE
 
     # --- looking ----------------------------------------------------------------------------
 
@@ -291,7 +310,7 @@ class Filesystem(Mount):
         if size < 0:
             raise FsError(errno.EINVAL)
         if size == inode.record.size:
-            inode = inode.evolve(mtime_ns=tx.now)
+            inode = data.modified(tx, inode)
         else:
             inode = data.truncate(tx, inode, size)
         outsider = self._outsider(inode, ctx)
@@ -462,14 +481,17 @@ class Filesystem(Mount):
 
     def release(self, handle: Handle) -> None:
         """Close a file; a file without links whose last handle this was is freed."""
-        last = self._let_go(handle.ino)
-        if last:
-            self._nameless.discard(handle.ino)
-        if last and self._member is not None and self.view().root.record.orphans:
-            inode = self.look(lambda view: view.find_inode(handle.ino))
-            if inode is not None and inode.record.nlink == 0:
-                with suppress(Busy, FsError):  # or a later tick, here or elsewhere, frees it
-                    self._free_orphan(handle.ino)
+        self._close(handle.ino)
+
+    def _close(self, ino: int) -> None:
+        if not self._let_go(ino):
+            return
+        self._nameless.discard(ino)
+        with suppress(Busy, FsError):  # or a later tick, here or elsewhere, frees it
+            if self._member is not None and self.view().root.record.orphans:
+                inode = self.look(lambda view: view.find_inode(ino))
+                if inode is not None and inode.record.nlink == 0:
+                    self._free_orphan(ino)
 
     # --- data -------------------------------------------------------------------------------
 
@@ -577,7 +599,7 @@ class Filesystem(Mount):
             inode = holes.punch(tx, _file(tx, handle), offset, length)
             if grow and offset + length > inode.record.size:
                 inode = data.truncate(tx, inode, offset + length)
-            tx.put(self._shed(tx, _modified(inode, tx.now), handle))
+            tx.put(self._shed(tx, data.modified(tx, inode), handle))
 
         self.change(plan, removal=True)
 
@@ -591,7 +613,7 @@ class Filesystem(Mount):
             inode = _file(tx, handle)
             upto = step if grow else min(step, inode.record.size)
             inode = holes.fill(tx, inode, at, upto)
-            tx.put(self._shed(tx, _modified(inode, tx.now), handle))
+            tx.put(self._shed(tx, data.modified(tx, inode), handle))
 
         for at in range(offset, end, FILLED_AT_ONCE):
             step = min(at + FILLED_AT_ONCE, end)
@@ -702,11 +724,6 @@ def _changed(inode: Inode, changes: dict[str, int], now: int) -> Inode:
             moment = fields[field]
             fields[field] = now if moment == NOW else min(max(moment, EARLIEST), LATEST)
     return inode.evolve(ctime_ns=now, **fields)
-
-
-def _modified(inode: Inode, now: int) -> Inode:
-    """What fallocate(2) leaves even where it had nothing to do."""
-    return inode.evolve(mtime_ns=now, ctime_ns=now)
 
 
 def _no_groups(_pid: int) -> Collection[int]:

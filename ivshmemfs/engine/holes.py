@@ -59,7 +59,7 @@ def punch(tx: Transaction, inode: Inode, offset: int, length: int) -> Inode:
     size, block = inode.record.size, tx.block_size
     end = min(offset + length, size)
     if offset >= end or inode.record.payload == fmt.EMPTY:
-        return inode.evolve(mtime_ns=tx.now, ctime_ns=tx.now)
+        return data.modified(tx, inode)
     if inode.record.payload == fmt.INLINE:
         return data.write(tx, inode, offset, bytes(end - offset))
     first = -(-offset // block)
@@ -90,12 +90,13 @@ def _without(tx: Transaction, inode: Inode, first: int, last: int) -> Inode:
         count = min(STEP, last - first)
         tree = radix.store(tx.space, tree, inode.ino, first, NULL * count, room)
         first += count
+    now = tx.modified(inode.record.mtime_ns)
     return inode.evolve(
         data=tree.slots,
         height=tree.height if tree.slots else 0,
         blocks=inode.record.blocks + tx.space.balance - before,
-        mtime_ns=tx.now,
-        ctime_ns=tx.now,
+        mtime_ns=now,
+        ctime_ns=now,
     )
 
 

@@ -213,9 +213,7 @@ class Mount:
             for _ in range(ATTEMPTS):
                 word, root = self.store.snapshot()
                 member.check()
-                tx = Transaction(
-                    self.store, word, root, space, self._in_use, removal, self.clock.now()
-                )
+                tx = Transaction(self.store, word, root, space, self._in_use, removal, self.clock)
                 try:
                     result = plan(tx)
                     if not tx.changed:

@@ -18,6 +18,7 @@ from typing import Any, Final
 
 from ivshmemfs.engine import inode as inodes
 from ivshmemfs.engine import radix
+from ivshmemfs.engine.clock import Clock
 from ivshmemfs.engine.inode import Inode
 from ivshmemfs.engine.radix import NULL, Tree
 from ivshmemfs.errors import Corrupt, FsError, NoSpace, Restart, StaleHandle
@@ -134,7 +135,7 @@ class Transaction(View):
         space: Space,
         in_use: Callable[[int], bool],
         removal: bool,
-        now: int,
+        clock: Clock,
     ) -> None:
         super().__init__(store, word, root)
         self.in_use = in_use  # whether anybody holds an inode open; announces that it may go
@@ -142,7 +143,9 @@ class Transaction(View):
         self.nodes = space
         self.removal = removal
         space.keep = 0 if removal else self._kept_free()
-        self.now = now
+        self.clock = clock
+        clock.seen(self.root.record.time_ns)  # whoever committed it, unless its clock is ahead
+        self.now = clock.now()
         self.next_ino = self.root.record.next_ino
         self.orphans = self.root.record.orphans
         self._inodes = self.root.record.inodes
@@ -174,6 +177,16 @@ class Transaction(View):
         """Have `inode` in the new root."""
         self._dirty[inode.ino] = inode
         return inode
+
+    def modified(self, mtime_ns: int) -> int:
+        """The time of contents that bore `mtime_ns` so far.
+
+        It is another one, even within a step of the clock: by it kernels see that pages which they
+        keep are of the past.
+        """
+        if self.now <= mtime_ns:
+            self.now = self.clock.between()
+        return self.now
 
     def touch(self, ino: int, **changes: Any) -> Inode:
         """Change fields of an inode's record, and its ctime."""

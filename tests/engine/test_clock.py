@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import time
+from collections.abc import Callable
 
 import pytest
 
 from ivshmemfs.engine import ROOT_INO, Filesystem
 from ivshmemfs.engine.clock import Clock
+from ivshmemfs.engine.filesystem import KEEP_SIZE, PUNCH_HOLE
 from tests.regions import ROOT, put
 
 
@@ -44,3 +47,25 @@ def test_a_change_after_a_setting_to_the_present(fs: Filesystem) -> None:
         moment = time.time_ns()
         fs.setattr(attr.ino, ROOT, mtime_ns=moment)
         assert put(fs, ROOT_INO, b"file", b"x").mtime_ns >= moment
+
+
+def test_contents_that_change_within_a_step_of_the_clock_show_it(fs: Filesystem) -> None:
+    """Kernels tell by the time of a file whether the pages that they keep are of the past."""
+    ino = put(fs, ROOT_INO, b"file", b"").ino
+    handle = fs.open(ino, os.O_RDWR, ROOT)
+    steps: list[Callable[[], object]] = [
+        lambda: fs.write(handle, 0, b"same length"),
+        lambda: fs.write(handle, 0, b"x" * 10_000),
+        lambda: fs.setattr(ino, ROOT, size=10_000),
+        lambda: fs.setattr(ino, ROOT, size=9_000),
+        lambda: fs.fallocate(handle, PUNCH_HOLE | KEEP_SIZE, 0, 5000),
+        lambda: fs.fallocate(handle, 0, 0, 9000),
+    ]
+    seen = [fs.getattr(ino).mtime_ns]
+    for step in steps * 20:
+        step()
+        attr = fs.getattr(ino)
+        assert attr.mtime_ns == attr.ctime_ns <= time.time_ns()
+        seen.append(attr.mtime_ns)
+    assert seen == sorted(set(seen))
+    assert put(fs, ROOT_INO, b"next", b"").mtime_ns >= seen[-1]

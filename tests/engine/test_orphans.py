@@ -8,6 +8,7 @@ import os
 import pytest
 
 from ivshmemfs.engine import ROOT_INO, Filesystem, Handle
+from ivshmemfs.engine.filesystem import PINS
 from ivshmemfs.errors import Busy, StaleHandle
 from tests.checks import assert_adds_up, assert_empty
 from tests.engine.test_names import fails
@@ -198,3 +199,26 @@ def test_unlinking_and_opening_at_once(made: TestRegion) -> None:
         pytest.fail("unlinking never ended without a stop")
     assert opened
     assert refused
+
+
+@pytest.mark.parametrize("size", [300, 20_000])
+def test_careful_look_ups_do_not_fill_the_region(made: TestRegion, size: int) -> None:
+    """While one mount looks up carefully, another may replace the file however often."""
+    fs, other = made.mount(), made.mount()
+    gone = put(fs, ROOT_INO, b"gone", b"")
+    fs.unlink(ROOT_INO, b"gone", ROOT)
+    used = fs.view().root.record.used
+    fails(errno.ESTALE, lambda: other.open(gone.ino, os.O_RDONLY, ROOT))
+    for number in range(200):
+        put(fs, ROOT_INO, b"new", b"%03d" % number * (size // 3))
+        fs.rename(ROOT_INO, b"new", ROOT_INO, b"file", 0, ROOT)
+        attr = other.lookup(ROOT_INO, b"file")
+        if number % 2:
+            fs.unlink(ROOT_INO, b"file", ROOT)
+            assert other.getattr(attr.ino).nlink == 0, "what was looked up stays for a moment"
+        assert orphans(fs) <= 2 * PINS
+    other.unmount()
+    ticks(fs)
+    assert orphans(fs) == 0
+    assert fs.view().root.record.used <= used + 1  # the table of inodes may have got a level
+    assert_adds_up(fs)
