@@ -17,7 +17,7 @@ from ivshmemfs.engine.mount import ATTEMPTS, Mount
 from ivshmemfs.engine.names import RENAME_EXCHANGE, RENAME_NOREPLACE, RENAME_WHITEOUT
 from ivshmemfs.engine.transaction import Transaction, View
 from ivshmemfs.errors import Busy, FsError, NoSpace, StaleHandle
-from ivshmemfs.format.dirent import NAME_MAX
+from ivshmemfs.format.dirent import NAME_MAX, TYPE_SHIFT
 
 if TYPE_CHECKING:
     from ivshmemfs.region import Region
@@ -649,10 +649,23 @@ class Filesystem(Mount):
                     return
                 yield name, attr, number + 1
         key = cookie if cookie > 1 else 0
-        while found := self._next_entries(handle.ino, key):
+        while found := self._next_found(handle.ino, key):
             for entry, attr in found:
                 yield entry.name, attr, entry.key
             key = found[-1][0].key
+
+    def entries(self, handle: Handle, cookie: int) -> Iterator[Entry]:
+        """The same without looking at any inode; an entry's `key` is the cookie of the next."""
+        for number, name in enumerate((b".", b"..")):
+            if cookie <= number:
+                attr = self._dot(handle.ino, name)
+                if attr is None:
+                    return
+                yield Entry(number + 1, attr.ino | attr.mode >> 12 << TYPE_SHIFT, name)
+        key = cookie if cookie > 1 else 0
+        while found := self._next_entries(handle.ino, key):
+            yield from found
+            key = found[-1].key
 
     def _dot(self, ino: int, name: bytes) -> Attr | None:
         try:
@@ -662,12 +675,12 @@ class Filesystem(Mount):
                 return None  # the directory was removed: nothing in it
             raise
 
-    def _next_entries(self, ino: int, key: int) -> list[tuple[Entry, Attr]]:
+    def _next_entries(self, ino: int, key: int) -> list[Entry]:
+        return self.look(lambda view: _entries_after(view, ino, key))
+
+    def _next_found(self, ino: int, key: int) -> list[tuple[Entry, Attr]]:
         def read(view: View) -> list[tuple[Entry, Inode]]:
-            folder = view.find_inode(ino)
-            if folder is None:
-                return []
-            found = directory.leaf_after(view, folder, key)
+            found = _entries_after(view, ino, key)
             return [(entry, names.target(view, entry)) for entry in found]
 
         return [(entry, self._found(inode)) for entry, inode in self.look(read)]
@@ -724,6 +737,12 @@ def _changed(inode: Inode, changes: dict[str, int], now: int) -> Inode:
             moment = fields[field]
             fields[field] = now if moment == NOW else min(max(moment, EARLIEST), LATEST)
     return inode.evolve(ctime_ns=now, **fields)
+
+
+def _entries_after(view: View, ino: int, key: int) -> list[Entry]:
+    """As `directory.leaf_after`; nothing is left of a directory that is gone."""
+    folder = view.find_inode(ino)
+    return [] if folder is None else directory.leaf_after(view, folder, key)
 
 
 def _no_groups(_pid: int) -> Collection[int]:

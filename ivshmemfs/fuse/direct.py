@@ -31,7 +31,7 @@ from ivshmemfs.engine import NOW, Attr, Context, Handle
 from ivshmemfs.errors import Busy, FsError
 from ivshmemfs.fuse import wire
 from ivshmemfs.fuse.handshake import Relay
-from ivshmemfs.fuse.served import Entry, Served, failure
+from ivshmemfs.fuse.served import Served, failure
 
 LARGEST = 1 << 20  # bytes that one request reads or writes
 LARGEST_LISTING = 1 << 17
@@ -52,7 +52,8 @@ _header = wire.IN_HEADER.unpack_from
 _out = wire.OUT_HEADER.pack
 _OUT_SIZE = wire.OUT_HEADER.size
 _ATTR_AT = wire.ENTRY_OUT.size
-_ENTRY_SIZE = _ATTR_AT + wire.ATTR.size
+_dirent = wire.DIRENT.pack
+_DIRENT_SIZE = wire.DIRENT.size
 
 
 def _huge(size: int) -> mmap.mmap:
@@ -134,7 +135,7 @@ class Direct:
             (wire.FLUSH, self._flush),
             (wire.RELEASE, self._release),
             (wire.OPENDIR, self._opendir),
-            (wire.READDIRPLUS, self._readdir),
+            (wire.READDIR, self._readdir),
             (wire.RELEASEDIR, self._releasedir),
         ):
             table[opcode] = handler
@@ -446,21 +447,19 @@ class Direct:
         fh, cookie, size = wire.READ_IN.unpack_from(request, _BODY)
         parts: list[bytes] = []
         left = min(size, LARGEST_LISTING)
-
-        def take(entry: Entry) -> bool:
-            nonlocal left
-            name = entry.name
-            padded = -(-len(name) // 8) * 8
-            left -= _ENTRY_SIZE + wire.DIRENT.size + padded
-            if left < 0:
-                return False
-            kind = entry.attr.mode >> 12
-            parts.append(self._entry(entry.node, entry.attr))
-            parts.append(wire.DIRENT.pack(entry.node, entry.following, len(name), kind))
-            parts.append(name.ljust(padded, b"\0"))
-            return True
-
-        self._served.listing(fh, cookie, take)
+        try:
+            for entry in self._fs.entries(self._served.handles[fh], cookie):
+                name = entry.name
+                length = len(name)
+                padded = (length + 7) & ~7
+                left -= _DIRENT_SIZE + padded
+                if left < 0:
+                    break
+                parts.append(_dirent(entry.ino, entry.key, length, entry.kind))
+                parts.append(name if padded == length else name.ljust(padded, b"\0"))
+        except Exception:
+            if not parts:  # what was found so far stands: the kernel goes on from there
+                raise
         return b"".join(parts)
 
     def _releasedir(self, _node: int, _ctx: Context, request: Buffer, _end: int) -> Answer:

@@ -175,18 +175,20 @@ class Handshake:
         self._ours.close()
 
     def _amend(self, answer: bytearray) -> None:
-        """Add to libfuse's answer what the kernel offers and libfuse does not know."""
-        if not self._offered_flags2 & wire.DIRECT_IO_ALLOW_MMAP:
-            return
+        """Make libfuse's answer one for this filesystem."""
         if len(answer) < wire.OUT_HEADER.size + wire.INIT_OUT.size:
             return
         fields = list(wire.INIT_OUT.unpack_from(answer, wire.OUT_HEADER.size))
-        if not fields[3] & wire.INIT_EXT:
-            fields[10] = 0
-        fields[3] |= wire.INIT_EXT
-        fields[10] |= wire.DIRECT_IO_ALLOW_MMAP
+        if self._keep:
+            # The attributes would be out of date at once; pyfuse3 lists in no other way.
+            fields[3] &= ~(wire.DO_READDIRPLUS | wire.READDIRPLUS_AUTO)
+        if self._offered_flags2 & wire.DIRECT_IO_ALLOW_MMAP:
+            if not fields[3] & wire.INIT_EXT:
+                fields[10] = 0
+            fields[3] |= wire.INIT_EXT
+            fields[10] |= wire.DIRECT_IO_ALLOW_MMAP
+            self.shared_mappings = True
         wire.INIT_OUT.pack_into(answer, wire.OUT_HEADER.size, *fields)
-        self.shared_mappings = True
 
 
 def _await_readable(fd: int, otherwise: str) -> None:

@@ -25,13 +25,13 @@ RELEASE = 18
 FLUSH = 25
 INIT = 26
 OPENDIR = 27
+READDIR = 28
 RELEASEDIR = 29
 ACCESS = 34
 CREATE = 35
 INTERRUPT = 36
 BATCH_FORGET = 42
 FALLOCATE = 43
-READDIRPLUS = 44
 RENAME2 = 45
 LSEEK = 46
 COPY_FILE_RANGE = 47
@@ -60,7 +60,7 @@ MKDIR_IN = struct.Struct("=II")
 CREATE_IN = struct.Struct("=IIIxxxx")
 #: flags.
 OPEN_IN = struct.Struct("=Ixxxx")
-#: fh, offset, size; READ, READDIR and READDIRPLUS.
+#: fh, offset, size; READ and READDIR.
 READ_IN = struct.Struct("=QQIxxxxxxxxxxxxxxxxxxxx")
 #: fh, offset, size, write_flags, the file's flags; the bytes follow.
 WRITE_IN = struct.Struct("=QQIIxxxxxxxxIxxxx")
@@ -124,5 +124,7 @@ INIT_IN = struct.Struct("=IIIII")
 INIT_OUT = struct.Struct("=IIIIHHIIHHI")
 #: In ``flags``: the second word of flags counts.
 INIT_EXT = 1 << 30
+#: In ``flags``: listings come with attributes, always or as the kernel likes.
+DO_READDIRPLUS, READDIRPLUS_AUTO = 1 << 13, 1 << 14
 #: In the second word of flags (bit 36 of both words together).
 DIRECT_IO_ALLOW_MMAP = 1 << (36 - 32)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import random
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 
 import pytest
@@ -159,9 +159,20 @@ def test_readdir_goes_on_from_any_cookie(roomy: TestRegion) -> None:
     for at in range(0, 302, 7):
         rest = list(fs.readdir(handle, whole[at][2]))
         assert [name for name, _, _ in rest] == [name for name, _, _ in whole[at + 1 :]]
+        entries = [(e.name, e.ino, e.kind, e.key) for e in fs.entries(handle, whole[at][2])]
+        assert entries == [(name, attr.ino, attr.mode >> 12, key) for name, attr, key in rest]
 
 
-def test_readdir_while_another_mount_changes_it(roomy: TestRegion) -> None:
+LISTINGS: list[Callable[[Filesystem, int], Iterator[bytes]]] = [
+    lambda fs, ino: (name for name, _, _ in fs.readdir(fs.opendir(ino), 0)),
+    lambda fs, ino: (entry.name for entry in fs.entries(fs.opendir(ino), 0)),
+]
+
+
+@pytest.mark.parametrize("listed", LISTINGS, ids=["readdir", "entries"])
+def test_readdir_while_another_mount_changes_it(
+    roomy: TestRegion, listed: Callable[[Filesystem, int], Iterator[bytes]]
+) -> None:
     """What was there throughout appears exactly once; nothing appears twice."""
     fs, other = roomy.mount(), roomy.mount()
     chance = random.Random(11)
@@ -172,7 +183,7 @@ def test_readdir_while_another_mount_changes_it(roomy: TestRegion) -> None:
         coming = {b"come%d" % n for n in range(count)}
         fill(fs, folder, file, staying | coming)
         seen: list[bytes] = []
-        for name, _, _ in fs.readdir(fs.opendir(folder), 0):
+        for name in listed(fs, folder):
             seen.append(name)
             for _ in range(3):
                 victim = chance.choice(sorted(coming))
@@ -185,16 +196,19 @@ def test_readdir_while_another_mount_changes_it(roomy: TestRegion) -> None:
         assert staying <= set(seen)
 
 
-def test_readdir_of_a_directory_that_is_emptied_meanwhile(roomy: TestRegion) -> None:
+@pytest.mark.parametrize("listed", LISTINGS, ids=["readdir", "entries"])
+def test_readdir_of_a_directory_that_is_emptied_meanwhile(
+    roomy: TestRegion, listed: Callable[[Filesystem, int], Iterator[bytes]]
+) -> None:
     fs, other = roomy.mount(), roomy.mount()
     folder = fs.mkdir(ROOT_INO, b"dir", 0o755, ROOT).ino
     called = [b"n%d" % n for n in range(200)]
     for name in called:
         fs.mknod(folder, name, 0o100644, 0, ROOT)
-    listing = fs.readdir(fs.opendir(folder), 0)
-    first = [next(listing)[0] for _ in range(20)]
+    listing = listed(fs, folder)
+    first = [next(listing) for _ in range(20)]
     for name in called:
         other.unlink(folder, name, ROOT)
     other.rmdir(ROOT_INO, b"dir", ROOT)
-    rest = [name for name, _, _ in listing]
+    rest = list(listing)
     assert len(first + rest) == len(set(first + rest)) < 202

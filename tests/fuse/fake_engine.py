@@ -25,7 +25,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ivshmemfs.engine import NOW, ROOT_INO, Attr, Context, StatFs
+from ivshmemfs.engine.directory import Entry
 from ivshmemfs.errors import Busy, Corrupt, FsError, IvshmemfsError
+from ivshmemfs.format.dirent import TYPE_SHIFT
 
 BLOCK = 4096
 NAME_MAX = 255
@@ -357,6 +359,9 @@ class FakeFilesystem:
         return FakeHandle(ino)
 
     def readdir(self, handle: FakeHandle, cookie: int) -> Iterator[tuple[bytes, Attr, int]]:
+        return self._listed(handle, cookie)
+
+    def _listed(self, handle: FakeHandle, cookie: int) -> Iterator[tuple[bytes, Attr, int]]:
         directory = self._inode(handle.ino)
         if cookie == 0 or handle.snapshot is None:
             handle.snapshot = list(directory.entries)
@@ -370,6 +375,10 @@ class FakeFilesystem:
                 yield name, self._inode(directory.parent).attr(), 2
             elif name in directory.entries:
                 yield name, self._inode(directory.entries[name]).attr(), position + 1
+
+    def entries(self, handle: FakeHandle, cookie: int) -> Iterator[Entry]:
+        for name, attr, following in self._listed(handle, cookie):
+            yield Entry(following, attr.ino | attr.mode >> 12 << TYPE_SHIFT, name)
 
     def releasedir(self, handle: FakeHandle) -> None:
         self.release(handle)

@@ -215,21 +215,18 @@ def test_errors_are_answers(kernel: Kernel) -> None:
 
 def test_names_of_a_directory(kernel: Kernel) -> None:
     names = {bytes([65 + n]) * (n * 37 % 255 + 1) for n in range(26)}
-    for name in names:
-        kernel.create(name)
+    inodes = {name: kernel.create(name)[0] for name in names} | {b".": ROOT_INO, b"..": ROOT_INO}
     (handle,) = struct.unpack_from("=Q", kernel.ask(wire.OPENDIR, bytes(8)))
     cookie, seen = 0, []
-    while listed := kernel.ask(wire.READDIRPLUS, wire.READ_IN.pack(handle, cookie, 4096)):
+    while listed := kernel.ask(wire.READDIR, wire.READ_IN.pack(handle, cookie, 4096)):
         assert len(listed) <= 4096
         at = 0
         while at < len(listed):
-            (node,) = wire.ENTRY_OUT.unpack_from(listed, at)
-            at += wire.ENTRY_OUT.size + wire.ATTR.size
             ino, cookie, length, kind = wire.DIRENT.unpack_from(listed, at)
             at += wire.DIRENT.size
             name = listed[at : at + length]
             at += -(-length // 8) * 8
-            assert ino == node
+            assert ino == inodes[name]
             assert kind == (4 if name in (b".", b"..") else 8)
             seen.append(name)
     assert sorted(seen) == sorted([b".", b"..", *names])

@@ -112,9 +112,9 @@ def init_answer(*, error: int = 0, flags: int = 0) -> bytes:
 class Ends:
     """A handshake between a socket that plays the kernel and the end that libfuse gets."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, keep: bool = False) -> None:
         self.kernel, device = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self.shake = Handshake(device.detach())
+        self.shake = Handshake(device.detach(), keep=keep)
         self.fd = int(self.shake.path.rsplit("/", 1)[1])
 
     def answer(self, request: bytes, answer: bytes) -> bytes:
@@ -153,6 +153,16 @@ def test_the_flag_is_set_when_it_is_offered(ends: Ends) -> None:
     assert fields[10] == ALLOW
     assert ends.shake.shared_mappings
     assert len(got) == len(init_answer())
+
+
+def test_whoever_reads_requests_before_libfuse_is_asked_for_plain_listings() -> None:
+    others = 0x23
+    for keep, listing in ((True, 0), (False, wire.DO_READDIRPLUS | wire.READDIRPLUS_AUTO)):
+        ends = Ends(keep=keep)
+        flags = others | wire.DO_READDIRPLUS | wire.READDIRPLUS_AUTO
+        got = ends.answer(init_request(), init_answer(flags=flags))
+        assert struct.unpack_from("=IIIIHHIIHHI", got, 16)[3] == others | listing
+        ends.close()
 
 
 def test_from_then_on_libfuse_and_the_kernel_talk_directly(ends: Ends) -> None:
