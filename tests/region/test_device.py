@@ -31,10 +31,13 @@ from tests.region.conftest import BLOCK, COUNT, DATA, SIZE, TAGS
 
 # Collected here once more, with this module's fixtures of the same names.
 from tests.region.test_blocks import (  # noqa: F401
+    file,
+    test_a_file_is_copied_over_blocks_and_back,
     test_a_full_region_gives_what_it_has,
     test_a_node_comes_back_with_its_checksum,
     test_a_stale_release_frees_nothing,
     test_any_sequence_equals_the_model,
+    test_draining_writes_holes_as_zeros_and_notices_stale_blocks,
     test_gather_reads_holes_as_zeros_and_honours_at,
     test_scatter_then_gather_gives_the_same_bytes,
     test_sweep_finds_settled_claims_that_are_not_marked,
