@@ -202,7 +202,7 @@ def keep(folder: Path, to: Path) -> dict[str, bytes]:
 
 def wait_for_change(folder: Path, seen: dict[str, bytes] | None = None) -> dict[str, bytes]:
     """What is in a folder once all of its files differ from what was `seen`, or there are some."""
-    end = time.monotonic() + SECONDS
+    end = time.monotonic() + 5 * SECONDS
     while time.monotonic() < end:
         with suppress(OSError):
             found = contents(folder)
@@ -212,10 +212,25 @@ def wait_for_change(folder: Path, seen: dict[str, bytes] | None = None) -> dict[
     pytest.fail(f"nothing changed in {folder}")
 
 
-def silent_slots(host: Host, region: Path) -> list[str]:
-    """The slots of peers that show no life."""
+def silent_slots(host: Host, region: Path) -> list[tuple[str, str]]:
+    """The slots of peers that show no life, and what they were doing."""
     rows = [line.split() for line in host.run(IVSHMEMFS, "peers", region).check().out.splitlines()]
-    return [row[0] for row in rows[1:] if row[-1] != "alive"]
+    return [(row[0], row[-2]) for row in rows[1:] if row[-1] != "alive"]
+
+
+def stop_between_changes(worker: Worker, host: Host, region: Path) -> str:
+    """Stop the machine while it is not filling blocks; the slot of its mount.
+
+    Put back into the middle of that it might spoil one, whosever it is by then, as documented.
+    """
+    for _ in range(50):
+        assert "error" not in worker.monitor.run("stop")
+        ((slot, doing),) = silent_slots(host, region)
+        if doing == "idle":
+            return slot
+        assert "error" not in worker.monitor.run("cont")
+        time.sleep(0.05)
+    pytest.fail("it never stops changing something")
 
 
 @contextmanager
@@ -245,16 +260,13 @@ def run_and_put_back(host: Host, region: Path, place: Path, work: Path) -> dict[
     try:
         worker.says("mounted")
         seen = wait_for_change(place / "guest")
-        assert "error" not in worker.monitor.run("stop")
+        slot = stop_between_changes(worker, host, region)
         assert saved(worker.monitor, state) == "completed"
         forget_address(state, b"/shm")
         assert "error" not in worker.monitor.run("cont")
         seen = wait_for_change(place / "guest", seen)  # of which it will know nothing
         worker.kill()
-        slots = silent_slots(host, region)
-        assert slots
-        for slot in slots:
-            host.run(IVSHMEMFS, "evict", region, slot).check()
+        host.run(IVSHMEMFS, "evict", region, slot).check()
         churn(place, 3)
         kept = keep(place / "guest", place / "kept")
         worker = Worker(initramfs, region, work, restored=True)

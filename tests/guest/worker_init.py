@@ -42,15 +42,9 @@ def whole(content: bytes) -> bool:
 
 def work(number: int) -> None:
     new = f"{PLACE}/guest/new-{number}"
-    try:
-        with open(new, "wb") as file:
-            file.write(content_of(number))
-        os.rename(new, f"{PLACE}/guest/file-{number % FILES}")
-    except OSError as error:
-        if error.errno not in (errno.ENOENT, errno.ESTALE):
-            raise
-        # This machine was put back: it had moved the file already, and replaced it since.
-        say(f"OVERTAKEN in round {number}")
+    with open(new, "wb") as file:
+        file.write(content_of(number))
+    os.rename(new, f"{PLACE}/guest/file-{number % FILES}")
     for other in range(FILES):
         name = f"{PLACE}/guest/file-{other}"
         if os.path.exists(name):
@@ -76,7 +70,13 @@ def main() -> None:
     number = 0
     while not os.path.exists(f"{PLACE}/stop"):
         number += 1
-        work(number)
+        try:
+            work(number)
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.ESTALE):
+                raise
+            # This machine was put back: what it was at had been moved and replaced already.
+            say(f"OVERTAKEN in round {number}")
     subprocess.run([python, "-c", run, "umount", PLACE], check=True)
     say(f"ended well after {number} rounds")
 

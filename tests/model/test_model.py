@@ -29,7 +29,7 @@ from tests.conftest import Figures
 
 HERE = Path(__file__).parent
 SOURCES = ("commit", "mark", "openlist", "slots")
-MEMORY_MB = 4000
+MEMORY_MB = 6000
 TIMEOUT_S = 3600
 DEPTH = 100_000
 
