@@ -197,7 +197,11 @@ def _stream(slot: int) -> int:
 def _keep(slot: int, path: str, flags: int, mode: int) -> None:
     if (_folder, slot) in _opened:
         os.close(_opened.pop((_folder, slot)))
-    _opened[_folder, slot] = os.open(path, flags, mode)
+    fd = os.open(path, flags, mode)
+    if flags & os.O_ACCMODE == os.O_WRONLY and stat.S_ISFIFO(os.fstat(fd).st_mode):
+        os.close(fd)  # somebody reads, but may do so on another mount, where nobody meets him
+        raise OSError(errno.ENXIO, "not tried")
+    _opened[_folder, slot] = fd
 
 
 def _close(slot: int) -> None:
