@@ -132,35 +132,37 @@ class Filesystem(Mount):
         self._ghosts.pop(ino, None)
         self._folders.pop(ino, None)
 
-    def _pinned(self, attr: Attr, look_again: Callable[[], Attr]) -> Attr:
-        """What was looked up, made sure to exist for the next call."""
+    def _pinned(self, found: Inode, look_again: Callable[[], Inode | None]) -> Inode | None:
+        """What was looked up, made sure to exist for the next call; None when it has gone."""
         now = time.monotonic()
         self._unpin(now)
         if now > self._careful_until:
             self._careful_until = 0.0
-            return attr
+            return found
+        inode: Inode | None = found
         for _ in range(ATTEMPTS):
-            if self._secured(attr, now):
-                return attr
-            attr = look_again()
+            if inode is None or self._secured(inode, now):
+                return inode
+            inode = look_again()
         raise Busy("the name is replaced faster than it can be looked up")
 
-    def _secured(self, attr: Attr, now: float) -> bool:
+    def _secured(self, inode: Inode, now: float) -> bool:
         """Pin a file; False when it is gone already."""
-        if stat.S_ISDIR(attr.mode):
+        if inode.is_dir:
             return True
-        self._hold(attr.ino)
+        ino = inode.ino
+        self._hold(ino)
         try:
-            self._confirm(attr.ino)
+            self._confirm(ino)
         except StaleHandle:
-            self._let_go(attr.ino)
+            self._let_go(ino)
             return False
-        before = self._pins.pop(attr.ino, None)
+        before = self._pins.pop(ino, None)
         if before is not None:
-            self._let_go(attr.ino)
+            self._let_go(ino)
             self._pinned_blocks -= before[1]
-        blocks = -(-attr.size // self.block_size)
-        self._pins[attr.ino] = now + PINNED, blocks
+        blocks = inode.record.blocks
+        self._pins[ino] = now + PINNED, blocks
         self._pinned_blocks += blocks
         self._unpin(now)
         return True
@@ -188,8 +190,15 @@ class Filesystem(Mount):
 
     def lookup(self, parent: int, name: bytes) -> Attr:
         """The attributes of an entry; raises ENOENT, ENOTDIR."""
+        found = self.find(parent, name)
+        if found is None:
+            raise FsError(errno.ENOENT)
+        return found
 
-        def read(view: View) -> Inode:
+    def find(self, parent: int, name: bytes) -> Attr | None:
+        """The same; None when there is no such entry, which is cheaper than ENOENT."""
+
+        def read(view: View) -> Inode | None:
             known = view.names.get((parent, name))
             if known is not None:
                 return known
@@ -202,16 +211,16 @@ class Filesystem(Mount):
                 raise FsError(errno.ENAMETOOLONG)
             entry = directory.find(view, folder, name)
             if entry is None:
-                raise FsError(errno.ENOENT)
+                return None
             inode = names.target(view, entry)
             if len(view.names) < NAMES_MAX:
                 view.names[parent, name] = inode
             return inode
 
-        attr = self._found(self.look(read))
-        if self._careful_until:
-            return self._pinned(attr, lambda: self._found(self.look(read)))
-        return attr
+        inode = self.look(read)
+        if inode is not None and self._careful_until:
+            inode = self._pinned(inode, lambda: self.look(read))
+        return None if inode is None else self._found(inode)
 
     def numbered(self, ino: int) -> Attr:
         """The attributes of an inode that nobody has looked up before; raises ESTALE."""

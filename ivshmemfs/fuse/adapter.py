@@ -137,7 +137,10 @@ class Adapter(pyfuse3.Operations):
 
     @request_by_number
     def lookup(self, parent: int, name: bytes, _ctx: RequestContext) -> EntryAttributes:
-        return self._found(self.served.lookup(parent, name))
+        found = self.served.lookup(parent, name)
+        if found is None:
+            raise FUSEError(errno.ENOENT)
+        return self._found(found)
 
     async def forget(self, inode_list: Sequence[tuple[int, int]]) -> None:
         for node, times in inode_list:

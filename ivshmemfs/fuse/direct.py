@@ -11,8 +11,8 @@ A request: *read* into the one buffer -> *answered*, or *cold* (the caller hands
 until it is answered or the kernel says that nobody waits for it any more (INTERRUPT).
 
 A handler takes (number of the inode, who asks, buffer, end of the request in it) and returns the
-body of the answer; it raises as the engine does.  What it is given is read before it returns,
-because the next request takes its place.
+body of the answer, or None for ENOENT, which is nothing unusual; it raises as the engine does.
+What it is given is read before it returns, because the next request takes its place.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ PACKED_KEPT = 4000
 
 Buffer = bytes | memoryview
 Answer = bytes | memoryview
-Handler = Callable[[int, Context, Buffer, int], Answer]
+Handler = Callable[[int, Context, Buffer, int], Answer | None]
 
 _NOTHING = b""
 _header = wire.IN_HEADER.unpack_from
@@ -73,7 +73,7 @@ class Waiting(NamedTuple):
     ctx: Context
     request: Buffer
 
-    def call(self) -> Answer:
+    def call(self) -> Answer | None:
         """Try it."""
         return self.handler(self.node, self.ctx, self.request, len(self.request))
 
@@ -180,7 +180,10 @@ class Direct:
         else:
             self._wait(waiting._replace(request=bytes(waiting.request)))
 
-    def _answer(self, unique: int, answer: Answer) -> None:
+    def _answer(self, unique: int, answer: Answer | None) -> None:
+        if answer is None:
+            self._say(unique, errno.ENOENT)
+            return
         header = _out(_OUT_SIZE + len(answer), 0, unique)
         try:
             if answer.__class__ is bytes:
@@ -287,10 +290,10 @@ class Direct:
 
     # --- names ------------------------------------------------------------------------------
 
-    def _lookup(self, node: int, ctx: Context, request: Buffer, end: int) -> Answer:
+    def _lookup(self, node: int, ctx: Context, request: Buffer, end: int) -> Answer | None:
         self._inode(node, ctx)
-        found, attr = self._served.lookup(node, bytes(request[_BODY : end - 1]))
-        return self._entry(found, attr)
+        found = self._served.lookup(node, bytes(request[_BODY : end - 1]))
+        return None if found is None else self._entry(*found)
 
     def _mkdir(self, node: int, ctx: Context, request: Buffer, end: int) -> Answer:
         self._inode(node, ctx)

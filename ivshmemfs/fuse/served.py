@@ -209,10 +209,15 @@ class Served:
             return self.nodes.above(attr.ino)
         return self.nodes.found(attr.ino, parent, name)
 
-    def lookup(self, parent: int, name: bytes) -> tuple[int, Attr]:
-        """(the number, the attributes) of an entry of the directory with the number *parent*."""
+    def lookup(self, parent: int, name: bytes) -> tuple[int, Attr] | None:
+        """(the number, the attributes) of an entry of the directory with the number *parent*.
+
+        None when there is no such entry.
+        """
         ino = self.inode_of(parent)
-        attr = self.fs.numbered(ino) if name == b"." else self.fs.lookup(ino, name)
+        attr = self.fs.numbered(ino) if name == b"." else self.fs.find(ino, name)
+        if attr is None:
+            return None
         if attr.mode & _S_IFMT != _S_IFDIR:  # as most
             return attr.ino, attr
         return self._node(parent, name, attr), attr

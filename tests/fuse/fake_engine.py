@@ -150,8 +150,13 @@ class FakeFilesystem:
 
     # --- names ---
 
-    def lookup(self, parent: int, name: bytes) -> Attr:
-        return self._find(parent, name).attr()
+    def find(self, parent: int, name: bytes) -> Attr | None:
+        try:
+            return self._find(parent, name).attr()
+        except FsError as error:
+            if error.errno != errno.ENOENT:
+                raise
+            return None
 
     def mknod(self, parent: int, name: bytes, mode: int, rdev: int, ctx: Context) -> Attr:
         return self._new(parent, name, mode, ctx, rdev).attr()

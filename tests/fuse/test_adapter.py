@@ -229,13 +229,13 @@ def test_nothing_is_cached(mnt: FakeMount) -> None:
     path.touch()
     path.stat()
     # The kernel takes an error about a name that it knows for "look it up again".
-    mnt.fail("lookup", "FsError", 2)
+    mnt.fail("find", "FsError", 2)
     assert error_of(path.stat) == errno.EXDEV
     mnt.fail("getattr", "FsError")
     assert error_of(lambda: os.stat(mnt.path)) == errno.EXDEV
     missing = mnt.path / "missing"
     assert error_of(missing.stat) == errno.ENOENT
-    mnt.fail("lookup", "FsError")
+    mnt.fail("find", "FsError")
     assert error_of(missing.stat) == errno.EXDEV
 
 
@@ -309,7 +309,7 @@ def test_presented_owner_and_umask(mount: MountFactory) -> None:
 # --- errors -----------------------------------------------------------------------------------
 
 OPERATIONS: dict[str, Callable[[Path], object]] = {
-    "lookup": lambda root: os.stat(root / "file"),
+    "find": lambda root: os.stat(root / "file"),
     "getattr": lambda root: os.stat(root),
     "setattr": lambda root: os.chmod(root / "file", 0o600),
     "readlink": lambda root: os.readlink(root / "link"),
@@ -349,7 +349,13 @@ DIRECT_ONLY = ("seek", "fallocate", "tmpfile", "born", "entries")
 #: What only pyfuse3 asks for: it lists names with attributes.
 PYFUSE3_ONLY = ("readdir",)
 #: How a handler is called in the log, where that is not what the engine calls the operation.
-HANDLERS = {"readdir-entry": "readdir", "entries": "readdir", "seek": "lseek", "born": "statx"}
+HANDLERS = {
+    "find": "lookup",
+    "readdir-entry": "readdir",
+    "entries": "readdir",
+    "seek": "lseek",
+    "born": "statx",
+}
 #: What no request asks for: `numbered` serves NFS alone.
 UNASKED = {"numbered", "groups_of", "crowded"}
 #: How an operation ends on the test double where that is no success.
@@ -437,8 +443,8 @@ def test_every_exception_in_every_handler_is_an_errno(
     }
     seen = {}
     for exception in expected:
-        # More than once for lookup: the kernel asks again about a name that it knows.
-        count = 3 if operation == "lookup" else 1
+        # More than once for a look-up: the kernel asks again about a name that it knows.
+        count = 3 if operation == "find" else 1
         shared.fail(operation, exception, count)
         seen[exception] = error_of(lambda: OPERATIONS[operation](corner))
         assert shared.left() < count, f"{operation} was not called"
