@@ -137,7 +137,7 @@ class Bench:
         elif name == "commits":
             found = special.commits(client, shm, work, rounds=rounds)
         elif name == "transfer":
-            found = special.transfer(client, shm, work, rounds=rounds, mib=16 if quick else 256)
+            found = special.transfer(client, shm, work, rounds=rounds, mib=16 if quick else 1024)
         elif name == "start":
             found = special.start(shm, work, rounds=rounds, size=size)
         elif name == "idle":
