@@ -538,8 +538,13 @@ class Filesystem(Mount):
         except NoSpace:
             if len(content) <= self.block_size:
                 raise
-            part = memoryview(content)[: self._half(offset, content)]
-            return self.write(handle, offset, part, append=append, ctx=ctx)
+            parts, half = memoryview(content), self._half(offset, content)
+            done = self.write(handle, offset, parts[:half], append=append, ctx=ctx)
+            if done == half and not at_end:  # what is appended in two parts may come apart
+                with suppress(NoSpace, Busy):
+                    offset += done
+                    done += self.write(handle, offset, parts[done:], append=False, ctx=ctx)
+            return done
         return len(content)
 
     def _shed(

@@ -109,6 +109,18 @@ def test_what_does_not_fit_changes_nothing(fs: Filesystem, other: Filesystem) ->
     fs.release(handle)
 
 
+def test_a_short_write_leaves_no_room(fs: Filesystem) -> None:
+    """As programs expect that go on behind it."""
+    handle = fs.open(put(fs, ROOT_INO, b"file", b"").ino, os.O_WRONLY, ROOT)
+    content, done = os.urandom(1 << 16), 0
+    while (got := fs.write(handle, done, content)) == len(content):
+        done += got
+    assert got % fs.block_size == 0
+    with pytest.raises(NoSpace):
+        fs.write(handle, done + got, content[: fs.block_size])
+    assert get(fs, ROOT_INO, b"file")[done:] == content[:got]
+
+
 def test_writes_become_short_before_they_fail(fs: Filesystem) -> None:
     handle, attr = fs.create(ROOT_INO, b"file", 0o644, os.O_RDWR, ROOT)
     content, done, short = os.urandom(1 << 18), 0, 0

@@ -132,6 +132,7 @@ def test_stress_ng_on_both_mounts(here: Path, there: Path, long_run: bool) -> No
     def torture(place: Path, name: str) -> None:
         (place / name).mkdir()
         words: list[object] = ["--timeout", 60 if long_run else 5, "--verify", "-q"]
+        words += ["--hdd-bytes", "16M"]  # a gigabyte each, as it has it, would fill the region
         for one in ("dentry", "dir", "rename", "hdd", "link", "symlink", "xattr", "chmod"):
             words += [f"--{one}", 1]
         try:
