@@ -81,9 +81,8 @@ class Filesystem(Mount):
         self.groups_of: Callable[[int], Collection[int]] = _no_groups
         self._ghosts: dict[int, Inode] = {}
         self._folders: dict[int, Inode] = {}  # all but files, as they were last looked up
-        self._pins: dict[
-            int, tuple[float, int]
-        ] = {}  # until when, blocks; the last one pinned last
+        # Until when, and how many blocks; by inode, in the order of pinning.
+        self._pins: dict[int, tuple[float, int]] = {}
         self._pinned_blocks = 0
         self._careful_until = 0.0
         self._nameless: set[int] = set()  # open files that were made without a name
