@@ -541,8 +541,8 @@ class Filesystem(Mount):
             done = self.write(handle, offset, parts[:half], append=append, ctx=ctx)
             if done == half and not at_end:  # what is appended in two parts may come apart
                 with suppress(NoSpace, Busy):
-                    offset += done
-                    done += self.write(handle, offset, parts[done:], append=False, ctx=ctx)
+                    rest = parts[done:]
+                    done += self.write(handle, offset + done, rest, append=False, ctx=ctx)
             return done
         return len(content)
 

@@ -55,11 +55,14 @@ def next_hole(view: View, inode: Inode, offset: int) -> int:
 
 
 def punch(tx: Transaction, inode: Inode, offset: int, length: int) -> Inode:
-    """The file with zeros in place of `length` bytes; whole blocks among them become holes."""
+    """The file with zeros in place of `length` bytes; whole blocks among them become holes.
+
+    What that means for its times, the caller knows.
+    """
     size, block = inode.record.size, tx.block_size
     end = min(offset + length, size)
     if offset >= end or inode.record.payload == fmt.EMPTY:
-        return data.modified(tx, inode)
+        return inode
     if inode.record.payload == fmt.INLINE:
         return data.write(tx, inode, offset, bytes(end - offset))
     first = -(-offset // block)
@@ -90,13 +93,10 @@ def _without(tx: Transaction, inode: Inode, first: int, last: int) -> Inode:
         count = min(STEP, last - first)
         tree = radix.store(tx.space, tree, inode.ino, first, NULL * count, room)
         first += count
-    now = tx.modified(inode.record.mtime_ns)
     return inode.evolve(
         data=tree.slots,
         height=tree.height if tree.slots else 0,
         blocks=inode.record.blocks + tx.space.balance - before,
-        mtime_ns=now,
-        ctime_ns=now,
     )
 
 
