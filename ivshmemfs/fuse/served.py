@@ -34,10 +34,11 @@ from ivshmemfs.fuse.nodes import Nodes
 log = logging.getLogger(__name__)
 
 #: Seconds for which a busy operation is tried again before other requests are served meanwhile,
-#: for which it is waited awake each time, and then asleep.
-MOMENTS = 0.002
+#: for which it is waited awake first, and then asleep: at most, the first time and the last.
+MOMENTS = 0.0015
 SPIN_SECONDS = 40e-6
-NAP = 0.0001
+FIRST_NAP = 0.0001
+LONGEST_NAP = 0.001
 #: Seconds to wait before the first and, growing, between later attempts of a busy operation.
 FIRST_DELAY = 0.001
 LONGEST_DELAY = 0.005
@@ -130,19 +131,21 @@ class Served:
         """Short waits, one for each attempt of a busy operation before `again`.
 
         A commit takes less time than going to sleep and waking up, so whoever commits on another
-        CPU is waited for awake.  It may also be waiting for this very CPU, hence the naps.
+        CPU is waited for awake.  It may also be waiting for this very CPU, hence the naps.  Whoever
+        is still not served has several before him: his naps grow, for each time that he wakes up
+        in vain takes away from those who commit.
         """
         now = time.monotonic()
         end = now + MOMENTS
-        spin = SPIN_SECONDS if len(os.sched_getaffinity(0)) > 1 else 0.0
-        unexplained = 0
+        awake = now + SPIN_SECONDS if len(os.sched_getaffinity(0)) > 1 else now
+        nap, unexplained = FIRST_NAP, 0
         while now < end and unexplained < 2:
             unexplained += not self.fs.crowded
-            awake = now + spin
             while (crowded := self.fs.crowded) and time.monotonic() < awake:
                 pass
             if crowded:
-                time.sleep(NAP * random.random())
+                time.sleep(nap * random.random())
+                nap = min(nap * 3, LONGEST_NAP)
             yield
             now = time.monotonic()
 
