@@ -70,6 +70,28 @@ class Step:
         return self.interior.pointer(self.at)
 
 
+class Spot:
+    """Where a name stands in a directory, or would stand: good until the directory changes.
+
+    `at` is its index in `leaf`, -1 when it is not there; `base` is the lowest key it may have.
+    """
+
+    __slots__ = ("at", "base", "leaf", "name", "path")
+
+    def __init__(self, name: bytes, base: int, path: list[Step], leaf: Leaf) -> None:
+        self.name: Final = name
+        self.base: Final = base
+        self.path: Final = path
+        self.leaf: Final = leaf
+        self.at: Final = leaf.find(base, name)
+
+    @property
+    def entry(self) -> Entry | None:
+        """The entry, if there is one."""
+        at = self.at
+        return Entry(self.leaf.key(at), self.leaf.ino(at), self.name) if at >= 0 else None
+
+
 NOTHING: Final[dict[str, int]] = {}
 
 
@@ -143,18 +165,22 @@ def _first_step(inode: Inode, key: int) -> Step:
     return Step(top, top.pick(key))
 
 
-def _leaf_for(view: View, inode: Inode, key: int) -> Leaf:
-    if inode.record.payload != fmt.DIRTREE:
-        return _inline_leaf(inode)
-    return _descend(view, inode, key)[1]
+def _way(view: View, inode: Inode, key: int) -> tuple[list[Step], Leaf]:
+    if inode.record.payload == fmt.DIRTREE:
+        return _descend(view, inode, key)
+    return [], _inline_leaf(inode)
+
+
+def locate(view: View, inode: Inode, name: bytes) -> Spot:
+    """The spot of `name`, whether it is there or not."""
+    key = name_key(name, view.secret)
+    path, leaf = _way(view, inode, key)
+    return Spot(name, key, path, leaf)
 
 
 def find(view: View, inode: Inode, name: bytes) -> Entry | None:
     """The entry called `name`, or None."""
-    key = name_key(name, view.secret)
-    leaf = _leaf_for(view, inode, key)
-    at = leaf.find(key, name)
-    return Entry(leaf.key(at), leaf.ino(at), name) if at >= 0 else None
+    return locate(view, inode, name).entry
 
 
 def leaf_after(view: View, inode: Inode, key: int) -> list[Entry]:
@@ -214,37 +240,34 @@ class Plan:
 
     def finish(self, data: bytes, kind: int, height: int) -> Inode:
         """The directory with this payload, its blocks accounted for."""
-        blocks = self.inode.record.blocks + self.tx.space.balance - self.before
-        return self.inode.evolve(
-            data=data, payload=kind, height=height, blocks=blocks, **self.fields
-        )
+        fields = self.fields
+        fields["payload"], fields["height"] = kind, height
+        fields["blocks"] = self.inode.record.blocks + self.tx.space.balance - self.before
+        return self.inode.changed(fields, data)
 
 
 def insert(
     tx: Transaction,
     inode: Inode,
-    name: bytes,
+    spot: Spot,
     ino: int,
     kind: int,
     changes: dict[str, int] = NOTHING,
 ) -> Inode:
     """The directory with one entry more, and other `changes` of its record.
 
-    The caller made sure that `name` is not in it.
+    The caller made sure that the name is one (`check_name`), and found it not to be there.
     """
-    check_name(name)
     plan = Plan(tx, inode, changes, 1)
-    base = name_key(name, tx.secret)
-    path, leaf = _way(tx, inode, base)
-    leaf = leaf.insert(_free_key(leaf, base), ino | kind << TYPE_SHIFT, name)
-    return _put_leaf(plan, path, leaf)
+    key = _free_key(spot.leaf, spot.base)
+    leaf = spot.leaf.insert(key, ino | kind << TYPE_SHIFT, spot.name)
+    return _put_leaf(plan, spot.path, leaf)
 
 
-def remove(tx: Transaction, inode: Inode, name: bytes, changes: dict[str, int] = NOTHING) -> Inode:
-    """The directory without `name`; raises ENOENT."""
-    plan = Plan(tx, inode, changes, -1)
-    path, leaf, at = _locate(tx, inode, name)
-    leaf = leaf.remove(at)
+def remove(tx: Transaction, inode: Inode, spot: Spot, changes: dict[str, int] = NOTHING) -> Inode:
+    """The directory without what stands at `spot`; raises ENOENT."""
+    plan, path = Plan(tx, inode, changes, -1), spot.path
+    leaf = spot.leaf.remove(_present(spot))
     if path and not leaf.count:
         tx.space.replace(path[-1].taken)
         return _put_children(plan, path, NO_CHILDREN)
@@ -253,26 +276,24 @@ def remove(tx: Transaction, inode: Inode, name: bytes, changes: dict[str, int] =
     return _put_leaf(plan, path, leaf)
 
 
-def replace(tx: Transaction, inode: Inode, name: bytes, ino: int, kind: int) -> Inode:
-    """The directory in which `name` leads to another inode; raises ENOENT."""
-    plan = Plan(tx, inode, NOTHING, 0)
-    path, leaf, at = _locate(tx, inode, name)
-    return _put_leaf(plan, path, leaf.replace(at, ino | kind << TYPE_SHIFT))
+def replace(
+    tx: Transaction,
+    inode: Inode,
+    spot: Spot,
+    ino: int,
+    kind: int,
+    changes: dict[str, int] = NOTHING,
+) -> Inode:
+    """The directory in which the name at `spot` leads to another inode; raises ENOENT."""
+    plan = Plan(tx, inode, changes, 0)
+    leaf = spot.leaf.replace(_present(spot), ino | kind << TYPE_SHIFT)
+    return _put_leaf(plan, spot.path, leaf)
 
 
-def _way(tx: Transaction, inode: Inode, key: int) -> tuple[list[Step], Leaf]:
-    if inode.record.payload == fmt.DIRTREE:
-        return _descend(tx, inode, key)
-    return [], _inline_leaf(inode)
-
-
-def _locate(tx: Transaction, inode: Inode, name: bytes) -> tuple[list[Step], Leaf, int]:
-    key = name_key(name, tx.secret)
-    path, leaf = _way(tx, inode, key)
-    at = leaf.find(key, name)
-    if at < 0:
+def _present(spot: Spot) -> int:
+    if spot.at < 0:
         raise FsError(errno.ENOENT)
-    return path, leaf, at
+    return spot.at
 
 
 def _free_key(leaf: Leaf, base: int) -> int:

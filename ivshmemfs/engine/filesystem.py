@@ -428,7 +428,8 @@ class Filesystem(Mount):
             nonlocal made
             made = False
             folder = names.parent_of(tx, parent, name)
-            entry = directory.find(tx, folder, name)
+            spot = directory.locate(tx, folder, name)
+            entry = spot.entry
             if entry is not None:
                 if flags & os.O_EXCL:
                     raise FsError(errno.EEXIST)
@@ -440,7 +441,7 @@ class Filesystem(Mount):
             new_mode = stat.S_IFREG | stat.S_IMODE(mode)
             inode = tx.new_inode(names.new_record(tx, folder, new_mode, ctx))
             self._hold_new(inode.ino)
-            names.add(tx, folder, name, inode)
+            names.add(tx, folder, spot, inode)
             return self._attr(inode)
 
         try:

@@ -78,6 +78,12 @@ class Inode:
         self, *, data: bytes | None = None, xattr: bytes | None = None, **changes: Any
     ) -> Inode:
         """A changed inode: another payload, other inline attributes, other record fields."""
+        return self.changed(changes, data, xattr)
+
+    def changed(
+        self, changes: dict[str, Any], data: bytes | None = None, xattr: bytes | None = None
+    ) -> Inode:
+        """The same from a dict, which it may add to."""
         if data is None:
             data = self.data
         else:

@@ -13,7 +13,7 @@ import stat
 from typing import Any
 
 from ivshmemfs.engine import data, directory
-from ivshmemfs.engine.directory import Entry
+from ivshmemfs.engine.directory import Entry, Spot
 from ivshmemfs.engine.inode import TARGET_MAX, Context, Inode
 from ivshmemfs.engine.transaction import Transaction, View
 from ivshmemfs.errors import Corrupt, FsError
@@ -51,19 +51,22 @@ def target(view: View, entry: Entry) -> Inode:
     return inode
 
 
-def _existing(view: View, parent: int, name: bytes) -> tuple[Inode, Inode]:
+def _existing(view: View, parent: int, name: bytes) -> tuple[Inode, Spot, Inode]:
+    """(directory, spot in it, inode that stands there)"""
     folder = parent_of(view, parent, name)
-    entry = directory.find(view, folder, name)
+    spot = directory.locate(view, folder, name)
+    entry = spot.entry
     if entry is None:
         raise FsError(errno.ENOENT)
-    return folder, target(view, entry)
+    return folder, spot, target(view, entry)
 
 
-def _vacant(view: View, parent: int, name: bytes) -> Inode:
+def _vacant(view: View, parent: int, name: bytes) -> tuple[Inode, Spot]:
     folder = parent_of(view, parent, name)
-    if directory.find(view, folder, name) is not None:
+    spot = directory.locate(view, folder, name)
+    if spot.at >= 0:
         raise FsError(errno.EEXIST)
-    return folder
+    return folder, spot
 
 
 def _kind(inode: Inode) -> int:
@@ -126,20 +129,24 @@ def new_record(
     return INODE.changed(_BLANK, fields)
 
 
-def add(tx: Transaction, folder: Inode, name: bytes, inode: Inode, links: int = 0) -> Inode:
-    """Enter `inode` under `name`; `links` more links on the directory, which is returned."""
-    nlink = folder.record.nlink + links
-    changes = {"mtime_ns": tx.now, "ctime_ns": tx.now, "nlink": nlink}
-    return tx.put(directory.insert(tx, folder, name, inode.ino, _kind(inode), changes))
+def _dated(tx: Transaction, folder: Inode, links: int) -> dict[str, int]:
+    """Changes of the record of a directory in which a name changes, with `links` more links."""
+    return {"mtime_ns": tx.now, "ctime_ns": tx.now, "nlink": folder.record.nlink + links}
+
+
+def add(tx: Transaction, folder: Inode, spot: Spot, inode: Inode, links: int = 0) -> Inode:
+    """Enter `inode` at `spot`; `links` more links on the directory, which is returned."""
+    changes = _dated(tx, folder, links)
+    return tx.put(directory.insert(tx, folder, spot, inode.ino, _kind(inode), changes))
 
 
 def make(
     tx: Transaction, folder_ino: int, name: bytes, mode: int, ctx: Context, **fields: int
 ) -> Inode:
     """A new inode of any kind; raises EEXIST."""
-    folder = _vacant(tx, folder_ino, name)
+    folder, spot = _vacant(tx, folder_ino, name)
     inode = tx.new_inode(new_record(tx, folder, mode, ctx, **fields))
-    add(tx, folder, name, inode, links=int(stat.S_ISDIR(mode)))
+    add(tx, folder, spot, inode, links=int(stat.S_ISDIR(mode)))
     return inode
 
 
@@ -155,10 +162,10 @@ def symlink(tx: Transaction, parent: int, name: bytes, to: bytes, ctx: Context) 
         raise FsError(errno.ENOENT)
     if len(to) > TARGET_MAX:
         raise FsError(errno.ENAMETOOLONG)
-    folder = _vacant(tx, parent, name)
+    folder, spot = _vacant(tx, parent, name)
     inode = tx.new_inode(new_record(tx, folder, stat.S_IFLNK | 0o777, ctx))
     inode = tx.put(data.write(tx, inode, 0, to))
-    add(tx, folder, name, inode)
+    add(tx, folder, spot, inode)
     return inode
 
 
@@ -182,11 +189,12 @@ def link(tx: Transaction, ino: int, parent: int, name: bytes, *, revive: bool = 
         raise FsError(errno.ENOENT)
     if inode.record.nlink >= LINK_MAX:
         raise FsError(errno.EMLINK)
-    if directory.find(tx, folder, name) is not None:
+    spot = directory.locate(tx, folder, name)
+    if spot.at >= 0:
         raise FsError(errno.EEXIST)
     if inode.record.nlink == 0:
         _forget_orphan(tx, ino)
-    add(tx, folder, name, inode)
+    add(tx, folder, spot, inode)
     return tx.touch(ino, nlink=inode.record.nlink + 1)
 
 
@@ -200,13 +208,14 @@ def _orphan_name(ino: int) -> bytes:
 def _keep_orphan(tx: Transaction, inode: Inode) -> None:
     """Enter an inode without links among the orphans."""
     orphans = tx.inode(ORPHANS_INO)
-    name = _orphan_name(inode.ino)
-    tx.put(directory.insert(tx, orphans, name, inode.ino, _kind(inode)))
+    spot = directory.locate(tx, orphans, _orphan_name(inode.ino))
+    tx.put(directory.insert(tx, orphans, spot, inode.ino, _kind(inode)))
     tx.orphans += 1
 
 
 def _forget_orphan(tx: Transaction, ino: int) -> None:
-    tx.put(directory.remove(tx, tx.inode(ORPHANS_INO), _orphan_name(ino)))
+    orphans = tx.inode(ORPHANS_INO)
+    tx.put(directory.remove(tx, orphans, directory.locate(tx, orphans, _orphan_name(ino))))
     tx.orphans -= 1
 
 
@@ -233,23 +242,22 @@ def free_orphan(tx: Transaction, ino: int) -> None:
 
 def unlink(tx: Transaction, parent: int, name: bytes) -> None:
     """Remove a name of something that is no directory; raises ENOENT, EISDIR."""
-    folder, inode = _existing(tx, parent, name)
+    folder, spot, inode = _existing(tx, parent, name)
     if inode.is_dir:
         raise FsError(errno.EISDIR)
-    tx.put(directory.remove(tx, folder, name, {"mtime_ns": tx.now, "ctime_ns": tx.now}))
+    tx.put(directory.remove(tx, folder, spot, _dated(tx, folder, 0)))
     _unlinked(tx, inode)
 
 
 def rmdir(tx: Transaction, parent: int, name: bytes) -> None:
     """Remove an empty directory; raises ENOENT, ENOTDIR, ENOTEMPTY."""
-    folder, inode = _existing(tx, parent, name)
+    folder, spot, inode = _existing(tx, parent, name)
     if not inode.is_dir:
         raise FsError(errno.ENOTDIR)
     if inode.record.entries:
         raise FsError(errno.ENOTEMPTY)
-    changed = directory.remove(tx, folder, name)
-    nlink = max(changed.record.nlink - 1, 2)
-    tx.put(changed.evolve(mtime_ns=tx.now, ctime_ns=tx.now, nlink=nlink))
+    links = max(folder.record.nlink - 1, 2) - folder.record.nlink
+    tx.put(directory.remove(tx, folder, spot, _dated(tx, folder, links)))
     tx.remove(inode)
 
 
@@ -270,7 +278,7 @@ def rename(
     With RENAME_WHITEOUT a device node 0:0 takes the old place, which overlay mounts know.
     Returns which inode was moved, and which was moved back in exchange (0: none).
     """
-    _, inode = _existing(tx, parent, name)
+    _, spot, inode = _existing(tx, parent, name)
     folder = parent_of(tx, new_parent, new_name)
     entry = directory.find(tx, folder, new_name)
     if inode.is_dir:
@@ -283,7 +291,7 @@ def rename(
         if entry.ino == inode.ino:
             return inode.ino, 0
         _take_away(tx, new_parent, inode, target(tx, entry))
-    _move(tx, (parent, name), (new_parent, new_name), inode, over=entry is not None)
+    _move(tx, parent, spot, new_parent, new_name, inode, over=entry is not None)
     if flags & RENAME_WHITEOUT:
         make(tx, parent, name, stat.S_IFCHR, ctx)
     return inode.ino, 0
@@ -319,17 +327,17 @@ def _take_away(tx: Transaction, folder: int, inode: Inode, victim: Inode) -> Non
 
 
 def _move(
-    tx: Transaction, old: tuple[int, bytes], new: tuple[int, bytes], inode: Inode, over: bool
+    tx: Transaction, old: int, spot: Spot, new: int, name: bytes, inode: Inode, *, over: bool
 ) -> None:
-    links = int(inode.is_dir and old[0] != new[0])
-    source = directory.remove(tx, tx.inode(old[0]), old[1])
-    nlink = source.record.nlink - links
-    tx.put(source.evolve(mtime_ns=tx.now, ctime_ns=tx.now, nlink=nlink))
+    """Move `inode` from its spot in directory `old` to a name in `new`, which may be the same."""
+    links = int(inode.is_dir and old != new)
+    source = tx.inode(old)
+    tx.put(directory.remove(tx, source, spot, _dated(tx, source, -links)))
+    folder = tx.inode(new)
+    place, changes = directory.locate(tx, folder, name), _dated(tx, folder, links)
     enter = directory.replace if over else directory.insert
-    changed = enter(tx, tx.inode(new[0]), new[1], inode.ino, _kind(inode))
-    nlink = changed.record.nlink + links
-    tx.put(changed.evolve(mtime_ns=tx.now, ctime_ns=tx.now, nlink=nlink))
-    tx.touch(inode.ino, **({"parent": new[0]} if inode.is_dir else {}))
+    tx.put(enter(tx, folder, place, inode.ino, _kind(inode), changes))
+    tx.touch(inode.ino, **({"parent": new} if inode.is_dir else {}))
 
 
 def _exchange(
@@ -347,9 +355,9 @@ def _exchange(
     if other.is_dir:
         _forbid_cycle(tx, other.ino, old[0])
     for (folder, name), comes, goes in ((old, other, inode), (new, inode, other)):
-        changed = directory.replace(tx, tx.inode(folder), name, comes.ino, _kind(comes))
         links = int(comes.is_dir) - int(goes.is_dir) if old[0] != new[0] else 0
-        nlink = changed.record.nlink + links
-        tx.put(changed.evolve(mtime_ns=tx.now, ctime_ns=tx.now, nlink=nlink))
+        inside = tx.inode(folder)
+        spot, changes = directory.locate(tx, inside, name), _dated(tx, inside, links)
+        tx.put(directory.replace(tx, inside, spot, comes.ino, _kind(comes), changes))
         tx.touch(comes.ino, **({"parent": folder} if comes.is_dir else {}))
     return inode.ino, other.ino

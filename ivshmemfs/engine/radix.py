@@ -16,11 +16,13 @@ from typing import Final
 
 from ivshmemfs.format import words
 from ivshmemfs.format.node import HEADER_SIZE, INDEX, MAX_HEIGHT
+from ivshmemfs.region._memory import put_slots
 from ivshmemfs.shm.space import Space, weight_of
 from ivshmemfs.shm.store import Nodes
 
 SIZE: Final = words.POINTER_SIZE
 NULL: Final = words.NULL
+_NO_NODE: Final = bytes(HEADER_SIZE)  # one without slots
 
 
 class Tree:
@@ -130,6 +132,8 @@ def trim(slots: bytes) -> bytes:
 
 def count_pointers(pointers: bytes) -> int:
     """How many of packed leaf pointers are not null."""
+    if len(pointers) == SIZE:
+        return int(pointers != NULL)
     if not pointers.strip(b"\0"):
         return 0
     return sum(memoryview(pointers).cast("I")[1::4].tolist())
@@ -148,8 +152,8 @@ def store(space: Space, tree: Tree, owner: int, first: int, pointers: bytes, cap
     """
     last = first + len(pointers) // SIZE - 1
     tree = fit(space, tree, owner, last, capacity)
-    slots, _ = _store(space, tree.slots, tree.height, owner, first, pointers)
-    return Tree(tree.height, trim(slots))
+    slots, _ = _store(space, tree.slots, 0, tree.height, owner, first, pointers)
+    return Tree(tree.height, slots)
 
 
 def store_some(
@@ -157,40 +161,36 @@ def store_some(
 ) -> Tree:
     """The same for scattered leaves: (index, pointer) by ascending index; no node twice."""
     tree = fit(space, tree, owner, leaves[-1][0], capacity)
-    slots, _ = _store_some(space, tree.slots, tree.height, owner, leaves)
-    return Tree(tree.height, trim(slots))
+    slots, _ = _store_some(space, tree.slots, 0, tree.height, owner, leaves)
+    return Tree(tree.height, slots)
 
 
 def _store_some(
-    space: Space, slots: bytes, height: int, owner: int, leaves: list[tuple[int, bytes]]
+    space: Space, node: bytes, start: int, height: int, owner: int, leaves: list[tuple[int, bytes]]
 ) -> tuple[bytes, int]:
-    """(new slots, change of weight)"""
-    new, total = bytearray(slots), 0
+    """(new slots in place of those that `node` has from byte `start` on, change of weight)"""
+    total = 0
     if height == 0:
-        short = (leaves[-1][0] + 1) * SIZE - len(new)
-        if short > 0:
-            new += bytes(short)
         for index, pointer in leaves:
-            old = bytes(new[index * SIZE : index * SIZE + SIZE])
+            old = node[start + index * SIZE : start + index * SIZE + SIZE] or NULL
             if old != NULL:
                 space.replace(old)
-            new[index * SIZE : index * SIZE + SIZE] = pointer
             total += (pointer != NULL) - (old != NULL)
-        return bytes(new), total
-    span = span_of(space.fanout, height)
-    while leaves:
-        top = leaves[0][0] // span
-        here = [(index - top * span, pointer) for index, pointer in leaves if index // span == top]
-        leaves = leaves[len(here) :]
-        child = slots[top * SIZE : top * SIZE + SIZE] or NULL
+        return put_slots(node, start, leaves), total
+    span, changes = span_of(space.fanout, height), list[tuple[int, bytes]]()
+    first = 0
+    while first < len(leaves):
+        top, here = leaves[first][0] // span, list[tuple[int, bytes]]()
+        while first < len(leaves) and leaves[first][0] // span == top:
+            here.append((leaves[first][0] - top * span, leaves[first][1]))
+            first += 1
+        child = node[start + top * SIZE : start + top * SIZE + SIZE] or NULL
         below = _below(space, child, height - 1, owner)
-        below, delta = _store_some(space, below, height - 1, owner, here)
-        pointer, delta = _renewed(space, child, height - 1, owner, below, delta)
-        if len(new) <= top * SIZE:
-            new += bytes((top + 1) * SIZE - len(new))
-        new[top * SIZE : top * SIZE + SIZE] = pointer
+        slots, delta = _store_some(space, below, HEADER_SIZE, height - 1, owner, here)
+        pointer, delta = _renewed(space, child, height - 1, owner, slots, delta)
+        changes.append((top, pointer))
         total += delta
-    return bytes(new), total
+    return put_slots(node, start, changes), total
 
 
 def fit(space: Space, tree: Tree, owner: int, last: int, capacity: int) -> Tree:
@@ -213,54 +213,48 @@ def _node(space: Space, level: int, owner: int, slots: bytes) -> bytes:
     return space.add_node(INDEX, level, owner, 0, slots, 1 + weight(slots))
 
 
-def _splice(slots: bytes, at: int, pointers: bytes) -> bytes:
-    start = at * SIZE
-    if len(slots) < start:
-        slots += bytes(start - len(slots))
-    return slots[:start] + pointers + slots[start + len(pointers) :]
-
-
 def _store(
-    space: Space, slots: bytes, height: int, owner: int, first: int, pointers: bytes
+    space: Space, node: bytes, start: int, height: int, owner: int, first: int, pointers: bytes
 ) -> tuple[bytes, int]:
-    """(new slots, change of weight)"""
+    """(new slots in place of those that `node` has from byte `start` on, change of weight)"""
     if height == 0:
-        old = slots[first * SIZE : first * SIZE + len(pointers)]
+        at = start + first * SIZE
+        old = node[at : at + len(pointers)]
         gone = count_pointers(old)
         if gone == 1 and len(old) == SIZE:
             space.replace(old)
         elif gone:
             space.replace_many(old, gone)
-        return _splice(slots, first, pointers), count_pointers(pointers) - gone
+        return put_slots(node, start, [(first, pointers)]), count_pointers(pointers) - gone
     span, total = span_of(space.fanout, height), 0
+    changes = list[tuple[int, bytes]]()
     while pointers:
-        top, inner = divmod(first, span)
+        top, inner = first // span, first % span
         here = pointers[: (span - inner) * SIZE]
-        child = slots[top * SIZE : top * SIZE + SIZE] or NULL
+        child = node[start + top * SIZE : start + top * SIZE + SIZE] or NULL
         below = _below(space, child, height - 1, owner)
-        below, delta = _store(space, below, height - 1, owner, inner, here)
-        pointer, delta = _renewed(space, child, height - 1, owner, below, delta)
-        slots = _splice(slots, top, pointer)
+        slots, delta = _store(space, below, HEADER_SIZE, height - 1, owner, inner, here)
+        pointer, delta = _renewed(space, child, height - 1, owner, slots, delta)
+        changes.append((top, pointer))
         total += delta
         first += len(here) // SIZE
         pointers = pointers[len(here) :]
-    return slots, total
+    return put_slots(node, start, changes), total
 
 
 def _below(space: Space, child: bytes, level: int, owner: int) -> bytes:
-    """The slots of a child, which may be null."""
-    return space.node(child, INDEX, level, owner).data[HEADER_SIZE:] if child != NULL else b""
+    """The node that a child is, with its header; the child may be null."""
+    return space.node(child, INDEX, level, owner).data if child != NULL else _NO_NODE
 
 
 def _renewed(
     space: Space, child: bytes, level: int, owner: int, below: bytes, delta: int
 ) -> tuple[bytes, int]:
-    """(pointer to a child with slots `below`, which weigh `delta` more, its change of weight)"""
+    """(pointer to a child with trimmed slots `below`, which weigh `delta` more; its change)"""
     old_weight = 0
     if child != NULL:
         old_weight = weight_of(child)
         space.replace(child)
-    below = trim(below)
     if not below:
         return NULL, -old_weight
     new_weight = (old_weight or 1) + delta
@@ -289,6 +283,7 @@ def _cut(space: Space, slots: bytes, height: int, owner: int, first: int) -> tup
     child = slots[keep * SIZE : keep * SIZE + SIZE] if inner else b""
     if not child or child == NULL:
         return trim(kept), -lost
-    below, delta = _cut(space, _below(space, child, height - 1, owner), height - 1, owner, inner)
+    below = _below(space, child, height - 1, owner)[HEADER_SIZE:]
+    below, delta = _cut(space, below, height - 1, owner, inner)
     pointer, delta = _renewed(space, child, height - 1, owner, below, delta)
     return trim(kept + pointer), delta - lost

@@ -24,7 +24,14 @@ from functools import lru_cache
 from typing import Final
 
 from ivshmemfs.format.words import POINTER_SIZE, WORD
-from ivshmemfs.region._memory import ascending, lower_bound, sum_bytes
+from ivshmemfs.region._memory import (
+    ascending,
+    leaf_find,
+    leaf_insert,
+    leaf_remove,
+    lower_bound,
+    sum_bytes,
+)
 
 assert sys.byteorder == "little", "columns are taken as they stand"
 
@@ -102,49 +109,17 @@ class Leaf:
         sizes = 2 * WORD * self.count
         return ENTRY_FIXED * self.count + sum_bytes(self.raw, sizes, sizes + at)
 
-    def name(self, at: int) -> bytes:
-        """Name of entry `at`."""
-        start = self.name_at(at)
-        return self.raw[start : start + self.raw[2 * WORD * self.count + at]]
-
     def find(self, key: int, name: bytes) -> int:
         """Index of `name`, whose first possible key is `key`; -1 if it is not here."""
-        at = self.lower(key)
-        while at < self.count and self.key(at) < key + COLLISIONS:
-            if self.raw[2 * WORD * self.count + at] == len(name) and self.name(at) == name:
-                return at
-            at += 1
-        return -1
+        return leaf_find(self.raw, self.count, key, COLLISIONS, name)
 
     def insert(self, key: int, ino_and_type: int, name: bytes) -> "Leaf":
         """A leaf with one entry more."""
-        raw, at, inos = self.raw, self.lower(key), WORD * self.count
-        sizes, cut = 2 * inos, self.name_at(at)
-        parts = (
-            raw[: WORD * at],
-            _pack_word(key),
-            raw[WORD * at : inos + WORD * at],
-            _pack_word(ino_and_type),
-            raw[inos + WORD * at : sizes + at],
-            bytes((len(name),)),
-            raw[sizes + at : cut],
-            name,
-            raw[cut:],
-        )
-        return Leaf(b"".join(parts), self.count + 1)
+        return Leaf(leaf_insert(self.raw, self.count, key, ino_and_type, name), self.count + 1)
 
     def remove(self, at: int) -> "Leaf":
         """A leaf without entry `at`."""
-        raw, inos = self.raw, WORD * self.count
-        sizes, cut = 2 * inos, self.name_at(at)
-        parts = (
-            raw[: WORD * at],
-            raw[WORD * (at + 1) : inos + WORD * at],
-            raw[inos + WORD * (at + 1) : sizes + at],
-            raw[sizes + at + 1 : cut],
-            raw[cut + raw[sizes + at] :],
-        )
-        return Leaf(b"".join(parts), self.count - 1)
+        return Leaf(leaf_remove(self.raw, self.count, at), self.count - 1)
 
     def replace(self, at: int, ino_and_type: int) -> "Leaf":
         """A leaf whose entry `at` leads to another inode."""

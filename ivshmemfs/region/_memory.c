@@ -46,6 +46,8 @@
 #define NODE_HEADER 32
 #define NODE_USED_AT 8
 #define NODE_TAG_AT 24
+#define SLOTS_MOST (UINT64_C(1) << 20) /* more than any node or inode has */
+#define LEAF_FIXED 17 /* bytes of an entry besides its name */
 #define MAX_BLOCKS (UINT64_C(1) << 32) /* block numbers are 32 bits wide */
 #define COUNTER_MASK ((UINT64_C(1) << 36) - 1)
 #define INCARNATION_MASK ((UINT64_C(1) << 20) - 1)
@@ -583,30 +585,39 @@ static PyObject *memory_store(PyObject *self, PyObject *const *args, Py_ssize_t 
 }
 
 static const signature column_signature = {"load_column", {"offset", "stride", "count"}, 3, 3};
+static const signature nonzero_signature = {"nonzero_column", {"offset", "stride", "count"}, 3, 3};
 
-/* One word after the other, each a load event of its own. */
-static int column_run(Memory *memory, struct word_access *word, uint64_t stride, PyObject *into,
-                      uint64_t count)
+/* One word after the other, each a load event of its own: into a list, all or where one is not 0. */
+static int column_run(Memory *memory, struct word_access *word, uint64_t stride, uint64_t count,
+                      bool nonzero, PyObject *into)
 {
     for (uint64_t at = 0; at < count; at++, word->address += stride) {
-        PyObject *value = NULL;
-        if (load_event(memory) == 0 && perform(memory, load_body, word, 8) == 0)
-            value = from_u64(word->value);
-        if (value == NULL || PyList_SetItem(into, (Py_ssize_t)at, value) < 0)
+        PyObject *value;
+        int status;
+
+        if (load_event(memory) < 0 || perform(memory, load_body, word, 8) < 0)
+            return -1;
+        if (nonzero && word->value == 0)
+            continue;
+        if ((value = from_u64(nonzero ? at : word->value)) == NULL)
+            return -1;
+        status = PyList_Append(into, value);
+        Py_DECREF(value);
+        if (status < 0)
             return -1;
     }
     return 0;
 }
 
-static PyObject *memory_load_column(PyObject *self, PyObject *const *args, Py_ssize_t nargs,
-                                    PyObject *keywords)
+static PyObject *column_call(const signature *sig, PyObject *self, PyObject *const *args,
+                             Py_ssize_t nargs, PyObject *keywords)
 {
     Memory *memory = (Memory *)self;
     PyObject *given[3], *result = NULL;
     uint64_t stride, count;
     struct word_access word;
 
-    if (take_args(&column_signature, args, nargs, keywords, given) < 0 ||
+    if (take_args(sig, args, nargs, keywords, given) < 0 ||
         take_u64(given[1], "stride", &stride) < 0 || take_u64(given[2], "count", &count) < 0 ||
         use(memory) < 0)
         return NULL;
@@ -616,12 +627,24 @@ static PyObject *memory_load_column(PyObject *self, PyObject *const *args, Py_ss
                count > (memory->length - (uint64_t)(word.address - memory->base) - 8) / stride + 1) {
         PyErr_Format(PyExc_ValueError, "%R words every %R bytes leave the region, or its words",
                      given[2], given[1]);
-    } else if ((result = PyList_New((Py_ssize_t)count)) != NULL) {
-        if (column_run(memory, &word, stride, result, count) < 0)
+    } else if ((result = PyList_New(0)) != NULL) {
+        if (column_run(memory, &word, stride, count, sig == &nonzero_signature, result) < 0)
             Py_CLEAR(result);
     }
     unuse(memory);
     return result;
+}
+
+static PyObject *memory_load_column(PyObject *self, PyObject *const *args, Py_ssize_t nargs,
+                                    PyObject *keywords)
+{
+    return column_call(&column_signature, self, args, nargs, keywords);
+}
+
+static PyObject *memory_nonzero_column(PyObject *self, PyObject *const *args, Py_ssize_t nargs,
+                                       PyObject *keywords)
+{
+    return column_call(&nonzero_signature, self, args, nargs, keywords);
 }
 
 static const signature cas_signature = {"cas", {"offset", "expected", "new"}, 3, 3};
@@ -773,7 +796,7 @@ static void piece_extend(struct piece *piece, struct bulk *bulk)
     }
 }
 
-/* Prepares a run of stores; whether they had better go past the caches.
+/* Prepares a run of stores; whether they are many, and had better go past the caches.
  *
  * A file's pages appear in a mapping when they are first touched, and one fault for each of them
  * takes longer than storing to it.  The kernel maps a whole window at once when it is asked to.
@@ -786,7 +809,7 @@ static bool long_run(Memory *memory, const unsigned char *to, uint64_t length)
     uint32_t now = (uint32_t)(memory->moved >> WINDOW_BITS) + 1;
     uint64_t cold = 0;
 
-    if (memory->warmth == NULL || length < LONG_RUN)
+    if (memory->warmth == NULL || (length < LONG_RUN && memory->warmth[first] != 0))
         return false;
     for (uint64_t window = first; window <= last; window++) {
         uint32_t since = __atomic_exchange_n(&memory->warmth[window], now, __ATOMIC_RELAXED);
@@ -797,7 +820,7 @@ static bool long_run(Memory *memory, const unsigned char *to, uint64_t length)
         cold += since == 0 || now - since > WARM_WINDOWS;
     }
     memory->moved += length;
-    return 2 * cold > last - first;
+    return length >= LONG_RUN && 2 * cold > last - first;
 }
 
 static void bulk_body(void *argument)
@@ -2342,6 +2365,9 @@ static PyMethodDef memory_methods[] = {
     {"load_column", FAST(memory_load_column),
      "load_column($self, offset, stride, count)\n--\n\n"
      "A list of the words at offset, offset + stride, and so on."},
+    {"nonzero_column", FAST(memory_nonzero_column),
+     "nonzero_column($self, offset, stride, count)\n--\n\n"
+     "A list of which of these words are not 0; the first is number 0."},
     {"store", FAST(memory_store),
      "store($self, offset, value)\n--\n\nStore a 64-bit word after everything stored before."},
     {"cas", FAST(memory_cas),
@@ -2523,6 +2549,21 @@ static int take_words(PyObject *object, PyObject *count_object, Py_buffer *buffe
     return 0;
 }
 
+/* The first of `count` ascending words that is not below `value`. */
+static uint64_t lower_of(const unsigned char *keys, uint64_t count, uint64_t value)
+{
+    uint64_t low = 0;
+
+    while (low < count) {
+        uint64_t middle = low + (count - low) / 2;
+        if (u64_at(keys, middle) < value)
+            low = middle + 1;
+        else
+            count = middle;
+    }
+    return low;
+}
+
 static const signature lower_bound_signature = {
     "lower_bound", {"buffer", "count", "value"}, 3, 3};
 
@@ -2530,7 +2571,7 @@ static PyObject *module_lower_bound(PyObject *self, PyObject *const *args, Py_ss
                                     PyObject *keywords)
 {
     PyObject *given[3];
-    uint64_t count, value, low = 0;
+    uint64_t count, value;
     Py_buffer buffer;
 
     (void)self;
@@ -2538,15 +2579,9 @@ static PyObject *module_lower_bound(PyObject *self, PyObject *const *args, Py_ss
         take_u64(given[2], "value", &value) < 0 ||
         take_words(given[0], given[1], &buffer, &count) < 0)
         return NULL;
-    while (low < count) {
-        uint64_t middle = low + (count - low) / 2;
-        if (u64_at(buffer.buf, middle) < value)
-            low = middle + 1;
-        else
-            count = middle;
-    }
+    count = lower_of(buffer.buf, count, value);
     PyBuffer_Release(&buffer);
-    return from_u64(low);
+    return from_u64(count);
 }
 
 static const signature ascending_signature = {"ascending", {"buffer", "count"}, 2, 2};
@@ -2590,6 +2625,263 @@ static PyObject *module_sum_bytes(PyObject *self, PyObject *const *args, Py_ssiz
     return from_u64(sum);
 }
 
+/* --- packed slots of pointers ------------------------------------------------------------------ */
+
+/* Takes apart a change of slots, (index, packed slots). */
+static int take_change(PyObject *change, uint64_t *offset, const char **slots, uint64_t *length)
+{
+    PyObject *packed;
+
+    if (!PyTuple_Check(change) || PyTuple_Size(change) != 2 ||
+        !PyBytes_Check(packed = PyTuple_GetItem(change, 1))) {
+        PyErr_SetString(PyExc_TypeError, "a change is (index, packed slots)");
+        return -1;
+    }
+    if (take_u64(PyTuple_GetItem(change, 0), "index", offset) < 0 ||
+        check_limit("index", *offset, 0, SLOTS_MOST) < 0)
+        return -1;
+    *offset *= POINTER_SIZE;
+    *slots = PyBytes_AsString(packed);
+    *length = (uint64_t)PyBytes_Size(packed);
+    if (*length % POINTER_SIZE == 0)
+        return 0;
+    PyErr_SetString(PyExc_ValueError, "half a slot");
+    return -1;
+}
+
+/* The slots in `had` with all changes; nothing but `*size` when `into` is NULL. */
+static int slots_put(unsigned char *into, uint64_t *size, PyObject *changes)
+{
+    for (Py_ssize_t at = 0; at < PyList_Size(changes); at++) {
+        uint64_t offset, length;
+        const char *slots;
+
+        if (take_change(PyList_GetItem(changes, at), &offset, &slots, &length) < 0)
+            return -1;
+        if (into != NULL)
+            memcpy(into + offset, slots, length);
+        else if (offset + length > *size)
+            *size = offset + length;
+    }
+    return 0;
+}
+
+static PyObject *slots_changed(const unsigned char *had, uint64_t length, PyObject *changes)
+{
+    uint64_t size = length;
+    unsigned char *slots;
+    PyObject *result;
+
+    if (slots_put(NULL, &size, changes) < 0)
+        return NULL;
+    if ((slots = malloc(size + 1)) == NULL)
+        return PyErr_NoMemory();
+    memcpy(slots, had, length);
+    memset(slots + length, 0, size - length);
+    slots_put(slots, &size, changes); /* it cannot fail: it has seen them all */
+    while (size > 0 && (u64_at(slots, size / 8 - 1) | u64_at(slots, size / 8 - 2)) == 0)
+        size -= POINTER_SIZE;
+    result = PyBytes_FromStringAndSize((const char *)slots, (Py_ssize_t)size);
+    free(slots);
+    return result;
+}
+
+static const signature put_slots_signature = {"put_slots", {"buffer", "start", "changes"}, 3, 3};
+
+static PyObject *module_put_slots(PyObject *self, PyObject *const *args, Py_ssize_t nargs,
+                                  PyObject *keywords)
+{
+    PyObject *given[3], *result = NULL;
+    uint64_t start, length;
+    Py_buffer buffer;
+
+    (void)self;
+    if (take_args(&put_slots_signature, args, nargs, keywords, given) < 0 ||
+        take_u64(given[1], "start", &start) < 0 ||
+        PyObject_GetBuffer(given[0], &buffer, PyBUF_SIMPLE) < 0)
+        return NULL;
+    length = (uint64_t)buffer.len;
+    if (start > length || (length - start) % POINTER_SIZE != 0)
+        PyErr_SetString(PyExc_ValueError, "the buffer does not end with whole slots");
+    else if (!PyList_Check(given[2]))
+        PyErr_SetString(PyExc_TypeError, "changes must be a list");
+    else
+        result = slots_changed((unsigned char *)buffer.buf + start, length - start, given[2]);
+    PyBuffer_Release(&buffer);
+    return result;
+}
+
+/* --- packed directory leaves ------------------------------------------------------------------- */
+
+/* Columns in a row: keys u64, values u64, lengths of names u8; then the names. */
+struct leaf {
+    Py_buffer buffer;
+    const unsigned char *keys, *values, *sizes;
+    uint64_t count;
+    uint64_t names; /* where they begin */
+    uint64_t length;
+};
+
+static int take_leaf(PyObject *raw, PyObject *count, struct leaf *leaf)
+{
+    if (take_u64(count, "count", &leaf->count) < 0 ||
+        PyObject_GetBuffer(raw, &leaf->buffer, PyBUF_SIMPLE) < 0)
+        return -1;
+    leaf->length = (uint64_t)leaf->buffer.len;
+    if (leaf->count > leaf->length / LEAF_FIXED) {
+        PyErr_Format(PyExc_ValueError, "%R entries are more than %zd bytes hold", count,
+                     leaf->buffer.len);
+        PyBuffer_Release(&leaf->buffer);
+        return -1;
+    }
+    leaf->keys = leaf->buffer.buf;
+    leaf->values = leaf->keys + 8 * leaf->count;
+    leaf->sizes = leaf->values + 8 * leaf->count;
+    leaf->names = LEAF_FIXED * leaf->count;
+    return 0;
+}
+
+/* Where the name of entry `at` begins; at the end at the latest, whatever the lengths say. */
+static uint64_t name_at(const struct leaf *leaf, uint64_t at)
+{
+    uint64_t place = leaf->names;
+
+    for (uint64_t i = 0; i < at; i++)
+        place += leaf->sizes[i];
+    return place < leaf->length ? place : leaf->length;
+}
+
+static const signature leaf_find_signature = {
+    "leaf_find", {"raw", "count", "key", "span", "name"}, 5, 5};
+
+static PyObject *module_leaf_find(PyObject *self, PyObject *const *args, Py_ssize_t nargs,
+                                  PyObject *keywords)
+{
+    PyObject *given[5];
+    uint64_t key, span, at, place;
+    struct leaf leaf;
+    Py_buffer name;
+
+    (void)self;
+    if (take_args(&leaf_find_signature, args, nargs, keywords, given) < 0 ||
+        take_u64(given[2], "key", &key) < 0 || take_u64(given[3], "span", &span) < 0 ||
+        PyObject_GetBuffer(given[4], &name, PyBUF_SIMPLE) < 0)
+        return NULL;
+    if (take_leaf(given[0], given[1], &leaf) < 0) {
+        PyBuffer_Release(&name);
+        return NULL;
+    }
+    at = lower_of(leaf.keys, leaf.count, key);
+    for (; at < leaf.count && u64_at(leaf.keys, at) - key < span; at++) {
+        if (leaf.sizes[at] != (uint64_t)name.len)
+            continue;
+        place = name_at(&leaf, at);
+        if (leaf.length - place >= (uint64_t)name.len &&
+            memcmp(leaf.keys + place, name.buf, (size_t)name.len) == 0)
+            break;
+    }
+    if (at < leaf.count && u64_at(leaf.keys, at) - key >= span)
+        at = leaf.count;
+    place = at < leaf.count ? at : UINT64_MAX;
+    PyBuffer_Release(&leaf.buffer);
+    PyBuffer_Release(&name);
+    return PyLong_FromLongLong((long long)place);
+}
+
+static unsigned char *put(unsigned char *to, const void *from, uint64_t length)
+{
+    memcpy(to, from, length);
+    return to + length;
+}
+
+static PyObject *leaf_with(const struct leaf *leaf, uint64_t key, uint64_t value,
+                           const Py_buffer *name)
+{
+    uint64_t at = lower_of(leaf->keys, leaf->count, key), cut = name_at(leaf, at);
+    uint64_t length = leaf->length + LEAF_FIXED + (uint64_t)name->len;
+    PyObject *result = PyBytes_FromStringAndSize(NULL, (Py_ssize_t)length);
+    unsigned char size = (unsigned char)name->len, *to;
+
+    if (result == NULL)
+        return NULL;
+    to = (unsigned char *)PyBytes_AsString(result);
+    to = put(to, leaf->keys, 8 * at);
+    to = put(to, &key, 8);
+    to = put(to, leaf->keys + 8 * at, 8 * leaf->count); /* with the values before it */
+    to = put(to, &value, 8);
+    to = put(to, leaf->values + 8 * at, 8 * (leaf->count - at) + at);
+    to = put(to, &size, 1);
+    to = put(to, leaf->sizes + at, cut - (uint64_t)(leaf->sizes + at - leaf->keys));
+    to = put(to, name->buf, (uint64_t)name->len);
+    put(to, leaf->keys + cut, leaf->length - cut);
+    return result;
+}
+
+static const signature leaf_insert_signature = {
+    "leaf_insert", {"raw", "count", "key", "value", "name"}, 5, 5};
+
+static PyObject *module_leaf_insert(PyObject *self, PyObject *const *args, Py_ssize_t nargs,
+                                    PyObject *keywords)
+{
+    PyObject *given[5], *result = NULL;
+    uint64_t key, value;
+    struct leaf leaf;
+    Py_buffer name;
+
+    (void)self;
+    if (take_args(&leaf_insert_signature, args, nargs, keywords, given) < 0 ||
+        take_u64(given[2], "key", &key) < 0 || take_u64(given[3], "value", &value) < 0 ||
+        PyObject_GetBuffer(given[4], &name, PyBUF_SIMPLE) < 0)
+        return NULL;
+    if (name.len < 1 || name.len > UINT8_MAX) {
+        PyErr_Format(PyExc_ValueError, "a name has 1 to 255 bytes, not %zd", name.len);
+    } else if (take_leaf(given[0], given[1], &leaf) == 0) {
+        result = leaf_with(&leaf, key, value, &name);
+        PyBuffer_Release(&leaf.buffer);
+    }
+    PyBuffer_Release(&name);
+    return result;
+}
+
+static PyObject *leaf_without(const struct leaf *leaf, uint64_t at)
+{
+    uint64_t cut = name_at(leaf, at), behind = name_at(leaf, at + 1);
+    PyObject *result = PyBytes_FromStringAndSize(
+        NULL, (Py_ssize_t)(leaf->length - LEAF_FIXED - (behind - cut)));
+    unsigned char *to;
+
+    if (result == NULL)
+        return NULL;
+    to = (unsigned char *)PyBytes_AsString(result);
+    to = put(to, leaf->keys, 8 * at);
+    to = put(to, leaf->keys + 8 * (at + 1), 8 * (leaf->count - 1));
+    to = put(to, leaf->values + 8 * (at + 1), 8 * (leaf->count - 1 - at) + at);
+    to = put(to, leaf->sizes + at + 1, cut - (uint64_t)(leaf->sizes + at + 1 - leaf->keys));
+    put(to, leaf->keys + behind, leaf->length - behind);
+    return result;
+}
+
+static const signature leaf_remove_signature = {"leaf_remove", {"raw", "count", "at"}, 3, 3};
+
+static PyObject *module_leaf_remove(PyObject *self, PyObject *const *args, Py_ssize_t nargs,
+                                    PyObject *keywords)
+{
+    PyObject *given[3], *result = NULL;
+    uint64_t at;
+    struct leaf leaf;
+
+    (void)self;
+    if (take_args(&leaf_remove_signature, args, nargs, keywords, given) < 0 ||
+        take_u64(given[2], "at", &at) < 0 || take_leaf(given[0], given[1], &leaf) < 0)
+        return NULL;
+    if (at < leaf.count)
+        result = leaf_without(&leaf, at);
+    else
+        PyErr_Format(PyExc_ValueError, "there is no entry %R", given[2]);
+    PyBuffer_Release(&leaf.buffer);
+    return result;
+}
+
 static PyMethodDef module_methods[] = {
     {"crc32c", FAST(module_crc32c),
      "crc32c(buffer, seed=0)\n--\n\nCRC-32C of a buffer; seed is the result for what precedes it."},
@@ -2604,6 +2896,18 @@ static PyMethodDef module_methods[] = {
      "Whether each of count packed words is above the one before it."},
     {"sum_bytes", FAST(module_sum_bytes),
      "sum_bytes(buffer, start, stop)\n--\n\nThe sum of bytes [start, stop)."},
+    {"put_slots", FAST(module_put_slots),
+     "put_slots(buffer, start, changes)\n--\n\n"
+     "The packed pointers from byte start on, with changes (index, packed pointers) put in;\n"
+     "nulls fill the gaps, and none is left at the end."},
+    {"leaf_find", FAST(module_leaf_find),
+     "leaf_find(raw, count, key, span, name)\n--\n\n"
+     "Which of the entries with keys in [key, key + span) bears the name; -1: none."},
+    {"leaf_insert", FAST(module_leaf_insert),
+     "leaf_insert(raw, count, key, value, name)\n--\n\n"
+     "The packed leaf with one entry more, before those with keys from this one on."},
+    {"leaf_remove", FAST(module_leaf_remove),
+     "leaf_remove(raw, count, at)\n--\n\nThe packed leaf without one entry."},
     {NULL, NULL, 0, NULL}};
 
 static PyTypeObject *add_type(PyObject *module, PyType_Spec *spec)

@@ -180,8 +180,8 @@ class PeerTable:
 
     def _others(self, own: int) -> list[int]:
         """The slots but `own` that are not free."""
-        states = self.memory.load_column(self.offset(1), _SLOT, self.count)
-        return [slot for slot, word in enumerate(states, 1) if word and slot != own]
+        used = self.memory.nonzero_column(self.offset(1), _SLOT, self.count)
+        return [number + 1 for number in used if number + 1 != own]
 
 
 class Membership:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -69,7 +71,10 @@ class LeafMachine(RuleBasedStateMachine):
     @invariant()
     def holds_what_the_model_holds(self) -> None:
         leaf = self.leaf
-        found = {leaf.name(at): leaf.inos[at] for at in range(len(leaf.keys))}
+        starts = [leaf.name_at(at) for at in range(leaf.count + 1)]
+        found = {
+            leaf.raw[a:b]: ino for (a, b), ino in zip(pairwise(starts), leaf.inos, strict=True)
+        }
         assert found == self.model
         assert list(leaf.keys) == sorted(name_key(name, SECRET) for name in self.model)
         assert leaf.size == sum(ENTRY_FIXED + len(name) for name in self.model)

@@ -110,9 +110,10 @@ def read_leaf(data: bytes) -> None:
     except ValueError:
         return
     assert leaf.raw == raw
-    assert sum(len(leaf.name(at)) for at in range(count)) == len(leaf.names)
+    assert leaf.name_at(count) == len(raw)
     for at in range(min(count, 3)):
-        assert leaf.find(leaf.keys[at] & ~0xFF, leaf.name(at)) <= at
+        name = raw[leaf.name_at(at) : leaf.name_at(at + 1)]
+        assert leaf.find(leaf.keys[at] & ~0xFF, name) <= at
         assert leaf.remove(at).size < leaf.size
     more = leaf.insert(dirent.FIRST_KEY, 1, b"name")
     assert dirent.decode_leaf(leaf.part(0, count // 2).raw, count // 2).size <= more.size

@@ -337,6 +337,9 @@ def test_a_column_of_words(memory: Memory) -> None:
     assert memory.load_column(16, 24, 4) == [2, 5, 8, 11]
     assert memory.load_column(0, 8, SIZE // 8) == list(range(SIZE // 8))
     assert memory.load_column(SIZE - 8, 1 << 40, 1) == [SIZE // 8 - 1]
+    assert memory.nonzero_column(0, 8, 4) == [1, 2, 3]  # the first word is 0
+    memory.store(16, 0)
+    assert memory.nonzero_column(0, 8, 4) == [1, 3]
     assert memory.load_column(0, 8, 0) == []
 
 
@@ -348,3 +351,5 @@ def test_a_column_of_words(memory: Memory) -> None:
 def test_columns_outside_are_refused(memory: Memory, offset: int, stride: int, count: int) -> None:
     with pytest.raises(ValueError, match=r"out of|leave the region"):
         memory.load_column(offset, stride, count)
+    with pytest.raises(ValueError, match=r"out of|leave the region"):
+        memory.nonzero_column(offset, stride, count)

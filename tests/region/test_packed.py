@@ -4,12 +4,21 @@ from __future__ import annotations
 
 from array import array
 from bisect import bisect_left
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ivshmemfs.region._memory import ascending, lower_bound, sum_bytes
+from ivshmemfs.region._memory import (
+    ascending,
+    leaf_find,
+    leaf_insert,
+    leaf_remove,
+    lower_bound,
+    put_slots,
+    sum_bytes,
+)
 
 WORDS = st.lists(st.integers(0, 2**64 - 1), max_size=40)
 
@@ -37,3 +46,114 @@ def test_more_words_than_there_are_is_refused(count: int) -> None:
         lower_bound(bytes(23), count, 0)
     with pytest.raises(ValueError, match=r"more than|out of range"):
         ascending(bytes(23), count)
+
+
+SLOT = st.one_of(st.just(bytes(16)), st.binary(min_size=16, max_size=16))
+SLOTS = st.lists(SLOT, max_size=12).map(b"".join)
+CHANGES = st.lists(st.tuples(st.integers(0, 20), SLOTS), max_size=5)
+
+
+@given(st.binary(max_size=40), SLOTS, CHANGES)
+def test_put_slots(before: bytes, slots: bytes, changes: list[tuple[int, bytes]]) -> None:
+    wanted = bytearray(slots)
+    for index, run in changes:
+        wanted += bytes(max(0, index * 16 + len(run) - len(wanted)))
+        wanted[index * 16 : index * 16 + len(run)] = run
+    while wanted.endswith(bytes(16)) and wanted:
+        del wanted[-16:]
+    assert put_slots(before + slots, len(before), changes) == bytes(wanted)
+
+
+@pytest.mark.parametrize(
+    ("start", "changes"),
+    [
+        (1, []),  # half a slot is left
+        (17, []),  # behind the end
+        (2**64 - 1, []),
+        (0, [(0, bytes(8))]),
+        (0, [(-1, bytes(16))]),
+        (0, [(2**64, bytes(16))]),
+        (0, [(1 << 21, bytes(16))]),
+    ],
+)
+def test_slots_that_cannot_be(start: int, changes: list[tuple[int, bytes]]) -> None:
+    with pytest.raises(ValueError, match=r"slot|out of range"):
+        put_slots(bytes(16), start, changes)
+
+
+@pytest.mark.parametrize("changes", [None, (), [None], [(1,)], [(1, bytearray(16))], [(1, 2, 3)]])
+def test_changes_of_a_wrong_type(changes: Any) -> None:
+    with pytest.raises(TypeError):
+        put_slots(bytes(16), 0, changes)
+
+
+class Rows:
+    """A leaf as rows (key, value, name); packs itself into columns."""
+
+    def __init__(self, rows: list[tuple[int, int, bytes]]) -> None:
+        self.rows = sorted(rows, key=lambda row: row[0])
+
+    def packed(self) -> bytes:
+        keys = array("Q", [key for key, _, _ in self.rows]).tobytes()
+        values = array("Q", [value for _, value, _ in self.rows]).tobytes()
+        names = [name for _, _, name in self.rows]
+        return keys + values + bytes(map(len, names)) + b"".join(names)
+
+
+NAME = st.binary(min_size=1, max_size=255)
+WORD = st.integers(0, 2**64 - 1)
+ROWS = st.lists(
+    st.tuples(st.integers(0, 300) | WORD, WORD, NAME), max_size=20, unique_by=lambda row: row[0]
+).map(Rows)
+
+
+@given(ROWS, st.integers(0, 300) | WORD, WORD, NAME)
+def test_an_entry_more(leaf: Rows, key: int, value: int, name: bytes) -> None:
+    if key in [known for known, _, _ in leaf.rows]:
+        return
+    more = Rows([*leaf.rows, (key, value, name)])
+    assert leaf_insert(leaf.packed(), len(leaf.rows), key, value, name) == more.packed()
+
+
+@given(ROWS)
+def test_an_entry_less(leaf: Rows) -> None:
+    for at in range(len(leaf.rows)):
+        less = Rows(leaf.rows[:at] + leaf.rows[at + 1 :])
+        assert leaf_remove(leaf.packed(), len(leaf.rows), at) == less.packed()
+
+
+@given(ROWS, st.integers(0, 300) | WORD, st.integers(0, 300), NAME)
+def test_finding_an_entry(leaf: Rows, key: int, span: int, name: bytes) -> None:
+    for sought in {name, *(row[2] for row in leaf.rows)}:
+        found = [
+            at
+            for at, (known, _, called) in enumerate(leaf.rows)
+            if called == sought and key <= known < key + span
+        ]
+        at = leaf_find(leaf.packed(), len(leaf.rows), key, span, sought)
+        assert at == (found[0] if found else -1)
+
+
+@given(st.binary(max_size=200), st.integers(0, 12), st.integers(0, 2**64 - 1), NAME)
+def test_a_leaf_of_anything_is_survived(raw: bytes, count: int, key: int, name: bytes) -> None:
+    if 17 * count > len(raw):
+        with pytest.raises(ValueError, match="more than"):
+            leaf_find(raw, count, key, 256, name)
+        with pytest.raises(ValueError, match="more than"):
+            leaf_insert(raw, count, key, 1, name)
+        return
+    assert -1 <= leaf_find(raw, count, key, 256, name) < count
+    assert len(leaf_insert(raw, count, key, 1, name)) == len(raw) + 17 + len(name)
+    for at in range(count):
+        assert len(leaf_remove(raw, count, at)) <= len(raw) - 17
+
+
+def test_entries_that_cannot_be() -> None:
+    with pytest.raises(ValueError, match="1 to 255 bytes"):
+        leaf_insert(b"", 0, 1, 1, b"")
+    with pytest.raises(ValueError, match="1 to 255 bytes"):
+        leaf_insert(b"", 0, 1, 1, bytes(256))
+    with pytest.raises(ValueError, match="no entry"):
+        leaf_remove(bytes(17), 1, 1)
+    with pytest.raises(ValueError, match="out of range"):
+        leaf_find(bytes(17), 1, -1, 1, b"x")
