@@ -61,7 +61,7 @@ class Collector:
         self._store.memory.fence()
         while True:
             word, root = self._store.snapshot()
-            view = View(self._store, word, root)
+            view = View(self._store, word, root, {})
             try:
                 yield from self._mark_root(view)
                 break

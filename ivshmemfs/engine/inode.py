@@ -44,7 +44,6 @@ class Context(NamedTuple):
 
     uid: int
     gid: int
-    umask: int = 0
     pid: int = 0
 
 

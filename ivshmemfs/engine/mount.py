@@ -155,7 +155,7 @@ class Mount:
         """The present state; the same object while nobody commits."""
         word, root = self.store.snapshot()
         if self._view is None or self._view.word != word:
-            self._view = View(self.store, word, root)
+            self._view = View(self.store, word, root, {})
         return self._view
 
     def look(self, reader: Callable[[View], T]) -> T:
@@ -213,7 +213,11 @@ class Mount:
             for _ in range(ATTEMPTS):
                 word, root = self.store.snapshot()
                 member.check()
-                tx = Transaction(self.store, word, root, space, self._in_use, removal, self.clock)
+                view = self._view
+                found = view.hand_over() if view is not None and view.word == word else {}
+                tx = Transaction(
+                    self.store, word, root, space, self._in_use, removal, self.clock, found
+                )
                 try:
                     result = plan(tx)
                     if not tx.changed:
@@ -224,8 +228,9 @@ class Mount:
                         raise Corrupt(f"the present root leads astray: {overtaken}") from None
                 else:
                     space.store_nodes()
-                    if space.publish(word, new_root):
+                    if now := space.publish(word, new_root):
                         published = True
+                        self._view = View(self.store, now, new_root, tx.hand_over())
                         tx.release_dropped()
                         return result
                 space.forget_plan()

@@ -69,9 +69,9 @@ def parse_root(node: Node) -> Root:
 
 
 class View:
-    """The filesystem as of one commit."""
+    """The filesystem as of one commit; `found` are inodes that are known to be in it."""
 
-    def __init__(self, store: Store, word: int, root: Node) -> None:
+    def __init__(self, store: Store, word: int, root: Node, found: dict[int, Inode]) -> None:
         self.store = store
         self.nodes: Nodes = store
         self.word = word
@@ -80,7 +80,7 @@ class View:
         if root.parsed is None:
             root.parsed = parse_root(root)
         self.root: Root = root.parsed
-        self._found: dict[int, Inode] = {}
+        self._found = found
         self.names: dict[tuple[int, bytes], Inode] = {}  # for callers: what look-ups found
 
     def inode(self, ino: int) -> Inode:
@@ -100,6 +100,11 @@ class View:
             found = self._parsed(self.nodes.node(pointer, INODE, 0, ino))
             if len(self._found) < FOUND_MAX:
                 self._found[ino] = found
+        return found
+
+    def hand_over(self) -> dict[int, Inode]:
+        """The inodes that are known, for whoever goes on from here; this view finds them anew."""
+        found, self._found = self._found, {}
         return found
 
     def pointer_to(self, ino: int) -> bytes:
@@ -136,8 +141,9 @@ class Transaction(View):
         in_use: Callable[[int], bool],
         removal: bool,
         clock: Clock,
+        found: dict[int, Inode],
     ) -> None:
-        super().__init__(store, word, root)
+        super().__init__(store, word, root, found)
         self.in_use = in_use  # whether anybody holds an inode open; announces that it may go
         self.space = space
         self.nodes = space
@@ -159,6 +165,18 @@ class Transaction(View):
         if ino in self._dirty:
             return self._dirty[ino]
         return super().find_inode(ino)
+
+    def hand_over(self) -> dict[int, Inode]:
+        """The same as of the new root; after the commit."""
+        found = super().hand_over()
+        if len(found) + len(self._dirty) > FOUND_MAX:
+            found.clear()
+        for ino, inode in self._dirty.items():
+            if inode is not None:
+                found[ino] = inode
+            else:
+                found.pop(ino, None)
+        return found
 
     # --- changes ---
 

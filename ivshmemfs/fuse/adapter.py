@@ -329,4 +329,4 @@ def _new_entry() -> EntryAttributes:
 
 
 def _context(ctx: RequestContext) -> Context:
-    return Context(ctx.uid, ctx.gid, ctx.umask, ctx.pid)
+    return Context(ctx.uid, ctx.gid, ctx.pid)

@@ -157,7 +157,7 @@ class Direct:
         handler = self._handlers[opcode & 255]
         if handler is None:
             return None if self._silent(opcode, node, size) else request[:size]
-        ctx = Context(uid, gid, 0, pid)
+        ctx = Context(uid, gid, pid)
         try:
             answer = handler(node, ctx, request, size)
         except Busy:
@@ -297,9 +297,9 @@ class Direct:
 
     def _mkdir(self, node: int, ctx: Context, request: Buffer, end: int) -> Answer:
         self._inode(node, ctx)
-        mode, umask = wire.MKDIR_IN.unpack_from(request, _BODY)
+        (mode,) = wire.MKDIR_IN.unpack_from(request, _BODY)
         name = self._name(request, _BODY + wire.MKDIR_IN.size, end)
-        found = self._served.mkdir(node, name, mode, ctx._replace(umask=umask))
+        found = self._served.mkdir(node, name, mode, ctx)
         return self._entry(*found)
 
     def _unlink(self, node: int, ctx: Context, request: Buffer, end: int) -> Answer:
@@ -384,16 +384,16 @@ class Direct:
         return wire.OPEN_OUT.pack(self._served.keep(handle), self._open_flags)
 
     def _create(self, node: int, ctx: Context, request: Buffer, end: int) -> Answer:
-        flags, mode, umask = wire.CREATE_IN.unpack_from(request, _BODY)
+        flags, mode = wire.CREATE_IN.unpack_from(request, _BODY)
         name = self._name(request, _BODY + wire.CREATE_IN.size, end)
         ino = self._inode(node, ctx)
-        handle, attr = self._fs.create(ino, name, mode, flags, ctx._replace(umask=umask))
+        handle, attr = self._fs.create(ino, name, mode, flags, ctx)
         return self._entry(attr.ino, attr) + self._opened(handle)
 
     def _tmpfile(self, node: int, ctx: Context, request: Buffer, _end: int) -> Answer:
-        flags, mode, umask = wire.CREATE_IN.unpack_from(request, _BODY)
+        flags, mode = wire.CREATE_IN.unpack_from(request, _BODY)
         ino = self._inode(node, ctx)
-        handle, attr = self._fs.tmpfile(ino, mode, flags, ctx._replace(umask=umask))
+        handle, attr = self._fs.tmpfile(ino, mode, flags, ctx)
         return self._entry(attr.ino, attr) + self._opened(handle)
 
     def _lseek(self, _node: int, _ctx: Context, request: Buffer, _end: int) -> Answer:

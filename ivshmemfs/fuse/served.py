@@ -16,7 +16,6 @@ the kernel does not keep, because another machine may change everything at any t
 from __future__ import annotations
 
 import errno
-import functools
 import itertools
 import logging
 import os
@@ -122,7 +121,6 @@ class Served:
         self._ownership = ownership or Ownership()
         self.as_stored = self._ownership == Ownership()
         self._numbers = itertools.count(1)
-        self._unreleased: list[Callable[[], None]] = []
         self._folders: dict[int, int] = {}  # by handle: the number that was opened
 
     # --- waiting --------------------------------------------------------------------------
@@ -258,14 +256,9 @@ class Served:
         return number
 
     def release(self, number: int) -> None:
-        """Forget a file's handle now; when the engine is busy, the upkeep releases it later."""
-        self._let_go(self.fs.release, self.handles.pop(number))
-
-    def _let_go(self, release: Callable[[Handle], None], handle: Handle) -> None:
-        try:
-            release(handle)
-        except Busy:
-            self._unreleased.append(functools.partial(release, handle))
+        """Close a file."""
+        self.fs.release(self.handles[number])
+        del self.handles[number]
 
     # --- directories ------------------------------------------------------------------------
 
@@ -277,8 +270,8 @@ class Served:
 
     def releasedir(self, number: int) -> None:
         """Close a directory."""
-        del self._folders[number]
-        self._let_go(self.fs.releasedir, self.handles.pop(number))
+        self.fs.releasedir(self.handles[number])
+        del self.handles[number], self._folders[number]
 
     def listing(self, number: int, cookie: int, take: Callable[[Entry], bool]) -> None:
         """Hand what a directory holds from *cookie* on to *take*, until it refuses one.
@@ -308,18 +301,8 @@ class Served:
     def upkeep(self) -> None:
         """What must be done about once a second.  Never raises; errors are logged."""
         try:
-            self._release_late()
             self.fs.tick()
         except Busy:
             pass  # next time
         except Exception as error:
             failure("upkeep", error)
-
-    def _release_late(self) -> None:
-        while self._unreleased:
-            release = self._unreleased.pop()
-            try:
-                release()
-            except Busy:
-                self._unreleased.append(release)
-                raise

@@ -54,10 +54,10 @@ BATCH_FORGET_IN = struct.Struct("=Ixxxx")
 FORGET_ONE = struct.Struct("=QQ")
 #: valid, fh, size, atime, mtime, atimensec, mtimensec, mode, uid, gid.
 SETATTR_IN = struct.Struct("=IxxxxQQxxxxxxxxqqxxxxxxxxIIxxxxIxxxxIIxxxx")
-#: mode, umask; the name follows.
-MKDIR_IN = struct.Struct("=II")
-#: flags, mode, umask; the name follows.
-CREATE_IN = struct.Struct("=IIIxxxx")
+#: mode; the name follows.  The kernel has applied the umask.
+MKDIR_IN = struct.Struct("=Ixxxx")
+#: flags, mode; the name follows.
+CREATE_IN = struct.Struct("=IIxxxxxxxx")
 #: flags.
 OPEN_IN = struct.Struct("=Ixxxx")
 #: fh, offset, size; READ and READDIR.

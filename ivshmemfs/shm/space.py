@@ -252,18 +252,18 @@ class Space(Nodes):
             raise Fenced(_NOT_OURS)
         self._store.memory.fence()
 
-    def publish(self, planned_on: int, root: Node) -> bool:
-        """Swap the commit word; False when somebody else committed first."""
+    def publish(self, planned_on: int, root: Node) -> int:
+        """Swap the commit word; returns the new one, or 0 when somebody else committed first."""
         word = self._store.control.publish(planned_on, root.block)
         if not word:
-            return False
+            return 0
         cache = self._store.cache
         for pointer in self._replaced:
             cache.drop(pointer)
         for node in self._nodes.values():
             cache.put(node)
         self._store.know(word, root)
-        return True
+        return word
 
     def forget_plan(self) -> None:
         """Back to claims alone, for planning again: all used blocks return to the pool."""

@@ -489,19 +489,6 @@ def test_busy_is_tried_again(
     assert "ERROR" not in shared.log_text()[logged:]
 
 
-def test_busy_release_happens_later(mnt: FakeMount) -> None:
-    """An open file keeps an unlinked one alive; a busy engine must not make that for ever."""
-    path = mnt.path / "f"
-    fd = os.open(path, os.O_CREAT | os.O_RDWR)
-    inode = os.fstat(fd).st_ino
-    path.unlink()
-    mnt.fail("release", "Busy", 2)
-    os.close(fd)
-    assert eventually(lambda: mnt.left() == 0, 5)
-    assert mnt.alive
-    assert inode > 1
-
-
 def test_a_busy_operation_does_not_stop_others(mnt: FakeMount) -> None:
     populate(mnt.path)
     mnt.fail("readlink", "Busy", 400)

@@ -98,7 +98,7 @@ class Kernel:
 
     def create(self, name: bytes) -> tuple[int, int]:
         """(inode, handle) of a new file."""
-        body = wire.CREATE_IN.pack(os.O_RDWR, 0o644, 0o022) + name + b"\0"
+        body = wire.CREATE_IN.pack(os.O_RDWR, 0o644) + name + b"\0"
         answer = self.ask(wire.CREATE, body)
         entry = wire.ENTRY_OUT.size + wire.ATTR.size
         return wire.ENTRY_OUT.unpack_from(answer)[0], wire.OPEN_OUT.unpack_from(answer, entry)[0]
@@ -234,7 +234,7 @@ def test_names_of_a_directory(kernel: Kernel) -> None:
 
 
 def test_removing_and_moving(kernel: Kernel) -> None:
-    kernel.ask(wire.MKDIR, wire.MKDIR_IN.pack(0o755, 0) + b"d\0")
+    kernel.ask(wire.MKDIR, wire.MKDIR_IN.pack(0o755) + b"d\0")
     kernel.create(b"f")
     kernel.ask(wire.RENAME, wire.RENAME_IN.pack(ROOT_INO) + b"f\0g\0")
     kernel.ask(wire.RENAME2, wire.RENAME2_IN.pack(ROOT_INO, 1) + b"g\0h\0")
@@ -368,7 +368,7 @@ def test_only_root_where_the_kernel_checks_nothing() -> None:
         for opcode, body in (
             (wire.LOOKUP, b"f\0"),
             (wire.OPEN, wire.OPEN_IN.pack(os.O_RDONLY)),
-            (wire.CREATE, wire.CREATE_IN.pack(os.O_RDWR, 0o644, 0) + b"g\0"),
+            (wire.CREATE, wire.CREATE_IN.pack(os.O_RDWR, 0o644) + b"g\0"),
             (wire.UNLINK, b"f\0"),
         ):
             kernel.send(opcode, body, node=ROOT_INO if opcode != wire.OPEN else ino, uid=1000)
