@@ -1,0 +1,77 @@
+"""What a mount knows of inodes outlives its own commits, and must be what the region says."""
+
+from __future__ import annotations
+
+import os
+import random
+
+from ivshmemfs.engine import ROOT_INO, Attr, Filesystem
+from ivshmemfs.engine.transaction import FOUND_MAX
+from ivshmemfs.errors import FsError, StaleHandle
+from tests.regions import ROOT, TestRegion, get, put
+
+
+def seen(fs: Filesystem, numbers: list[int]) -> list[Attr | None]:
+    found: list[Attr | None] = []
+    for ino in numbers:
+        try:
+            found.append(fs.numbered(ino))
+        except StaleHandle:
+            found.append(None)
+    return found
+
+
+def change(fs: Filesystem, chance: random.Random, numbers: list[int]) -> None:
+    """Something that may fail."""
+    name, to = (b"%d" % chance.randrange(6) for _ in range(2))
+    what = chance.randrange(6)
+    if what == 0:
+        numbers.append(fs.mkdir(ROOT_INO, name, 0o755, ROOT).ino)
+    elif what == 1:
+        fs.unlink(ROOT_INO, name, ROOT)
+    elif what == 2:
+        fs.rename(ROOT_INO, name, ROOT_INO, to, 0, ROOT)
+    elif what == 3:
+        fs.rmdir(ROOT_INO, name, ROOT)
+    elif what == 4:
+        fs.setattr(chance.choice(numbers), ROOT, mode=chance.randrange(0o1000))
+    else:
+        numbers.append(put(fs, ROOT_INO, name, bytes(chance.randrange(3000))).ino)
+
+
+def test_what_is_known_is_what_stands_there(made: TestRegion) -> None:
+    mounts, chance, numbers = [made.mount(), made.mount()], random.Random(1), [ROOT_INO]
+    for _ in range(150):
+        fs = mounts[chance.random() < 0.2]
+        for _ in range(chance.randrange(1, 5)):
+            try:
+                change(fs, chance, numbers)
+            except FsError:
+                continue
+        fresh = made.mount(readonly=True)
+        assert seen(fs, numbers) == seen(fresh, numbers)
+    assert len(set(numbers)) > 20
+
+
+def test_more_than_is_remembered(roomy: TestRegion) -> None:
+    fs = roomy.mount()
+    count = 2 * FOUND_MAX + 10
+    numbers = [put(fs, ROOT_INO, b"%d" % at, b"%d" % at).ino for at in range(count)]
+    assert [get(fs, ROOT_INO, b"%d" % at) for at in range(count)] == [
+        b"%d" % at for at in range(count)
+    ]
+    for at in range(0, count, 2):
+        fs.unlink(ROOT_INO, b"%d" % at, ROOT)
+    fresh = roomy.mount(readonly=True)
+    assert seen(fs, numbers[1::2]) == seen(fresh, numbers[1::2])
+    assert seen(fresh, numbers[::2]) == [None] * len(numbers[::2])
+
+
+def test_a_change_that_failed_leaves_nothing_behind(fs: Filesystem, other: Filesystem) -> None:
+    handle, attr = fs.create(ROOT_INO, b"f", 0o644, os.O_RDWR, ROOT)
+    for _ in range(3):
+        try:
+            fs.mkdir(ROOT_INO, b"f", 0o755, ROOT)
+        except FsError:
+            assert fs.getattr(attr.ino) == other.getattr(attr.ino) == attr
+    fs.release(handle)
