@@ -6,7 +6,7 @@ import errno
 import os
 import stat
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -79,7 +79,7 @@ class Filesystem(Mount):
         super().__init__(region, readonly=readonly)
         #: The further groups of a process, by its number; set by whoever can find out.
         self.groups_of: Callable[[int], Collection[int]] = _no_groups
-        self._ghosts: dict[int, Inode] = {}
+        self._ghosts: dict[int, tuple[Inode, int]] = {}  # as they were last, and their ctime since
         self._folders: dict[int, Inode] = {}  # all but files, as they were last looked up
         # Until when, and how many blocks; by inode, in the order of pinning.
         self._pins: dict[int, tuple[float, int]] = {}
@@ -107,15 +107,14 @@ class Filesystem(Mount):
             folder = self._folders.pop(ino, None)
             if folder is None:
                 raise self._careful(stale)
-            ghost = folder.evolve(nlink=0)
-            self._remember([ghost])
-        return ghost
+            ghost = self._remember(folder, folder.record.ctime_ns)
+        return ghost[0].evolve(nlink=0, ctime_ns=ghost[1])
 
-    def _remember(self, removed: Iterable[Inode]) -> None:
-        for inode in removed:
-            if len(self._ghosts) >= GHOSTS:
-                self._ghosts.pop(next(iter(self._ghosts)))
-            self._ghosts[inode.ino] = inode
+    def _remember(self, removed: Inode, ctime_ns: int) -> tuple[Inode, int]:
+        if len(self._ghosts) >= GHOSTS:
+            del self._ghosts[next(iter(self._ghosts))]
+        self._ghosts[removed.ino] = ghost = removed, ctime_ns
+        return ghost
 
     def _found(self, inode: Inode) -> Attr:
         """The attributes of what was looked up."""
@@ -307,7 +306,7 @@ class Filesystem(Mount):
             return self.change(plan, removal=shrinking)
         except StaleHandle as stale:
             ghost = _changed(self._ghost(ino, stale), changes, self.clock.now())
-            self._ghosts[ino] = ghost
+            self._ghosts[ino] = ghost, ghost.record.ctime_ns
             return self._attr(ghost)
 
     def _resized(self, tx: Transaction, inode: Inode, size: int, ctx: Context) -> Inode:
@@ -385,12 +384,12 @@ class Filesystem(Mount):
         return self._removing(plan, removal=not flags & RENAME_WHITEOUT)
 
     def _removing(self, plan: Callable[[Transaction], T], *, removal: bool = True) -> T:
-        def run(tx: Transaction) -> tuple[T, list[Inode]]:
-            result = plan(tx)
-            return result, [inode.evolve(nlink=0, ctime_ns=tx.now) for inode in tx.removed]
+        def run(tx: Transaction) -> tuple[T, Transaction]:
+            return plan(tx), tx
 
-        result, removed = self.change(run, removal=removal)
-        self._remember(removed)
+        result, tx = self.change(run, removal=removal)
+        for inode in tx.removed:
+            self._remember(inode, tx.now)
         return result
 
     # --- opening and closing ----------------------------------------------------------------

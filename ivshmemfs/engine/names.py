@@ -70,7 +70,7 @@ def _vacant(view: View, parent: int, name: bytes) -> tuple[Inode, Spot]:
 
 
 def _kind(inode: Inode) -> int:
-    return stat.S_IFMT(inode.record.mode) >> 12
+    return inode.record.mode >> 12 & 0o17
 
 
 def without_privileges(inode: Inode, *, outsider: bool) -> Inode:

@@ -14,6 +14,8 @@ import struct
 from collections.abc import Iterable, Iterator
 from typing import Annotated, Any, Generic, NamedTuple, TypeVar, get_args, get_origin
 
+from ivshmemfs.region._memory import changed_tuple
+
 T = TypeVar("T", bound=tuple[Any, ...])
 Buffer = bytes | bytearray | memoryview
 
@@ -85,10 +87,8 @@ class Layout(Generic[T]):
 
     def changed(self, record: T, changes: dict[str, Any]) -> T:
         """The same record with other values in some of its fields."""
-        values = list(record)
-        for name, value in changes.items():
-            values[self._places[name]] = value
-        return self._made(values)
+        new: T = changed_tuple(record, self._places, changes)
+        return new
 
     def pack(self, record: T) -> bytes:
         """`size` bytes; raises struct.error when a value does not fit its field."""

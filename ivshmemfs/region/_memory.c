@@ -2882,6 +2882,59 @@ static PyObject *module_leaf_remove(PyObject *self, PyObject *const *args, Py_ss
     return result;
 }
 
+/* --- records ----------------------------------------------------------------------------------- */
+
+/* A tuple of the same type with the same items; not yet seen by anybody. */
+static PyObject *tuple_copy(PyObject *values)
+{
+    Py_ssize_t size = PyTuple_Size(values);
+    PyTypeObject *type = Py_TYPE(values);
+    PyObject *copy = ((allocfunc)PyType_GetSlot(type, Py_tp_alloc))(type, size);
+
+    for (Py_ssize_t at = 0; copy != NULL && at < size; at++)
+        PyTuple_SetItem(copy, at, Py_NewRef(PyTuple_GetItem(values, at)));
+    return copy;
+}
+
+static int tuple_change(PyObject *copy, PyObject *places, PyObject *changes)
+{
+    PyObject *name, *value, *place;
+    Py_ssize_t next = 0, at;
+
+    while (PyDict_Next(changes, &next, &name, &value)) {
+        if ((place = PyDict_GetItemWithError(places, name)) == NULL) {
+            if (!PyErr_Occurred())
+                PyErr_SetObject(PyExc_KeyError, name);
+            return -1;
+        }
+        at = PyLong_AsSsize_t(place);
+        if ((at == -1 && PyErr_Occurred()) || PyTuple_SetItem(copy, at, Py_NewRef(value)) < 0)
+            return -1;
+    }
+    return 0;
+}
+
+static const signature changed_tuple_signature = {
+    "changed_tuple", {"values", "places", "changes"}, 3, 3};
+
+static PyObject *module_changed_tuple(PyObject *self, PyObject *const *args, Py_ssize_t nargs,
+                                      PyObject *keywords)
+{
+    PyObject *given[3], *copy;
+
+    (void)self;
+    if (take_args(&changed_tuple_signature, args, nargs, keywords, given) < 0)
+        return NULL;
+    if (!PyTuple_Check(given[0]) || !PyDict_Check(given[1]) || !PyDict_Check(given[2])) {
+        PyErr_SetString(PyExc_TypeError, "a tuple, places by name and values by name are wanted");
+        return NULL;
+    }
+    copy = tuple_copy(given[0]);
+    if (copy != NULL && tuple_change(copy, given[1], given[2]) < 0)
+        Py_CLEAR(copy);
+    return copy;
+}
+
 static PyMethodDef module_methods[] = {
     {"crc32c", FAST(module_crc32c),
      "crc32c(buffer, seed=0)\n--\n\nCRC-32C of a buffer; seed is the result for what precedes it."},
@@ -2896,6 +2949,9 @@ static PyMethodDef module_methods[] = {
      "Whether each of count packed words is above the one before it."},
     {"sum_bytes", FAST(module_sum_bytes),
      "sum_bytes(buffer, start, stop)\n--\n\nThe sum of bytes [start, stop)."},
+    {"changed_tuple", FAST(module_changed_tuple),
+     "changed_tuple(values, places, changes)\n--\n\n"
+     "A tuple of the same type with other values at the places that names stand for."},
     {"put_slots", FAST(module_put_slots),
      "put_slots(buffer, start, changes)\n--\n\n"
      "The packed pointers from byte start on, with changes (index, packed pointers) put in;\n"

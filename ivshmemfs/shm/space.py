@@ -97,7 +97,7 @@ class Space(Nodes):
     """
 
     def __init__(self, store: Store, tag: int, supply: Supply) -> None:
-        super().__init__(store.block_size)
+        super().__init__(store.block_size, store.fanout)
         self._store = store
         self._supply = supply
         self._tag = tag

@@ -87,9 +87,9 @@ class NodeCache:
 class Nodes:
     """Where nodes come from: the region, or a transaction with nodes of its own beside it."""
 
-    def __init__(self, block_size: int) -> None:
+    def __init__(self, block_size: int, fanout: int) -> None:
         self.block_size: Final = block_size
-        self.fanout: Final = fmt.index_fanout(block_size)
+        self.fanout: Final = fanout  # pointers in an index node
 
     def node(self, pointer: bytes, kind: int, level: int, owner: int | None) -> Node:
         """The node that a packed pointer leads to, of any owner if None.
@@ -104,7 +104,7 @@ class Store(Nodes):
 
     def __init__(self, memory: Memory, superblock: Superblock) -> None:
         geometry = superblock.geometry
-        super().__init__(geometry.block_size)
+        super().__init__(geometry.block_size, fmt.index_fanout(geometry.block_size))
         self.memory = memory
         self.superblock = superblock
         self.geometry = geometry

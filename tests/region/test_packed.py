@@ -1,10 +1,11 @@
-"""Helpers for packed words and bytes in private memory, against plain lists."""
+"""Helpers for packed words, bytes and records in private memory, against plain lists."""
 
 from __future__ import annotations
 
+import sys
 from array import array
 from bisect import bisect_left
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 from hypothesis import given
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 
 from ivshmemfs.region._memory import (
     ascending,
+    changed_tuple,
     leaf_find,
     leaf_insert,
     leaf_remove,
@@ -157,3 +159,43 @@ def test_entries_that_cannot_be() -> None:
         leaf_remove(bytes(17), 1, 1)
     with pytest.raises(ValueError, match="out of range"):
         leaf_find(bytes(17), 1, -1, 1, b"x")
+
+
+class Pair(NamedTuple):
+    one: object
+    two: object
+
+
+PLACES = {"one": 0, "two": 1, "three": 2}
+
+
+def test_a_changed_tuple() -> None:
+    before = Pair([1], "x")
+    after = changed_tuple(before, PLACES, {"two": 5})
+    assert (before, after, type(after)) == (Pair([1], "x"), Pair([1], 5), Pair)
+    assert after.one is before.one
+    assert changed_tuple(before, PLACES, {}) == before
+    assert changed_tuple((1, 2, 3), PLACES, {"one": 3, "three": 1}) == (3, 2, 1)
+
+
+def test_a_tuple_that_cannot_be_changed_so() -> None:
+    with pytest.raises(KeyError, match="four"):
+        changed_tuple(Pair(1, 2), PLACES, {"four": 4})
+    with pytest.raises(IndexError):
+        changed_tuple(Pair(1, 2), PLACES, {"three": 3})
+    with pytest.raises(IndexError):
+        changed_tuple(Pair(1, 2), {"one": -1}, {"one": 3})
+    with pytest.raises(TypeError):
+        changed_tuple(Pair(1, 2), {"one": "0"}, {"one": 3})  # type: ignore[dict-item]
+    with pytest.raises(TypeError):
+        changed_tuple([1], PLACES, {})  # type: ignore[type-var]
+
+
+def test_changing_tuples_loses_and_keeps_no_references() -> None:
+    item, other = object(), object()
+    counts = sys.getrefcount(item), sys.getrefcount(other)
+    for _ in range(100):
+        changed_tuple(Pair(item, item), PLACES, {"two": other})
+        with pytest.raises(KeyError):
+            changed_tuple(Pair(item, other), PLACES, {"two": item, "none": other})
+    assert (sys.getrefcount(item), sys.getrefcount(other)) == counts
