@@ -6,6 +6,7 @@ import errno
 import os
 import stat
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -79,7 +80,8 @@ class Filesystem(Mount):
         super().__init__(region, readonly=readonly)
         #: The further groups of a process, by its number; set by whoever can find out.
         self.groups_of: Callable[[int], Collection[int]] = _no_groups
-        self._ghosts: dict[int, tuple[Inode, int]] = {}  # as they were last, and their ctime since
+        # As they were last, and their ctime since then; in the order of removal.
+        self._ghosts: OrderedDict[int, tuple[Inode, int]] = OrderedDict()
         self._folders: dict[int, Inode] = {}  # all but files, as they were last looked up
         # Until when, and how many blocks; by inode, in the order of pinning.
         self._pins: dict[int, tuple[float, int]] = {}
@@ -112,7 +114,7 @@ class Filesystem(Mount):
 
     def _remember(self, removed: Inode, ctime_ns: int) -> tuple[Inode, int]:
         if len(self._ghosts) >= GHOSTS:
-            del self._ghosts[next(iter(self._ghosts))]
+            self._ghosts.popitem(last=False)
         self._ghosts[removed.ino] = ghost = removed, ctime_ns
         return ghost
 

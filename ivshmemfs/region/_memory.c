@@ -585,11 +585,13 @@ static PyObject *memory_store(PyObject *self, PyObject *const *args, Py_ssize_t 
 }
 
 static const signature column_signature = {"load_column", {"offset", "stride", "count"}, 3, 3};
-static const signature nonzero_signature = {"nonzero_column", {"offset", "stride", "count"}, 3, 3};
+static const signature large_signature = {
+    "large_in_column", {"offset", "stride", "count", "least"}, 4, 4};
 
-/* One word after the other, each a load event of its own: into a list, all or where one is not 0. */
+/* One word after the other, each a load event of its own, into a list: all, or which are `least`
+ * or more. */
 static int column_run(Memory *memory, struct word_access *word, uint64_t stride, uint64_t count,
-                      bool nonzero, PyObject *into)
+                      uint64_t least, PyObject *into)
 {
     for (uint64_t at = 0; at < count; at++, word->address += stride) {
         PyObject *value;
@@ -597,9 +599,9 @@ static int column_run(Memory *memory, struct word_access *word, uint64_t stride,
 
         if (load_event(memory) < 0 || perform(memory, load_body, word, 8) < 0)
             return -1;
-        if (nonzero && word->value == 0)
+        if (word->value < least)
             continue;
-        if ((value = from_u64(nonzero ? at : word->value)) == NULL)
+        if ((value = from_u64(least > 0 ? at : word->value)) == NULL)
             return -1;
         status = PyList_Append(into, value);
         Py_DECREF(value);
@@ -613,13 +615,16 @@ static PyObject *column_call(const signature *sig, PyObject *self, PyObject *con
                              Py_ssize_t nargs, PyObject *keywords)
 {
     Memory *memory = (Memory *)self;
-    PyObject *given[3], *result = NULL;
-    uint64_t stride, count;
+    PyObject *given[4], *result = NULL;
+    uint64_t stride, count, least = 0;
     struct word_access word;
 
     if (take_args(sig, args, nargs, keywords, given) < 0 ||
         take_u64(given[1], "stride", &stride) < 0 || take_u64(given[2], "count", &count) < 0 ||
-        use(memory) < 0)
+        (sig == &large_signature &&
+         (take_u64(given[3], "least", &least) < 0 || check_limit("least", least, 1, UINT64_MAX) < 0)))
+        return NULL;
+    if (use(memory) < 0)
         return NULL;
     if (take_word(memory, given[0], &word) < 0) {
         /* it has said what is wrong */
@@ -628,7 +633,7 @@ static PyObject *column_call(const signature *sig, PyObject *self, PyObject *con
         PyErr_Format(PyExc_ValueError, "%R words every %R bytes leave the region, or its words",
                      given[2], given[1]);
     } else if ((result = PyList_New(0)) != NULL) {
-        if (column_run(memory, &word, stride, count, sig == &nonzero_signature, result) < 0)
+        if (column_run(memory, &word, stride, count, least, result) < 0)
             Py_CLEAR(result);
     }
     unuse(memory);
@@ -641,10 +646,10 @@ static PyObject *memory_load_column(PyObject *self, PyObject *const *args, Py_ss
     return column_call(&column_signature, self, args, nargs, keywords);
 }
 
-static PyObject *memory_nonzero_column(PyObject *self, PyObject *const *args, Py_ssize_t nargs,
-                                       PyObject *keywords)
+static PyObject *memory_large_in_column(PyObject *self, PyObject *const *args, Py_ssize_t nargs,
+                                        PyObject *keywords)
 {
-    return column_call(&nonzero_signature, self, args, nargs, keywords);
+    return column_call(&large_signature, self, args, nargs, keywords);
 }
 
 static const signature cas_signature = {"cas", {"offset", "expected", "new"}, 3, 3};
@@ -2365,9 +2370,9 @@ static PyMethodDef memory_methods[] = {
     {"load_column", FAST(memory_load_column),
      "load_column($self, offset, stride, count)\n--\n\n"
      "A list of the words at offset, offset + stride, and so on."},
-    {"nonzero_column", FAST(memory_nonzero_column),
-     "nonzero_column($self, offset, stride, count)\n--\n\n"
-     "A list of which of these words are not 0; the first is number 0."},
+    {"large_in_column", FAST(memory_large_in_column),
+     "large_in_column($self, offset, stride, count, least)\n--\n\n"
+     "A list of which of these words are least or more; the first is number 0."},
     {"store", FAST(memory_store),
      "store($self, offset, value)\n--\n\nStore a 64-bit word after everything stored before."},
     {"cas", FAST(memory_cas),

@@ -49,6 +49,7 @@ from ivshmemfs.shm import identity
 from ivshmemfs.shm.control import Control
 
 _SLOT: Final = peer.SLOT_SIZE
+_NOT_FREE: Final = 1 << words.SLOT_SHIFT  # state words of free slots are smaller
 JOIN_ATTEMPTS = 20
 POLL = 0.05  # seconds between two looks at a full table
 SILENCE = 3.0  # seconds without a heartbeat after which an idle slot may be taken when none is free
@@ -160,7 +161,7 @@ class PeerTable:
 
     def lists(self, index: int, own: int) -> bool:
         """Whether any slot but `own` lists filter index `index` as open."""
-        place, bit = divmod(index, words.FILTER_BITS)
+        place, bit = index // words.FILTER_BITS, index % words.FILTER_BITS
         for slot in self._others(own):
             word = self.state(slot)
             if word >> words.SLOT_SHIFT not in (IDLE, ACTIVE, DEAD):
@@ -180,7 +181,7 @@ class PeerTable:
 
     def _others(self, own: int) -> list[int]:
         """The slots but `own` that are not free."""
-        used = self.memory.nonzero_column(self.offset(1), _SLOT, self.count)
+        used = self.memory.large_in_column(self.offset(1), _SLOT, self.count, _NOT_FREE)
         return [number + 1 for number in used if number + 1 != own]
 
 

@@ -337,9 +337,12 @@ def test_a_column_of_words(memory: Memory) -> None:
     assert memory.load_column(16, 24, 4) == [2, 5, 8, 11]
     assert memory.load_column(0, 8, SIZE // 8) == list(range(SIZE // 8))
     assert memory.load_column(SIZE - 8, 1 << 40, 1) == [SIZE // 8 - 1]
-    assert memory.nonzero_column(0, 8, 4) == [1, 2, 3]  # the first word is 0
-    memory.store(16, 0)
-    assert memory.nonzero_column(0, 8, 4) == [1, 3]
+    assert memory.large_in_column(0, 8, 6, 3) == [3, 4, 5]
+    memory.store(32, 2)
+    assert memory.large_in_column(0, 8, 6, 3) == [3, 5]
+    assert memory.large_in_column(0, 16, 4, 1) == [1, 2, 3]
+    with pytest.raises(ValueError, match="least out of range"):
+        memory.large_in_column(0, 8, 6, 0)
     assert memory.load_column(0, 8, 0) == []
 
 
@@ -352,4 +355,4 @@ def test_columns_outside_are_refused(memory: Memory, offset: int, stride: int, c
     with pytest.raises(ValueError, match=r"out of|leave the region"):
         memory.load_column(offset, stride, count)
     with pytest.raises(ValueError, match=r"out of|leave the region"):
-        memory.nonzero_column(offset, stride, count)
+        memory.large_in_column(offset, stride, count, 1)
