@@ -21,7 +21,7 @@ from collections.abc import Iterator
 
 from ivshmemfs.engine.inode import Inode
 from ivshmemfs.engine.radix import NULL, SIZE
-from ivshmemfs.engine.transaction import View
+from ivshmemfs.engine.transaction import Known, View
 from ivshmemfs.errors import Corrupt, InUse, Restart
 from ivshmemfs.format import inode as fmt
 from ivshmemfs.format import words
@@ -61,7 +61,7 @@ class Collector:
         self._store.memory.fence()
         while True:
             word, root = self._store.snapshot()
-            view = View(self._store, word, root, {})
+            view = View(self._store, word, root, Known())
             try:
                 yield from self._mark_root(view)
                 break

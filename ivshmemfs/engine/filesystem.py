@@ -36,7 +36,6 @@ GHOSTS = 4096  # removed inodes that are remembered at most
 FOLDERS = 4096  # directories, fifos and the like that are remembered at most
 KEEP_SIZE, PUNCH_HOLE, ZERO_RANGE = 1, 2, 16  # modes of fallocate(2)
 FILLED_AT_ONCE = 1 << 20  # bytes of holes that one commit fills
-NAMES_MAX = 1000  # look-ups that are remembered until somebody commits
 
 
 class Handle:
@@ -199,9 +198,11 @@ class Filesystem(Mount):
         """The same; None when there is no such entry, which is cheaper than ENOENT."""
 
         def read(view: View) -> Inode | None:
-            known = view.names.get((parent, name))
-            if known is not None:
-                return known
+            inside = view.known.names.get(parent)
+            if inside is not None:
+                ino = inside.get(name)
+                if ino is not None:
+                    return view.find_inode(ino)
             folder = names.folder_of(view, parent)
             if name == b".":
                 return folder
@@ -213,8 +214,7 @@ class Filesystem(Mount):
             if entry is None:
                 return None
             inode = names.target(view, entry)
-            if len(view.names) < NAMES_MAX:
-                view.names[parent, name] = inode
+            view.known.add_name(parent, name, inode.ino)
             return inode
 
         inode = self.look(read)

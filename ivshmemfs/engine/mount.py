@@ -34,7 +34,7 @@ from ivshmemfs.engine import directory, names
 from ivshmemfs.engine.clock import Clock
 from ivshmemfs.engine.collect import Collector
 from ivshmemfs.engine.directory import Entry
-from ivshmemfs.engine.transaction import Transaction, View
+from ivshmemfs.engine.transaction import Known, Transaction, View
 from ivshmemfs.errors import (
     Busy,
     Corrupt,
@@ -155,7 +155,7 @@ class Mount:
         """The present state; the same object while nobody commits."""
         word, root = self.store.snapshot()
         if self._view is None or self._view.word != word:
-            self._view = View(self.store, word, root, {})
+            self._view = View(self.store, word, root, Known())
         return self._view
 
     def look(self, reader: Callable[[View], T]) -> T:
@@ -214,9 +214,10 @@ class Mount:
                 word, root = self.store.snapshot()
                 member.check()
                 view = self._view
-                found = view.hand_over() if view is not None and view.word == word else {}
+                current = view is not None and view.word == word
+                known = view.hand_over() if view is not None and current else Known()
                 tx = Transaction(
-                    self.store, word, root, space, self._in_use, removal, self.clock, found
+                    self.store, word, root, space, self._in_use, removal, self.clock, known
                 )
                 try:
                     result = plan(tx)

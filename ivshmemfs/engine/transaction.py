@@ -42,7 +42,7 @@ from ivshmemfs.shm.space import Space
 from ivshmemfs.shm.store import Node, Nodes, Store
 
 LARGEST_CLAIM: Final = 2048  # blocks; more than one request needs
-FOUND_MAX: Final = 1000  # inodes that a view remembers besides the node cache
+FOUND_MAX: Final = 1000  # inodes, and names, that a mount knows besides the node cache
 
 
 class Root:
@@ -68,10 +68,44 @@ def parse_root(node: Node) -> Root:
     return Root(record, Tree(record.height, slots), node.pointer)
 
 
-class View:
-    """The filesystem as of one commit; `found` are inodes that are known to be in it."""
+class Known:
+    """Some of what is true of one commit: inodes, and where names lead, by directory."""
 
-    def __init__(self, store: Store, word: int, root: Node, found: dict[int, Inode]) -> None:
+    __slots__ = ("inodes", "names", "room")
+
+    def __init__(self) -> None:
+        self.inodes: Final[dict[int, Inode]] = {}
+        self.names: Final[dict[int, dict[bytes, int]]] = {}
+        self.room = FOUND_MAX  # for names
+
+    def add_name(self, folder: int, name: bytes, ino: int) -> None:
+        """Remember a name, if there is room."""
+        if self.room > 0:
+            self.room -= 1
+            inside = self.names.get(folder)
+            if inside is None:
+                self.names[folder] = {name: ino}
+            else:
+                inside[name] = ino
+
+    def change(self, inodes: dict[int, Inode | None]) -> None:
+        """Become what is true once these inodes have changed, or gone; names stand in them."""
+        if len(self.inodes) + len(inodes) > FOUND_MAX:
+            self.inodes.clear()
+        for ino, inode in inodes.items():
+            names = self.names.pop(ino, None)
+            if names is not None:
+                self.room += len(names)
+            if inode is not None:
+                self.inodes[ino] = inode
+            else:
+                self.inodes.pop(ino, None)
+
+
+class View:
+    """The filesystem as of one commit."""
+
+    def __init__(self, store: Store, word: int, root: Node, known: Known) -> None:
         self.store = store
         self.nodes: Nodes = store
         self.word = word
@@ -80,8 +114,7 @@ class View:
         if root.parsed is None:
             root.parsed = parse_root(root)
         self.root: Root = root.parsed
-        self._found = found
-        self.names: dict[tuple[int, bytes], Inode] = {}  # for callers: what look-ups found
+        self.known = known
 
     def inode(self, ino: int) -> Inode:
         """An inode; raises StaleHandle when there is none of that number."""
@@ -92,20 +125,21 @@ class View:
 
     def find_inode(self, ino: int) -> Inode | None:
         """An inode, or None."""
-        found = self._found.get(ino)
+        inodes = self.known.inodes
+        found = inodes.get(ino)
         if found is None:
             pointer = self.pointer_to(ino)
             if pointer == NULL:
                 return None
             found = self._parsed(self.nodes.node(pointer, INODE, 0, ino))
-            if len(self._found) < FOUND_MAX:
-                self._found[ino] = found
+            if len(inodes) < FOUND_MAX:
+                inodes[ino] = found
         return found
 
-    def hand_over(self) -> dict[int, Inode]:
-        """The inodes that are known, for whoever goes on from here; this view finds them anew."""
-        found, self._found = self._found, {}
-        return found
+    def hand_over(self) -> Known:
+        """What is known, for whoever goes on from here; this view finds it anew."""
+        known, self.known = self.known, Known()
+        return known
 
     def pointer_to(self, ino: int) -> bytes:
         """Where an inode stands, packed; null when there is none."""
@@ -141,9 +175,9 @@ class Transaction(View):
         in_use: Callable[[int], bool],
         removal: bool,
         clock: Clock,
-        found: dict[int, Inode],
+        known: Known,
     ) -> None:
-        super().__init__(store, word, root, found)
+        super().__init__(store, word, root, known)
         self.in_use = in_use  # whether anybody holds an inode open; announces that it may go
         self.space = space
         self.nodes = space
@@ -166,17 +200,11 @@ class Transaction(View):
             return self._dirty[ino]
         return super().find_inode(ino)
 
-    def hand_over(self) -> dict[int, Inode]:
+    def hand_over(self) -> Known:
         """The same as of the new root; after the commit."""
-        found = super().hand_over()
-        if len(found) + len(self._dirty) > FOUND_MAX:
-            found.clear()
-        for ino, inode in self._dirty.items():
-            if inode is not None:
-                found[ino] = inode
-            else:
-                found.pop(ino, None)
-        return found
+        known = super().hand_over()
+        known.change(self._dirty)
+        return known
 
     # --- changes ---
 

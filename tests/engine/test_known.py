@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import random
 
-from ivshmemfs.engine import ROOT_INO, Attr, Filesystem
+from ivshmemfs.engine import RENAME_EXCHANGE, ROOT_INO, Attr, Filesystem
 from ivshmemfs.engine.transaction import FOUND_MAX
 from ivshmemfs.errors import FsError, StaleHandle
 from tests.regions import ROOT, TestRegion, get, put
@@ -75,3 +75,19 @@ def test_a_change_that_failed_leaves_nothing_behind(fs: Filesystem, other: Files
         except FsError:
             assert fs.getattr(attr.ino) == other.getattr(attr.ino) == attr
     fs.release(handle)
+
+
+def test_names_lead_where_they_led_after_own_commits(fs: Filesystem, other: Filesystem) -> None:
+    folders = [fs.mkdir(ROOT_INO, b"%d" % at, 0o755, ROOT).ino for at in range(2)]
+    put(fs, folders[0], b"f", b"one")
+    first, second = (fs.lookup(ROOT_INO, b"%d" % at).ino for at in range(2))
+    assert [first, second] == folders
+    assert fs.find(folders[1], b"f") is None
+    fs.rename(folders[0], b"f", folders[1], b"f", 0, ROOT)
+    assert fs.find(folders[0], b"f") is None
+    assert fs.lookup(folders[1], b"f") == other.lookup(folders[1], b"f")
+    assert fs.lookup(ROOT_INO, b"0") == other.lookup(ROOT_INO, b"0")  # its times have changed
+    fs.rename(ROOT_INO, b"0", ROOT_INO, b"1", RENAME_EXCHANGE, ROOT)
+    assert [fs.lookup(ROOT_INO, b"%d" % at).ino for at in range(2)] == folders[::-1]
+    other.unlink(folders[1], b"f", ROOT)
+    assert fs.find(folders[1], b"f") is None
