@@ -2673,22 +2673,25 @@ static int slots_put(unsigned char *into, uint64_t *size, PyObject *changes)
 
 static PyObject *slots_changed(const unsigned char *had, uint64_t length, PyObject *changes)
 {
-    uint64_t size = length;
+    uint64_t size = length, kept;
     unsigned char *slots;
-    PyObject *result;
+    PyObject *result, *trimmed;
 
-    if (slots_put(NULL, &size, changes) < 0)
+    if (slots_put(NULL, &size, changes) < 0 ||
+        (result = PyBytes_FromStringAndSize(NULL, (Py_ssize_t)size)) == NULL)
         return NULL;
-    if ((slots = malloc(size + 1)) == NULL)
-        return PyErr_NoMemory();
+    slots = (unsigned char *)PyBytes_AsString(result);
     memcpy(slots, had, length);
     memset(slots + length, 0, size - length);
     slots_put(slots, &size, changes); /* it cannot fail: it has seen them all */
-    while (size > 0 && (u64_at(slots, size / 8 - 1) | u64_at(slots, size / 8 - 2)) == 0)
-        size -= POINTER_SIZE;
-    result = PyBytes_FromStringAndSize((const char *)slots, (Py_ssize_t)size);
-    free(slots);
-    return result;
+    kept = size;
+    while (kept > 0 && (u64_at(slots, kept / 8 - 1) | u64_at(slots, kept / 8 - 2)) == 0)
+        kept -= POINTER_SIZE;
+    if (kept == size)
+        return result;
+    trimmed = PyBytes_FromStringAndSize((const char *)slots, (Py_ssize_t)kept);
+    Py_DECREF(result);
+    return trimmed;
 }
 
 static const signature put_slots_signature = {"put_slots", {"buffer", "start", "changes"}, 3, 3};
