@@ -93,7 +93,7 @@ def weight_of(pointer: bytes) -> int:
 class Space(Nodes):
     """Blocks of one transaction.  `tag` must come from `Membership.begin`.
 
-    All pointers are packed; those in `_pool`, `_taken`, `_bulk` and `_spare` weigh 1.
+    All pointers are packed; those in `_claims`, `_pool`, `_bulk` and `_spare` weigh 1.
     """
 
     def __init__(self, store: Store, tag: int, supply: Supply) -> None:
@@ -102,11 +102,11 @@ class Space(Nodes):
         self._supply = supply
         self._tag = tag
         self._mark = tag.to_bytes(8, "little")  # as pointers bear it
-        self._pool: list[bytes] = []
+        self._claims = b""  # in a row, all but those for bulk
+        self._pool: list[bytes] = []  # those of them that are not in use
         self._nodes: dict[bytes, Node] = {}
-        self._taken: set[bytes] = set()
-        self._bulk = b""  # in a row, used as `_taken` is
-        self._spare = b""  # in a row, claimed and unused as `_pool` is
+        self._bulk = b""  # in a row, in use
+        self._spare = b""  # in a row, not in use
         self._replaced: list[bytes] = []
         self.dropped: list[tuple[bytes, int, int, int]] = []
         self._replaced_bulk = bytearray()
@@ -118,8 +118,12 @@ class Space(Nodes):
     def _fill_pool(self, want: int) -> None:
         self._watch_room(want)
         got = self._supply.claim(want, self._tag)
-        for at in range(0, len(got), SIZE):
-            self._pool.append(got[at : at + SIZE])
+        self._claims += got
+        self._give_to_pool(got)
+
+    def _give_to_pool(self, claims: bytes) -> None:
+        for at in range(0, len(claims), SIZE):
+            self._pool.append(claims[at : at + SIZE])
 
     def _watch_room(self, want: int) -> None:
         if self.keep and self._store.blocks.free_count() - want < self.keep:
@@ -133,10 +137,9 @@ class Space(Nodes):
             self._fill_pool(count - len(self._pool))
             if len(self._pool) < count:
                 raise NoSpace("no free blocks are left on the region")
-        pointers = self._pool[:count]
+        pointers = b"".join(self._pool[:count])
         del self._pool[:count]
-        self._taken.update(pointers)
-        return b"".join(pointers)
+        return pointers
 
     def _claim_many(self, count: int) -> bytes:
         """The same for so many that they are kept packed; those of a failed plan come first."""
@@ -152,12 +155,10 @@ class Space(Nodes):
 
     def _take(self) -> bytes:
         if not self._pool:
-            self._fill_pool(SMALL_CLAIM if self._taken else FIRST_CLAIM)
+            self._fill_pool(SMALL_CLAIM if self._claims else FIRST_CLAIM)
             if not self._pool:
                 raise NoSpace("no free blocks are left on the region")
-        pointer = self._pool.pop()
-        self._taken.add(pointer)
-        return pointer
+        return self._pool.pop()
 
     def add_node(
         self,
@@ -193,9 +194,7 @@ class Space(Nodes):
         tag = pointer[_TAG:]
         if tag == self._mark:
             self._nodes.pop(pointer, None)
-            alone = pointer[:4] + _ONE + tag
-            self._taken.discard(alone)
-            self._pool.append(alone)
+            self._pool.append(pointer[:4] + _ONE + tag)
         elif tag != _FREE:
             self._replaced.append(pointer)
             self.replaced_count += 1
@@ -213,8 +212,8 @@ class Space(Nodes):
     @property
     def balance(self) -> int:
         """How many blocks more would be in use after the commit than before."""
-        bulk = len(self._bulk) // SIZE
-        return len(self._taken) + bulk - self.replaced_count
+        claimed = (len(self._claims) + len(self._bulk)) // SIZE
+        return claimed - len(self._pool) - self.replaced_count
 
     def fill(self, pointers: bytes, content: bytes | bytearray | memoryview) -> None:
         """Store `content` into claimed blocks, zeros after it in the last.  Raises Fenced."""
@@ -267,10 +266,10 @@ class Space(Nodes):
 
     def forget_plan(self) -> None:
         """Back to claims alone, for planning again: all used blocks return to the pool."""
-        self._pool += self._taken
+        self._pool.clear()
+        self._give_to_pool(self._claims)
         self._spare, self._bulk = self._spare + self._bulk, b""
         self._nodes.clear()
-        self._taken.clear()
         self._replaced.clear()
         self._replaced_bulk.clear()
         self.dropped.clear()
