@@ -229,9 +229,9 @@ class Mount:
                         raise Corrupt(f"the present root leads astray: {overtaken}") from None
                 else:
                     space.store_nodes()
-                    if now := space.publish(word, new_root):
+                    if new_word := space.publish(word, new_root):
                         published = True
-                        self._view = View(self.store, now, new_root, tx.hand_over())
+                        self._view = View(self.store, new_word, new_root, tx.hand_over())
                         tx.release_dropped()
                         return result
                 space.forget_plan()

@@ -11,6 +11,9 @@
  *   calls Python or owns anything that a jump could leak.
  * - Stores are events.  trap() lets a test stop or divert a peer before its N-th store event; while
  *   no trap is armed an event costs one addition.
+ *
+ * At its end stand functions that know no region: what every change does to packed words, slots,
+ * leaves and records in private memory, each in one call because a change consists of so many.
  */
 #define PY_SSIZE_T_CLEAN
 #ifndef Py_LIMITED_API
