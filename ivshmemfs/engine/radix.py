@@ -152,7 +152,7 @@ def store(space: Space, tree: Tree, owner: int, first: int, pointers: bytes, cap
     """
     last = first + len(pointers) // SIZE - 1
     tree = fit(space, tree, owner, last, capacity)
-    slots, _ = _store(space, tree.slots, 0, tree.height, owner, first, pointers)
+    slots, _ = _store(space, tree.slots, 0, tree.height, owner, [(first, pointers)])
     return Tree(tree.height, slots)
 
 
@@ -161,36 +161,62 @@ def store_some(
 ) -> Tree:
     """The same for scattered leaves: (index, pointer) by ascending index; no node twice."""
     tree = fit(space, tree, owner, leaves[-1][0], capacity)
-    slots, _ = _store_some(space, tree.slots, 0, tree.height, owner, leaves)
+    slots, _ = _store(space, tree.slots, 0, tree.height, owner, leaves)
     return Tree(tree.height, slots)
 
 
-def _store_some(
-    space: Space, node: bytes, start: int, height: int, owner: int, leaves: list[tuple[int, bytes]]
+def _store(
+    space: Space, node: bytes, start: int, height: int, owner: int, runs: list[tuple[int, bytes]]
 ) -> tuple[bytes, int]:
-    """(new slots in place of those that `node` has from byte `start` on, change of weight)"""
+    """(new slots in place of those that `node` has from byte `start` on, change of weight)
+
+    `runs` are (index of the first leaf, packed pointers) by ascending index.
+    """
     total = 0
     if height == 0:
-        for index, pointer in leaves:
-            old = node[start + index * SIZE : start + index * SIZE + SIZE] or NULL
-            if old != NULL:
-                space.replace(old)
-            total += (pointer != NULL) - (old != NULL)
-        return put_slots(node, start, leaves), total
-    span, changes = span_of(space.fanout, height), list[tuple[int, bytes]]()
-    first = 0
-    while first < len(leaves):
-        top, here = leaves[first][0] // span, list[tuple[int, bytes]]()
-        while first < len(leaves) and leaves[first][0] // span == top:
-            here.append((leaves[first][0] - top * span, leaves[first][1]))
-            first += 1
+        for first, pointers in runs:
+            at = start + first * SIZE
+            total += count_pointers(pointers) - _replace(space, node[at : at + len(pointers)])
+        return put_slots(node, start, runs), total
+    changes = list[tuple[int, bytes]]()
+    for top, here in _by_child(runs, span_of(space.fanout, height)):
         child = node[start + top * SIZE : start + top * SIZE + SIZE] or NULL
         below = _below(space, child, height - 1, owner)
-        slots, delta = _store_some(space, below, HEADER_SIZE, height - 1, owner, here)
+        slots, delta = _store(space, below, HEADER_SIZE, height - 1, owner, here)
         pointer, delta = _renewed(space, child, height - 1, owner, slots, delta)
         changes.append((top, pointer))
         total += delta
     return put_slots(node, start, changes), total
+
+
+def _replace(space: Space, leaves: bytes) -> int:
+    """Replace leaves; returns how many there were."""
+    gone = count_pointers(leaves)
+    if gone == 1 and len(leaves) == SIZE:
+        space.replace(leaves)
+    elif gone:
+        space.replace_many(leaves, gone)
+    return gone
+
+
+def _by_child(
+    runs: list[tuple[int, bytes]], span: int
+) -> list[tuple[int, list[tuple[int, bytes]]]]:
+    """(slot of a child, runs within it); each child has `span` leaves."""
+    found = list[tuple[int, list[tuple[int, bytes]]]]()
+    last = -1
+    for first, pointers in runs:
+        while pointers:
+            top, inner = first // span, first % span
+            if top != last:
+                here = list[tuple[int, bytes]]()
+                found.append((top, here))
+                last = top
+            piece = pointers[: (span - inner) * SIZE]
+            here.append((inner, piece))
+            first += len(piece) // SIZE
+            pointers = pointers[len(piece) :]
+    return found
 
 
 def fit(space: Space, tree: Tree, owner: int, last: int, capacity: int) -> Tree:
@@ -211,35 +237,6 @@ def _node(space: Space, level: int, owner: int, slots: bytes) -> bytes:
     if not slots:
         return NULL
     return space.add_node(INDEX, level, owner, 0, slots, 1 + weight(slots))
-
-
-def _store(
-    space: Space, node: bytes, start: int, height: int, owner: int, first: int, pointers: bytes
-) -> tuple[bytes, int]:
-    """(new slots in place of those that `node` has from byte `start` on, change of weight)"""
-    if height == 0:
-        at = start + first * SIZE
-        old = node[at : at + len(pointers)]
-        gone = count_pointers(old)
-        if gone == 1 and len(old) == SIZE:
-            space.replace(old)
-        elif gone:
-            space.replace_many(old, gone)
-        return put_slots(node, start, [(first, pointers)]), count_pointers(pointers) - gone
-    span, total = span_of(space.fanout, height), 0
-    changes = list[tuple[int, bytes]]()
-    while pointers:
-        top, inner = first // span, first % span
-        here = pointers[: (span - inner) * SIZE]
-        child = node[start + top * SIZE : start + top * SIZE + SIZE] or NULL
-        below = _below(space, child, height - 1, owner)
-        slots, delta = _store(space, below, HEADER_SIZE, height - 1, owner, inner, here)
-        pointer, delta = _renewed(space, child, height - 1, owner, slots, delta)
-        changes.append((top, pointer))
-        total += delta
-        first += len(here) // SIZE
-        pointers = pointers[len(here) :]
-    return put_slots(node, start, changes), total
 
 
 def _below(space: Space, child: bytes, level: int, owner: int) -> bytes:
