@@ -2542,19 +2542,26 @@ static PyObject *module_crc32c_table(PyObject *self, PyObject *const *args, Py_s
 
 /* --- packed words and bytes in private memory -------------------------------------------------- */
 
-/* Gets a buffer that has `count` packed words at its beginning. */
-static int take_words(PyObject *object, PyObject *count_object, Py_buffer *buffer, uint64_t *count)
+/* Gets a buffer that has room for `count` things of `width` bytes each. */
+static int take_counted(PyObject *object, PyObject *count_object, uint64_t width, const char *things,
+                        Py_buffer *buffer, uint64_t *count)
 {
     if (take_u64(count_object, "count", count) < 0 ||
         PyObject_GetBuffer(object, buffer, PyBUF_SIMPLE) < 0)
         return -1;
-    if (*count > (uint64_t)buffer->len / 8) {
-        PyErr_Format(PyExc_ValueError, "%llu words are more than %zd bytes hold",
-                     (unsigned long long)*count, buffer->len);
+    if (*count > (uint64_t)buffer->len / width) {
+        PyErr_Format(PyExc_ValueError, "%llu %s are more than %zd bytes hold",
+                     (unsigned long long)*count, things, buffer->len);
         PyBuffer_Release(buffer);
         return -1;
     }
     return 0;
+}
+
+/* Gets a buffer that has `count` packed words at its beginning. */
+static int take_words(PyObject *object, PyObject *count_object, Py_buffer *buffer, uint64_t *count)
+{
+    return take_counted(object, count_object, 8, "words", buffer, count);
 }
 
 /* The first of `count` ascending words that is not below `value`. */
@@ -2657,7 +2664,7 @@ static int take_change(PyObject *change, uint64_t *offset, const char **slots, u
     return -1;
 }
 
-/* The slots in `had` with all changes; nothing but `*size` when `into` is NULL. */
+/* Puts all changes into `into`; when that is NULL, makes `*size` what they need. */
 static int slots_put(unsigned char *into, uint64_t *size, PyObject *changes)
 {
     for (Py_ssize_t at = 0; at < PyList_Size(changes); at++) {
@@ -2735,16 +2742,9 @@ struct leaf {
 
 static int take_leaf(PyObject *raw, PyObject *count, struct leaf *leaf)
 {
-    if (take_u64(count, "count", &leaf->count) < 0 ||
-        PyObject_GetBuffer(raw, &leaf->buffer, PyBUF_SIMPLE) < 0)
+    if (take_counted(raw, count, LEAF_FIXED, "entries", &leaf->buffer, &leaf->count) < 0)
         return -1;
     leaf->length = (uint64_t)leaf->buffer.len;
-    if (leaf->count > leaf->length / LEAF_FIXED) {
-        PyErr_Format(PyExc_ValueError, "%R entries are more than %zd bytes hold", count,
-                     leaf->buffer.len);
-        PyBuffer_Release(&leaf->buffer);
-        return -1;
-    }
     leaf->keys = leaf->buffer.buf;
     leaf->values = leaf->keys + 8 * leaf->count;
     leaf->sizes = leaf->values + 8 * leaf->count;
@@ -2770,6 +2770,7 @@ static PyObject *module_leaf_find(PyObject *self, PyObject *const *args, Py_ssiz
 {
     PyObject *given[5];
     uint64_t key, span, at, place;
+    long long found = -1;
     struct leaf leaf;
     Py_buffer name;
 
@@ -2783,20 +2784,17 @@ static PyObject *module_leaf_find(PyObject *self, PyObject *const *args, Py_ssiz
         return NULL;
     }
     at = lower_of(leaf.keys, leaf.count, key);
-    for (; at < leaf.count && u64_at(leaf.keys, at) - key < span; at++) {
+    for (; found < 0 && at < leaf.count && u64_at(leaf.keys, at) - key < span; at++) {
         if (leaf.sizes[at] != (uint64_t)name.len)
             continue;
         place = name_at(&leaf, at);
         if (leaf.length - place >= (uint64_t)name.len &&
             memcmp(leaf.keys + place, name.buf, (size_t)name.len) == 0)
-            break;
+            found = (long long)at;
     }
-    if (at < leaf.count && u64_at(leaf.keys, at) - key >= span)
-        at = leaf.count;
-    place = at < leaf.count ? at : UINT64_MAX;
     PyBuffer_Release(&leaf.buffer);
     PyBuffer_Release(&name);
-    return PyLong_FromLongLong((long long)place);
+    return PyLong_FromLongLong(found);
 }
 
 static unsigned char *put(unsigned char *to, const void *from, uint64_t length)
