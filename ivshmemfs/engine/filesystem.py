@@ -109,7 +109,8 @@ class Filesystem(Mount):
             if folder is None:
                 raise self._careful(stale)
             ghost = self._remember(folder, folder.record.ctime_ns)
-        return ghost[0].evolve(nlink=0, ctime_ns=ghost[1])
+        inode, ctime_ns = ghost
+        return inode.evolve(nlink=0, ctime_ns=ctime_ns)
 
     def _remember(self, removed: Inode, ctime_ns: int) -> tuple[Inode, int]:
         if len(self._ghosts) >= GHOSTS:
@@ -198,11 +199,9 @@ class Filesystem(Mount):
         """The same; None when there is no such entry, which is cheaper than ENOENT."""
 
         def read(view: View) -> Inode | None:
-            inside = view.known.names.get(parent)
-            if inside is not None:
-                ino = inside.get(name)
-                if ino is not None:
-                    return view.find_inode(ino)
+            ino = view.known.find_name(parent, name)
+            if ino:
+                return view.find_inode(ino)
             folder = names.folder_of(view, parent)
             if name == b".":
                 return folder

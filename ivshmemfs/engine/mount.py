@@ -213,9 +213,7 @@ class Mount:
             for _ in range(ATTEMPTS):
                 word, root = self.store.snapshot()
                 member.check()
-                view = self._view
-                current = view is not None and view.word == word
-                known = view.hand_over() if view is not None and current else Known()
+                known = self._known_of(word)
                 tx = Transaction(
                     self.store, word, root, space, self._in_use, removal, self.clock, known
                 )
@@ -240,6 +238,11 @@ class Mount:
             raise Busy("other peers commit faster than this one can plan")
         finally:
             space.settle(published, self._end(member))
+
+    def _known_of(self, word: int) -> Known:
+        """What is known of the commit with this word, taken from the view of it."""
+        view = self._view
+        return view.hand_over() if view is not None and view.word == word else Known()
 
     def _begin(self, member: Membership) -> int:
         try:

@@ -78,6 +78,11 @@ class Known:
         self.names: Final[dict[int, dict[bytes, int]]] = {}
         self.room = FOUND_MAX  # for names
 
+    def find_name(self, folder: int, name: bytes) -> int:
+        """The inode that a name leads to; 0 when that is not known."""
+        inside = self.names.get(folder)
+        return 0 if inside is None else inside.get(name, 0)
+
     def add_name(self, folder: int, name: bytes, ino: int) -> None:
         """Remember a name, if there is room."""
         if self.room > 0:
