@@ -45,6 +45,7 @@ from ivshmemfs.errors import (
     NoSpace,
     Restart,
     StaleHandle,
+    UnderRepair,
 )
 from ivshmemfs.format import superblock, words
 from ivshmemfs.format.geometry import SCRATCH_OFFSET, SCRATCH_SIZE
@@ -100,13 +101,15 @@ class Mount:
         self._collected_at = float("-inf")
         self._tight_since = 0.0
         self._ticks = 0
+        self._shut_out = False  # by a repair, as the log says
         self._beats: dict[int, tuple[int, int]] = {}
 
     @classmethod
     def mount(cls, region: Region, *, readonly: bool = False) -> Self:
         """Join the peers of `region`, or only look when `readonly`.
 
-        Raises FormatError and its kin for what is not a usable filesystem, TooManyPeers.
+        Raises FormatError and its kin for what is not a usable filesystem, TooManyPeers,
+        UnderRepair.
         """
         self = cls(region, readonly=readonly)
         self.store.snapshot()
@@ -114,7 +117,11 @@ class Mount:
             _refuse_unfit(region)
             member = Membership(self.table)
             member.join()
-            member.must_collect |= self.table.retire_gone(member.slot) or self._leaking()
+            try:
+                member.must_collect |= self.table.retire_gone(member.slot) or self._leaking()
+            except BaseException:
+                member.leave()
+                raise
             self._member = member
             count = self.superblock.geometry.block_count
             start = (member.slot - 1) * count // self.table.count
@@ -351,6 +358,7 @@ class Mount:
         self._ticks += 1
         try:
             self._keep_alive(member)
+            self._look_for_repair()
             if self._collector is not None and self._collector.step(COLLECT_SLICE):
                 self._collector = None
             orphans = self.view().root.record.orphans
@@ -358,6 +366,19 @@ class Mount:
             raise self._contained(error) from error
         if orphans:
             self.reap()
+
+    def _look_for_repair(self) -> None:
+        """Log that a repair shuts this mount out, and that it is over; raises UnderRepair."""
+        try:
+            self.store.snapshot()
+        except UnderRepair as error:
+            if not self._shut_out:
+                log.warning("%s; until then every operation waits", error)
+                self._shut_out = True
+            raise
+        if self._shut_out:
+            log.warning("the repair of the region is over")
+            self._shut_out = False
 
     def _keep_alive(self, member: Membership) -> None:
         try:

@@ -113,9 +113,10 @@ class PeerTable:
 
         A word (incarnation, counter): claims of an older incarnation, or of this one with a lower
         counter, are settled; those of a newer incarnation are not (the slot moved on since).
+        Slot 0 is that of repairs, which claim as peers do.
         """
         limits = array("Q", bytes(256 * words.WORD))
-        for slot in range(1, self.count + 1):
+        for slot in range(self.count + 1):
             state, incarnation, counter = words.split_state(self.state(slot))
             settled = counter if state in (ACTIVE, DEAD) else counter + 1
             limits[slot] = words.make_state(state, incarnation, settled)

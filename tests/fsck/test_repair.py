@@ -12,8 +12,8 @@ from ivshmemfs.engine import Filesystem
 from ivshmemfs.errors import NoSpace
 from ivshmemfs.format import inode, node, words
 from ivshmemfs.format.dirent import name_key
-from ivshmemfs.format.geometry import COMMIT_OFFSET
-from ivshmemfs.region import open_region
+from ivshmemfs.format.geometry import COMMIT_OFFSET, PEERS_OFFSET
+from ivshmemfs.region import Region, open_region
 from tests.checks import detailed_tree
 from tests.fsck.damage import BIG, LONG_NAMES, Knife, Names, names_in
 from tests.regions import ROOT, TestRegion, get, put
@@ -259,18 +259,30 @@ def test_what_does_not_fit_changes_nothing(made: TestRegion) -> None:
     with open_region(str(made.path)) as region:
         knife = Knife(region.memory)
         knife.set_entries(1, [e for e in knife.entries(1) if e[2] != b"near"])
-        before = made.path.read_bytes()
+        before, word = made.path.read_bytes(), region.memory.load(COMMIT_OFFSET)
         with pytest.raises(NoSpace, match="nothing was changed"):
             fsck.repair(region)  # /lost+found needs a block more than there are
-        assert made.path.read_bytes() == before
+        after = made.path.read_bytes()
+        assert after[:COMMIT_OFFSET] == before[:COMMIT_OFFSET]
+        assert after[PEERS_OFFSET:] == before[PEERS_OFFSET:]
+        assert words.split_commit(region.memory.load(COMMIT_OFFSET)) == (
+            words.split_commit(word)[0] + 2, words.split_commit(word)[1]
+        )  # fmt: skip
 
 
-class Stopped(Exception):
-    """The repair dies here."""
-
-
-def stop() -> None:
-    raise Stopped
+def repair_that_dies(region: Region, after: int) -> bool:
+    """A process that repairs the region and is gone before store `after`; whether it was done."""
+    child = os.fork()
+    if child == 0:
+        try:
+            region.memory.trap(after, lambda: os._exit(7))
+            fsck.repair(region)
+            os._exit(0)
+        finally:
+            os._exit(1)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert code in (0, 7)
+    return code == 0
 
 
 def test_an_interrupted_repair_is_run_again(made: TestRegion) -> None:
@@ -286,12 +298,7 @@ def test_an_interrupted_repair_is_run_again(made: TestRegion) -> None:
     for after in range(10_000):
         made.path.write_bytes(damaged)
         with open_region(str(made.path)) as region:
-            region.memory.trap(after, stop)
-            try:
-                fsck.repair(region)
-                finished = True
-            except Stopped:
-                finished = False
+            finished = repair_that_dies(region, after)
         with open_region(str(made.path)) as region:
             report = fsck.repair(region)
             assert not report.findings, f"stopped before store {after}:\n{report}"
