@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ivshmemfs.errors import InUse, UnsupportedVersion
-from ivshmemfs.format import peer, superblock
+from ivshmemfs.format import superblock
 from ivshmemfs.fsck.checking import check_once
 from ivshmemfs.fsck.graph import Graph
 from ivshmemfs.fsck.image import Image, Superblocks, read_superblocks
@@ -12,14 +12,9 @@ from ivshmemfs.fsck.report import Report
 from ivshmemfs.fsck.survey import Log, Survey
 from ivshmemfs.fsck.walk import Walker
 from ivshmemfs.region import Memory, Region
-from ivshmemfs.shm import identity
+from ivshmemfs.shm.watch import living
 
 ROUNDS = 3  # a repair may bring to light what hid behind the damage
-
-
-def live_peers(image: Image) -> list[peer.Occupant]:
-    """Peers that are not surely gone."""
-    return [p for p in image.occupants() if not (p.identity_valid and identity.gone(p.record))]
 
 
 def repair(region: Region | Memory, *, force: bool = False) -> Report:
@@ -38,8 +33,8 @@ def repair(region: Region | Memory, *, force: bool = False) -> Report:
             "version of ivshmemfs"
         )
     image = Image(memory, found.usable)
-    live = live_peers(image)
-    if live and not force:
+    live = () if force else living(memory, image.geometry)
+    if live:
         peers = ", ".join(p.describe() for p in live)
         raise InUse(
             f"the region is in use by {len(live)} peer(s): {peers}; unmount it there first, or let "
