@@ -19,7 +19,7 @@ from ivshmemfs.errors import ForeignFormat, InUse, IvshmemfsError
 from ivshmemfs.format import peer, superblock, words
 from ivshmemfs.format.geometry import COMMIT_OFFSET, HINT_OFFSET, PEERS_OFFSET, Geometry
 from ivshmemfs.region import Memory
-from ivshmemfs.shm import identity
+from ivshmemfs.shm.watch import living
 from mkfs.image import Image, Parameters, make_image
 
 FIRST_PAGE = 4096  # what must be zero on a region that nobody uses
@@ -44,22 +44,12 @@ def _old_geometry(page: bytes, region_size: int) -> Geometry | None:
     return None
 
 
-def live_peers(memory: Memory, geometry: Geometry) -> tuple[peer.Occupant, ...]:
-    """Slots in use whose owner is not surely gone."""
-    table = memory.read(geometry.peers_offset, geometry.peer_count * peer.SLOT_SIZE)
-    return tuple(
-        occupant
-        for occupant in peer.occupants(table, geometry.peer_count)
-        if not (occupant.identity_valid and identity.gone(occupant.record))
-    )
-
-
 def examine(memory: Memory) -> Existing:
     """Look at what a region carries, storing nothing."""
     page = memory.read(0, min(FIRST_PAGE, memory.length))
     known = superblock.identify(page) or superblock.identify(page[superblock.COPY_OFFSET :])
     geometry = _old_geometry(page, memory.length)
-    live = live_peers(memory, geometry) if geometry else ()
+    live = living(memory, geometry) if geometry else ()
     return Existing(known, known is None and any(page), geometry, live)
 
 
@@ -88,7 +78,9 @@ def refuse_used(existing: Existing, spec: str) -> None:
 def _wait_for_transactions(memory: Memory, geometry: Geometry) -> None:
     until = time.monotonic() + GRACE
     while time.monotonic() < until:
-        if not any(p.state == words.ACTIVE for p in live_peers(memory, geometry)):
+        table = memory.read(geometry.peers_offset, geometry.peer_count * peer.SLOT_SIZE)
+        used = peer.occupants(table, geometry.peer_count)
+        if not any(p.state == words.ACTIVE for p in used):
             return
         time.sleep(0.01)
 
@@ -124,7 +116,7 @@ def format_region(
     """
     image = make_image(geometry, parameters, chance or random.SystemRandom())
     if not fresh:
-        old = examine(memory).geometry
+        old = _old_geometry(memory.read(0, min(FIRST_PAGE, memory.length)), memory.length)
         memory.store(COMMIT_OFFSET, 0)
         memory.fence()
         if old:

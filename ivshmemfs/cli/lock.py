@@ -149,7 +149,7 @@ def _free(lock: FileLock, end: float | None) -> bytes | None:
         record = patiently(lock.record)
         if lock.blocking(record) is None:
             return bytes(record)
-        if end is not None and time.monotonic() >= end:
+        if end is not None and time.monotonic() >= end and not lock.undecided(record):
             return None
         time.sleep(delay)
         delay = min(delay * 1.5, LONGEST_WAIT)

@@ -66,8 +66,13 @@ ATTEMPTS = 100  # plans of one operation before it reports Busy
 COLLECT_SLICE = 0.005  # seconds of collection per tick
 COLLECT_PAUSE = 1.0  # seconds between two collections for want of space
 TIGHT = 0.05  # seconds that a full region waits for claims of peers that are at work
-RETIRE_TICKS = 4
+RETIRE_TICKS = 4  # between two looks for peers that are surely gone
 TRIES = 3  # scratch words that a mount tries before it calls the mapping unfit
+_SILENT = "this mount was declared gone while it was silent"
+_TWIN = (
+    "another process goes by this mount's identity: its machine was cloned, or put back into an "
+    "older state, and nothing but `ivshmemfs evict` will tell of this mount's end"
+)
 _UPSET = (struct.error, OverflowError, IndexError, ValueError)
 
 
@@ -102,7 +107,6 @@ class Mount:
         self._tight_since = 0.0
         self._ticks = 0
         self._shut_out = False  # by a repair, as the log says
-        self._beats: dict[int, tuple[int, int]] = {}
 
     @classmethod
     def mount(cls, region: Region, *, readonly: bool = False) -> Self:
@@ -117,8 +121,9 @@ class Mount:
             _refuse_unfit(region)
             member = Membership(self.table)
             member.join()
+            self.table.watch.look()
             try:
-                member.must_collect |= self.table.retire_gone(member.slot) or self._leaking()
+                member.must_collect |= self._leaking()
             except BaseException:
                 member.leave()
                 raise
@@ -283,7 +288,7 @@ class Mount:
         if member.stands:
             return  # joined again already, on the way out of the transaction
         member.rejoin()
-        log.warning("this mount was declared gone while it was silent; it joined again")
+        log.warning("%s; it joined again", _TWIN if member.doubled else _SILENT)
 
     # --- what the region may do to us -------------------------------------------------------
 
@@ -385,20 +390,23 @@ class Mount:
             member.beat()
         except Fenced:
             self._rejoin(member)
+        self._watch_others(member)
         if self._ticks % RETIRE_TICKS == 0:
-            self._retire_silent(member)
+            member.must_collect |= self.table.retire_gone(member.slot)
         if member.must_collect and self._collector is None:
             self._collector = Collector(self.store, self.table)
             member.must_collect = False
 
-    def _retire_silent(self, member: Membership) -> None:
-        before, self._beats = self._beats, self.table.heartbeats()
-        for slot, beat in self._beats.items():
-            if slot == member.slot or before.get(slot) != beat:
-                continue
-            other = self.table.peer(slot)
-            if other.state in (words.DEAD, words.JOINING) or other.gone:
-                member.must_collect |= self.table.retire(slot, other.word)
+    def _watch_others(self, member: Membership) -> None:
+        watch = self.table.watch
+        known = set(watch.machines.shared)
+        watch.look()
+        for machine in watch.machines.shared - known:
+            log.warning(
+                "two machines go by the hardware UUID %s: it will not tell of anybody's end",
+                watch.machines.name(machine),
+            )
+            member.doubt_machine(machine)
 
     # --- open inodes without links ----------------------------------------------------------
 

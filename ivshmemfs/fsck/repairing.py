@@ -18,23 +18,18 @@ from ivshmemfs.fsck.report import Report
 from ivshmemfs.fsck.survey import Log, Survey
 from ivshmemfs.fsck.walk import Walker
 from ivshmemfs.region import Memory, Region
-from ivshmemfs.shm import identity
 from ivshmemfs.shm.repair import Turn
+from ivshmemfs.shm.watch import Watch
 
 ROUNDS = 3  # a repair may bring to light what hid behind the damage
 ATTEMPTS = 50  # surveys of one round, when peers claim and release blocks meanwhile
 GRACE = 1.0  # seconds that transactions under way get to end
 
 
-def live_peers(image: Image) -> list[peer.Occupant]:
-    """Peers that are not surely gone."""
-    return [p for p in image.occupants() if not (p.identity_valid and identity.gone(p.record))]
-
-
-def _joined(image: Image) -> list[peer.Occupant]:
+def _joined(watch: Watch) -> list[peer.Occupant]:
     """Peers that keep their slots: they are not surely gone, and say who they are."""
     states = (words.IDLE, words.ACTIVE)
-    return [p for p in live_peers(image) if p.identity_valid and p.state in states]
+    return [p for p in watch.decide() if p.identity_valid and p.state in states]
 
 
 def repair(region: Region | Memory, *, force: bool = False) -> Report:
@@ -53,19 +48,23 @@ def repair(region: Region | Memory, *, force: bool = False) -> Report:
             "version of ivshmemfs"
         )
     turn = Turn(memory, found.usable.geometry)
+    watch = Watch(memory, found.usable.geometry)
     before: Report | None = None
     if not turn.marks:
-        image = Image(memory, found.usable)
         if not force:
-            _refuse_live(image)
+            _refuse_live(watch)
         before = _look(memory)
-        left = len(image.occupants()) - len(_joined(image))
-        if before is not None and not (before.errors or before.notes or left):
-            before.before = before
-            return before
+        occupied = Image(memory, found.usable).occupants()
+        if before is not None and not (before.errors or before.notes):
+            kept = {p.slot for p in _joined(watch)} if occupied else set()
+            if all(p.slot in kept for p in occupied):
+                before.before = before
+                return before
     turn.take(force=force)
     try:
-        work = _Repair(memory, found, turn, force)
+        work = _Repair(memory, found, turn, watch)
+        if not force:
+            _refuse_live(watch)  # who has joined before the mark was there
         report = work.run(before)
         turn.publish(work.root_block)
     except (IvshmemfsError, OSError, KeyboardInterrupt):
@@ -80,8 +79,8 @@ def repair(region: Region | Memory, *, force: bool = False) -> Report:
     return report
 
 
-def _refuse_live(image: Image) -> None:
-    if live := live_peers(image):
+def _refuse_live(watch: Watch) -> None:
+    if live := watch.decide():
         peers = ", ".join(p.describe() for p in live)
         raise InUse(
             f"the region is in use by {len(live)} peer(s): {peers}; unmount it there first, or let "
@@ -100,11 +99,11 @@ def _look(memory: Memory) -> Report | None:
 class _Repair:
     """What happens between the mark and the commit."""
 
-    def __init__(self, memory: Memory, found: Superblocks, turn: Turn, force: bool) -> None:
+    def __init__(self, memory: Memory, found: Superblocks, turn: Turn, watch: Watch) -> None:
         self._memory = memory
         self._found = found
         self._turn = turn
-        self._force = force
+        self._watch = watch
         self._builder: Builder | None = None  # of the last round
         self._commit = turn.former
         self.log = Log()
@@ -116,12 +115,8 @@ class _Repair:
 
     def run(self, before: Report | None) -> Report:
         """Build a root without contradictions; the report is of the check of it."""
-        image = self._image()
-        if not self._force:
-            _refuse_live(image)  # who has joined until the mark was seen
         self._wait_for_transactions()
-        image = self._image()
-        report = check_image(image, self._found)
+        report = check_image(self._image(), self._found)
         before = before or report
         first = True
         for _ in range(ROUNDS):
@@ -148,7 +143,7 @@ class _Repair:
         """None can be published any more; peers that end theirs release what they claimed."""
         until = time.monotonic() + GRACE
         while time.monotonic() < until:
-            if not any(p.state == words.ACTIVE for p in _joined(self._image())):
+            if not any(p.state == words.ACTIVE for p in _joined(self._watch)):
                 return
             self._turn.beat()
             time.sleep(0.01)
@@ -171,7 +166,7 @@ class _Repair:
 
     def _build(self, log: Log) -> tuple[Builder, int]:
         image = self._image()
-        living = frozenset(p.slot for p in _joined(image))
+        living = frozenset(p.slot for p in _joined(self._watch))
         walker = Walker(image, Report())
         walker.run()
         survey = Survey(image, walker.refs, log)

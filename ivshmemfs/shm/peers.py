@@ -34,43 +34,33 @@ so at once sees the other.
 from __future__ import annotations
 
 import math
+import os
 import time
 from array import array
 from collections.abc import Iterator
 from contextlib import suppress
-from typing import Final, NamedTuple
+from typing import Final
 
 from ivshmemfs.errors import Busy, Fenced, TooManyPeers
 from ivshmemfs.format import peer, words
 from ivshmemfs.format.geometry import Geometry
+from ivshmemfs.format.peer import Occupant
 from ivshmemfs.format.words import ACTIVE, DEAD, FREE, IDLE, JOINING
 from ivshmemfs.region import Memory
-from ivshmemfs.shm import identity
+from ivshmemfs.shm import identity, watch
 from ivshmemfs.shm.control import Control
+from ivshmemfs.shm.watch import Watch
 
 _SLOT: Final = peer.SLOT_SIZE
+_NEVER: Final = (1 << 64) - 1  # no state word is ever this
 _NOT_FREE: Final = 1 << words.SLOT_SHIFT  # state words of free slots are smaller
 JOIN_ATTEMPTS = 20
-POLL = 0.05  # seconds between two looks at a full table
-SILENCE = 3.0  # seconds without a heartbeat after which an idle slot may be taken when none is free
 FILTER_SIZE = peer.FILTER_WORDS * words.FILTER_BITS
 
 
-class Peer(NamedTuple):
-    """One slot as somebody else sees it."""
-
-    slot: int  # from 1
-    word: int
-    state: int
-    incarnation: int
-    counter: int
-    record: peer.SlotRecord
-    identity_valid: bool
-
-    @property
-    def gone(self) -> bool:
-        """Whether its owner is surely gone."""
-        return self.identity_valid and identity.gone(self.record)
+def _fresh_nonce() -> int:
+    """Anything but 0 and the mark, and hardly ever the same twice."""
+    return int.from_bytes(os.urandom(words.WORD), "little") % (peer.DOUBLED - 1) + 1
 
 
 class PeerTable:
@@ -80,6 +70,7 @@ class PeerTable:
         self.memory = memory
         self.control = control
         self.count = geometry.peer_count
+        self.watch = Watch(memory, geometry)
         self._base = geometry.peers_offset
 
     def offset(self, slot: int, field: int = 0) -> int:
@@ -94,15 +85,11 @@ class PeerTable:
         """Change a slot's state word if it is still `old`."""
         return self.memory.cas(self.offset(slot), old, new) == old
 
-    def peer(self, slot: int) -> Peer:
+    def peer(self, slot: int) -> Occupant:
         """What stands in a slot."""
-        raw = self.memory.read(self.offset(slot), peer.SLOT_SIZE)
-        record = peer.SLOT.unpack(raw)
-        state, incarnation, counter = words.split_state(record.state)
-        valid = peer.identity_valid(raw) and record.incarnation == incarnation
-        return Peer(slot, record.state, state, incarnation, counter, record, valid)
+        return peer.occupant(slot, self.memory.read(self.offset(slot), peer.SLOT_SIZE))
 
-    def peers(self) -> Iterator[Peer]:
+    def peers(self) -> Iterator[Occupant]:
         """All slots that are not free."""
         for slot in range(1, self.count + 1):
             if self.state(slot) >> words.SLOT_SHIFT != FREE:
@@ -153,10 +140,20 @@ class PeerTable:
         return True
 
     def retire_gone(self, own: int = 0) -> bool:
-        """Retire all peers that are surely gone; whether there may be something to collect."""
-        found = False
+        """Retire who is surely gone; whether there may be something to collect.
+
+        That takes somebody who looks again and again (`watch.look`): silence counts from the
+        first look.
+        """
+        found, here = False, identity.surroundings()
         for other in self.peers():
-            if other.slot != own and (other.state == DEAD or other.gone):
+            if other.slot == own:
+                continue
+            left = other.state == JOINING or (
+                other.state == IDLE and other.record.nonce == peer.DOUBLED
+            )
+            left = left and self.watch.silent(other.slot, other.word)
+            if left or other.state == DEAD or self.watch.absent(other, here):
                 found |= self.retire(other.slot, other.word)
         return found
 
@@ -197,19 +194,23 @@ class Membership:
         self._at = 0  # where the own slot, and so its state word, stands
         self._word = 0
         self._beat = 0
+        self._nonce = 0  # as we stored it last
+        self._proofs = peer.ALL_PROOFS  # what may prove our end
+        self._record: peer.SlotRecord | None = None
         self._own = b""  # identity as it stands in the slot
         self._filter = [0] * peer.FILTER_WORDS
         self._opens = [0] * FILTER_SIZE
         self._intent = 0
         self._waiting: tuple[float, dict[int, tuple[int, int]]] | None = None
         self.must_collect = False
+        self.doubled = False  # whether somebody else with our identity was met
 
     # --- joining and leaving ---
 
-    def join(self, wait: float = SILENCE) -> None:
+    def join(self, wait: float | None = None) -> None:
         """Take a slot; raises TooManyPeers when none falls free within `wait` seconds."""
         for _ in range(JOIN_ATTEMPTS):
-            self._take_slot(wait)
+            self._take_slot(watch.SILENCE if wait is None else wait)
             with suppress(Fenced):  # it took so long that somebody else has the slot now
                 self._settle_in()
                 return
@@ -239,8 +240,10 @@ class Membership:
         )
 
     def _join_at_once(self) -> bool:
-        if self._join_free():
-            return True
+        return self._join_free() or self._join_after_the_gone()
+
+    def _join_after_the_gone(self) -> bool:
+        self.table.watch.look()
         self.must_collect |= self.table.retire_gone()
         return self._join_free()
 
@@ -253,11 +256,12 @@ class Membership:
 
     def _join_silent(self, wait: float) -> bool:
         before = self.table.heartbeats()
-        for _ in range(math.ceil(wait / POLL)):
-            time.sleep(min(POLL, wait))
+        for _ in range(math.ceil(wait / watch.POLL)):
+            time.sleep(min(watch.POLL, wait))
+            self.table.watch.look()
             if self._join_free():
                 return True
-        return self._join_unchanged(before)
+        return self._join_after_the_gone() or self._join_unchanged(before)
 
     def _join_who_stays_silent(self) -> bool:
         """The same in many calls, of which none waits: Busy until it has taken long enough."""
@@ -265,7 +269,7 @@ class Membership:
         if self._waiting is None:
             self._waiting = now, self.table.heartbeats()
         since, before = self._waiting
-        if abs(now - since) < SILENCE:  # whichever way the clock goes
+        if abs(now - since) < watch.SILENCE:  # whichever way the clock goes
             raise Busy("all peer slots are taken; waiting for one whose owner is silent")
         self._waiting = None
         return self._join_unchanged(before)
@@ -289,8 +293,10 @@ class Membership:
         return True
 
     def _settle_in(self) -> None:
-        self._own = peer.encode_identity(identity.current(self.incarnation))
+        self._identify(identity.current(self.incarnation))
         self._store(peer.IDENTITY_OFFSET, self._own)
+        self._nonce = _fresh_nonce()
+        self._store(peer.NONCE_OFFSET, self._nonce.to_bytes(words.WORD, "little"))
         self._store(peer.INTENT_OFFSET, bytes(words.WORD))
         self._intent = 0
         self._beat = self.table.memory.load(self.table.offset(self.slot, peer.HEARTBEAT_OFFSET))
@@ -298,6 +304,16 @@ class Membership:
         self._filter = [base | word & words.FILTER_MASK for word in self._filter]
         self._store(peer.FILTER_OFFSET, array("Q", self._filter).tobytes())
         self._move(IDLE, 0)
+
+    def _identify(self, record: peer.SlotRecord) -> None:
+        self._record = record._replace(proofs=record.proofs & self._proofs)
+        self._own = peer.encode_identity(self._record)
+
+    def doubt_machine(self, machine: bytes) -> None:
+        """Let nobody conclude anything from a UUID of ours that is not ours alone."""
+        if self._record is not None and self._record.machine == machine:
+            self._proofs &= ~peer.MACHINE_PROVES
+            self._identify(self._record)  # stored with the next beat
 
     def _store(self, field: int, content: bytes) -> None:
         """Store words of the own slot, but not over those of whoever took it meanwhile: a value
@@ -311,7 +327,7 @@ class Membership:
             seen = memory.load(at)
             while seen != word:
                 if self.table.state(self.slot) != self._word:
-                    raise Fenced("another peer took this mount's slot while it was silent")
+                    raise self._lost("another peer took this mount's slot while it was silent")
                 before, seen = seen, memory.cas(at, seen, word)
                 if seen == before:
                     break
@@ -329,16 +345,29 @@ class Membership:
     def _move(self, state: int, counter: int) -> None:
         new = words.make_state(state, self.incarnation, counter)
         if self.table.memory.cas(self._at, self._word, new) != self._word:
-            raise Fenced("another peer declared this mount gone while it was silent")
+            raise self._lost("another peer declared this mount gone while it was silent")
         self._word, self.counter = new, counter
 
     def begin(self) -> int:
         """Start a transaction; returns the tag for its claims.  Raises Fenced, Busy."""
         if self.counter >= words.COUNTER_MASK - 1:
-            self.leave()
-            self.rejoin()
+            self._renew()
         self._move(ACTIVE, self.counter + 1)
         return words.make_tag(self.slot, self.incarnation, self.counter)
+
+    def _renew(self) -> None:
+        """Become a new incarnation, because the counter is used up; Busy while that fails.
+
+        In another slot if one is free, so that what is open here is listed throughout.
+        """
+        slot, word = self.slot, self._word
+        if self._join_free():
+            self._settle_in()
+            self.table.swap(slot, word, words.make_state(FREE, *words.split_state(word)[1:]))
+        elif self._claim(slot, word):
+            self._settle_in()
+        else:
+            raise self._lost("another peer took this mount's slot while it was silent")
 
     @property
     def stands(self) -> bool:
@@ -348,7 +377,7 @@ class Membership:
     def check(self) -> None:
         """Raise Fenced unless this incarnation still stands; after loading the commit word."""
         if not self.stands:
-            raise Fenced("another peer declared this mount gone in the middle of a transaction")
+            raise self._lost("another peer declared this mount gone in the middle of a transaction")
 
     def end(self) -> None:
         """Everything claimed under the tag is settled.  Raises Fenced."""
@@ -368,10 +397,50 @@ class Membership:
         """Show life.  Raises Fenced when the slot is no longer ours."""
         at = self.table.offset(self.slot)
         if self.table.state(self.slot) != self._word:
-            raise Fenced("another peer declared this mount gone while it was silent")
+            raise self._lost("another peer declared this mount gone while it was silent")
+        nonce = _fresh_nonce()
+        if self.table.memory.cas(at + peer.NONCE_OFFSET, self._nonce, nonce) != self._nonce:
+            raise self._lost("another peer took this mount's slot while it was silent")
+        self._nonce = nonce
         seen = self.table.memory.cas(at + peer.HEARTBEAT_OFFSET, self._beat, self._beat + 1)
         self._beat = seen + 1 if seen == self._beat else seen
         self._store(peer.IDENTITY_OFFSET, self._own)
+
+    # --- two owners of one identity ---
+
+    def _lost(self, text: str) -> Fenced:
+        """What to raise when a word of the own slot is not what was stored there last."""
+        if not self._has_twin():
+            return Fenced(text)
+        self._part()
+        return Fenced("another process goes by the identity of this mount")
+
+    def _has_twin(self) -> bool:
+        """Whether somebody changes the own slot as only its owner may.
+
+        Others end an incarnation as it stands; none of them begins a transaction in it, counts on,
+        or stores another nonce.
+        """
+        word = self.table.state(self.slot)
+        state, incarnation, counter = words.split_state(word)
+        if incarnation != self.incarnation:
+            return False
+        if word == self._word or state in (IDLE, ACTIVE) or counter != self.counter:
+            return True
+        at = self.table.offset(self.slot, peer.NONCE_OFFSET)
+        return self.table.memory.load(at) == peer.DOUBLED
+
+    def _part(self) -> None:
+        """Leave the slot to the other one, and let nothing that we share with it prove our end.
+
+        It finds the mark at its next beat and does the same.
+        """
+        memory, at = self.table.memory, self.table.offset(self.slot, peer.NONCE_OFFSET)
+        self.doubled, self._proofs = True, 0
+        seen = memory.load(at)
+        if words.split_state(self.table.state(self.slot))[1] == self.incarnation:
+            memory.cas(at, seen, peer.DOUBLED)  # a newcomer stores its own over it
+        self._word = _NEVER
 
     # --- open inodes ---
 
@@ -406,19 +475,17 @@ class Membership:
         at = self.table.offset(self.slot, peer.FILTER_OFFSET + place * words.WORD)
         old = self._filter[place]
         if self.table.memory.cas(at, old, new) != old:
-            raise Fenced("another peer took this mount's slot while it was silent")
+            raise self._lost("another peer took this mount's slot while it was silent")
         self._filter[place] = new
 
     def intend(self, ino: int) -> None:
-        """Announce that `ino` is about to be freed, then fence."""
-        memory = self.table.memory
+        """Announce that `ino` is about to be freed, then fence.  Raises Fenced."""
         if self._intent == ino:
             return
-        at = self.table.offset(self.slot, peer.INTENT_OFFSET)
-        if memory.cas(at, self._intent, ino) != self._intent:
-            raise Fenced("another peer took this mount's slot while it was silent")
+        # A former owner of the slot may have left its own there, before it noticed.
+        self._store(peer.INTENT_OFFSET, ino.to_bytes(words.WORD, "little"))
         self._intent = ino
-        memory.fence()
+        self.table.memory.fence()
 
     def withdraw(self) -> None:
         """Take back what was announced, if anything was."""

@@ -28,10 +28,12 @@ import time
 from ivshmemfs.errors import InUse
 from ivshmemfs.format import peer, repair, words
 from ivshmemfs.format.geometry import COMMIT_OFFSET, REPAIR_OFFSET, Geometry
+from ivshmemfs.format.peer import Occupant
 from ivshmemfs.region import Memory
 from ivshmemfs.shm import identity
 from ivshmemfs.shm.control import Control
-from ivshmemfs.shm.peers import Peer, PeerTable
+from ivshmemfs.shm.peers import PeerTable
+from ivshmemfs.shm.watch import POLL, Watch
 
 COUNTER = 1  # of all claims of one repair
 PULSE = 1.0  # seconds between two signs of life
@@ -77,6 +79,7 @@ class Turn:
     def __init__(self, memory: Memory, geometry: Geometry) -> None:
         self._memory = memory
         self._control = Control(memory)
+        self._geometry = geometry
         self._table = PeerTable(memory, geometry, self._control)
         self._word = 0  # of slot 0, while it is ours
         self._beaten = 0.0
@@ -96,7 +99,7 @@ class Turn:
         self._mark()
         self._move(words.ACTIVE, COUNTER)
 
-    def _join(self, other: Peer, force: bool) -> None:
+    def _join(self, other: Occupant, force: bool) -> None:
         if not force and self._may_live(other):
             who = _named(self._memory.read(REPAIR_OFFSET, peer.SLOT_SIZE))
             raise InUse(
@@ -110,13 +113,24 @@ class Turn:
         self._word = joining
         self.tag = words.make_tag(repair.SLOT, incarnation, COUNTER)
 
-    @staticmethod
-    def _may_live(other: Peer) -> bool:
+    def _may_live(self, other: Occupant) -> bool:
         if not words.FREE < other.state <= words.DEAD:
             return False
         if other.state == words.JOINING and not other.identity_valid:
             return False
-        return not other.gone
+        return not self._absent()
+
+    def _absent(self) -> bool:
+        """Whether who has slot 0 is surely gone; takes as long as silence does."""
+        watch = Watch(self._memory, self._geometry)
+        while True:
+            watch.see(repair.SLOT)
+            other = watch.occupant(repair.SLOT)
+            if not watch.vanished(other) or watch.beats(repair.SLOT):
+                return False
+            if watch.absent(other):
+                return True
+            time.sleep(POLL)
 
     def _identity(self) -> bytes:
         _, incarnation, _ = words.split_state(self._word)

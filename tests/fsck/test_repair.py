@@ -14,6 +14,7 @@ from ivshmemfs.format import inode, node, words
 from ivshmemfs.format.dirent import name_key
 from ivshmemfs.format.geometry import COMMIT_OFFSET, PEERS_OFFSET
 from ivshmemfs.region import Region, open_region
+from ivshmemfs.shm import watch
 from tests.checks import detailed_tree
 from tests.fsck.damage import BIG, LONG_NAMES, Knife, Names, names_in
 from tests.regions import ROOT, TestRegion, get, put
@@ -285,7 +286,10 @@ def repair_that_dies(region: Region, after: int) -> bool:
     return code == 0
 
 
-def test_an_interrupted_repair_is_run_again(made: TestRegion) -> None:
+def test_an_interrupted_repair_is_run_again(
+    made: TestRegion, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(watch, "SILENCE", 0.0)  # nobody is asked to wait for that of the dead
     with open_region(str(made.path)) as region:
         knife = Knife(region.memory)
         knife.edit_inode(Names.small, nlink=5)
