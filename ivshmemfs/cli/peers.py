@@ -12,9 +12,11 @@ from ivshmemfs.cli.output import table
 from ivshmemfs.errors import InUse, UsageError
 from ivshmemfs.format import superblock, words
 from ivshmemfs.format.peer import Occupant, printable
+from ivshmemfs.format.words import under_repair
 from ivshmemfs.region import open_region
 from ivshmemfs.shm.control import Control
 from ivshmemfs.shm.peers import PeerTable
+from ivshmemfs.shm.repair import describe
 from ivshmemfs.shm.watch import LOOK, POLL, SILENCE, Watch
 
 
@@ -46,10 +48,14 @@ def peers_command(region: str) -> None:
         present, watch = list(peers.peers()), peers.watch
         alive = _alive(watch, {peer.slot for peer in present})
         rows = [_row(peer, _life(watch, peer, alive)) for peer in present]
+        repaired = under_repair(peers.control.load())
+        told = describe(peers.memory) if repaired else ""
+    if told:
+        click.echo(told)
     if not present:
         click.echo("nobody has it mounted")
         return
-    click.echo(table([("SLOT", "HOST", "PID", "SINCE", "DOING", "LIFE"), *rows]))
+    click.echo(table([("SLOT", "HOST", "PID", "SINCE", "DOING", "LIFE", "VERSION"), *rows]))
     for machine in watch.machines.shared:
         name = watch.machines.name(machine)
         click.echo(f"two machines go by the hardware UUID {name}: it tells of nobody's end")
@@ -61,12 +67,13 @@ def _life(watch: Watch, peer: Occupant, alive: set[int]) -> str:
     return "gone" if watch.absent(peer) else "silent"
 
 
-def _row(peer: Occupant, life: str) -> tuple[str, str, str, str, str, str]:
+def _row(peer: Occupant, life: str) -> tuple[str, ...]:
     doing = words.STATE_NAMES[peer.state] if peer.state < len(words.STATE_NAMES) else "?"
     if not peer.identity_valid:
-        return str(peer.slot), "?", "?", "?", doing, life
+        return str(peer.slot), "?", "?", "?", doing, life, "?"
     host = peer.record.host.rstrip(b"\0").decode(errors="backslashreplace")
-    return str(peer.slot), printable(host), str(peer.record.pid), _since(peer), doing, life
+    who = str(peer.slot), printable(host), str(peer.record.pid), _since(peer)
+    return *who, doing, life, peer.version or "?"
 
 
 def _since(peer: Occupant) -> str:

@@ -83,6 +83,13 @@ class Occupant(NamedTuple):
         """The state word."""
         return self.record.state
 
+    @property
+    def version(self) -> str:
+        """The version of the program that it runs, as it says; empty when it does not."""
+        if not self.identity_valid:
+            return ""
+        return printable(self.record.version.rstrip(b"\0").decode(errors="backslashreplace"))
+
     def describe(self) -> str:
         """One phrase for a message; nothing in it is taken on trust but the slot number."""
         state = words.STATE_NAMES[self.state] if self.state < len(words.STATE_NAMES) else "?"
