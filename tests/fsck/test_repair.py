@@ -16,6 +16,7 @@ from ivshmemfs.format.geometry import COMMIT_OFFSET, PEERS_OFFSET
 from ivshmemfs.region import Region, open_region
 from ivshmemfs.shm import watch
 from tests.checks import detailed_tree
+from tests.conftest import Figures
 from tests.fsck.damage import BIG, LONG_NAMES, Knife, Names, names_in
 from tests.regions import ROOT, TestRegion, get, put
 
@@ -286,23 +287,44 @@ def repair_that_dies(region: Region, after: int) -> bool:
     return code == 0
 
 
+def names_and_leaks(knife: Knife) -> None:
+    knife.edit_inode(Names.small, nlink=5)
+    knife.set_entries(1, [e for e in knife.entries(1) if e[2] != b"folder"])
+    for _ in range(5):
+        knife.set_tag(knife.free_block(), knife.tag(knife.root))
+
+
+@pytest.mark.parametrize(
+    ("do", "step"),
+    [
+        (names_and_leaks, 1),
+        (lose_the_root, 3),
+        (lose_a_directory_node, 7),
+        (zero_tags, 31),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
 def test_an_interrupted_repair_is_run_again(
-    made: TestRegion, monkeypatch: pytest.MonkeyPatch
+    do: Callable[[Knife], None],
+    step: int,
+    made: TestRegion,
+    monkeypatch: pytest.MonkeyPatch,
+    long_run: bool,
+    figures: Figures,
 ) -> None:
+    """It may die before any store, and so may the one that goes on."""
     monkeypatch.setattr(watch, "SILENCE", 0.0)  # nobody is asked to wait for that of the dead
     with open_region(str(made.path)) as region:
-        knife = Knife(region.memory)
-        knife.edit_inode(Names.small, nlink=5)
-        knife.set_entries(1, [e for e in knife.entries(1) if e[2] != b"folder"])
-        for _ in range(5):
-            knife.set_tag(knife.free_block(), knife.tag(knife.root))
+        do(Knife(region.memory))
     damaged = made.path.read_bytes()
     expected: dict[bytes, object] | None = None
     points = 0
-    for after in range(10_000):
+    for after in range(0, 10_000, 1 if long_run else step):
         made.path.write_bytes(damaged)
         with open_region(str(made.path)) as region:
             finished = repair_that_dies(region, after)
+            if after % 2:
+                repair_that_dies(region, after % 23)
         with open_region(str(made.path)) as region:
             report = fsck.repair(region)
             assert not report.findings, f"stopped before store {after}:\n{report}"
@@ -313,7 +335,8 @@ def test_an_interrupted_repair_is_run_again(
         points += 1
         if finished:
             break
-    assert points > 40
+    assert points > 5
+    figures.count("repairs that died", points, do.__name__)
 
 
 def test_a_repaired_region_needs_no_second_repair(made: TestRegion) -> None:
