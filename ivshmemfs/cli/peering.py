@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, TypeVar
 
 from ivshmemfs import __version__
-from ivshmemfs.errors import Busy, UnderRepair
+from ivshmemfs.errors import Busy, RegionError, UnderRepair
 
 if TYPE_CHECKING:
     from ivshmemfs.engine import Filesystem
@@ -32,6 +32,10 @@ def enter(region: Region, *, readonly: bool) -> Filesystem:
     while True:
         try:
             return Filesystem.mount(region, readonly=readonly)
+        except OSError as error:
+            if short := region.shortage():
+                raise RegionError(short) from error
+            raise
         except UnderRepair:
             if time.monotonic() > end:
                 raise

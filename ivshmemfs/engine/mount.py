@@ -64,6 +64,7 @@ log = logging.getLogger(__name__)
 
 ATTEMPTS = 100  # plans of one operation before it reports Busy
 COLLECT_SLICE = 0.005  # seconds of collection per tick
+SHORT_PAUSE = 60.0  # seconds between two lines of the log about memory that cannot be had
 COLLECT_PAUSE = 1.0  # seconds between two collections for want of space
 TIGHT = 0.05  # seconds that a full region waits for claims of peers that are at work
 RETIRE_TICKS = 4  # between two looks for peers that are surely gone
@@ -106,6 +107,7 @@ class Mount:
         self._collected_at = float("-inf")
         self._tight_since = 0.0
         self._ticks = 0
+        self._short_at = float("-inf")  # when the log last told that memory is short
         self._shut_out = False  # by a repair, as the log says
 
     @classmethod
@@ -212,6 +214,10 @@ class Mount:
             raise Busy(str(error)) from error
         except (*_UPSET, OSError, Corrupt) as error:
             raise self._contained(error) from error
+        except FsError as error:  # a file was copied into blocks, and one of them failed
+            if error.errno != errno.EIO:
+                raise
+            raise self._contained(error) from error
 
     def _joined(self) -> Membership:
         if self._member is None:
@@ -298,11 +304,21 @@ class Mount:
             self._check_identity()
         except FsError as stale:
             return stale
+        if getattr(error, "errno", 0) == errno.EIO and (short := self.region.shortage()):
+            return self._short(short)
         if isinstance(error, FsError):
             return error
         if isinstance(error, OSError):
             return FsError(errno.EIO, f"the region cannot be accessed any more: {error}")
         return Corrupt(f"metadata contradicts itself: {error}")
+
+    def _short(self, text: str) -> NoSpace:
+        """The memory behind the region is used up; the log says so, but not at every operation."""
+        now = time.monotonic()
+        if now - self._short_at > SHORT_PAUSE:
+            self._short_at = now
+            log.error("%s", text)
+        return NoSpace(text)
 
     def _check_identity(self) -> None:
         """Raise StaleHandle, or EIO, unless the region still carries what was mounted."""

@@ -92,6 +92,11 @@ class Turn:
         """Whether anybody's mark is on the region."""
         return words.under_repair(self._control.load())
 
+    @property
+    def contested(self) -> bool:
+        """Whether another repair may be under way; takes as long as silence does if it is dead."""
+        return self._may_live(self._table.peer(repair.SLOT))
+
     def take(self, *, force: bool) -> None:
         """Take slot 0 and mark the commit word.  Raises InUse when another repair may be alive."""
         self._join(self._table.peer(repair.SLOT), force)
