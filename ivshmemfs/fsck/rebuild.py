@@ -434,7 +434,7 @@ class Builder:
         old, commit = self.survey.root, self.image.commit
         used = sum(1 for tag in self.final if tag) + 1
         orphans = self._orphans()
-        sequence = (words.split_commit(commit)[0] + 1) & words.SEQUENCE_MASK
+        sequence = words.next_sequence(words.split_commit(commit)[0]) & words.SEQUENCE_MASK
         record = RootRecord(
             fsid=self.image.superblock.fsid,
             sequence=sequence,

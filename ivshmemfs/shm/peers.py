@@ -63,6 +63,15 @@ def _fresh_nonce() -> int:
     return int.from_bytes(os.urandom(words.WORD), "little") % (peer.DOUBLED - 1) + 1
 
 
+def _first_counter() -> int:
+    """Where an incarnation begins to count: anywhere in the first half.
+
+    The same incarnation comes back after 2^20 mounts of a slot.  Its tags do not, unless it counts
+    through the same places.
+    """
+    return int.from_bytes(os.urandom(words.WORD), "little") % (words.COUNTER_MASK // 2)
+
+
 class PeerTable:
     """All slots of one region, seen from outside."""
 
@@ -302,7 +311,7 @@ class Membership:
         base = (self.incarnation & 0xFFFF) << words.FILTER_BITS
         self._filter = [base | word & words.FILTER_MASK for word in self._filter]
         self._store(peer.FILTER_OFFSET, array("Q", self._filter).tobytes())
-        self._move(IDLE, 0)
+        self._move(IDLE, _first_counter())
 
     def _identify(self, record: peer.SlotRecord) -> None:
         self._record = record._replace(proofs=record.proofs & self._proofs)
