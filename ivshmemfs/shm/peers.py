@@ -482,9 +482,11 @@ class Membership:
     def _filter_word(self, place: int, new: int) -> None:
         at = self.table.offset(self.slot, peer.FILTER_OFFSET + place * words.WORD)
         old = self._filter[place]
-        if self.table.memory.cas(at, old, new) != old:
+        if self._word == _NEVER or self.table.memory.cas(at, old, new) != old:
             raise self._lost("another peer took this mount's slot while it was silent")
         self._filter[place] = new
+        if not self.stands:
+            raise self._lost("another peer declared this mount gone while it was silent")
 
     def intend(self, ino: int) -> None:
         """Announce that `ino` is about to be freed, then fence.  Raises Fenced."""
