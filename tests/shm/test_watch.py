@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -16,6 +18,7 @@ from tests.regions import TestRegion
 from tests.shm.conftest import Member
 
 New = Callable[[], Member]
+TOP = Path(__file__).resolve().parents[2]
 MACHINE = b"machine of tests"
 BOOTS = (b"boot of machine1", b"boot of machine2")
 
@@ -120,6 +123,19 @@ def test_absent_is_gone_and_silent(
     dead = presence is Presence.GONE and seconds > watch.SILENCE
     assert watching.absent(watcher.table.peer(2)) == dead
     assert watcher.table.retire_gone(1) == dead
+
+
+def test_nobody_decides_by_another_rule() -> None:
+    """Only the watch asks for the presence of a process, and only identity.py for processes."""
+    asking = re.compile(r"\bpresence\(|\bprocess_exists\(|\bstart_time\(|/proc/\{")
+    askers = {
+        path.name
+        for folder in ("shm", "engine", "fsck")
+        for path in (TOP / "ivshmemfs" / folder).glob("*.py")
+        if asking.search(path.read_text())
+    }
+    askers |= {p.name for p in (TOP / "mkfs").glob("*.py") if asking.search(p.read_text())}
+    assert askers == {"identity.py", "watch.py"}
 
 
 # --- for commands ---------------------------------------------------------------------------
