@@ -72,18 +72,25 @@ class Watch:
 
     def look(self) -> None:
         """Look at all slots."""
-        for slot in range(1, self._count + 1):
-            self.see(slot)
+        columns = [
+            self._memory.load_column(self._base + at, peer.SLOT_SIZE, self._count)
+            for at in (peer.STATE_OFFSET, peer.HEARTBEAT_OFFSET, peer.NONCE_OFFSET)
+        ]
+        for slot, sign in enumerate(zip(*columns, strict=True), 1):
+            self._note(slot, sign)
 
     def see(self, slot: int) -> None:
         """Look at one."""
-        at, now = self._base + (slot - 1) * peer.SLOT_SIZE, time.monotonic()
+        at = self._base + (slot - 1) * peer.SLOT_SIZE
         sign = (
-            self._memory.load(at),
+            self._memory.load(at + peer.STATE_OFFSET),
             self._memory.load(at + peer.HEARTBEAT_OFFSET),
             self._memory.load(at + peer.NONCE_OFFSET),
         )
-        before = self._signs.get(slot)
+        self._note(slot, sign)
+
+    def _note(self, slot: int, sign: Sign) -> None:
+        before, now = self._signs.get(slot), time.monotonic()
         if sign != before:
             self._signs[slot], self._silence[slot] = sign, 0.0
             self._note_change(slot, before, sign)
