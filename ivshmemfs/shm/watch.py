@@ -23,6 +23,8 @@ from ivshmemfs.shm.identity import Here, Presence
 
 SILENCE = 3.0  # seconds without a sign of life; a living mount shows one each second
 LOOK = 1.0  # seconds between two looks that count at most
+MACHINES = 1024  # hardware UUIDs that are remembered
+BOOTS = 4  # boots of each
 POLL = 0.05  # seconds between two looks of who waits
 
 Sign = tuple[int, int, int]  # state word, heartbeat, nonce
@@ -42,11 +44,13 @@ class Machines:
     def alive(self, machine: bytes, boot: bytes) -> None:
         """A sign of life came from there just now."""
         boots = self._boots.setdefault(machine, [])
-        if boot in boots[:-1]:
+        if boot in boots[:-1] and len(self.shared) < MACHINES:
             self.shared.add(machine)
         elif boot not in boots:
             boots.append(boot)
-            del boots[:-4]
+            del boots[:-BOOTS]
+        while len(self._boots) > MACHINES:  # the region may say anything
+            del self._boots[next(iter(self._boots))]
 
     @staticmethod
     def name(machine: bytes) -> str:

@@ -193,6 +193,16 @@ def test_boots_that_follow_each_other_are_of_one_machine() -> None:
     assert machines.shared == {MACHINE}
 
 
+def test_what_is_remembered_is_bounded() -> None:
+    """A hostile region may name another machine each second."""
+    machines = Machines()
+    for number in range(5000):
+        for boot in (b"1", b"2", b"1"):
+            machines.alive(number.to_bytes(16, "little"), boot)
+    assert len(machines._boots) <= watch.MACHINES
+    assert len(machines.shared) <= watch.MACHINES
+
+
 def on_machines(fates: Fates, patch: pytest.MonkeyPatch) -> None:
     """Each odd process runs on one machine, each even one on another with the same UUID."""
 
