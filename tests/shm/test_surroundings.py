@@ -172,3 +172,28 @@ def test_who_lives_is_never_gone(name: str, made: TestRegion, holder: int, tmp_p
         process.communicate()
         dead = observed(prefix, made, case.user)
     assert (alive, dead) == (case.alive, case.dead)
+
+
+COMMANDS = {
+    "fsck": (["-m", "ivshmemfs.fsck", "-y"], 8, "in use by 1 peer"),
+    "mkfs": (["-m", "mkfs"], 1, "mounted now by 1 peer"),
+    "peers": (["-m", "ivshmemfs.cli", "peers"], 0, "silent"),
+}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_no_command_takes_a_hidden_peer_for_dead(
+    name: str, made: TestRegion, holder: int, tmp_path: Path
+) -> None:
+    words, code, says = COMMANDS[name]
+    with peer([], made):
+        before = made.path.read_bytes()
+        user = [f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups"]
+        hidden = started("hidden 2", holder, tmp_path)
+        done = subprocess.run(
+            [*hidden, "setpriv", *user, sys.executable, *words, str(made.path)],
+            cwd=TOP, check=False, capture_output=True, text=True, timeout=60,
+        )  # fmt: skip
+        assert done.returncode == code
+        assert says in done.stdout + done.stderr
+        assert made.path.read_bytes() == before
