@@ -17,7 +17,7 @@ from ivshmemfs.region import open_region
 from ivshmemfs.shm.control import Control
 from ivshmemfs.shm.peers import PeerTable
 from ivshmemfs.shm.repair import describe
-from ivshmemfs.shm.watch import LOOK, POLL, SILENCE, Watch
+from ivshmemfs.shm.watch import POLL, SILENCE, Watch
 
 
 @contextmanager
@@ -31,7 +31,7 @@ def _peer_table(spec: str, *, readonly: bool) -> Iterator[PeerTable]:
 def _alive(watch: Watch, slots: set[int]) -> set[int]:
     """Those of *slots* that show life within some seconds."""
     watch.look()
-    end = time.monotonic() + SILENCE + LOOK
+    end = time.monotonic() + SILENCE + 2 * POLL
     while True:
         alive = {slot for slot in slots if watch.beats(slot)}
         if alive == slots or time.monotonic() > end:
@@ -58,7 +58,9 @@ def peers_command(region: str) -> None:
     click.echo(table([("SLOT", "HOST", "PID", "SINCE", "DOING", "LIFE", "VERSION"), *rows]))
     for machine in watch.machines.shared:
         name = watch.machines.name(machine)
-        click.echo(f"two machines go by the hardware UUID {name}: it tells of nobody's end")
+        click.echo(
+            f"two machines go by the hardware UUID {name}: it tells of nobody's end", err=True
+        )
 
 
 def _life(watch: Watch, peer: Occupant, alive: set[int]) -> str:

@@ -79,12 +79,12 @@ class FileLock:
         return None if table.watch.silence(other.slot, other.word) > SILENT else holder
 
     def undecided(self, record: bytes) -> bool:
-        """Whether the holder's process is gone, and has not been silent for long enough yet."""
-        holder = self._holder(record)
+        """Whether a holder's process is gone, and all that is waited for is its silence."""
+        holder = self.blocking(record)
         if holder is None:
             return False
-        watch, other = self._fs.table.watch, self._fs.table.peer(holder.slot)
-        return watch.vanished(other) and not watch.beats(other.slot)
+        table = self._fs.table
+        return table.watch.vanished(table.peer(holder.slot))
 
     def _holder(self, record: bytes) -> Holder | None:
         if len(record) != _RECORD.size:

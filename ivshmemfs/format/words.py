@@ -10,8 +10,8 @@
 A tag never comes back to the same block: the counter grows with each transaction of an
 incarnation and the incarnation with each mount that uses a slot.  Counters wrap after 2^36
 transactions (8 days at 100,000/s; the peer then rejoins with a new incarnation), incarnations
-after 2^20 mounts of one slot, the commit word after 2^36 commits (a peer would have to sleep for
-exactly that many, and the root would have to stand in the same block, for its stale
+after 2^20 mounts of one slot, the commit word after 2^36 - 1 commits (a peer would have to sleep
+for exactly that many, and the root would have to stand in the same block, for its stale
 compare-and-swap to succeed).
 """
 
@@ -70,6 +70,16 @@ def split_tag(tag: int) -> tuple[int, int, int]:
 def make_commit(sequence: int, block: int) -> int:
     """The commit word that publishes root `block` as the `sequence`-th commit."""
     return (sequence & SEQUENCE_MASK) << BLOCK_BITS | block
+
+
+def next_sequence(sequence: int) -> int:
+    """The number of the next commit.
+
+    Those whose low 36 bits are 0 are left out: the commit word of block 0 would be 0, which says
+    that there is no filesystem.
+    """
+    after = sequence + 1
+    return after if after & SEQUENCE_MASK else after + 1
 
 
 def split_commit(word: int) -> tuple[int, int]:

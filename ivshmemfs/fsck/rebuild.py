@@ -474,7 +474,7 @@ class Builder:
         old, commit = self.survey.root, self.image.commit
         used = sum(1 for tag in self.final if tag) + 1
         orphans = self._orphans()
-        sequence = (self.image.sequence + 1) & words.SEQUENCE_MASK  # what publishes it
+        sequence = words.next_sequence(self.image.sequence) & words.SEQUENCE_MASK
         record = RootRecord(
             fsid=self.image.superblock.fsid,
             sequence=sequence,

@@ -40,7 +40,8 @@ class Control:
 
         Returns the new commit word, or 0 when somebody was faster.
         """
-        new = words.make_commit((planned_on >> words.BLOCK_BITS) + 1, root_block)
+        sequence = words.next_sequence(planned_on >> words.BLOCK_BITS)
+        new = words.make_commit(sequence, root_block)
         won = self._memory.cas(COMMIT_OFFSET, planned_on, new) == planned_on
         return new if won else 0
 

@@ -12,9 +12,13 @@ also carries incarnation and counter, so that nobody acts on a slot that has mov
     IDLE     -> JOINING   a newcomer takes the slot of a peer that is gone, or silent when the
                           table is full; safe at any time, since all claims of an idle peer are
                           settled and it cannot begin a transaction any more
+    IDLE     -> JOINING   its owner, with the next incarnation: its counter is used up
+    IDLE     -> FREE      anybody, when it is silent and was left to a second owner of its identity;
+                          safe, as above
     JOINING  -> FREE      anybody, when it stays so for seconds: its owner died before it could say
                           who it is, or will start again; safe, as above
-    ACTIVE   -> DEAD      whoever knows that the owner is gone, or was told so by an administrator
+    ACTIVE   -> DEAD      whoever knows that the owner is gone (`Watch.absent`), or was told so by
+                          an administrator
     DEAD     -> FREE      anybody, after a fence of the commit word: what the owner planned can no
                           longer be published, so its claims are settled and may be collected
 
@@ -23,7 +27,9 @@ older incarnation of their slot, a counter below the slot's, or any counter of a
 ACTIVE or DEAD.  A silent peer in ACTIVE keeps its claims (quarantine): it may still be writing.
 
 An owner that finds its state word changed was declared gone: `Fenced`.  It joins again, as a new
-incarnation, and goes on.
+incarnation, and goes on.  One that finds a word of its slot changed as only its owner may change it
+has a twin (its machine was cloned): it marks the slot, leaves it to the other, and joins again
+under an identity that proves nothing.  The other finds the mark and does the same.
 
 The open filter lists, coarsely, which inodes the owner holds open (a set bit may stand for
 several).  Opening: list, fence, look whether the inode still exists, and whether anybody intends
@@ -61,6 +67,15 @@ FILTER_SIZE = peer.FILTER_WORDS * words.FILTER_BITS
 def _fresh_nonce() -> int:
     """Anything but 0 and the mark, and hardly ever the same twice."""
     return int.from_bytes(os.urandom(words.WORD), "little") % (peer.DOUBLED - 1) + 1
+
+
+def _first_counter() -> int:
+    """Where an incarnation begins to count: anywhere in the first half.
+
+    The same incarnation comes back after 2^20 mounts of a slot.  Its tags do not, unless it counts
+    through the same places.
+    """
+    return int.from_bytes(os.urandom(words.WORD), "little") % (words.COUNTER_MASK // 2)
 
 
 class PeerTable:
@@ -149,13 +164,18 @@ class PeerTable:
         for other in self.peers():
             if other.slot == own:
                 continue
-            left = other.state == JOINING or (
-                other.state == IDLE and other.record.nonce == peer.DOUBLED
-            )
-            left = left and self.watch.silent(other.slot, other.word)
-            if left or other.state == DEAD or self.watch.absent(other, here):
+            over = other.state == DEAD or self._is_left(other)
+            if over or self.watch.absent(other, here):
                 found |= self.retire(other.slot, other.word)
         return found
+
+    def _is_left(self, other: Occupant) -> bool:
+        """Whether nobody needs a slot that is silent: no claim is under way in it, and its owner
+        never settled in, or left it to a second owner of its identity.
+        """
+        unborn = other.state == JOINING
+        doubled = other.state == IDLE and other.record.nonce == peer.DOUBLED
+        return (unborn or doubled) and self.watch.silent(other.slot, other.word)
 
     def lists(self, index: int, own: int) -> bool:
         """Whether any slot but `own` lists filter index `index` as open."""
@@ -303,7 +323,7 @@ class Membership:
         base = (self.incarnation & 0xFFFF) << words.FILTER_BITS
         self._filter = [base | word & words.FILTER_MASK for word in self._filter]
         self._store(peer.FILTER_OFFSET, array("Q", self._filter).tobytes())
-        self._move(IDLE, 0)
+        self._move(IDLE, _first_counter())
 
     def _identify(self, record: peer.SlotRecord) -> None:
         self._record = record._replace(proofs=record.proofs & self._proofs)
@@ -362,8 +382,10 @@ class Membership:
         """
         slot, word = self.slot, self._word
         if self._join_free():
-            self._settle_in()
-            self.table.swap(slot, word, words.make_state(FREE, *words.split_state(word)[1:]))
+            try:
+                self._settle_in()
+            finally:
+                self.table.retire(slot, word)
         elif self._claim(slot, word):
             self._settle_in()
         else:
@@ -474,9 +496,11 @@ class Membership:
     def _filter_word(self, place: int, new: int) -> None:
         at = self.table.offset(self.slot, peer.FILTER_OFFSET + place * words.WORD)
         old = self._filter[place]
-        if self.table.memory.cas(at, old, new) != old:
+        if self._word == _NEVER or self.table.memory.cas(at, old, new) != old:
             raise self._lost("another peer took this mount's slot while it was silent")
         self._filter[place] = new
+        if not self.stands:
+            raise self._lost("another peer declared this mount gone while it was silent")
 
     def intend(self, ino: int) -> None:
         """Announce that `ino` is about to be freed, then fence.  Raises Fenced."""

@@ -23,6 +23,8 @@ from ivshmemfs.shm.identity import Here, Presence
 
 SILENCE = 3.0  # seconds without a sign of life; a living mount shows one each second
 LOOK = 1.0  # seconds between two looks that count at most
+MACHINES = 1024  # hardware UUIDs that are remembered
+BOOTS = 4  # boots of each
 POLL = 0.05  # seconds between two looks of who waits
 
 Sign = tuple[int, int, int]  # state word, heartbeat, nonce
@@ -42,11 +44,13 @@ class Machines:
     def alive(self, machine: bytes, boot: bytes) -> None:
         """A sign of life came from there just now."""
         boots = self._boots.setdefault(machine, [])
-        if boot in boots[:-1]:
+        if boot in boots[:-1] and len(self.shared) < MACHINES:
             self.shared.add(machine)
         elif boot not in boots:
             boots.append(boot)
-            del boots[:-4]
+            del boots[:-BOOTS]
+        while len(self._boots) > MACHINES:  # the region may say anything
+            del self._boots[next(iter(self._boots))]
 
     @staticmethod
     def name(machine: bytes) -> str:
@@ -72,18 +76,25 @@ class Watch:
 
     def look(self) -> None:
         """Look at all slots."""
-        for slot in range(1, self._count + 1):
-            self.see(slot)
+        columns = [
+            self._memory.load_column(self._base + at, peer.SLOT_SIZE, self._count)
+            for at in (peer.STATE_OFFSET, peer.HEARTBEAT_OFFSET, peer.NONCE_OFFSET)
+        ]
+        for slot, sign in enumerate(zip(*columns, strict=True), 1):
+            self._note(slot, sign)
 
     def see(self, slot: int) -> None:
         """Look at one."""
-        at, now = self._base + (slot - 1) * peer.SLOT_SIZE, time.monotonic()
+        at = self._base + (slot - 1) * peer.SLOT_SIZE
         sign = (
-            self._memory.load(at),
+            self._memory.load(at + peer.STATE_OFFSET),
             self._memory.load(at + peer.HEARTBEAT_OFFSET),
             self._memory.load(at + peer.NONCE_OFFSET),
         )
-        before = self._signs.get(slot)
+        self._note(slot, sign)
+
+    def _note(self, slot: int, sign: Sign) -> None:
+        before, now = self._signs.get(slot), time.monotonic()
         if sign != before:
             self._signs[slot], self._silence[slot] = sign, 0.0
             self._note_change(slot, before, sign)

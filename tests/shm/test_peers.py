@@ -134,7 +134,7 @@ def test_counters_that_are_used_up(new: New) -> None:
     member.memory.trap(2, look)
     tag = member.membership.begin()
     assert unlisted == [False]
-    assert words.split_tag(tag)[::2] == (3, 1)
+    assert words.split_tag(tag)[0] == 3
     assert states(watcher) == [words.FREE, words.IDLE, words.ACTIVE]
     member.membership.end()
 
@@ -147,7 +147,7 @@ def test_counters_that_are_used_up_while_no_slot_is_free(new: New) -> None:
     member.membership.list_open(77)
     use_up(member)
     tag = member.membership.begin()
-    assert words.split_tag(tag) == (1, (before + 1) & words.INCARNATION_MASK, 1)
+    assert words.split_tag(tag)[:2] == (1, (before + 1) & words.INCARNATION_MASK)
     assert members[1].membership.listed_elsewhere(77)
     member.membership.end()
     member.membership.beat()
