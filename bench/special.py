@@ -229,7 +229,7 @@ def start(shm: Path, work: Path, *, rounds: int, size: str = "16G") -> Figures:
     try:
         for _ in range(rounds):
             region.unlink(missing_ok=True)
-            making.append(_timed([*MKFS, "--size", size, str(region)]))
+            making.append(_timed([*MKFS, "--sparse", "--size", size, str(region)]))
             mounting.append(_timed([*IVSHMEMFS, "mount", str(region), str(path)]))
             _timed([*IVSHMEMFS, "umount", str(path)])
     finally:

@@ -155,6 +155,12 @@ class Busy(IvshmemfsError):
     errno = _errno.EAGAIN
 
 
+class UnderRepair(Busy):
+    """A repair has shut everybody else out; whoever waits can go on when it is over."""
+
+    exit_code = 32
+
+
 class Fenced(IvshmemfsError):
     """This incarnation was declared gone by another peer; it must rejoin before it writes again."""
 

@@ -113,9 +113,9 @@ def _root(region: Region) -> Iterator[str]:
 
 
 def _inode(region: Region, number: int) -> Iterator[str]:
-    from ivshmemfs.engine import Filesystem
+    from ivshmemfs.cli.peering import enter
 
-    view = Filesystem.mount(region, readonly=True).view()
+    view = enter(region, readonly=True).view()
     view.inode(number)  # or it says why not
     block, _weight, _tag = words.POINTER.unpack(view.pointer_to(number))
     yield from _block(region, block)

@@ -21,6 +21,7 @@ import click
 from ivshmemfs.cli.peering import patiently, peer
 from ivshmemfs.errors import Busy, LockLost, UsageError
 from ivshmemfs.fuse.mountpoint import FSTYPE, mounted
+from ivshmemfs.shm.watch import LOOK, SILENCE
 
 if TYPE_CHECKING:
     from ivshmemfs.engine import FileLock
@@ -143,13 +144,17 @@ def _held(region: Region, ino: int, patience: float | None) -> Iterator[FileLock
 
 
 def _free(lock: FileLock, end: float | None) -> bytes | None:
-    """The record of the lock once it can be taken; None when it is held until `end`."""
-    delay = FIRST_WAIT
+    """The record of the lock once it can be taken; None when it is held until `end`.
+
+    Whoever holds it and seems to be gone is waited for until that is sure.
+    """
+    delay, decided = FIRST_WAIT, time.monotonic() + SILENCE + LOOK
     while True:
         record = patiently(lock.record)
         if lock.blocking(record) is None:
             return bytes(record)
-        if end is not None and time.monotonic() >= end:
+        now = time.monotonic()
+        if end is not None and now >= end and (now >= decided or not lock.undecided(record)):
             return None
         time.sleep(delay)
         delay = min(delay * 1.5, LONGEST_WAIT)

@@ -7,10 +7,12 @@ import time
 import click
 
 from ivshmemfs.cli.output import table
+from ivshmemfs.cli.peering import enter
 from ivshmemfs.errors import IvshmemfsError, RegionDenied
 from ivshmemfs.format import superblock
 from ivshmemfs.format.peer import printable
 from ivshmemfs.region import Candidate, discover, open_region, probe, readable_size
+from ivshmemfs.shm.repair import repairing
 
 FIRST_PAGE = 4096
 
@@ -35,7 +37,9 @@ def _row(candidate: Candidate) -> tuple[str, str, str, str]:
     spec, what = printable(candidate.spec), candidate.description
     try:
         with open_region(candidate.spec, readonly=True) as region:
-            names = superblock.identify(region.memory.read(0, min(FIRST_PAGE, region.size)))
+            page = region.memory.read(0, min(FIRST_PAGE, region.size))
+            names = superblock.identify(page)
+            busy = ", being repaired" if names is not None and repairing(page) else ""
             if not candidate.size:
                 what = f"device, {readable_size(region.size)}"
     except RegionDenied:
@@ -44,20 +48,18 @@ def _row(candidate: Candidate) -> tuple[str, str, str, str]:
         return spec, what, "-", "cannot be read"
     if names is None:
         return spec, what, "-", "not formatted"
-    return spec, what, printable(names[0]) or "-", names[1]
+    return spec, what + busy, printable(names[0]) or "-", names[1]
 
 
 @click.command("info")
 @click.argument("region")
 def info_command(region: str) -> None:
     """Show what the filesystem on REGION is and how full it is."""
-    from ivshmemfs.engine import Filesystem
-
     with open_region(region, readonly=True, identify=superblock.identify) as opened:
         raw = opened.memory.read(0, superblock.SUPERBLOCK.size)
         checked = superblock.decode(raw, opened.size)
         record = superblock.SUPERBLOCK.unpack(raw)
-        fs = Filesystem.mount(opened, readonly=True)
+        fs = enter(opened, readonly=True)
         stats, word = fs.statfs(), fs.view().word
         peers = sum(1 for _peer in fs.table.peers())
         measured = probe(opened.memory)

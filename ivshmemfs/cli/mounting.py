@@ -93,15 +93,16 @@ def _attach(spec: str | None, options: MountOptions) -> daemon.Attach:
     @contextmanager
     def attach() -> Iterator[daemon.Attached]:
         # Imported here: the parent of a daemon ends sooner without them.
-        from ivshmemfs.engine import Filesystem
+        from ivshmemfs.cli.peering import enter, older_peers
         from ivshmemfs.format.superblock import identify
         from ivshmemfs.region import open_region, probe
 
         found = the_one_device() if spec is None else spec
         with open_region(found, readonly=options.readonly, identify=identify) as region:
-            fs = Filesystem.mount(region, readonly=options.readonly)
+            fs = enter(region, readonly=options.readonly)
             try:
-                yield daemon.Attached(fs, region.spec, probe(region.memory).warning() or "")
+                notices = (probe(region.memory).warning(), older_peers(fs.table.peers()))
+                yield daemon.Attached(fs, region.spec, "; ".join(filter(None, notices)))
             finally:
                 fs.unmount()
 

@@ -11,6 +11,9 @@ A settled claim that is unreachable from one root is so from all later ones, so 
 change while it is walked.  A node that turns out replaced sends the walk to the new root;
 subtrees that were walked whole need no second walk, because a pair (block, tag) never changes its
 contents.  What they mark needlessly is collected another time.
+
+A repair may reach again what no root reached, so a collection that finds that one has been starts
+anew, and during one it pauses.
 """
 
 from __future__ import annotations
@@ -22,9 +25,9 @@ from collections.abc import Iterator
 from ivshmemfs.engine.inode import Inode
 from ivshmemfs.engine.radix import NULL, SIZE
 from ivshmemfs.engine.transaction import Known, View
-from ivshmemfs.errors import Corrupt, InUse, Restart
+from ivshmemfs.errors import Corrupt, InUse, Restart, UnderRepair
 from ivshmemfs.format import inode as fmt
-from ivshmemfs.format import words
+from ivshmemfs.format import repair, words
 from ivshmemfs.format.dirent import decode_interior
 from ivshmemfs.format.node import DIRNODE, HEADER_SIZE, INDEX
 from ivshmemfs.shm.peers import PeerTable
@@ -42,24 +45,38 @@ class Collector:
 
     def __init__(self, store: Store, table: PeerTable) -> None:
         self._store = store
-        self._limits = table.limits()
-        self._marks = array("Q", bytes(store.geometry.block_count * words.WORD))
-        self._work = self._run()
+        self._table = table
         self.released = 0
         self.done = False
+        self._begin()
+
+    def _begin(self) -> None:
+        self._repairs = self._table.state(repair.SLOT)
+        self._limits = self._table.limits()
+        self._marks = array("Q", bytes(self._store.geometry.block_count * words.WORD))
+        self._work = self._run()
 
     def step(self, seconds: float | None = None) -> bool:
-        """Work on for about `seconds` (None: to the end); returns whether it is done."""
+        """Work on for about `seconds` (None: to the end); returns whether it is done.
+
+        Raises UnderRepair, after which it starts anew.
+        """
         until = time.monotonic() + (seconds if seconds is not None else float("inf"))
-        for _ in self._work:
-            if time.monotonic() > until:
-                return False
-        self.done = True
-        return True
+        try:
+            while not self.done and time.monotonic() <= until:
+                self.done = next(self._work, True) is True
+                if self._table.state(repair.SLOT) != self._repairs:
+                    self._begin()
+                    self.done = False
+        except UnderRepair:
+            self._begin()
+            raise
+        return self.done
 
     def _run(self) -> Iterator[None]:
         self._store.memory.fence()
         while True:
+            yield
             word, root = self._store.snapshot()
             view = View(self._store, word, root, Known())
             try:
@@ -68,12 +85,11 @@ class Collector:
             except Restart as overtaken:
                 if self._store.control.load() == word:
                     raise Corrupt(f"the present root leads astray: {overtaken}") from None
-                yield
         for start in range(0, self._store.geometry.block_count, SWEEP_STEP):
+            yield
             stop = min(start + SWEEP_STEP, self._store.geometry.block_count)
             garbage = self._store.blocks.sweep(self._marks, self._limits, start, stop)
             self.released += self._store.blocks.release(garbage)
-            yield
 
     def _marked(self, pointer: bytes) -> bool:
         block, _, tag = _POINTER.unpack(pointer)

@@ -45,6 +45,7 @@ from ivshmemfs.errors import (
     NoSpace,
     Restart,
     StaleHandle,
+    UnderRepair,
 )
 from ivshmemfs.format import superblock, words
 from ivshmemfs.format.geometry import SCRATCH_OFFSET, SCRATCH_SIZE
@@ -63,10 +64,16 @@ log = logging.getLogger(__name__)
 
 ATTEMPTS = 100  # plans of one operation before it reports Busy
 COLLECT_SLICE = 0.005  # seconds of collection per tick
+SHORT_PAUSE = 60.0  # seconds between two lines of the log about memory that cannot be had
 COLLECT_PAUSE = 1.0  # seconds between two collections for want of space
 TIGHT = 0.05  # seconds that a full region waits for claims of peers that are at work
-RETIRE_TICKS = 4
+RETIRE_TICKS = 4  # between two looks for peers that are surely gone
 TRIES = 3  # scratch words that a mount tries before it calls the mapping unfit
+_SILENT = "this mount was declared gone while it was silent"
+_TWIN = (
+    "another process goes by this mount's identity: its machine was cloned, or put back into an "
+    "older state, and nothing but `ivshmemfs evict` will tell of this mount's end"
+)
 _UPSET = (struct.error, OverflowError, IndexError, ValueError)
 
 
@@ -100,13 +107,15 @@ class Mount:
         self._collected_at = float("-inf")
         self._tight_since = 0.0
         self._ticks = 0
-        self._beats: dict[int, tuple[int, int]] = {}
+        self._short_at = float("-inf")  # when the log last told that memory is short
+        self._shut_out = False  # by a repair, as the log says
 
     @classmethod
     def mount(cls, region: Region, *, readonly: bool = False) -> Self:
         """Join the peers of `region`, or only look when `readonly`.
 
-        Raises FormatError and its kin for what is not a usable filesystem, TooManyPeers.
+        Raises FormatError and its kin for what is not a usable filesystem, TooManyPeers,
+        UnderRepair.
         """
         self = cls(region, readonly=readonly)
         self.store.snapshot()
@@ -114,7 +123,12 @@ class Mount:
             _refuse_unfit(region)
             member = Membership(self.table)
             member.join()
-            member.must_collect |= self.table.retire_gone(member.slot) or self._leaking()
+            self.table.watch.look()
+            try:
+                member.must_collect |= self._leaking()
+            except BaseException:
+                member.leave()
+                raise
             self._member = member
             count = self.superblock.geometry.block_count
             start = (member.slot - 1) * count // self.table.count
@@ -200,6 +214,10 @@ class Mount:
             raise Busy(str(error)) from error
         except (*_UPSET, OSError, Corrupt) as error:
             raise self._contained(error) from error
+        except FsError as error:  # a file was copied into blocks, and one of them failed
+            if error.errno != errno.EIO:
+                raise
+            raise self._contained(error) from error
 
     def _joined(self) -> Membership:
         if self._member is None:
@@ -276,7 +294,7 @@ class Mount:
         if member.stands:
             return  # joined again already, on the way out of the transaction
         member.rejoin()
-        log.warning("this mount was declared gone while it was silent; it joined again")
+        log.warning("%s; it joined again", _TWIN if member.doubled else _SILENT)
 
     # --- what the region may do to us -------------------------------------------------------
 
@@ -286,11 +304,21 @@ class Mount:
             self._check_identity()
         except FsError as stale:
             return stale
+        if getattr(error, "errno", 0) == errno.EIO and (short := self.region.shortage()):
+            return self._short(short)
         if isinstance(error, FsError):
             return error
         if isinstance(error, OSError):
             return FsError(errno.EIO, f"the region cannot be accessed any more: {error}")
         return Corrupt(f"metadata contradicts itself: {error}")
+
+    def _short(self, text: str) -> NoSpace:
+        """The memory behind the region is used up; the log says so, but not at every operation."""
+        now = time.monotonic()
+        if now - self._short_at > SHORT_PAUSE:
+            self._short_at = now
+            log.error("%s", text)
+        return NoSpace(text)
 
     def _check_identity(self) -> None:
         """Raise StaleHandle, or EIO, unless the region still carries what was mounted."""
@@ -351,6 +379,7 @@ class Mount:
         self._ticks += 1
         try:
             self._keep_alive(member)
+            self._look_for_repair()
             if self._collector is not None and self._collector.step(COLLECT_SLICE):
                 self._collector = None
             orphans = self.view().root.record.orphans
@@ -359,25 +388,41 @@ class Mount:
         if orphans:
             self.reap()
 
+    def _look_for_repair(self) -> None:
+        """Log that a repair shuts this mount out, and that it is over; raises UnderRepair."""
+        try:
+            self.store.snapshot()
+        except UnderRepair as error:
+            if not self._shut_out:
+                log.warning("%s; until then every operation waits", error)
+                self._shut_out = True
+            raise
+        if self._shut_out:
+            log.warning("the repair of the region is over")
+            self._shut_out = False
+
     def _keep_alive(self, member: Membership) -> None:
         try:
             member.beat()
         except Fenced:
             self._rejoin(member)
+        self._watch_others(member)
         if self._ticks % RETIRE_TICKS == 0:
-            self._retire_silent(member)
+            member.must_collect |= self.table.retire_gone(member.slot)
         if member.must_collect and self._collector is None:
             self._collector = Collector(self.store, self.table)
             member.must_collect = False
 
-    def _retire_silent(self, member: Membership) -> None:
-        before, self._beats = self._beats, self.table.heartbeats()
-        for slot, beat in self._beats.items():
-            if slot == member.slot or before.get(slot) != beat:
-                continue
-            other = self.table.peer(slot)
-            if other.state in (words.DEAD, words.JOINING) or other.gone:
-                member.must_collect |= self.table.retire(slot, other.word)
+    def _watch_others(self, member: Membership) -> None:
+        watch = self.table.watch
+        known = set(watch.machines.shared)
+        watch.look()
+        for machine in watch.machines.shared - known:
+            log.warning(
+                "two machines go by the hardware UUID %s: it will not tell of anybody's end",
+                watch.machines.name(machine),
+            )
+            member.doubt_machine(machine)
 
     # --- open inodes without links ----------------------------------------------------------
 

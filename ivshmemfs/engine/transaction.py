@@ -323,7 +323,7 @@ class Transaction(View):
         """The number of this commit: fences, which make no root, count as well."""
         last = self.root.record.sequence
         fences = (words.split_commit(self.word)[0] - last) & words.SEQUENCE_MASK
-        return last + fences + 1
+        return words.next_sequence(last + fences)
 
     def _seal_inode(self, ino: int) -> bytes:
         inode = self._dirty[ino]

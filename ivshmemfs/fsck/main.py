@@ -5,11 +5,14 @@ Exit codes as in fsck(8): 0 clean, 1 corrected, 4 errors left, 8 operational err
 
 from __future__ import annotations
 
+import logging
+import os
 import sys
 from collections.abc import Iterable
 
 import click
 
+from ivshmemfs import __version__
 from ivshmemfs.errors import IvshmemfsError, UsageError
 from ivshmemfs.format.superblock import identify
 from ivshmemfs.fsck.checking import check
@@ -51,13 +54,15 @@ def _run(spec: str, change: bool, force: bool) -> int:
 @click.option("-p", "-a", "preen", is_flag=True, help="The same as -y, as fsck(8) calls it.")
 @click.option("-f", "_always", is_flag=True, help="Accepted and ignored: it always checks.")
 @click.option("--force", is_flag=True, help="Repair although peers may be using the region.")
+@click.version_option(__version__, "-V", "--version", prog_name="fsck.ivshmemfs")
 @click.argument("region")
 def command(
     check_only: bool, change: bool, preen: bool, _always: bool, force: bool, region: str
 ) -> int:
     """Check the filesystem on REGION, and repair it with -y.
 
-    Checking is possible at any time.  Repairing needs a region that nobody has mounted.
+    Checking is possible at any time.  Repairing needs a region that nobody has mounted; whoever
+    mounts it meanwhile waits until the repair is over.
     """
     change = change or preen
     if check_only and change:
@@ -80,4 +85,11 @@ def main(args: list[str] | None = None, prog_name: str = "fsck.ivshmemfs") -> No
         sys.exit(USAGE)
     except (IvshmemfsError, OSError) as error:
         click.echo(f"{prog_name}: {error}", err=True)
+        sys.exit(OPERATIONAL)
+    except Exception as error:  # 1, which Python ends with, would mean "corrected"
+        if os.environ.get("IVSHMEMFS_DEBUG"):
+            logging.basicConfig()
+            logging.getLogger(__name__).exception("a bug")
+        text = " ".join(f"{type(error).__name__}: {error}".split())
+        click.echo(f"{prog_name}: internal error, please report it: {text}", err=True)
         sys.exit(OPERATIONAL)

@@ -27,7 +27,7 @@ from typing import NamedTuple, TypeVar
 from pyfuse3 import FUSEError, get_sup_groups
 
 from ivshmemfs.engine import Attr, Context, Filesystem, Handle
-from ivshmemfs.errors import Busy, FsError, IvshmemfsError, StaleHandle
+from ivshmemfs.errors import Busy, FsError, IvshmemfsError, StaleHandle, UnderRepair
 from ivshmemfs.fuse.nodes import Nodes
 
 log = logging.getLogger(__name__)
@@ -160,7 +160,8 @@ class Served:
                 if self.ending:
                     raise FUSEError(errno.EIO) from None
                 if time.monotonic() - started > PATIENCE:
-                    log.error("%s: still busy after %.0f s: %s", operation, PATIENCE, error)
+                    if not isinstance(error, UnderRepair):  # of which the upkeep has told
+                        log.error("%s: still busy after %.0f s: %s", operation, PATIENCE, error)
                     raise FUSEError(errno.EIO) from None
             except Exception as error:
                 raise failure(operation, error) from None

@@ -7,7 +7,8 @@ what the bytes mean is the business of the layers above.
 from __future__ import annotations
 
 from ivshmemfs.region._memory import DEVICE, NORMAL, WRITE_COMBINING, Blocks, Memory, crc32c
-from ivshmemfs.region.file import create_file
+from ivshmemfs.region.blank import Found, find_data
+from ivshmemfs.region.file import create_file, reserve
 from ivshmemfs.region.locate import Candidate, discover, identified, open_region
 from ivshmemfs.region.mapped import Region
 from ivshmemfs.region.probe import Probe, Scratch, probe, refuse_unfit
@@ -20,6 +21,7 @@ __all__ = [
     "WRITE_COMBINING",
     "Blocks",
     "Candidate",
+    "Found",
     "Memory",
     "Probe",
     "Region",
@@ -29,10 +31,12 @@ __all__ = [
     "create_file",
     "discover",
     "exact_size",
+    "find_data",
     "identified",
     "open_region",
     "parse_size",
     "probe",
     "readable_size",
     "refuse_unfit",
+    "reserve",
 ]

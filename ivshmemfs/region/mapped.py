@@ -14,6 +14,7 @@ from ivshmemfs.errors import RegionDenied, RegionError, RegionMissing, RegionSiz
 from ivshmemfs.region._memory import DEVICE, NORMAL, WRITE_COMBINING, Memory
 from ivshmemfs.region.sizes import readable_size
 
+SHORT = 256 << 10  # bytes: with less left, a file system counts as full
 MIN_SIZE = 4096  # whatever the format asks for, less than a page cannot be a region
 ACCESS_NAMES = {NORMAL: "cached", DEVICE: "device memory", WRITE_COMBINING: "write-combining"}
 
@@ -48,6 +49,26 @@ class Region:
         """One line: kind, size, access."""
         mode = ", read-only" if self.readonly else ""
         return f"{self.kind}, {readable_size(self.size)}, {ACCESS_NAMES[self.memory.access]}{mode}"
+
+    def shortage(self) -> str:
+        """What made an access fail, if that is that the file system of its file is full; else "".
+
+        Memory that a sparse file has not got yet cannot be had then, and the access is a SIGBUS.
+        """
+        if self.kind != "file":
+            return ""
+        try:
+            there, behind = os.stat(self.path), os.statvfs(self.path)
+        except OSError:
+            return ""
+        total, free = (n * behind.f_frsize for n in (behind.f_blocks, behind.f_bfree))
+        if there.st_size < self.size or not total or free >= SHORT:
+            return ""
+        place = next(p for p in self.path.parents if os.path.ismount(p))
+        return (
+            f"the file system at {shown(place)} is full ({readable_size(total)} in all), so that "
+            f"{shown(self.path)} gets no more memory: make room there"
+        )
 
     def close(self) -> None:
         """Unmap; closing twice is harmless."""

@@ -192,12 +192,26 @@ class Space(Nodes):
     def replace(self, pointer: bytes) -> None:
         """The new root will not reach this block (the block alone, not what it points at)."""
         tag = pointer[_TAG:]
-        if tag == self._mark:
+        if tag == self._mark and self._claimed(pointer):
             self._nodes.pop(pointer, None)
             self._pool.append(pointer[:4] + _ONE + tag)
         elif tag != _FREE:
             self._replaced.append(pointer)
             self.replaced_count += 1
+
+    def _claimed(self, pointer: bytes) -> bool:
+        """Whether it was this transaction that claimed a block with its tag.
+
+        Tags come back after 2^20 mounts of one slot, and the block may have been there since.
+        """
+        claim = pointer[:4] + _ONE + self._mark
+        for claims in (self._claims, self._bulk):
+            at = claims.find(claim)
+            while at >= 0 and at % SIZE:
+                at = claims.find(claim, at + 1)
+            if at >= 0:
+                return True
+        return False
 
     def drop(self, pointer: bytes, kind: int, level: int, owner: int) -> None:
         """The new root will not reach a whole subtree; whoever commits releases `dropped`."""

@@ -13,12 +13,13 @@ from __future__ import annotations
 import errno
 from typing import Any, Final
 
-from ivshmemfs.errors import Corrupt, FsError, Restart, StaleHandle
+from ivshmemfs.errors import Corrupt, FsError, Restart, StaleHandle, UnderRepair
 from ivshmemfs.format import node as fmt
 from ivshmemfs.format import words
 from ivshmemfs.format.superblock import Superblock
 from ivshmemfs.region import Blocks, Memory
 from ivshmemfs.shm.control import Control
+from ivshmemfs.shm.repair import describe
 
 CACHE_BYTES = 18 << 20  # so that a mount stays below 64 MiB
 PARSED_BYTES = 1600  # of the objects that a node is made into, about
@@ -123,7 +124,8 @@ class Store(Nodes):
     def snapshot(self) -> tuple[int, Node]:
         """(commit word, root node) of this moment.
 
-        Raises StaleHandle when the region was reformatted, Corrupt when the root makes no sense.
+        Raises StaleHandle when the region was reformatted, UnderRepair while it is being repaired,
+        Corrupt when the root makes no sense.
         """
         word = self.control.load()
         if word == self._word and self._root is not None:
@@ -146,6 +148,8 @@ class Store(Nodes):
         if word == 0:
             raise StaleHandle("the region is being formatted")
         block = word & words.BLOCK_MASK
+        if block == words.UNDER_REPAIR:
+            raise UnderRepair(describe(self.memory))
         if block >= self.geometry.block_count:
             raise Corrupt(f"the commit word {word:#x} leads past the end of the region")
         tag = self.blocks.tag(block)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from ivshmemfs import __version__
 from ivshmemfs.format import superblock, words
 from ivshmemfs.format.geometry import COMMIT_OFFSET
 from ivshmemfs.region import open_region
@@ -66,11 +67,11 @@ def test_peers(formatted: TestRegion) -> None:
     assert shows("peers", formatted.path) == "nobody has it mounted\n"
     fs = formatted.mount()
     lines = shows("peers", formatted.path).splitlines()
-    assert lines[0].split() == ["SLOT", "HOST", "PID", "SINCE", "DOING", "LIFE"]
+    assert lines[0].split() == ["SLOT", "HOST", "PID", "SINCE", "DOING", "LIFE", "VERSION"]
     fields = lines[1].split()
     assert fields[0] == "1"
     assert int(fields[2]) == os.getpid()
-    assert fields[-2:] == ["idle", "silent"]  # nobody calls tick() here
+    assert fields[-3:] == ["idle", "silent", __version__]  # nobody calls tick() here
     fs.unmount()
 
 

@@ -123,7 +123,7 @@ def test_sixteen_gigabytes_with_a_name_of_255_bytes(place: Path) -> None:
     path = Path(f"/dev/shm/ivshmemfs-large-test-{os.getpid()}")
     name = os.fsencode(place) + b"/" + bytes(range(0x80, 0x100)) + b"n" * 127
     try:
-        made = run(sys.executable, "-m", "mkfs", "--size", "16G", path, timeout=60)
+        made = run(sys.executable, "-m", "mkfs", "--sparse", "--size", "16G", path, timeout=60)
         assert made.returncode == 0, made.stderr
         mounted(path, place)
         with open(name, "wb") as file:

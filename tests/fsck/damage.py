@@ -15,7 +15,7 @@ from ivshmemfs.format.inode import InodeRecord
 from ivshmemfs.format.node import RootRecord
 from ivshmemfs.fsck.image import Image, read_superblocks
 from ivshmemfs.region import Memory, crc32c
-from mkfs.writer import live_peers
+from ivshmemfs.shm.watch import living
 from tests.regions import ROOT, TestRegion, new_region, put
 
 SIZE = 512 << 10
@@ -74,7 +74,7 @@ def sample() -> bytes:
         fill(fs, Names)
         fs.unmount()
         keep_an_orphan(made, Names)
-        assert not live_peers(made.region().memory, fs.superblock.geometry)
+        assert not living(made.region().memory, fs.superblock.geometry)
         return made.path.read_bytes()
 
 

@@ -88,7 +88,7 @@ def test_an_empty_name() -> None:
 def test_an_empty_file(tmp_path: Path) -> None:
     path = tmp_path / "empty"
     path.touch()
-    assert "--size 1M" in refused(str(path), RegionSize)
+    assert "is it the right one" in refused(str(path), RegionSize)
     assert path.stat().st_size == 0
 
 
