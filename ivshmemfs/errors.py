@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import errno as _errno
 import os
+from collections.abc import Callable
 
 
 class IvshmemfsError(Exception):
@@ -153,6 +154,18 @@ class Busy(IvshmemfsError):
     """Not now: another peer is committing.  Nothing was changed; try again in a moment."""
 
     errno = _errno.EAGAIN
+
+
+class Unfinished(Busy):
+    """The operation has used up its turn.  Its progress is kept; let others run, then try again.
+
+    An operation of several commits did some of them: then `go_on` does the rest, and is called
+    instead of the operation.
+    """
+
+    def __init__(self, message: str, go_on: Callable[[], object] | None = None) -> None:
+        super().__init__(message)
+        self.go_on = go_on
 
 
 class Fenced(IvshmemfsError):

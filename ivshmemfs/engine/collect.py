@@ -11,12 +11,13 @@ A settled claim that is unreachable from one root is so from all later ones, so 
 change while it is walked.  A node that turns out replaced sends the walk to the new root;
 subtrees that were walked whole need no second walk, because a pair (block, tag) never changes its
 contents.  What they mark needlessly is collected another time.
+
+It goes on in pieces of as many nodes as the caller says, so that nothing waits for it.
 """
 
 from __future__ import annotations
 
-import time
-from array import array
+import mmap
 from collections.abc import Iterator
 
 from ivshmemfs.engine.inode import Inode
@@ -28,10 +29,11 @@ from ivshmemfs.format import words
 from ivshmemfs.format.dirent import decode_interior
 from ivshmemfs.format.node import DIRNODE, HEADER_SIZE, INDEX
 from ivshmemfs.shm.peers import PeerTable
-from ivshmemfs.shm.store import Store
+from ivshmemfs.shm.store import ENDLESS, Store
 
 _POINTER = words.POINTER
-SWEEP_STEP = 1 << 16  # blocks per slice
+SWEEP_STEP = 1 << 14  # blocks that are swept at once
+SWEEP_COST = 32  # of that, in nodes
 
 
 class Collector:
@@ -43,21 +45,23 @@ class Collector:
     def __init__(self, store: Store, table: PeerTable) -> None:
         self._store = store
         self._limits = table.limits()
-        self._marks = array("Q", bytes(store.geometry.block_count * words.WORD))
+        # A word per block.  Anonymous memory is zero until it is used, so making it costs nothing.
+        self._marks = memoryview(mmap.mmap(-1, store.geometry.block_count * words.WORD)).cast("Q")
         self._work = self._run()
         self.released = 0
         self.done = False
 
-    def step(self, seconds: float | None = None) -> bool:
-        """Work on for about `seconds` (None: to the end); returns whether it is done."""
-        until = time.monotonic() + (seconds if seconds is not None else float("inf"))
-        for _ in self._work:
-            if time.monotonic() > until:
+    def step(self, most: int = ENDLESS) -> bool:
+        """Work on for as long as `most` nodes take; returns whether it is done."""
+        self._store.begin_turn(ENDLESS)  # the steps are counted instead
+        for cost in self._work:
+            most -= cost
+            if most <= 0:
                 return False
         self.done = True
         return True
 
-    def _run(self) -> Iterator[None]:
+    def _run(self) -> Iterator[int]:
         self._store.memory.fence()
         while True:
             word, root = self._store.snapshot()
@@ -68,12 +72,12 @@ class Collector:
             except Restart as overtaken:
                 if self._store.control.load() == word:
                     raise Corrupt(f"the present root leads astray: {overtaken}") from None
-                yield
+                yield 1
         for start in range(0, self._store.geometry.block_count, SWEEP_STEP):
             stop = min(start + SWEEP_STEP, self._store.geometry.block_count)
             garbage = self._store.blocks.sweep(self._marks, self._limits, start, stop)
             self.released += self._store.blocks.release(garbage)
-            yield
+            yield SWEEP_COST
 
     def _marked(self, pointer: bytes) -> bool:
         block, _, tag = _POINTER.unpack(pointer)
@@ -82,12 +86,12 @@ class Collector:
     def _mark(self, pointers: bytes) -> None:
         self._store.blocks.mark(pointers, self._marks)
 
-    def _mark_root(self, view: View) -> Iterator[None]:
+    def _mark_root(self, view: View) -> Iterator[int]:
         table = view.root.table
         yield from self._mark_slots(view, table.slots, table.height, 0)
         self._mark(view.root.pointer)
 
-    def _mark_slots(self, view: View, slots: bytes, height: int, owner: int) -> Iterator[None]:
+    def _mark_slots(self, view: View, slots: bytes, height: int, owner: int) -> Iterator[int]:
         """Walk what `slots` lead to; a mark on a pointer means that all below it is done."""
         if height == 0 and owner:
             self._mark(slots)
@@ -102,9 +106,9 @@ class Collector:
             else:
                 yield from self._mark_inode(view, view.inode_at(pointer))
             self._mark(pointer)
-            yield
+            yield 1
 
-    def _mark_inode(self, view: View, inode: Inode) -> Iterator[None]:
+    def _mark_inode(self, view: View, inode: Inode) -> Iterator[int]:
         record = inode.record
         if record.payload == fmt.MAP:
             yield from self._mark_slots(view, inode.data, record.height, inode.ino)
@@ -114,7 +118,7 @@ class Collector:
         if record.xattr_pointer != NULL:
             yield from self._mark_slots(view, record.xattr_pointer, record.xattr_height, inode.ino)
 
-    def _mark_children(self, view: View, pointers: bytes, level: int, owner: int) -> Iterator[None]:
+    def _mark_children(self, view: View, pointers: bytes, level: int, owner: int) -> Iterator[int]:
         for at in range(0, len(pointers), SIZE):
             pointer = pointers[at : at + SIZE]
             if self._marked(pointer):
@@ -124,7 +128,7 @@ class Collector:
                 body = node.data[HEADER_SIZE + 8 * node.count :]
                 yield from self._mark_children(view, body, level - 1, owner)
             self._mark(pointer)
-            yield
+            yield 1
 
 
 def evict(store: Store, table: PeerTable, slot: int, word: int) -> int:

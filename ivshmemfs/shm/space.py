@@ -200,7 +200,7 @@ class Space(Nodes):
             self.replaced_count += 1
 
     def drop(self, pointer: bytes, kind: int, level: int, owner: int) -> None:
-        """The new root will not reach a whole subtree; whoever commits releases `dropped`."""
+        """The new root will not reach a whole subtree; after the commit `dropped` is released."""
         self.dropped.append((pointer, kind, level, owner))
         self.replaced_count += weight_of(pointer)
 
@@ -294,7 +294,3 @@ class Space(Nodes):
         self._spare = b""
         self._replaced.clear()
         self._replaced_bulk.clear()
-
-    def release_cut(self, pointers: bytes) -> None:
-        """After the commit: free blocks of a subtree that the new root no longer reaches."""
-        self._supply.release(pointers, bulk=len(pointers) >= BULK * SIZE)
