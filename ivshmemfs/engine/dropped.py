@@ -24,7 +24,7 @@ from ivshmemfs.shm.store import Store
 
 SIZE: Final = words.POINTER_SIZE
 NULL: Final = words.NULL
-RELEASED_AT_ONCE: Final = 256  # nodes of one step; of a file in blocks of 4 KiB, 254 MiB
+RELEASED_AT_ONCE: Final = 128  # nodes of one step; of a file in blocks of 4 KiB, 127 MiB
 
 
 class _Walk:

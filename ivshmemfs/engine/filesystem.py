@@ -37,7 +37,6 @@ GHOSTS = 4096  # removed inodes that are remembered at most
 FOLDERS = 4096  # directories, fifos and the like that are remembered at most
 KEEP_SIZE, PUNCH_HOLE, ZERO_RANGE = 1, 2, 16  # modes of fallocate(2)
 FILLED_AT_ONCE = 1 << 20  # bytes of holes that one commit fills
-FILLS = 4  # such commits of one turn
 
 
 class Handle:
@@ -598,9 +597,9 @@ class Filesystem(Mount):
         """As fallocate(2): make or fill holes; blocks are kept within the file only.
 
         Room that is written over needs new blocks all the same, so this promises nothing about
-        later writes.  Making holes is one change.  Filling them takes a commit for each 1 MiB and a
-        turn for each 4 MiB: then it raises Unfinished, whose `go_on` does the rest.  Raises
-        NoSpace, EOPNOTSUPP.
+        later writes.  Making holes is one change.  Filling them takes a commit and a turn for each
+        1 MiB: after it Unfinished is raised, whose `go_on` does the rest.  Raises NoSpace,
+        EOPNOTSUPP.
         """
         if mode not in (0, KEEP_SIZE, PUNCH_HOLE | KEEP_SIZE, ZERO_RANGE, ZERO_RANGE | KEEP_SIZE):
             raise FsError(errno.EOPNOTSUPP)
@@ -627,25 +626,16 @@ class Filesystem(Mount):
         self.change(plan, removal=True)
 
     def _fill(self, handle: Handle, offset: int, end: int, *, grow: bool) -> None:
-        at = offset
-
         def plan(tx: Transaction) -> int:
             inode = _file(tx, handle)
             upto = end if grow else min(end, inode.record.size)
-            filled, following = holes.fill(tx, inode, at, upto, FILLED_AT_ONCE)
+            filled, following = holes.fill(tx, inode, offset, upto, FILLED_AT_ONCE)
             tx.put(self._shed(tx, data.modified(tx, filled), handle))
             return following if following < upto else end
 
-        for _ in range(FILLS):
-            try:
-                at = self.change(plan)
-            except Busy:
-                if at == offset:
-                    raise
-                break
-            if at >= end:
-                return
-        raise Unfinished("a part is filled", lambda: self._fill(handle, at, end, grow=grow))
+        at = self.change(plan)
+        if at < end:
+            raise Unfinished("a part is filled", lambda: self._fill(handle, at, end, grow=grow))
 
     def fsync(self, handle: Handle) -> None:
         """Nothing to do: what has returned is in the region."""

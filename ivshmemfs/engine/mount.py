@@ -69,7 +69,7 @@ T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 ATTEMPTS = 100  # plans of one operation before it reports Busy
-COLLECTED_AT_ONCE = 256  # nodes that one piece of a collection reads, in about 5 ms
+COLLECTED_AT_ONCE = 128  # nodes that one piece of a collection reads, in about 5 ms
 LOOKED_THROUGH = 256  # orphans of which one piece of work sees whether they are open
 FREED_AT_ONCE = 8  # orphans that one piece of work frees, each in a commit of its own
 COLLECT_PAUSE = 1.0  # seconds between two collections for want of space
@@ -364,8 +364,8 @@ class Mount:
 
     def _leaking(self) -> bool:
         """Whether blocks are neither free nor reachable: lost, or claimed at this moment."""
-        missing = self.superblock.geometry.block_count - self.view().root.record.used
-        return self.store.blocks.free_count() < missing
+        used = self.view().root.record.used
+        return self._supply.free(used) < self.superblock.geometry.block_count - used
 
     def _collect_piece(self) -> bool:
         """Go on with a collection; whether it gave anything back.  Unfinished until it ends."""

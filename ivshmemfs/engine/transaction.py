@@ -187,6 +187,7 @@ class Transaction(View):
         self.nodes = space
         self.removal = removal
         space.keep = 0 if removal else self._kept_free()
+        space.used = self.root.record.used
         self.clock = clock
         clock.seen(self.root.record.time_ns)  # whoever committed it, unless its clock is ahead
         self.now = clock.now()
