@@ -708,23 +708,22 @@ class Filesystem(Mount):
     def getxattr(self, ino: int, name: bytes) -> bytes:
         """The value of an attribute; raises ENODATA."""
         xattr.check_namespace(name)
-        values = self._xattrs(ino)
-        if name not in values:
+        value = self._xattrs(ino).get(name)
+        if value is None:
             raise FsError(errno.ENODATA)
-        return values[name]
+        return value
 
-    def _xattrs(self, ino: int) -> dict[bytes, bytes]:
+    def _xattrs(self, ino: int) -> xattr.Table:
         try:
-            return self.look(lambda view: xattr.load(view, view.inode(ino)))
+            return self.look(lambda view: xattr.table(view, view.inode(ino)))
         except StaleHandle as stale:
             self._ghost(ino, stale)
-            return {}
+            return xattr.NO_ATTRIBUTES
 
     def listxattr(self, ino: int, ctx: Context | None = None) -> list[bytes]:
         """The names of all attributes; only root sees trusted ones."""
-        found = self._xattrs(ino)
         shown = xattr.NAMESPACES if ctx is None or ctx.uid == 0 else xattr.PUBLIC
-        return [name for name in found if name.startswith(shown)]
+        return [name for name in self._xattrs(ino).names if name.startswith(shown)]
 
     def setxattr(self, ino: int, name: bytes, value: bytes, flags: int, ctx: Context) -> None:
         """Set an attribute."""

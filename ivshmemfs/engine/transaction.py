@@ -119,6 +119,7 @@ class View:
             root.parsed = parse_root(root)
         self.root: Root = root.parsed
         self.known = known
+        self.tables: dict[bytes, Any] = {}  # of extended attributes that a plan has changed
 
     def inode(self, ino: int) -> Inode:
         """An inode; raises StaleHandle when there is none of that number."""
@@ -209,6 +210,8 @@ class Transaction(View):
         """The same as of the new root; after the commit."""
         known = super().hand_over()
         known.change(self._dirty)
+        for key, table in self.tables.items():
+            self.store.recent.put(key, table)
         return known
 
     # --- changes ---

@@ -27,6 +27,7 @@ from ivshmemfs.shm.control import Control
 
 CACHE_BYTES = 18 << 20  # so that a mount stays below 64 MiB
 PARSED_BYTES = 1600  # of the objects that a node is made into, about
+RECENT: Final = 8  # lists of extended attributes: up to 2 MiB of objects each
 READ_COST: Final = 15  # of a node that is read, in visits of one that is known
 TURN: Final = 4096  # work of one turn: 256 nodes read, or 4096 visited, in about 5 ms
 ENDLESS: Final = 1 << 60  # work that no turn does
@@ -93,6 +94,32 @@ class NodeCache:
         self._young, self._old, self._size = {}, {}, 0
 
 
+class Recent:
+    """What a reader made of a few large things, by their pointers; the least recent goes first."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._made: dict[bytes, Any] = {}
+
+    def get(self, key: bytes) -> Any:
+        """What was made of it; None when that is not known."""
+        made = self._made.pop(key, None)
+        if made is not None:
+            self._made[key] = made
+        return made
+
+    def put(self, key: bytes, made: Any) -> None:
+        """Remember it."""
+        self._made.pop(key, None)
+        if len(self._made) >= self._most:
+            del self._made[next(iter(self._made))]
+        self._made[key] = made
+
+    def drop(self, key: bytes) -> None:
+        """Forget it."""
+        self._made.pop(key, None)
+
+
 class Nodes:
     """Where nodes come from: the region, or a transaction with nodes of its own beside it."""
 
@@ -126,6 +153,7 @@ class Store(Nodes):
             geometry.block_count,
         )
         self.cache = NodeCache()
+        self.recent = Recent(RECENT)
         self.work = 0  # done so far
         self.reads = 0  # nodes read so far
         self._turn_ends = ENDLESS  # when `work` gets there
