@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import errno as _errno
 import os
+from collections.abc import Callable
 
 
 class IvshmemfsError(Exception):
@@ -159,6 +160,18 @@ class UnderRepair(Busy):
     """A repair has shut everybody else out; whoever waits can go on when it is over."""
 
     exit_code = 32
+
+
+class Unfinished(Busy):
+    """The operation has used up its turn.  Its progress is kept; let others run, then try again.
+
+    An operation of several commits did some of them: then `go_on` does the rest, and is called
+    instead of the operation.
+    """
+
+    def __init__(self, message: str, go_on: Callable[[], object] | None = None) -> None:
+        super().__init__(message)
+        self.go_on = go_on
 
 
 class Fenced(IvshmemfsError):

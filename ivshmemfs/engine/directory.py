@@ -93,6 +93,7 @@ class Spot:
 
 
 NOTHING: Final[dict[str, int]] = {}
+LISTED: Final = 128  # entries that are read at once
 
 
 def check_name(name: bytes) -> None:
@@ -184,34 +185,38 @@ def find(view: View, inode: Inode, name: bytes) -> Entry | None:
 
 
 def leaf_after(view: View, inode: Inode, key: int) -> list[Entry]:
-    """Entries with keys above `key`, those of one leaf; empty at the end of the directory."""
+    """Entries with keys above `key`, LISTED at most, of one leaf; empty at the directory's end.
+
+    No leaf of a tree is empty and each holds what its bounds say, so the second leaf at the latest
+    has some; raises Corrupt when that is not so.
+    """
     if key >= LAST_KEY:
         return []
     if inode.record.payload != fmt.DIRTREE:
         return _entries_after(_inline_leaf(inode), key)
-    while True:
-        path, leaf = _descend(view, inode, key)
-        found = _entries_after(leaf, key)
-        if found:
-            return found
-        bounds = [s.interior.key(s.at + 1) for s in path if s.at + 1 < s.interior.count]
-        further = [bound for bound in bounds if bound > key]
-        if not further:
-            return []
-        key = min(further)
-        if key % COLLISIONS:
-            raise Corrupt(f"directory {inode.ino}: a bound divides names of one hash")
-        # A bound is the lowest key of its leaf, and "after" is exclusive.
-        first = _entries_after(_descend(view, inode, key)[1], key - 1)
-        if first:
-            return first
+    path, leaf = _descend(view, inode, key)
+    found = _entries_after(leaf, key)
+    if found:
+        return found
+    bounds = [s.interior.key(s.at + 1) for s in path if s.at + 1 < s.interior.count]
+    further = [bound for bound in bounds if bound > key]
+    if not further:
+        return []
+    key = min(further)
+    if key % COLLISIONS:
+        raise Corrupt(f"directory {inode.ino}: a bound divides names of one hash")
+    # A bound is the lowest key of its leaf, and "after" is exclusive.
+    found = _entries_after(_descend(view, inode, key)[1], key - 1)
+    if not found:
+        raise Corrupt(f"directory {inode.ino}: no name stands behind the bound {key:#x}")
+    return found
 
 
 def _entries_after(leaf: Leaf, key: int) -> list[Entry]:
     keys, inos, sizes = leaf.keys, leaf.inos, leaf.sizes
     first, found = leaf.lower(key + 1), list[Entry]()
     start = leaf.name_at(first)
-    for at in range(first, leaf.count):
+    for at in range(first, min(first + LISTED, leaf.count)):
         name = leaf.raw[start : start + sizes[at]]
         found.append(Entry(keys[at], inos[at], name))
         start += sizes[at]

@@ -17,7 +17,7 @@ from ivshmemfs.engine.inode import MAX_RDEV, Attr, Context, Inode, StatFs, attri
 from ivshmemfs.engine.mount import ATTEMPTS, Mount
 from ivshmemfs.engine.names import RENAME_EXCHANGE, RENAME_NOREPLACE, RENAME_WHITEOUT
 from ivshmemfs.engine.transaction import Transaction, View
-from ivshmemfs.errors import Busy, FsError, NoSpace, StaleHandle
+from ivshmemfs.errors import Busy, FsError, NoSpace, StaleHandle, Unfinished
 from ivshmemfs.format.dirent import NAME_MAX, TYPE_SHIFT
 
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ NOW = 1 << 63  # as a time: the time of the operation
 EARLIEST, LATEST = -(1 << 63), (1 << 63) - 1  # ns since 1970, as they can be stored
 CAREFUL = 5.0  # seconds that a mount looks up carefully after something vanished under a caller
 PINNED = 3.0  # seconds that a careful look-up lists a file as open
+UNPINNED_AT_ONCE = 8  # pins that one call lets go; each may free a file, in its own commit
 PINS = 64  # of them at once: the list is coarse, and what it seems to hold is freed late
 PINNED_SHARE = 8  # a part of the free space: as much at most is kept from being freed by pins
 _RENAME_FLAGS = RENAME_NOREPLACE | RENAME_EXCHANGE | RENAME_WHITEOUT
@@ -88,10 +89,10 @@ class Filesystem(Mount):
         self._careful_until = 0.0
         self._nameless: set[int] = set()  # open files that were made without a name
 
-    def tick(self) -> None:
-        """Show life and do a bounded piece of housekeeping; about once a second.  Raises Busy."""
+    def tick(self) -> bool:
+        """Show life and do a bounded piece of housekeeping; see `Mount.tick`.  Raises Busy."""
         self._unpin(time.monotonic())
-        super().tick()
+        return super().tick()
 
     # --- what vanishes between two calls ------------------------------------------------------
 
@@ -168,8 +169,8 @@ class Filesystem(Mount):
         return True
 
     def _unpin(self, now: float) -> None:
-        """Let pins go whose time is over, or which are too many."""
-        while self._pins:
+        """Let pins go whose time is over, or which are too many: some at a time."""
+        for _ in range(min(UNPINNED_AT_ONCE, len(self._pins))):
             ino, (until, blocks) = next(iter(self._pins.items()))
             many = len(self._pins) > PINS or self._pinned_blocks > self._pinnable()
             if until >= now and not (many and len(self._pins) > 1):
@@ -596,17 +597,24 @@ class Filesystem(Mount):
         """As fallocate(2): make or fill holes; blocks are kept within the file only.
 
         Room that is written over needs new blocks all the same, so this promises nothing about
-        later writes.  Filling takes as many commits as it needs; raises NoSpace, EOPNOTSUPP.
+        later writes.  Making holes is one change.  Filling them takes a commit and a turn for each
+        1 MiB: after it Unfinished is raised, whose `go_on` does the rest.  Raises NoSpace,
+        EOPNOTSUPP.
         """
         if mode not in (0, KEEP_SIZE, PUNCH_HOLE | KEEP_SIZE, ZERO_RANGE, ZERO_RANGE | KEEP_SIZE):
             raise FsError(errno.EOPNOTSUPP)
         end = offset + length
         if end > data.MAX_SIZE:
             raise FsError(errno.EFBIG)
+        grow = not mode & KEEP_SIZE
         if mode & (PUNCH_HOLE | ZERO_RANGE):
-            self._punch(handle, offset, length, grow=not mode & KEEP_SIZE)
-        else:
-            self._fill(handle, offset, end, grow=not mode & KEEP_SIZE)
+            self._punch(handle, offset, length, grow=grow)
+            return
+        record = self.look(lambda view: _file(view, handle).record)
+        missing = (end - offset) // self.block_size - record.blocks
+        if missing > self.statfs().blocks_avail:
+            raise NoSpace("the region has not that much room")
+        self._fill(handle, offset, end, grow=grow)
 
     def _punch(self, handle: Handle, offset: int, length: int, *, grow: bool) -> None:
         def plan(tx: Transaction) -> None:
@@ -618,20 +626,16 @@ class Filesystem(Mount):
         self.change(plan, removal=True)
 
     def _fill(self, handle: Handle, offset: int, end: int, *, grow: bool) -> None:
-        record = self.look(lambda view: _file(view, handle).record)
-        missing = (end - offset) // self.block_size - record.blocks
-        if missing > self.statfs().blocks_avail:
-            raise NoSpace("the region has not that much room")
-
-        def plan(tx: Transaction) -> None:
+        def plan(tx: Transaction) -> int:
             inode = _file(tx, handle)
-            upto = step if grow else min(step, inode.record.size)
-            inode = holes.fill(tx, inode, at, upto)
-            tx.put(self._shed(tx, data.modified(tx, inode), handle))
+            upto = end if grow else min(end, inode.record.size)
+            filled, following = holes.fill(tx, inode, offset, upto, FILLED_AT_ONCE)
+            tx.put(self._shed(tx, data.modified(tx, filled), handle))
+            return following if following < upto else end
 
-        for at in range(offset, end, FILLED_AT_ONCE):
-            step = min(at + FILLED_AT_ONCE, end)
-            self.change(plan)
+        at = self.change(plan)
+        if at < end:
+            raise Unfinished("a part is filled", lambda: self._fill(handle, at, end, grow=grow))
 
     def fsync(self, handle: Handle) -> None:
         """Nothing to do: what has returned is in the region."""
@@ -704,23 +708,22 @@ class Filesystem(Mount):
     def getxattr(self, ino: int, name: bytes) -> bytes:
         """The value of an attribute; raises ENODATA."""
         xattr.check_namespace(name)
-        values = self._xattrs(ino)
-        if name not in values:
+        value = self._xattrs(ino).get(name)
+        if value is None:
             raise FsError(errno.ENODATA)
-        return values[name]
+        return value
 
-    def _xattrs(self, ino: int) -> dict[bytes, bytes]:
+    def _xattrs(self, ino: int) -> xattr.Table:
         try:
-            return self.look(lambda view: xattr.load(view, view.inode(ino)))
+            return self.look(lambda view: xattr.table(view, view.inode(ino)))
         except StaleHandle as stale:
             self._ghost(ino, stale)
-            return {}
+            return xattr.NO_ATTRIBUTES
 
     def listxattr(self, ino: int, ctx: Context | None = None) -> list[bytes]:
         """The names of all attributes; only root sees trusted ones."""
-        found = self._xattrs(ino)
         shown = xattr.NAMESPACES if ctx is None or ctx.uid == 0 else xattr.PUBLIC
-        return [name for name in found if name.startswith(shown)]
+        return [name for name in self._xattrs(ino).names if name.startswith(shown)]
 
     def setxattr(self, ino: int, name: bytes, value: bytes, flags: int, ctx: Context) -> None:
         """Set an attribute."""

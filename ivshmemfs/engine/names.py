@@ -21,7 +21,7 @@ from ivshmemfs.format.inode import INODE, ORPHANS_INO, ROOT_INO, InodeRecord
 
 RENAME_NOREPLACE, RENAME_EXCHANGE, RENAME_WHITEOUT = 1, 2, 4
 LINK_MAX = (1 << 31) - 1
-DEPTH_MAX = 100_000  # directories above one another, before it must be a ring
+DEPTH_MAX = 1000  # directories above a place to which a directory may be moved
 PRIVILEGES = stat.S_ISUID | stat.S_ISGID
 SET_GROUP_ID = stat.S_ISGID | stat.S_IXGRP  # both: of a program; the first alone: of another file
 _BLANK = INODE.unpack(bytes(INODE.size))._replace(blocks=1)
@@ -231,13 +231,14 @@ def _unlinked(tx: Transaction, inode: Inode) -> None:
         _keep_orphan(tx, inode)
 
 
-def free_orphan(tx: Transaction, ino: int) -> None:
+def free_orphan(tx: Transaction, ino: int) -> bool:
     """Free an inode that has no links, unless somebody holds it open or it is gone already."""
     inode = tx.find_inode(ino)
     if inode is None or inode.record.nlink or tx.in_use(ino):
-        return
+        return False
     _forget_orphan(tx, ino)
     tx.remove(inode)
+    return True
 
 
 def unlink(tx: Transaction, parent: int, name: bytes) -> None:
@@ -298,16 +299,22 @@ def rename(
 
 
 def _forbid_cycle(view: View, ino: int, folder: int) -> None:
-    """Raise EINVAL if directory `ino` is `folder` or above it."""
+    """Raise EINVAL if directory `ino` is `folder` or above it.
+
+    Raises ENAMETOOLONG too deep down, where the look at all parents would take too long.
+    """
     if ino == ROOT_INO:
         raise FsError(errno.EBUSY)
-    seen = 0
+    seen = set[int]()
     while folder != ROOT_INO:
         if folder == ino:
             raise FsError(errno.EINVAL)
-        folder, seen = view.directory(folder).record.parent, seen + 1
-        if seen > DEPTH_MAX:
-            raise Corrupt(f"directory {ino}: its parents form a ring")
+        if folder in seen:
+            raise Corrupt(f"directory {folder}: its parents form a ring")
+        if len(seen) >= DEPTH_MAX:
+            raise FsError(errno.ENAMETOOLONG, f"{DEPTH_MAX} directories stand above the new place")
+        seen.add(folder)
+        folder = view.directory(folder).record.parent
 
 
 def _take_away(tx: Transaction, folder: int, inode: Inode, victim: Inode) -> None:

@@ -65,11 +65,12 @@ def _handler(
                 # A directory that has another number since another machine moved it: see `nodes`.
                 args = (self.served.inode_of(first), *args[1:])  # type: ignore[assignment]
             return call(self, *args, **kwargs)
-        except Busy:
-            pass
+        except Busy as error:
+            busy = error
         except Exception as error:
             raise failure(operation, error) from None
-        return await self.served.again(operation, lambda: call(self, *args, **kwargs))
+        again: R = await self.served.again(operation, lambda: call(self, *args, **kwargs), busy)
+        return again
 
     return handle
 

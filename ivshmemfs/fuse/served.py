@@ -22,12 +22,19 @@ import os
 import random
 import time
 from collections.abc import Awaitable, Callable, Collection, Iterator
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 from pyfuse3 import FUSEError, get_sup_groups
 
 from ivshmemfs.engine import Attr, Context, Filesystem, Handle
-from ivshmemfs.errors import Busy, FsError, IvshmemfsError, StaleHandle, UnderRepair
+from ivshmemfs.errors import (
+    Busy,
+    FsError,
+    IvshmemfsError,
+    StaleHandle,
+    UnderRepair,
+    Unfinished,
+)
 from ivshmemfs.fuse.nodes import Nodes
 
 log = logging.getLogger(__name__)
@@ -51,8 +58,6 @@ _ALARMING = frozenset((errno.EUCLEAN, errno.EIO, errno.EFAULT, errno.ENODEV))
 _S_IFMT, _S_IFDIR = 0o170000, 0o040000
 
 _SHEDDING = {"uid", "gid", "size"}
-
-R = TypeVar("R")
 
 
 class Ownership(NamedTuple):
@@ -147,19 +152,30 @@ class Served:
             yield
             now = time.monotonic()
 
-    async def again(self, operation: str, call: Callable[[], R]) -> R:
-        """Try *call* again until the engine is no longer busy; raises FUSEError."""
+    async def again(self, operation: str, call: Callable[[], Any], busy: Busy) -> Any:
+        """Try *call*, which ended in *busy*, again until it succeeds; raises FUSEError.
+
+        An operation that has used up its turn goes on as soon as others had theirs, and gets
+        new patience, because it made progress.
+        """
         started = time.monotonic()
         delay = FIRST_DELAY
         while True:
-            await self._pause(delay * random.uniform(0.5, 1.5))
-            delay = min(delay * 1.5, LONGEST_DELAY)
+            if isinstance(busy, Unfinished):
+                call = busy.go_on or call
+                started, delay = time.monotonic(), FIRST_DELAY
+                await self._pause(0)
+            else:
+                await self._pause(delay * random.uniform(0.5, 1.5))
+                delay = min(delay * 1.5, LONGEST_DELAY)
             try:
                 return call()
             except Busy as error:
+                busy = error
                 if self.ending:
                     raise FUSEError(errno.EIO) from None
-                if time.monotonic() - started > PATIENCE:
+                turn = isinstance(busy, Unfinished)
+                if not turn and time.monotonic() - started > PATIENCE:
                     if not isinstance(error, UnderRepair):  # of which the upkeep has told
                         log.error("%s: still busy after %.0f s: %s", operation, PATIENCE, error)
                     raise FUSEError(errno.EIO) from None
@@ -299,11 +315,23 @@ class Served:
 
     # --- upkeep -----------------------------------------------------------------------------
 
-    def upkeep(self) -> None:
-        """What must be done about once a second.  Never raises; errors are logged."""
+    def upkeep(self) -> bool:
+        """What must be done about once a second.  Never raises; errors are logged.
+
+        Returns whether there is more to do, for which `work` is to be called soon.
+        """
+        return self._kept(lambda: self.fs.tick())
+
+    def work(self) -> bool:
+        """Another piece of that; whether there is still more.  Never raises; errors are logged."""
+        return self._kept(lambda: self.fs.work())
+
+    @staticmethod
+    def _kept(call: Callable[[], bool]) -> bool:
         try:
-            self.fs.tick()
+            return call()
         except Busy:
             pass  # next time
         except Exception as error:
             failure("upkeep", error)
+        return False

@@ -37,6 +37,8 @@ log = logging.getLogger(__name__)
 
 #: Seconds between two calls of the engine's upkeep.
 UPKEEP_SECONDS = 0.7
+#: Seconds between two pieces of the work that the upkeep found.
+WORK_PAUSE = 0.005
 #: Workers at most; more than one matters only while handlers wait for a busy engine.
 MAX_WORKERS = 32
 #: What is cached lives long and holds no cycles, so that looking through it often (by default
@@ -141,10 +143,15 @@ class Session:
             nursery.cancel_scope.cancel()
 
     async def _keep_up(self) -> None:
+        next_time = trio.current_time() + UPKEEP_SECONDS
         while True:
-            await trio.sleep(UPKEEP_SECONDS)
-            self.served.upkeep()
+            await trio.sleep_until(next_time)
+            next_time = trio.current_time() + UPKEEP_SECONDS
+            more = self.served.upkeep()
             self.loop.adapt()
+            while more and trio.current_time() < next_time:
+                await trio.sleep(WORK_PAUSE)
+                more = self.served.work()
 
     async def _watch_signals(self, everything: trio.CancelScope) -> None:
         watched = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)

@@ -26,7 +26,7 @@ from typing import Any
 
 from ivshmemfs.engine import NOW, ROOT_INO, Attr, Context, StatFs
 from ivshmemfs.engine.directory import Entry
-from ivshmemfs.errors import Busy, Corrupt, FsError, IvshmemfsError
+from ivshmemfs.errors import Busy, Corrupt, FsError, IvshmemfsError, Unfinished
 from ivshmemfs.format.dirent import TYPE_SHIFT
 
 BLOCK = 4096
@@ -42,6 +42,7 @@ EXCEPTIONS: dict[str, Callable[[], Exception]] = {
     "KeyError": lambda: KeyError("injected"),
     "MemoryError": lambda: MemoryError("injected"),
     "Busy": lambda: Busy("injected"),
+    "Unfinished": lambda: Unfinished("injected"),
     "Corrupt": lambda: Corrupt("injected: block 7 is torn"),
     "FsError": lambda: FsError(errno.EXDEV, "injected"),
     "zero": lambda: FsError(0, "injected: no error at all"),
@@ -388,10 +389,14 @@ class FakeFilesystem:
     def releasedir(self, handle: FakeHandle) -> None:
         self.release(handle)
 
-    def tick(self) -> None:
+    def tick(self) -> bool:
         self.ticks += 1
         # Shown as an attribute of the root, so that a test can see that upkeep goes on.
         self._inodes[ROOT_INO].xattrs[b"user.ticks"] = str(self.ticks).encode()
+        return True
+
+    def work(self) -> bool:
+        return False
 
     def unmount(self) -> None:
         if self._faults is not None:

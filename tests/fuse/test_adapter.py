@@ -343,7 +343,7 @@ if KERNEL >= (6, 2):
 if KERNEL >= (6, 6):
     OPERATIONS["born"] = lambda root: _statx(root / "file")
 #: The client is not told how these end.
-SILENT_OPERATIONS = ("release", "releasedir", "tick", "forget")
+SILENT_OPERATIONS = ("release", "releasedir", "tick", "work", "forget")
 #: Requests that pyfuse3 does not hand on.
 DIRECT_ONLY = ("seek", "fallocate", "tmpfile", "born", "entries")
 #: What only pyfuse3 asks for: it lists names with attributes.
@@ -502,6 +502,21 @@ def test_a_busy_operation_does_not_stop_others(mnt: FakeMount) -> None:
     assert served == 20, "requests were not served while another one was waiting"
     waiting.join(20)
     assert slow == ["file"]
+
+
+def test_what_goes_on_for_many_turns_loses_no_patience(mount: MountFactory) -> None:
+    """Nor does it wait between them, and others are served."""
+    mnt = mount(FAKE_PATIENCE="0.05")
+    populate(mnt.path)
+    mnt.fail("readlink", "Unfinished", 2000)
+    ends: list[str] = []
+    waiting = threading.Thread(target=lambda: ends.append(os.readlink(mnt.path / "link")))
+    waiting.start()
+    for _ in range(20):
+        os.stat(mnt.path / "file")
+    assert mnt.left() > 0, "others waited until it had ended"
+    waiting.join(30)
+    assert ends == ["file"]
 
 
 def test_busy_for_ever_ends_in_an_error(mount: MountFactory) -> None:
