@@ -12,9 +12,10 @@ change while it is walked.  A node that turns out replaced sends the walk to the
 subtrees that were walked whole need no second walk, because a pair (block, tag) never changes its
 contents.  What they mark needlessly is collected another time.
 
-It goes on in pieces of as many nodes as the caller says, so that nothing waits for it.  A repair may
-reach again what no root reached: a collection that finds that one has been starts anew, and during
-a repair it pauses.
+It goes on in pieces of as many nodes as the caller says, so that nothing waits for it.
+
+A repair may reach again what no root reached.  So a collection starts anew when it finds that a
+repair has been, and during a repair it pauses.
 """
 
 from __future__ import annotations
