@@ -148,8 +148,8 @@ class Direct:
     def serve(self) -> memoryview | None:
         """Read one request and answer it; returns it when it is not one of those known here.
 
-        Raises OSError: ENODEV when the file system is unmounted; EAGAIN, ENOENT when there is no
-        request to be read after all.
+        Raises OSError: one of `wire.ENDED` when the connection has ended; EAGAIN, ENOENT when there
+        is no request to be read after all.
         """
         size = os.readv(self._device, self._into)
         request = self._request
@@ -184,14 +184,16 @@ class Direct:
         if answer is None:
             self._say(unique, errno.ENOENT)
             return
-        header = _out(_OUT_SIZE + len(answer), 0, unique)
         try:
+            header = _out(_OUT_SIZE + len(answer), 0, unique)
             if answer.__class__ is bytes:
                 os.write(self._device, header + answer)
             else:
                 os.writev(self._device, (header, answer))
         except OSError as error:
             self._unwanted(error)
+        except Exception as error:  # nothing may escape, and somebody waits for an answer
+            self._say(unique, failure("answer", error).errno)
 
     def _say(self, unique: int, code: int) -> None:
         try:

@@ -29,6 +29,7 @@ from pyfuse3 import FUSEError, get_sup_groups
 from ivshmemfs.engine import Attr, Context, Filesystem, Handle
 from ivshmemfs.errors import Busy, FsError, IvshmemfsError, StaleHandle
 from ivshmemfs.format.inode import MAX_INO
+from ivshmemfs.fuse import wire
 from ivshmemfs.fuse.nodes import Nodes
 from ivshmemfs.fuse.walks import Step, Walks
 
@@ -82,7 +83,7 @@ def failure(operation: str, error: Exception) -> FUSEError:
         code = error.errno
         if code in _ALARMING or not isinstance(error, FsError):
             log.error("%s: %s", operation, error)
-        if 0 < code < 1000:  # what the kernel takes; 0 would mean success
+        if 0 < code <= wire.MAX_ERRNO:  # 0 would mean success
             return FUSEError(code)
         log.error("%s: an error with the impossible errno %d", operation, code)
         return FUSEError(errno.EIO)
