@@ -25,7 +25,7 @@ import trio
 
 from ivshmemfs.engine import Filesystem
 from ivshmemfs.errors import MountError
-from ivshmemfs.fuse import mountpoint
+from ivshmemfs.fuse import logs, mountpoint
 from ivshmemfs.fuse.adapter import Adapter
 from ivshmemfs.fuse.direct import Direct
 from ivshmemfs.fuse.handshake import Handshake, Relay
@@ -145,6 +145,7 @@ class Session:
             await trio.sleep(UPKEEP_SECONDS)
             self.served.upkeep()
             self.loop.adapt()
+            logs.tell()
 
     async def _watch_signals(self, everything: trio.CancelScope) -> None:
         watched = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
