@@ -267,13 +267,13 @@ class Filesystem(Mount):
             raise self._careful(stale) from None
 
     def statfs(self) -> StatFs:
-        """Sizes; `blocks_avail` leaves out the reserve for removals."""
+        """Sizes; `blocks_avail`: data of one file, without its block map and the reserve."""
         geometry = self.superblock.geometry
         record = self.look(lambda view: view.root.record)
         free = max(geometry.block_count - record.used, 0)
         avail = max(free - geometry.reserve, 0)
         return StatFs(
-            self.block_size, geometry.block_count, free, avail,
+            self.block_size, geometry.block_count, free, data.most_blocks(self.block_size, avail),
             record.inodes + avail, avail, NAME_MAX,
         )  # fmt: skip
 
