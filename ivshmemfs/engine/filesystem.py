@@ -222,6 +222,18 @@ class Filesystem(Mount):
             inode = self._pinned(inode, lambda: self.look(read))
         return None if inode is None else self._found(inode)
 
+    def bears(self, ino: int, places: Collection[tuple[int, bytes]]) -> bool:
+        """Whether all these names, of inodes of directories, lead to inode `ino` at one moment."""
+
+        def leads(view: View, parent: int, name: bytes) -> bool:
+            folder = view.find_inode(parent)
+            if folder is None or not folder.is_dir:
+                return False
+            entry = directory.find(view, folder, name)
+            return entry is not None and entry.ino == ino
+
+        return self.look(lambda view: all(leads(view, *place) for place in places))
+
     def numbered(self, ino: int) -> Attr:
         """The attributes of an inode that nobody has looked up before; raises ESTALE."""
         return self._found(self.look(lambda view: view.inode(ino)))
@@ -256,13 +268,13 @@ class Filesystem(Mount):
             raise self._careful(stale) from None
 
     def statfs(self) -> StatFs:
-        """Sizes; `blocks_avail` leaves out the reserve for removals."""
+        """Sizes; `blocks_avail`: data of one file, without its block map and the reserve."""
         geometry = self.superblock.geometry
         record = self.look(lambda view: view.root.record)
         free = max(geometry.block_count - record.used, 0)
         avail = max(free - geometry.reserve, 0)
         return StatFs(
-            self.block_size, geometry.block_count, free, avail,
+            self.block_size, geometry.block_count, free, data.most_blocks(self.block_size, avail),
             record.inodes + avail, avail, NAME_MAX,
         )  # fmt: skip
 

@@ -190,7 +190,7 @@ class Transaction(View):
         space.keep = 0 if removal else self._kept_free()
         space.used = self.root.record.used
         self.clock = clock
-        clock.seen(self.root.record.time_ns)  # whoever committed it, unless its clock is ahead
+        clock.committed(self.root.record.time_ns)
         self.now = clock.now()
         self.next_ino = self.root.record.next_ino
         self.orphans = self.root.record.orphans

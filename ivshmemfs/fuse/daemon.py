@@ -144,6 +144,7 @@ def _be_daemon(attach: Attach, target: str, options: MountOptions, pipe: int) ->
         code = EXIT_INTERNAL
         report(code, str(_bug(target, error)))
     finally:
+        logging.shutdown()  # which writes what was only counted so far
         os._exit(code)
 
 

@@ -161,8 +161,8 @@ class Direct:
     def serve(self) -> memoryview | None:
         """Read one request and answer it; returns it when it is not one of those known here.
 
-        Raises OSError: ENODEV when the file system is unmounted; EAGAIN, ENOENT when there is no
-        request to be read after all.
+        Raises OSError: one of `wire.ENDED` when the connection has ended; EAGAIN, ENOENT when there
+        is no request to be read after all.
         """
         size = os.readv(self._device, self._into)
         request = self._request
@@ -205,14 +205,16 @@ class Direct:
         if answer is None:
             self._say(unique, errno.ENOENT)
             return
-        header = _out(_OUT_SIZE + len(answer), 0, unique)
         try:
+            header = _out(_OUT_SIZE + len(answer), 0, unique)
             if answer.__class__ is bytes:
                 os.write(self._device, header + answer)
             else:
                 os.writev(self._device, (header, answer))
         except OSError as error:
             self._unwanted(error)
+        except Exception as error:  # nothing may escape, and somebody waits for an answer
+            self._say(unique, failure("answer", error).errno)
 
     def _say(self, unique: int, code: int) -> None:
         try:
@@ -279,12 +281,14 @@ class Direct:
     # --- parts of answers -------------------------------------------------------------------
 
     def _entry(self, node: int, attr: Attr) -> bytes:
-        """An entry: its number, and its attributes, which show that number too."""
+        """An entry: its number, and its attributes, which show the number of a directory too."""
         known = self._packed.get(attr.ino)
         entry = known[1] if known is not None and known[0] is attr else self._pack(attr)
         if node == attr.ino:
             return entry
         number = wire.INO.pack(node)
+        if attr.mode & 0o170000 != 0o040000:
+            return number + entry[len(number) :]
         return number + entry[len(number) : _ATTR_AT] + number + entry[_ATTR_AT + len(number) :]
 
     def _attr(self, attr: Attr) -> bytes:
@@ -325,7 +329,7 @@ class Direct:
 
     def _lookup(self, node: int, ctx: Context, request: Buffer, end: int) -> Answer | None:
         self._inode(node, ctx)
-        found = self._served.lookup(node, bytes(request[_BODY : end - 1]))
+        found = self._served.lookup(node, bytes(request[_BODY : end - 1]), ctx.pid)
         return None if found is None else self._entry(*found)
 
     def _mkdir(self, node: int, ctx: Context, request: Buffer, end: int) -> Answer:
@@ -336,7 +340,7 @@ class Direct:
         return self._entry(*found)
 
     def _unlink(self, node: int, ctx: Context, request: Buffer, end: int) -> Answer:
-        self._fs.unlink(self._inode(node, ctx), self._name(request, _BODY, end), ctx)
+        self._served.unlink(self._inode(node, ctx), self._name(request, _BODY, end), ctx)
         return _NOTHING
 
     def _rmdir(self, node: int, ctx: Context, request: Buffer, end: int) -> Answer:
@@ -410,7 +414,9 @@ class Direct:
 
     def _open(self, node: int, ctx: Context, request: Buffer, _end: int) -> Answer:
         (flags,) = wire.OPEN_IN.unpack_from(request, _BODY)
-        handle = self._fs.open(self._inode(node, ctx), flags, ctx)
+        ino = self._inode(node, ctx)
+        self._served.check_open(node, ctx.pid)
+        handle = self._fs.open(ino, flags, ctx)
         return self._opened(handle)
 
     def _opened(self, handle: Handle) -> bytes:

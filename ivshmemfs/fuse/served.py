@@ -35,7 +35,10 @@ from ivshmemfs.errors import (
     UnderRepair,
     Unfinished,
 )
+from ivshmemfs.format.inode import MAX_INO
+from ivshmemfs.fuse import wire
 from ivshmemfs.fuse.nodes import Nodes
+from ivshmemfs.fuse.walks import Step, Walks
 
 log = logging.getLogger(__name__)
 
@@ -85,7 +88,7 @@ def failure(operation: str, error: Exception) -> FUSEError:
         code = error.errno
         if code in _ALARMING or not isinstance(error, FsError):
             log.error("%s: %s", operation, error)
-        if 0 < code < 1000:  # what the kernel takes; 0 would mean success
+        if 0 < code <= wire.MAX_ERRNO:  # 0 would mean success
             return FUSEError(code)
         log.error("%s: an error with the impossible errno %d", operation, code)
         return FUSEError(errno.EIO)
@@ -121,6 +124,7 @@ class Served:
         self.ending = False
         self.nodes = Nodes()
         self.inode_of = self.nodes.inode_of
+        self.walks = Walks()
         self.handles: dict[int, Handle] = {}
         self._pause = pause
         self._ownership = ownership or Ownership()
@@ -219,26 +223,50 @@ class Served:
 
     # --- names ------------------------------------------------------------------------------
 
-    def _node(self, parent: int, name: bytes, attr: Attr) -> int:
-        """The number of a directory, told as an entry of the one with the number *parent*."""
+    def _node(self, parent: int, name: bytes, attr: Attr, avoided: int = 0) -> int:
+        """The number to tell for an entry of the directory with the number *parent*."""
+        file = attr.mode & _S_IFMT != _S_IFDIR
         if name == b".":  # somebody comes with a file handle (NFS)
-            return self.nodes.named(parent)
+            return self.nodes.named(parent, file=file)
+        if file:
+            return attr.ino if attr.ino != avoided else self.nodes.passing(attr.ino)
         if name == b"..":
             return self.nodes.above(attr.ino)
-        return self.nodes.found(attr.ino, parent, name)
+        return self.nodes.found(attr.ino, parent, name, avoided)
 
-    def lookup(self, parent: int, name: bytes) -> tuple[int, Attr] | None:
+    def lookup(self, parent: int, name: bytes, thread: int) -> tuple[int, Attr] | None:
         """(the number, the attributes) of an entry of the directory with the number *parent*.
 
-        None when there is no such entry.
+        None when there is no such entry.  *thread* is who asks; see `walks`.
         """
         ino = self.inode_of(parent)
         attr = self.fs.numbered(ino) if name == b"." else self.fs.find(ino, name)
         if attr is None:
             return None
-        if attr.mode & _S_IFMT != _S_IFDIR:  # as most
-            return attr.ino, attr
-        return self._node(parent, name, attr), attr
+        source = self.walks.source(thread, parent, name, attr.ino)
+        avoided = 0 if source is None else self._avoided(source, ino, name)
+        node = self._node(parent, name, attr, avoided)
+        self.walks.note(thread, Step(parent, name, attr.ino, node))
+        return node, attr
+
+    def _avoided(self, source: Step, parent: int, name: bytes) -> int:
+        """The number of *source*, unless its name and this one lead to its inode at one moment."""
+        try:
+            names = ((self.inode_of(source.parent), source.name), (parent, name))
+        except StaleHandle:
+            return source.node
+        return 0 if self.fs.bears(source.ino, names) else source.node
+
+    def check_open(self, node: int, thread: int) -> None:
+        """Raise StaleHandle when a file is opened by its passing number: its path is walked again.
+
+        Once only: a path that does not lead elsewhere, as /proc/self/fd, may open it so.
+        """
+        if node > MAX_INO:
+            ino = self.inode_of(node)
+            if self.walks.was_told(thread, ino, node):
+                self.walks.forget(thread, ino)
+                raise StaleHandle("another machine has just renamed this file")
 
     def mkdir(self, parent: int, name: bytes, mode: int, ctx: Context) -> tuple[int, Attr]:
         """The same for a new directory."""
@@ -249,9 +277,15 @@ class Served:
         self, parent: int, name: bytes, new_parent: int, new_name: bytes, flags: int, ctx: Context
     ) -> None:
         """Move an entry."""
+        self.walks.forget(ctx.pid)
         old, new = self.inode_of(parent), self.inode_of(new_parent)
         moved, exchanged = self.fs.rename(old, name, new, new_name, flags, ctx)
         self.nodes.moved((parent, name), (new_parent, new_name), moved, exchanged)
+
+    def unlink(self, parent: int, name: bytes, ctx: Context) -> None:
+        """Remove a name of the directory with the inode *parent*."""
+        self.walks.forget(ctx.pid)
+        self.fs.unlink(parent, name, ctx)
 
     def forget(self, node: int, times: int) -> None:
         """The kernel forgets what it was told *times* times.  Never raises; errors are logged."""

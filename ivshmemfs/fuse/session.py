@@ -25,7 +25,7 @@ import trio
 
 from ivshmemfs.engine import Filesystem
 from ivshmemfs.errors import MountError
-from ivshmemfs.fuse import mountpoint
+from ivshmemfs.fuse import logs, mountpoint
 from ivshmemfs.fuse.adapter import Adapter
 from ivshmemfs.fuse.direct import Direct
 from ivshmemfs.fuse.handshake import Handshake, Relay
@@ -149,6 +149,7 @@ class Session:
             next_time = trio.current_time() + UPKEEP_SECONDS
             more = self.served.upkeep()
             self.loop.adapt()
+            logs.tell()
             while more and trio.current_time() < next_time:
                 await trio.sleep(WORK_PAUSE)
                 more = self.served.work()

@@ -385,3 +385,17 @@ def test_a_refused_operation_leaves_no_claims(fs: Filesystem) -> None:
     fails(errno.ENOENT, lambda: fs.unlink(ROOT_INO, b"none", ROOT))
     fails(errno.ENOENT, lambda: fs.rename(ROOT_INO, b"none", ROOT_INO, b"x", 0, ROOT))
     assert free_blocks(fs) == free
+
+
+def test_which_names_an_inode_bears_at_one_moment(fs: Filesystem, other: Filesystem) -> None:
+    ino = put(fs, ROOT_INO, b"a", b"").ino
+    folder = fs.mkdir(ROOT_INO, b"folder", 0o755, ROOT).ino
+    one, two = (ROOT_INO, b"a"), (folder, b"b")
+    assert not other.bears(ino, (one, two))
+    fs.link(ino, *two, ROOT)
+    assert other.bears(ino, (one, two))
+    assert not other.bears(folder, (one, two))
+    fs.rename(*two, ROOT_INO, b"c", 0, ROOT)
+    assert not other.bears(ino, (one, two))
+    assert not other.bears(ino, ((ino, b"in a file"), one))
+    assert not other.bears(ino, ((ino + 1000, b"in what is gone"), one))

@@ -19,7 +19,7 @@ import stat
 import struct
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -158,6 +158,9 @@ class FakeFilesystem:
             if error.errno != errno.ENOENT:
                 raise
             return None
+
+    def bears(self, ino: int, places: Collection[tuple[int, bytes]]) -> bool:
+        return all(self._inode(parent).entries.get(name) == ino for parent, name in places)
 
     def mknod(self, parent: int, name: bytes, mode: int, rdev: int, ctx: Context) -> Attr:
         return self._new(parent, name, mode, ctx, rdev).attr()

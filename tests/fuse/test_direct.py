@@ -7,13 +7,14 @@ import os
 import socket
 import struct
 from collections.abc import Awaitable, Callable, Iterator
+from typing import NoReturn
 
 import pytest
 import trio
 
 from ivshmemfs.engine import ROOT_INO
-from ivshmemfs.errors import Busy, Unfinished
-from ivshmemfs.fuse import wire
+from ivshmemfs.errors import Busy, FsError, Unfinished
+from ivshmemfs.fuse import direct, wire
 from ivshmemfs.fuse.direct import FORGOTTEN_AT_ONCE, Direct
 from ivshmemfs.fuse.handshake import Relay
 from ivshmemfs.fuse.served import Ownership, Served
@@ -364,6 +365,41 @@ def test_a_long_list_of_what_is_forgotten_takes_several_turns(
         kernel.run()
     assert gone == list(many)
     assert kernel.silent()
+
+
+def test_an_answer_that_cannot_be_made_is_an_error(
+    kernel: Kernel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever asked gets it, and the mount lives: nothing escapes from a task."""
+    ino, handle = kernel.create(b"f")
+    real, failures = direct._out, [MemoryError("no room")]
+
+    def out(length: int, code: int, unique: int) -> bytes:
+        if failures:
+            raise failures.pop()
+        return real(length, code, unique)
+
+    monkeypatch.setattr(direct, "_out", out)
+    assert kernel.send(wire.GETATTR, node=ino) is None
+    assert kernel.answer() == (errno.ENOMEM, b"")
+    failures.append(MemoryError("no room"))
+    make_busy(kernel, monkeypatch, 3)
+    kernel.send(wire.WRITE, wire.WRITE_IN.pack(handle, 0, 3, 0, 0) + b"abc", node=ino)
+    kernel.run()
+    assert kernel.answer() == (errno.ENOMEM, b"")
+
+
+def test_errors_that_the_kernel_would_not_take(
+    kernel: Kernel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A refused answer leaves the caller waiting for good."""
+
+    def fail(_ino: int) -> NoReturn:
+        raise FsError(512, "a number of the kernel's own")
+
+    monkeypatch.setattr(type(kernel.fs), "getattr", lambda _fs, ino: fail(ino))
+    kernel.send(wire.GETATTR)
+    assert kernel.answer() == (errno.EIO, b"")
 
 
 def test_who_stops_waiting_is_told_so(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
