@@ -13,8 +13,8 @@ import click
 from ivshmemfs.errors import IvshmemfsError, RegionSize, UsageError
 from ivshmemfs.format import geometry as geo
 from ivshmemfs.format.geometry import Geometry
-from ivshmemfs.format.peer import printable
 from ivshmemfs.format.superblock import identify
+from ivshmemfs.printing import say
 from ivshmemfs.region import Region, create_file, open_region, parse_size, readable_size
 from mkfs.image import Parameters
 from mkfs.writer import examine, format_region, refuse_used
@@ -84,12 +84,10 @@ def _plan(region_size: int, block_size: int | None, peers: int) -> Geometry:
 
 def _report(region: Region, geometry: Geometry, parameters: Parameters) -> None:
     usable = (geometry.block_count - geometry.reserve - 3) * geometry.block_size
-    label = f", label {printable(parameters.label)!r}" if parameters.label else ""
-    click.echo(
-        f"{region.spec}: {readable_size(geometry.region_size)} formatted as ivshmemfs{label}"
-    )
-    click.echo(f"UUID {_uuid.UUID(bytes=parameters.uuid)}, up to {geometry.peer_count} peers")
-    click.echo(
+    label = f", label {parameters.label!r}" if parameters.label else ""
+    say(f"{region.spec}: {readable_size(geometry.region_size)} formatted as ivshmemfs{label}")
+    say(f"UUID {_uuid.UUID(bytes=parameters.uuid)}, up to {geometry.peer_count} peers")
+    say(
         f"{geometry.block_count} blocks of {geometry.block_size} bytes, "
         f"{readable_size(usable)} usable ({usable / geometry.region_size:.0%})"
     )
@@ -149,10 +147,10 @@ def main(args: list[str] | None = None, prog_name: str = "mkfs.ivshmemfs") -> No
         command.main(args, prog_name=prog_name, standalone_mode=False)
     except click.ClickException as error:
         text = " ".join(error.format_message().rstrip(".").split())
-        click.echo(f"{prog_name}: {text} (see '{prog_name} --help')", err=True)
+        say(f"{prog_name}: {text} (see '{prog_name} --help')", err=True)
         sys.exit(FAILURE)
     except click.Abort:
         sys.exit(FAILURE)
     except (IvshmemfsError, OSError, ValueError) as error:
-        click.echo(f"{prog_name}: {error}", err=True)
+        say(f"{prog_name}: {error}", err=True)
         sys.exit(FAILURE)

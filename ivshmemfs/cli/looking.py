@@ -6,10 +6,10 @@ import time
 
 import click
 
-from ivshmemfs.cli.output import table
+from ivshmemfs.cli.output import show
 from ivshmemfs.errors import IvshmemfsError, RegionDenied
 from ivshmemfs.format import superblock
-from ivshmemfs.format.peer import printable
+from ivshmemfs.printing import say
 from ivshmemfs.region import Candidate, discover, open_region, probe, readable_size
 
 FIRST_PAGE = 4096
@@ -20,7 +20,7 @@ def list_command() -> None:
     """List the devices and files that are, or could be, regions."""
     candidates = discover()
     if not candidates:
-        click.echo(
+        say(
             "no ivshmem device here, and nothing in /dev/shm; make a region with: "
             "mkfs.ivshmemfs --size 64M /dev/shm/NAME",
             err=True,
@@ -28,11 +28,11 @@ def list_command() -> None:
         return
     rows = [("REGION", "WHAT", "LABEL", "UUID")]
     rows += [_row(candidate) for candidate in candidates]
-    click.echo(table(rows))
+    show(rows)
 
 
 def _row(candidate: Candidate) -> tuple[str, str, str, str]:
-    spec, what = printable(candidate.spec), candidate.description
+    spec, what = candidate.spec, candidate.description
     try:
         with open_region(candidate.spec, readonly=True) as region:
             names = superblock.identify(region.memory.read(0, min(FIRST_PAGE, region.size)))
@@ -44,7 +44,7 @@ def _row(candidate: Candidate) -> tuple[str, str, str, str]:
         return spec, what, "-", "cannot be read"
     if names is None:
         return spec, what, "-", "not formatted"
-    return spec, what, printable(names[0]) or "-", names[1]
+    return spec, what, names[0] or "-", names[1]
 
 
 @click.command("info")
@@ -65,8 +65,8 @@ def info_command(region: str) -> None:
     size = stats.block_size
     free = readable_size(stats.blocks_avail * size)
     rows = [
-        ("region", f"{printable(opened.spec)} ({opened.description})"),
-        ("label", printable(checked.label) or "-"),
+        ("region", f"{opened.spec} ({opened.description})"),
+        ("label", checked.label or "-"),
         ("uuid", superblock.identify(raw)[1]),  # type: ignore[index]  # decode has checked it
         ("format", f"{record.major}.{record.minor}"),
         ("created", _when(checked.created_ns)),
@@ -78,9 +78,9 @@ def info_command(region: str) -> None:
         ("peers", f"{peers} of {geometry.peer_count}"),
         ("mapping", measured.describe()),
     ]
-    click.echo(table(rows))
+    show(rows)
     if warning := measured.warning():
-        click.echo(f"ivshmemfs: {warning}", err=True)
+        say(f"ivshmemfs: {warning}", err=True)
 
 
 def _when(ns: int) -> str:

@@ -8,10 +8,10 @@ from contextlib import contextmanager
 
 import click
 
-from ivshmemfs.cli.output import table
+from ivshmemfs.cli.output import show
 from ivshmemfs.errors import InUse, UsageError
 from ivshmemfs.format import superblock, words
-from ivshmemfs.format.peer import printable
+from ivshmemfs.printing import say, shown
 from ivshmemfs.region import open_region
 from ivshmemfs.shm.control import Control
 from ivshmemfs.shm.peers import Peer, PeerTable
@@ -48,11 +48,11 @@ def peers_command(region: str) -> None:
         present = list(peers.peers())
         alive = _alive(peers, {peer.slot for peer in present if not peer.gone})
     if not present:
-        click.echo("nobody has it mounted")
+        say("nobody has it mounted for writing (a read-only mount leaves no trace in the region)")
         return
     rows = [("SLOT", "HOST", "PID", "SINCE", "DOING", "LIFE")]
     rows += [_row(peer, peer.slot in alive) for peer in present]
-    click.echo(table(rows))
+    show(rows)
 
 
 def _row(peer: Peer, alive: bool) -> tuple[str, str, str, str, str, str]:
@@ -60,8 +60,8 @@ def _row(peer: Peer, alive: bool) -> tuple[str, str, str, str, str, str]:
     doing = words.STATE_NAMES[peer.state] if peer.state < len(words.STATE_NAMES) else "?"
     if not peer.identity_valid:
         return str(peer.slot), "?", "?", "?", doing, life
-    host = peer.record.host.rstrip(b"\0").decode(errors="backslashreplace")
-    return str(peer.slot), printable(host), str(peer.record.pid), _since(peer), doing, life
+    host = shown(peer.record.host.rstrip(b"\0"))
+    return str(peer.slot), host, str(peer.record.pid), _since(peer), doing, life
 
 
 def _since(peer: Peer) -> str:
@@ -92,4 +92,4 @@ def evict_command(region: str, slot: int, force: bool) -> None:
         peers.retire(slot, peer.word)
         if peers.state(slot) == peer.word:
             raise InUse(f"the peer in slot {slot} is moving on: try again")
-    click.echo(f"slot {slot} is free")
+    say(f"slot {slot} is free")

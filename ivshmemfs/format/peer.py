@@ -9,6 +9,7 @@ from typing import Annotated, Final, NamedTuple
 
 from ivshmemfs.format import words
 from ivshmemfs.format.record import At, Buffer, Layout
+from ivshmemfs.printing import shown
 from ivshmemfs.region._memory import crc32c
 
 SLOT_SIZE: Final = 512
@@ -71,13 +72,8 @@ class Occupant(NamedTuple):
         state = words.STATE_NAMES[self.state] if self.state < len(words.STATE_NAMES) else "?"
         if not self.identity_valid:
             return f"slot {self.slot} ({state}, identity unknown)"
-        host = self.record.host.rstrip(b"\0").decode(errors="backslashreplace")
-        return f"slot {self.slot} ({state}, pid {self.record.pid} on {printable(host)})"
-
-
-def printable(text: str) -> str:
-    """`text` with control characters escaped, so that a hostile region cannot drive a terminal."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+        host = shown(self.record.host.rstrip(b"\0"))
+        return f"slot {self.slot} ({state}, pid {self.record.pid} on {host})"
 
 
 def occupants(table: Buffer, count: int) -> Iterator[Occupant]:
