@@ -17,7 +17,7 @@ from ivshmemfs.engine.inode import MAX_RDEV, Attr, Context, Inode, StatFs, attri
 from ivshmemfs.engine.mount import ATTEMPTS, Mount
 from ivshmemfs.engine.names import RENAME_EXCHANGE, RENAME_NOREPLACE, RENAME_WHITEOUT
 from ivshmemfs.engine.transaction import Transaction, View
-from ivshmemfs.errors import Busy, FsError, NoSpace, StaleHandle
+from ivshmemfs.errors import Busy, Corrupt, FsError, NoSpace, StaleHandle
 from ivshmemfs.format.dirent import NAME_MAX, TYPE_SHIFT
 
 if TYPE_CHECKING:
@@ -243,7 +243,10 @@ class Filesystem(Mount):
             inode = view.inode(ino)
             if not stat.S_ISLNK(inode.record.mode):
                 raise FsError(errno.EINVAL)
-            return bytes(data.read(view, inode, 0, inode.record.size))
+            target = bytes(data.read(view, inode, 0, inode.record.size))
+            if not target or b"\0" in target:
+                raise Corrupt(f"inode {ino}: a symbolic link to {target[:40]!r}")
+            return target
 
         return self._look_at(read)
 
