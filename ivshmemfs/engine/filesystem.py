@@ -482,6 +482,8 @@ class Filesystem(Mount):
         """
         if len(target) > TARGET_MAX:
             raise FsError(errno.ENAMETOOLONG)
+        if not 0 <= rdev <= MAX_RDEV:
+            raise FsError(errno.EINVAL)
 
         def plan(tx: Transaction) -> Attr:
             folder = names.folder_of(tx, parent)

@@ -66,7 +66,7 @@ def described(top: Path) -> dict[str, object]:
 
 def test_a_tree_there_and_back(region: TestRegion, local: Path, tmp_path: Path) -> None:
     done(ivshmemfs("put", "-r", region.path, local, "/"))
-    done(ivshmemfs("get", "-r", region.path, "tree", tmp_path / "back"))
+    done(ivshmemfs("get", "-r", "--devices", region.path, "tree", tmp_path / "back"))
     assert described(tmp_path / "back") == described(local)
     assert (tmp_path / "back" / "sparse").stat().st_blocks * 512 < 2 * MIB
 
