@@ -11,7 +11,7 @@ import signal
 import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import click
 
@@ -30,6 +30,10 @@ if TYPE_CHECKING:
 EXIT_PARTLY = 64
 #: Stands for standard input or output.
 STREAM = b"-"
+
+
+class Ended(KeyboardInterrupt):
+    """Somebody asked this process to end; nothing on the way out takes it for an error."""
 
 
 def _options(command: Callable[..., int]) -> Callable[..., int]:
@@ -69,10 +73,15 @@ def _opened(spec: str, usage: str, *, readonly: bool) -> Iterator[Filesystem]:
 @contextmanager
 def _ended_by_signals() -> Iterator[None]:
     """SIGTERM and SIGHUP end a copy as Ctrl-C does: in order."""
-    numbers = (signal.SIGTERM, signal.SIGHUP)
-    before = {number: signal.signal(number, signal.default_int_handler) for number in numbers}
+
+    def end(_number: int, _frame: object) -> NoReturn:
+        raise Ended
+
+    before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGHUP)}
     try:
         yield
+    except Ended:
+        raise click.Abort from None
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
