@@ -6,11 +6,11 @@ import time
 
 import click
 
-from ivshmemfs.cli.output import table
+from ivshmemfs.cli.output import show
 from ivshmemfs.cli.peering import enter
 from ivshmemfs.errors import IvshmemfsError, RegionDenied
 from ivshmemfs.format import superblock
-from ivshmemfs.format.peer import printable
+from ivshmemfs.printing import say
 from ivshmemfs.region import Candidate, discover, open_region, probe, readable_size
 from ivshmemfs.shm.repair import repairing
 
@@ -22,7 +22,7 @@ def list_command() -> None:
     """List the devices and files that are, or could be, regions."""
     candidates = discover()
     if not candidates:
-        click.echo(
+        say(
             "no ivshmem device here, and nothing in /dev/shm; make a region with: "
             "mkfs.ivshmemfs --size 64M /dev/shm/NAME",
             err=True,
@@ -30,11 +30,11 @@ def list_command() -> None:
         return
     rows = [("REGION", "WHAT", "LABEL", "UUID")]
     rows += [_row(candidate) for candidate in candidates]
-    click.echo(table(rows))
+    show(rows)
 
 
 def _row(candidate: Candidate) -> tuple[str, str, str, str]:
-    spec, what = printable(candidate.spec), candidate.description
+    spec, what = candidate.spec, candidate.description
     try:
         with open_region(candidate.spec, readonly=True) as region:
             page = region.memory.read(0, min(FIRST_PAGE, region.size))
@@ -48,7 +48,7 @@ def _row(candidate: Candidate) -> tuple[str, str, str, str]:
         return spec, what, "-", "cannot be read"
     if names is None:
         return spec, what, "-", "not formatted"
-    return spec, what + busy, printable(names[0]) or "-", names[1]
+    return spec, what + busy, names[0] or "-", names[1]
 
 
 @click.command("info")
@@ -67,8 +67,8 @@ def info_command(region: str) -> None:
     size = stats.block_size
     free = readable_size(stats.blocks_avail * size)
     rows = [
-        ("region", f"{printable(opened.spec)} ({opened.description})"),
-        ("label", printable(checked.label) or "-"),
+        ("region", f"{opened.spec} ({opened.description})"),
+        ("label", checked.label or "-"),
         ("uuid", superblock.identify(raw)[1]),  # type: ignore[index]  # decode has checked it
         ("format", f"{record.major}.{record.minor}"),
         ("created", _when(checked.created_ns)),
@@ -80,9 +80,9 @@ def info_command(region: str) -> None:
         ("peers", f"{peers} of {geometry.peer_count}"),
         ("mapping", measured.describe()),
     ]
-    click.echo(table(rows))
+    show(rows)
     if warning := measured.warning():
-        click.echo(f"ivshmemfs: {warning}", err=True)
+        say(f"ivshmemfs: {warning}", err=True)
 
 
 def _when(ns: int) -> str:

@@ -19,6 +19,7 @@ import click
 
 from ivshmemfs import __version__
 from ivshmemfs.errors import IvshmemfsError
+from ivshmemfs.printing import say
 
 EXIT_USAGE = 1
 EXIT_SYSTEM = 2
@@ -61,7 +62,7 @@ def _show_version(ctx: click.Context, _option: click.Parameter, wanted: bool) ->
         from ivshmemfs.engine import COMPILED
 
         kind = "compiled" if COMPILED else "pure Python"
-        click.echo(f"ivshmemfs, version {__version__} ({kind})")
+        say(f"ivshmemfs, version {__version__} ({kind})")
         ctx.exit()
 
 
@@ -102,14 +103,15 @@ def _run(words: list[str]) -> int:
         sys.stdout.flush()
         return result if isinstance(result, int) else 0
     except click.exceptions.NoArgsIsHelpError as error:
-        click.echo(error.format_message(), err=True)
+        for line in error.format_message().splitlines():
+            say(line, err=True)
         return EXIT_USAGE
     except click.UsageError as error:
         command = error.ctx.command_path if error.ctx is not None else "ivshmemfs"
-        _complain(f"{error.format_message().rstrip('.')} (see '{command} --help')")
+        _complain(f"{_joined(error).rstrip('.')} (see '{command} --help')")
         return EXIT_USAGE
     except click.ClickException as error:
-        _complain(error.format_message())
+        _complain(_joined(error))
         return EXIT_USAGE
     except (click.Abort, KeyboardInterrupt):
         _complain("interrupted")
@@ -131,6 +133,11 @@ def _run(words: list[str]) -> int:
         return EXIT_INTERNAL
 
 
+def _joined(error: click.ClickException) -> str:
+    """What click has to say, which may be several lines, as one."""
+    return " ".join(error.format_message().split())
+
+
 def _plain(error: OSError) -> str:
     """What an OSError says, without its number."""
     if error.filename is None or error.strerror is None:
@@ -140,4 +147,4 @@ def _plain(error: OSError) -> str:
 
 def _complain(text: str) -> None:
     """One line on stderr, whatever *text* has in it."""
-    click.echo(f"ivshmemfs: {' '.join(text.split())}", err=True)
+    say(f"ivshmemfs: {text}", err=True)

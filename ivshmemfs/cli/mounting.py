@@ -12,6 +12,7 @@ import click
 from ivshmemfs.errors import RegionAmbiguous, RegionDenied, RegionMissing, UsageError
 from ivshmemfs.fuse import daemon
 from ivshmemfs.fuse.options import MountOptions, parse
+from ivshmemfs.printing import say
 
 if TYPE_CHECKING:
     from ivshmemfs.region import Candidate
@@ -78,7 +79,7 @@ def mount_command(
         chosen.suid = chosen.dev = False
     notice = daemon.mount(_attach(region, chosen), target, chosen, foreground=foreground)
     if notice:
-        click.echo(f"ivshmemfs: {notice}", err=True)
+        say(f"ivshmemfs: {notice}", err=True)
 
 
 def _refuse_nameless(mountpoint: str) -> None:
@@ -136,10 +137,8 @@ def the_one_device() -> str:
 
 
 def _named(candidate: Candidate, names: tuple[str, str]) -> str:
-    from ivshmemfs.format.peer import printable
-
     label, uuid = names
-    return f"{candidate.spec} (label {printable(label)!r}, uuid {uuid})"
+    return f"{candidate.spec} (label {label!r}, uuid {uuid})"
 
 
 @click.command("umount")

@@ -8,11 +8,12 @@ from contextlib import contextmanager
 
 import click
 
-from ivshmemfs.cli.output import table
+from ivshmemfs.cli.output import show
 from ivshmemfs.errors import InUse, UsageError
 from ivshmemfs.format import superblock, words
-from ivshmemfs.format.peer import Occupant, printable
+from ivshmemfs.format.peer import Occupant
 from ivshmemfs.format.words import under_repair
+from ivshmemfs.printing import say, shown
 from ivshmemfs.region import open_region
 from ivshmemfs.shm.control import Control
 from ivshmemfs.shm.peers import PeerTable
@@ -51,16 +52,14 @@ def peers_command(region: str) -> None:
         repaired = under_repair(peers.control.load())
         told = describe(peers.memory) if repaired else ""
     if told:
-        click.echo(told)
+        say(told)
     if not present:
-        click.echo("nobody has it mounted")
+        say("nobody has it mounted for writing (a read-only mount leaves no trace in the region)")
         return
-    click.echo(table([("SLOT", "HOST", "PID", "SINCE", "DOING", "LIFE", "VERSION"), *rows]))
+    show([("SLOT", "HOST", "PID", "SINCE", "DOING", "LIFE", "VERSION"), *rows])
     for machine in watch.machines.shared:
         name = watch.machines.name(machine)
-        click.echo(
-            f"two machines go by the hardware UUID {name}: it tells of nobody's end", err=True
-        )
+        say(f"two machines go by the hardware UUID {name}: it tells of nobody's end", err=True)
 
 
 def _life(watch: Watch, peer: Occupant, alive: set[int]) -> str:
@@ -73,8 +72,8 @@ def _row(peer: Occupant, life: str) -> tuple[str, ...]:
     doing = words.STATE_NAMES[peer.state] if peer.state < len(words.STATE_NAMES) else "?"
     if not peer.identity_valid:
         return str(peer.slot), "?", "?", "?", doing, life, "?"
-    host = peer.record.host.rstrip(b"\0").decode(errors="backslashreplace")
-    who = str(peer.slot), printable(host), str(peer.record.pid), _since(peer)
+    host = shown(peer.record.host.rstrip(b"\0"))
+    who = str(peer.slot), host, str(peer.record.pid), _since(peer)
     return *who, doing, life, peer.version or "?"
 
 
@@ -106,4 +105,4 @@ def evict_command(region: str, slot: int, force: bool) -> None:
         peers.retire(slot, peer.word)
         if peers.state(slot) == peer.word:
             raise InUse(f"the peer in slot {slot} is moving on: try again")
-    click.echo(f"slot {slot} is free")
+    say(f"slot {slot} is free")

@@ -38,6 +38,7 @@ from ivshmemfs.format.dirent import (
     decode_interior,
     decode_leaf,
     interior_of,
+    is_name,
     name_key,
 )
 from ivshmemfs.format.node import DIRLEAF, DIRNODE, HEADER_SIZE
@@ -100,11 +101,23 @@ def check_name(name: bytes) -> None:
     """Raise ENAMETOOLONG, or EINVAL for what cannot be a name."""
     if len(name) > NAME_MAX:
         raise FsError(errno.ENAMETOOLONG)
-    if not name or name in (b".", b"..") or b"/" in name or b"\0" in name:
+    if not is_name(name):
         raise FsError(errno.EINVAL)
 
 
 # --- reading --------------------------------------------------------------------------------
+
+
+def _decoded_leaf(raw: bytes, count: int, where: str) -> Leaf:
+    """A leaf as it stands in the region; what leaves this function as a name is one."""
+    try:
+        leaf = decode_leaf(raw, count)
+    except ValueError as error:
+        raise Corrupt(f"{where}: {error}") from None
+    unfit = leaf.unfit()
+    if unfit:
+        raise Corrupt(f"{where}: {unfit!r} cannot be a name (fsck.ivshmemfs -y drops it)")
+    return leaf
 
 
 def _inline_leaf(inode: Inode) -> Leaf:
@@ -112,10 +125,8 @@ def _inline_leaf(inode: Inode) -> Leaf:
         if inode.record.payload == fmt.EMPTY:
             inode.leaf = EMPTY_LEAF
         else:
-            try:
-                inode.leaf = decode_leaf(inode.data, inode.record.entries)
-            except ValueError as error:
-                raise Corrupt(f"directory {inode.ino}: {error}") from None
+            where = f"directory {inode.ino}"
+            inode.leaf = _decoded_leaf(inode.data, inode.record.entries, where)
     return inode.leaf
 
 
@@ -131,10 +142,8 @@ def _top(inode: Inode) -> Interior:
 def _leaf_at(view: View, pointer: bytes, owner: int) -> Leaf:
     node = view.nodes.node(pointer, DIRLEAF, 0, owner)
     if node.parsed is None:
-        try:
-            node.parsed = decode_leaf(node.data[HEADER_SIZE:], node.count)
-        except ValueError as error:
-            raise Corrupt(f"directory {owner}, block {node.block}: {error}") from None
+        where = f"directory {owner}, block {node.block}"
+        node.parsed = _decoded_leaf(node.data[HEADER_SIZE:], node.count, where)
     leaf: Leaf = node.parsed
     return leaf
 

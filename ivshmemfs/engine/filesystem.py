@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from ivshmemfs.engine import data, directory, holes, names, xattr
 from ivshmemfs.engine.directory import Entry
-from ivshmemfs.engine.inode import MAX_RDEV, Attr, Context, Inode, StatFs, attributes
+from ivshmemfs.engine.inode import MAX_RDEV, TARGET_MAX, Attr, Context, Inode, StatFs, attributes
 from ivshmemfs.engine.mount import ATTEMPTS, Mount
 from ivshmemfs.engine.names import RENAME_EXCHANGE, RENAME_NOREPLACE, RENAME_WHITEOUT
 from ivshmemfs.engine.transaction import Transaction, View
-from ivshmemfs.errors import Busy, FsError, NoSpace, StaleHandle, Unfinished
+from ivshmemfs.errors import Busy, Corrupt, FsError, NoSpace, StaleHandle, Unfinished
 from ivshmemfs.format.dirent import NAME_MAX, TYPE_SHIFT
 
 if TYPE_CHECKING:
@@ -256,7 +256,10 @@ class Filesystem(Mount):
             inode = view.inode(ino)
             if not stat.S_ISLNK(inode.record.mode):
                 raise FsError(errno.EINVAL)
-            return bytes(data.read(view, inode, 0, inode.record.size))
+            target = bytes(data.read(view, inode, 0, inode.record.size))
+            if not target or b"\0" in target:
+                raise Corrupt(f"inode {ino}: a symbolic link to {target[:40]!r}")
+            return target
 
         return self._look_at(read)
 
@@ -364,10 +367,14 @@ class Filesystem(Mount):
         """Make a symbolic link."""
         return self._made(lambda tx: names.symlink(tx, parent, name, target, ctx))
 
-    def link(self, ino: int, parent: int, name: bytes, ctx: Context) -> Attr:
-        """Make another name for an inode that is no directory."""
+    def link(self, ino: int, parent: int, name: bytes, ctx: Context, *, over: bool = False) -> Attr:
+        """Make another name for an inode that is no directory; `over` replaces another file."""
         revive = ino in self._nameless
-        attr = self._made(lambda tx: names.link(tx, ino, parent, name, revive=revive))
+
+        def plan(tx: Transaction) -> Attr:
+            return self._attr(names.link(tx, ino, parent, name, revive=revive, over=over))
+
+        attr = self._removing(plan, removal=False)
         self._nameless.discard(ino)
         return attr
 
@@ -470,10 +477,30 @@ class Filesystem(Mount):
 
     def tmpfile(self, parent: int, mode: int, flags: int, ctx: Context) -> tuple[Handle, Attr]:
         """Make and open a file without a name, as O_TMPFILE does; `link` may give it one."""
+        return self.make_nameless(parent, stat.S_IFREG | stat.S_IMODE(mode), flags, ctx)
+
+    def make_nameless(
+        self,
+        parent: int,
+        mode: int,
+        flags: int,
+        ctx: Context,
+        *,
+        rdev: int = 0,
+        target: bytes = b"",
+    ) -> tuple[Handle, Attr]:
+        """The same for any kind but directories; `target` is that of a symbolic link.
+
+        It is gone when it is released, or its owner dies, before `link` has named it.
+        """
+        if len(target) > TARGET_MAX:
+            raise FsError(errno.ENAMETOOLONG)
+        if not 0 <= rdev <= MAX_RDEV:
+            raise FsError(errno.EINVAL)
 
         def plan(tx: Transaction) -> Attr:
             folder = names.folder_of(tx, parent)
-            inode = names.make_nameless(tx, folder, stat.S_IFREG | stat.S_IMODE(mode), ctx)
+            inode = names.make_nameless(tx, folder, mode, ctx, rdev=rdev, to=target)
             self._hold_new(inode.ino)
             return self._attr(inode)
 

@@ -169,17 +169,33 @@ def symlink(tx: Transaction, parent: int, name: bytes, to: bytes, ctx: Context) 
     return inode
 
 
-def make_nameless(tx: Transaction, folder: Inode, mode: int, ctx: Context) -> Inode:
-    """A new inode that nothing leads to, as if it had been made in `folder` and removed."""
-    inode = tx.new_inode(new_record(tx, folder, mode, ctx, nlink=0))
+def make_nameless(
+    tx: Transaction, folder: Inode, mode: int, ctx: Context, *, rdev: int = 0, to: bytes = b""
+) -> Inode:
+    """A new inode that nothing leads to, as if it had been made in `folder` and removed.
+
+    `to` is the target of a symbolic link.
+    """
+    inode = tx.new_inode(new_record(tx, folder, mode, ctx, nlink=0, rdev=rdev))
+    if to:
+        inode = tx.put(data.write(tx, inode, 0, to))
     _keep_orphan(tx, inode)
     return inode
 
 
-def link(tx: Transaction, ino: int, parent: int, name: bytes, *, revive: bool = False) -> Inode:
+def link(
+    tx: Transaction,
+    ino: int,
+    parent: int,
+    name: bytes,
+    *,
+    revive: bool = False,
+    over: bool = False,
+) -> Inode:
     """Another name for an inode; raises EPERM for directories, EEXIST, EMLINK.
 
-    ENOENT for one that has no name left, unless it is to `revive`.
+    ENOENT for one that has no name left, unless it is to `revive`.  With `over` the name may be
+    that of another file, which loses it; raises EISDIR for a directory.
     """
     folder = parent_of(tx, parent, name)
     inode = tx.inode(ino)
@@ -190,12 +206,27 @@ def link(tx: Transaction, ino: int, parent: int, name: bytes, *, revive: bool = 
     if inode.record.nlink >= LINK_MAX:
         raise FsError(errno.EMLINK)
     spot = directory.locate(tx, folder, name)
-    if spot.at >= 0:
+    entry = spot.entry
+    if entry is not None and not over:
         raise FsError(errno.EEXIST)
+    if entry is not None and entry.ino == ino:
+        return inode
     if inode.record.nlink == 0:
         _forget_orphan(tx, ino)
-    add(tx, folder, spot, inode)
+    if entry is None:
+        add(tx, folder, spot, inode)
+    else:
+        _take_name(tx, folder, spot, target(tx, entry), inode)
     return tx.touch(ino, nlink=inode.record.nlink + 1)
+
+
+def _take_name(tx: Transaction, folder: Inode, spot: Spot, victim: Inode, inode: Inode) -> None:
+    """Have the name of `victim` at `spot` lead to `inode`."""
+    if victim.is_dir:
+        raise FsError(errno.EISDIR)
+    _unlinked(tx, victim)
+    changes = _dated(tx, folder, 0)
+    tx.put(directory.replace(tx, folder, spot, inode.ino, _kind(inode), changes))
 
 
 # --- removing -------------------------------------------------------------------------------

@@ -166,7 +166,7 @@ def decode(raw: Buffer, region_size: int | None = None) -> Superblock:
             )
         raise ForeignFormat(
             "the region carries something else than an ivshmemfs filesystem: is it the right "
-            "file or device?"
+            "file or device? ('ivshmemfs list' shows what there is)"
         )
     if not crc_valid(raw):
         raise Corrupt("the superblock's checksum is wrong: run fsck.ivshmemfs -y on the region")

@@ -18,6 +18,7 @@ from ivshmemfs.format.superblock import identify
 from ivshmemfs.fsck.checking import check
 from ivshmemfs.fsck.repairing import repair
 from ivshmemfs.fsck.report import Report
+from ivshmemfs.printing import say
 from ivshmemfs.region import open_region
 
 CLEAN, CORRECTED, UNCORRECTED, OPERATIONAL, USAGE = 0, 1, 4, 8, 16
@@ -25,7 +26,7 @@ CLEAN, CORRECTED, UNCORRECTED, OPERATIONAL, USAGE = 0, 1, 4, 8, 16
 
 def _echo(lines: Iterable[str]) -> None:
     for line in lines:
-        click.echo(line)
+        say(line)
 
 
 def _tell(report: Report, spec: str) -> None:
@@ -35,7 +36,7 @@ def _tell(report: Report, spec: str) -> None:
     _echo(report.lines())
     many = "" if report.errors == 1 else "s"
     verdict = "clean" if report.clean else f"{report.errors} contradiction{many}"
-    click.echo(f"{spec}: {verdict}; {report.summary}")
+    say(f"{spec}: {verdict}; {report.summary}")
 
 
 def _run(spec: str, change: bool, force: bool) -> int:
@@ -76,20 +77,20 @@ def main(args: list[str] | None = None, prog_name: str = "fsck.ivshmemfs") -> No
         sys.exit(command.main(args, prog_name=prog_name, standalone_mode=False))
     except click.ClickException as error:
         text = " ".join(error.format_message().rstrip(".").split())
-        click.echo(f"{prog_name}: {text} (see '{prog_name} --help')", err=True)
+        say(f"{prog_name}: {text} (see '{prog_name} --help')", err=True)
         sys.exit(USAGE)
     except click.Abort:
         sys.exit(OPERATIONAL)
     except UsageError as error:
-        click.echo(f"{prog_name}: {error}", err=True)
+        say(f"{prog_name}: {error}", err=True)
         sys.exit(USAGE)
     except (IvshmemfsError, OSError) as error:
-        click.echo(f"{prog_name}: {error}", err=True)
+        say(f"{prog_name}: {error}", err=True)
         sys.exit(OPERATIONAL)
     except Exception as error:  # 1, which Python ends with, would mean "corrected"
         if os.environ.get("IVSHMEMFS_DEBUG"):
             logging.basicConfig()
             logging.getLogger(__name__).exception("a bug")
         text = " ".join(f"{type(error).__name__}: {error}".split())
-        click.echo(f"{prog_name}: internal error, please report it: {text}", err=True)
+        say(f"{prog_name}: internal error, please report it: {text}", err=True)
         sys.exit(OPERATIONAL)

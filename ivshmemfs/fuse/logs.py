@@ -22,8 +22,10 @@ import re
 import sys
 import time
 from dataclasses import dataclass
+from typing import Any
 
 from ivshmemfs.errors import MountError
+from ivshmemfs.printing import printable
 
 SYSLOG_SOCKET = "/dev/log"
 KERNEL_LOG = "/dev/kmsg"
@@ -106,6 +108,18 @@ def tell() -> None:
             handler.tell(time.monotonic())
 
 
+class Escaped(logging.Formatter):
+    """Escapes what a line must not contain: names, labels and messages come from a region."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        """Return the record as one line."""
+        return printable(super().formatMessage(record))
+
+    def formatException(self, ei: Any) -> str:
+        """Return the traceback, whose lines stay lines."""
+        return "\n".join(map(printable, super().formatException(ei).split("\n")))
+
+
 class KernelLog(logging.Handler):
     """Writes to /dev/kmsg, one record a line, with the priorities of syslog."""
 
@@ -133,8 +147,8 @@ def configure(path: str | None, *, foreground: bool) -> None:
 
 def _handler(path: str | None, foreground: bool) -> logging.Handler:
     handler: logging.Handler
-    timed = logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s")
-    named = logging.Formatter("ivshmemfs[%(process)d]: %(levelname)s: %(message)s")
+    timed = Escaped("%(asctime)s %(levelname)s %(name)s: %(message)s")
+    named = Escaped("ivshmemfs[%(process)d]: %(levelname)s: %(message)s")
     if path is not None:
         try:
             handler = logging.FileHandler(path, encoding="utf-8", errors="backslashreplace")

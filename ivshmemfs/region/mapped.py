@@ -11,6 +11,7 @@ from pathlib import Path
 from types import TracebackType
 
 from ivshmemfs.errors import RegionDenied, RegionError, RegionMissing, RegionSize, RegionUnfit
+from ivshmemfs.printing import printable
 from ivshmemfs.region._memory import DEVICE, NORMAL, WRITE_COMBINING, Memory
 from ivshmemfs.region.sizes import readable_size
 
@@ -21,8 +22,7 @@ ACCESS_NAMES = {NORMAL: "cached", DEVICE: "device memory", WRITE_COMBINING: "wri
 
 def shown(path: str | os.PathLike[str]) -> str:
     """A path as one line of a message can show it."""
-    text = os.fspath(path)
-    return text if text.isprintable() else ascii(text)[1:-1]
+    return printable(os.fspath(path))
 
 
 @dataclass(frozen=True)
