@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-import sys
 import time
 import uuid as _uuid
 from pathlib import Path
+from typing import NoReturn
 
 import click
 
+from ivshmemfs import command as shared
 from ivshmemfs.errors import IvshmemfsError, RegionSize, UsageError
 from ivshmemfs.format import geometry as geo
 from ivshmemfs.format.geometry import Geometry
@@ -21,6 +22,7 @@ from mkfs.writer import examine, format_region, refuse_used
 
 NOT_FILES = ("pci", "mem:", "label=", "uuid=")  # what --size cannot create
 FAILURE = 1  # the one exit code for everything that went wrong, wrong usage included
+EXITS = shared.Exits(usage=FAILURE, system=FAILURE, interrupted=FAILURE, internal=FAILURE)
 
 
 def _size(_: click.Context, __: click.Parameter, value: str | None) -> int | None:
@@ -143,16 +145,13 @@ def command(
     _make(region, size, block_size, peers, force, new)
 
 
-def main(args: list[str] | None = None, prog_name: str = "mkfs.ivshmemfs") -> None:
-    """Entry point; leaves by SystemExit with an exit code of mkfs(8)."""
-    try:
-        command.main(args, prog_name=prog_name, standalone_mode=False)
-    except click.ClickException as error:
-        text = " ".join(error.format_message().rstrip(".").split())
-        click.echo(f"{prog_name}: {text} (see '{prog_name} --help')", err=True)
-        sys.exit(FAILURE)
-    except click.Abort:
-        sys.exit(FAILURE)
-    except (IvshmemfsError, OSError, ValueError) as error:
-        click.echo(f"{prog_name}: {error}", err=True)
-        sys.exit(FAILURE)
+def main(args: list[str] | None = None, prog_name: str = "mkfs.ivshmemfs") -> NoReturn:
+    """Run the command; leaves by SystemExit with an exit code of mkfs(8)."""
+
+    def run() -> None:
+        try:
+            command.main(args, prog_name=prog_name, standalone_mode=False)
+        except ValueError as error:  # a label that is too long
+            raise UsageError(str(error)) from None
+
+    shared.run(prog_name, run, EXITS)

@@ -20,7 +20,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
-from ivshmemfs.errors import IvshmemfsError, MountError
+from ivshmemfs.errors import Interrupted, IvshmemfsError, MountError
 from ivshmemfs.fuse import logs, mountpoint
 from ivshmemfs.fuse.options import MountOptions
 
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 EXIT_INTERNAL = 4
+EXIT_INTERRUPTED = 8
 
 
 class Attached(NamedTuple):
@@ -91,7 +92,7 @@ def _in_background(attach: Attach, target: str, options: MountOptions) -> str:
     try:
         with os.fdopen(receiving, "rb") as pipe:
             report = pipe.read().decode(errors="surrogateescape")
-    except KeyboardInterrupt:
+    except BaseException:  # whoever mounts has changed his mind
         os.kill(child, signal.SIGTERM)
         raise
     if not report:
@@ -140,6 +141,9 @@ def _be_daemon(attach: Attach, target: str, options: MountOptions, pipe: int) ->
         code = error.exit_code
         log.error("%s: %s", target, error)
         report(code, str(error) or type(error).__name__)
+    except (KeyboardInterrupt, Interrupted):  # before the session watches signals
+        code = EXIT_INTERRUPTED
+        report(code, "interrupted")
     except BaseException as error:
         code = EXIT_INTERNAL
         report(code, str(_bug(target, error)))
