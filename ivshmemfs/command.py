@@ -122,8 +122,8 @@ def _name_output_errors() -> None:
 # --- the end --------------------------------------------------------------------------------
 
 
-def run(name: str, command: Callable[[], int | None], exits: Exits) -> NoReturn:
-    """Run `command` and leave by SystemExit: with what it returns, or with the error's code."""
+def run(name: str, command: Callable[[], int | None], exits: Exits) -> int:
+    """Run `command`; returns the exit code: what it returns, or the error's."""
     with suppress(ValueError):  # not in the main thread
         if signal.getsignal(signal.SIGTERM) not in (signal.SIG_DFL, signal.SIG_IGN, None):
             _handle_signals(_interrupt)
@@ -131,10 +131,9 @@ def run(name: str, command: Callable[[], int | None], exits: Exits) -> NoReturn:
         _name_output_errors()
         result = command()
         sys.stdout.flush()
-        code = result if isinstance(result, int) else 0
+        return result if isinstance(result, int) else 0
     except BaseException as error:
-        code = _failed(name, error, exits)
-    sys.exit(code)
+        return _failed(name, error, exits)
 
 
 def _failed(name: str, error: BaseException, exits: Exits) -> int:

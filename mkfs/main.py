@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 import uuid as _uuid
 from pathlib import Path
-from typing import NoReturn
 
 import click
 
@@ -145,8 +145,8 @@ def command(
     _make(region, size, block_size, peers, force, new)
 
 
-def main(args: list[str] | None = None, prog_name: str = "mkfs.ivshmemfs") -> NoReturn:
-    """Run the command; leaves by SystemExit with an exit code of mkfs(8)."""
+def main(args: list[str] | None = None, prog_name: str = "mkfs.ivshmemfs") -> None:
+    """Run the command; leaves by SystemExit with an exit code of mkfs(8) unless it is 0."""
 
     def run() -> None:
         try:
@@ -154,4 +154,5 @@ def main(args: list[str] | None = None, prog_name: str = "mkfs.ivshmemfs") -> No
         except ValueError as error:  # a label that is too long
             raise UsageError(str(error)) from None
 
-    shared.run(prog_name, run, EXITS)
+    if code := shared.run(prog_name, run, EXITS):
+        sys.exit(code)

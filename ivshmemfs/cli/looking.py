@@ -6,6 +6,7 @@ import time
 
 import click
 
+from ivshmemfs.cli.naming import region_of
 from ivshmemfs.cli.output import table
 from ivshmemfs.errors import IvshmemfsError, RegionDenied
 from ivshmemfs.format import superblock
@@ -53,7 +54,7 @@ def info_command(region: str) -> None:
     """Show what the filesystem on REGION is and how full it is."""
     from ivshmemfs.engine import Filesystem
 
-    with open_region(region, readonly=True, identify=superblock.identify) as opened:
+    with open_region(region_of(region), readonly=True, identify=superblock.identify) as opened:
         raw = opened.memory.read(0, superblock.SUPERBLOCK.size)
         checked = superblock.decode(raw, opened.size)
         record = superblock.SUPERBLOCK.unpack(raw)

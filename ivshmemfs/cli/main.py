@@ -84,7 +84,7 @@ def main(arguments: list[str] | None = None, prog_name: str | None = None) -> No
         )
         return result
 
-    command.run("ivshmemfs", run, EXITS)
+    sys.exit(command.run("ivshmemfs", run, EXITS))
 
 
 def _as_mount_helper(name: str, words: list[str]) -> list[str]:

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 import click
 
+from ivshmemfs.cli.naming import region_of
 from ivshmemfs.cli.output import table
 from ivshmemfs.errors import InUse, UsageError
 from ivshmemfs.format import superblock, words
@@ -22,7 +23,7 @@ PULSE_SECONDS = 2.5
 
 @contextmanager
 def _peer_table(spec: str, *, readonly: bool) -> Iterator[PeerTable]:
-    with open_region(spec, readonly=readonly, identify=superblock.identify) as region:
+    with open_region(region_of(spec), readonly=readonly, identify=superblock.identify) as region:
         raw = region.memory.read(0, superblock.SUPERBLOCK.size)
         checked = superblock.decode(raw, region.size)
         yield PeerTable(region.memory, checked.geometry, Control(region.memory))

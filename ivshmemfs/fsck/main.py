@@ -6,6 +6,7 @@ Exit codes as in fsck(8): 0 clean, 1 corrected, 4 errors left, 8 operational err
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
 from typing import NoReturn
 
@@ -69,6 +70,9 @@ def command(
 
 def main(args: list[str] | None = None, prog_name: str = "fsck.ivshmemfs") -> NoReturn:
     """Run the command; leaves by SystemExit with an exit code of fsck(8)."""
-    shared.run(
-        prog_name, lambda: command.main(args, prog_name=prog_name, standalone_mode=False), EXITS
-    )
+
+    def run() -> int:
+        result: int = command.main(args, prog_name=prog_name, standalone_mode=False)
+        return result
+
+    sys.exit(shared.run(prog_name, run, EXITS))

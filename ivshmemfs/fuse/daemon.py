@@ -20,9 +20,9 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
-from ivshmemfs.errors import Interrupted, IvshmemfsError, MountError
+from ivshmemfs.errors import Interrupted, IvshmemfsError, MountError, UsageError
 from ivshmemfs.fuse import logs, mountpoint
-from ivshmemfs.fuse.options import MountOptions
+from ivshmemfs.fuse.options import MountOptions, remount_flags
 
 if TYPE_CHECKING:
     from ivshmemfs.engine import Filesystem
@@ -185,27 +185,60 @@ def _serve(
         lifeline.close()
 
 
-def umount(path: str, *, lazy: bool = False, seconds: float = 30.0) -> None:
-    """Unmount *path* and wait until its daemon has left the region.
+def remount(path: str, options: MountOptions) -> None:
+    """Give the mount *path* the options of the kernel's mount in *options*.
 
-    A mount whose daemon is dead is detached.  Raises MountError.
+    The daemon goes on as it was mounted.  Raises MountError, UsageError.
     """
-    target = mountpoint.resolve(path)
-    entry = mountpoint.find(target)
+    if os.geteuid() != 0:
+        raise UsageError("mount option 'remount' is for root alone: unmount and mount again")
+    entry = _ours(path)
+    mountpoint.refuse_hung(entry)
+    mountpoint.remount(entry.path, remount_flags(options))
+    if not options.readonly and mountpoint.refuses_changes(entry.path):
+        options.readonly = True
+        mountpoint.remount(entry.path, remount_flags(options))
+        raise MountError(
+            f"{path} was mounted read-only and has no place among the peers that write: "
+            "unmount it and mount it again"
+        )
+
+
+def _ours(path: str) -> mountpoint.MountEntry:
+    """The mount of this filesystem whose mount point is *path*; raises MountError."""
+    entry = mountpoint.find(mountpoint.resolve(path))
     if entry is None:
         raise MountError(f"{path} is not mounted")
     if entry.fstype != mountpoint.FSTYPE:
         raise MountError(f"{path} is not an ivshmemfs mount but {entry.fstype}")
+    return entry
+
+
+def umount(path: str, *, lazy: bool = False, seconds: float = 30.0) -> None:
+    """Unmount *path* and wait until its daemon has left the region.
+
+    A mount whose daemon is dead or stopped is detached.  Raises MountError.
+    """
+    entry = _ours(path)
     grip = mountpoint.grasp_lifeline(entry.device)
     with grip or nullcontext():
+        server = mountpoint.serving(grip) if grip is not None else None
+        stopped = server is not None and server.stopped
         try:
-            mountpoint.unmount(target, lazy=lazy or grip is None)
+            mountpoint.unmount(entry.path, lazy=lazy or grip is None or stopped)
         except mountpoint.BusyMount:
             raise mountpoint.BusyMount(
                 f"{path} is in use: end what uses it ('fuser -vm {path}' tells), "
                 f"or detach it now with 'ivshmemfs umount --lazy {path}'"
             ) from None
-        if grip is not None and not lazy and not mountpoint.wait_for_end(grip, seconds):
+        if grip is None or lazy:
+            return
+        if server is not None and stopped:
+            raise MountError(
+                f"{path} is unmounted, but its daemon (process {server.pid}) is stopped and still "
+                f"in the region: 'kill -CONT {server.pid}' lets it leave"
+            )
+        if not mountpoint.wait_for_end(grip, seconds):
             raise MountError(
                 f"{path} is unmounted, but its daemon has not ended yet: a container or service "
                 "that was started meanwhile may still have it mounted; "
