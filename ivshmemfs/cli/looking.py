@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 
 import click
 
-from ivshmemfs.cli.naming import region_of
+from ivshmemfs.cli.naming import region_of, shown
 from ivshmemfs.cli.output import table
-from ivshmemfs.errors import IvshmemfsError, RegionDenied
+from ivshmemfs.errors import IvshmemfsError, MountError, RegionDenied
 from ivshmemfs.format import superblock
 from ivshmemfs.format.peer import printable
+from ivshmemfs.fuse.mountpoint import ours
 from ivshmemfs.region import Candidate, discover, open_region, probe, readable_size
 
 FIRST_PAGE = 4096
@@ -18,18 +20,32 @@ FIRST_PAGE = 4096
 
 @click.command("list")
 def list_command() -> None:
-    """List the devices and files that are, or could be, regions."""
-    candidates = discover()
-    if not candidates:
+    """List the devices and files that are, or could be, regions, and where they are mounted.
+
+    In parentheses behind a mount point: what happened to its region or its daemon.
+    """
+    candidates, mounts = discover(), _mounts()
+    if not candidates and not mounts:
         click.echo(
             "no ivshmem device here, and nothing in /dev/shm; make a region with: "
             "mkfs.ivshmemfs --size 64M /dev/shm/NAME",
             err=True,
         )
         return
-    rows = [("REGION", "WHAT", "LABEL", "UUID")]
-    rows += [_row(candidate) for candidate in candidates]
+    rows = [("REGION", "WHAT", "LABEL", "UUID", "MOUNTED ON")]
+    for candidate in candidates:
+        rows.append((*_row(candidate), mounts.pop(candidate.spec, "-")))
+    rows += [(printable(spec), "-", "-", "-", on) for spec, on in mounts.items()]
     click.echo(table(rows))
+
+
+def _mounts() -> dict[str, str]:
+    """The mount points on this machine, and what is wrong there, by region."""
+    found: dict[str, list[str]] = {}
+    with suppress(MountError):
+        for entry in ours():
+            found.setdefault(entry.source, []).append(printable(shown(entry)))
+    return {spec: ", ".join(places) for spec, places in found.items()}
 
 
 def _row(candidate: Candidate) -> tuple[str, str, str, str]:

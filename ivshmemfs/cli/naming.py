@@ -85,3 +85,9 @@ def looks_like_region(argument: str) -> bool:
             and not (os.path.isdir(target))
         )
     return False
+
+
+def shown(entry: MountEntry) -> str:
+    """A mount point, and what is wrong with the mount."""
+    condition = mountpoint.condition(entry)
+    return f"{entry.path} ({condition})" if condition else entry.path

@@ -8,11 +8,12 @@ from contextlib import contextmanager
 
 import click
 
-from ivshmemfs.cli.naming import region_of
+from ivshmemfs.cli.naming import mounts_of, region_of
 from ivshmemfs.cli.output import table
 from ivshmemfs.errors import InUse, UsageError
 from ivshmemfs.format import superblock, words
 from ivshmemfs.format.peer import printable
+from ivshmemfs.fuse.mountpoint import condition
 from ivshmemfs.region import open_region
 from ivshmemfs.shm.control import Control
 from ivshmemfs.shm.peers import Peer, PeerTable
@@ -45,6 +46,7 @@ def _alive(peers: PeerTable, slots: set[int]) -> set[int]:
 @click.argument("region")
 def peers_command(region: str) -> None:
     """Show who has REGION mounted, and who shows life."""
+    _tell_trouble(region)
     with _peer_table(region, readonly=True) as peers:
         present = list(peers.peers())
         alive = _alive(peers, {peer.slot for peer in present if not peer.gone})
@@ -54,6 +56,13 @@ def peers_command(region: str) -> None:
     rows = [("SLOT", "HOST", "PID", "SINCE", "DOING", "LIFE")]
     rows += [_row(peer, peer.slot in alive) for peer in present]
     click.echo(table(rows))
+
+
+def _tell_trouble(region: str) -> None:
+    """Say what happened to the mounts of REGION here: they may be apart from what it is now."""
+    for entry in mounts_of(region_of(region)):
+        if trouble := condition(entry):
+            click.echo(f"ivshmemfs: mount {printable(entry.path)}: {trouble}", err=True)
 
 
 def _row(peer: Peer, alive: bool) -> tuple[str, str, str, str, str, str]:

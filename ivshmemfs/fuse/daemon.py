@@ -176,6 +176,8 @@ def _serve(
             log.warning("%s: %s", target, attached.notice)
         session = Session(attached.fs, target, attached.source, options)
         lifeline = mountpoint.hold_lifeline(session.device or "")
+        if lifeline is not None:
+            session.hold(lifeline)
         try:
             session.run(lambda: on_ready(attached.notice))
         except OSError as error:

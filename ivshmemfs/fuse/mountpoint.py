@@ -23,9 +23,12 @@ import struct
 import subprocess
 import threading
 from contextlib import suppress
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from ivshmemfs.errors import MountError
+
+if TYPE_CHECKING:
+    from ivshmemfs.region import Standing
 
 FSTYPE = "fuse.ivshmemfs"
 FUSE_DEVICE = "/dev/fuse"
@@ -354,8 +357,11 @@ def _failure(stderr: str) -> MountError:
 # --- the end of a daemon ----------------------------------------------------------------------
 #
 # A daemon holds a listening socket, named after the device number of its mount, until its process
-# ends.  Whoever wants to know when that is connects, and waits for the connection to break.  The
-# daemon itself never looks at the socket, so a stopped or hung one cannot block anybody.
+# ends.  Whoever wants to know when that is connects, and waits for the connection to break; it gets
+# no answer, so a stopped or hung daemon cannot block it.
+#
+# When something happened to the region, the daemon binds a second name, with a word for it at its
+# end.  A look at who has that name asks nobody either.
 #
 # The kernel gives the device number away again as soon as a mount is gone, which may be long before
 # its daemon has ended.  So the names of one device number are counted up, and the highest that
@@ -363,9 +369,47 @@ def _failure(stderr: str) -> MountError:
 
 #: Daemons that can wait for their end at once with the same device number.
 LIFELINES = 16
+#: Connections that wait until the daemon tidies up; a stopped one does not.
+BACKLOG = 256
 
 
-def hold_lifeline(device: str) -> socket.socket | None:
+class Lifeline:
+    """The lifeline of one mount, and the sign beside it."""
+
+    def __init__(self, listening: socket.socket) -> None:
+        self._listening = listening
+        listening.setblocking(False)
+        self._callers: list[socket.socket] = []
+        self._sign: socket.socket | None = None
+
+    def tidy(self) -> None:
+        """Let go of the callers that have gone."""
+        with suppress(OSError):
+            while True:
+                self._callers.append(self._listening.accept()[0])
+        for caller in self._callers[:]:
+            with suppress(BlockingIOError):
+                if not caller.recv(1, socket.MSG_DONTWAIT):
+                    self._callers.remove(caller)
+                    caller.close()
+
+    def show(self, standing: Standing) -> None:
+        """Show what became of the region in place of what was shown; nothing for a sound one."""
+        if self._sign is not None:
+            self._sign.close()
+            self._sign = None
+        if standing.explained:
+            self._sign = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+            with suppress(OSError):
+                self._sign.bind(_sign_name(self._listening.getsockname(), standing))
+
+    def close(self) -> None:
+        """Let everybody who waits for the end go on."""
+        for one in (self._listening, *self._callers, *([self._sign] if self._sign else [])):
+            one.close()
+
+
+def hold_lifeline(device: str) -> Lifeline | None:
     """Bind the lifeline of the mount *device*; None when there are too many of the same number."""
     held = _highest_lifeline(device)
     if held is not None:
@@ -375,8 +419,8 @@ def hold_lifeline(device: str) -> socket.socket | None:
     try:
         if number < LIFELINES:
             lifeline.bind(_lifeline_name(device, number))
-            lifeline.listen(8)
-            return lifeline
+            lifeline.listen(BACKLOG)
+            return Lifeline(lifeline)
     except OSError:
         pass
     lifeline.close()
@@ -430,6 +474,33 @@ def wait_for_end(grip: socket.socket, seconds: float) -> bool:
         return False
     except OSError:
         return True
+
+
+def condition(entry: MountEntry) -> str:
+    """What is wrong with an ivshmemfs mount in a word or two, "" for nothing.
+
+    Asks neither the mount nor its daemon, which may be stopped.
+    """
+    from ivshmemfs.region import Standing
+
+    held = _highest_lifeline(entry.device)
+    if held is None:
+        return "daemon dead"
+    number, grip = held
+    with grip:
+        words = ["daemon stopped"] if serving(grip).stopped else []
+    lifeline = _lifeline_name(entry.device, number)
+    words += [standing.value for standing in Standing if _is_bound(_sign_name(lifeline, standing))]
+    return ", ".join(words)
+
+
+def _is_bound(name: bytes) -> bool:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as caller:
+        return caller.connect_ex(name) == 0
+
+
+def _sign_name(lifeline: bytes, standing: Standing) -> bytes:
+    return lifeline + b" " + standing.value.encode()
 
 
 def _lifeline_name(device: str, number: int) -> bytes:

@@ -29,6 +29,7 @@ from pyfuse3 import FUSEError, get_sup_groups
 from ivshmemfs.engine import Attr, Context, Filesystem, Handle
 from ivshmemfs.errors import Busy, FsError, IvshmemfsError, StaleHandle
 from ivshmemfs.fuse.nodes import Nodes
+from ivshmemfs.region import Standing
 
 log = logging.getLogger(__name__)
 
@@ -112,6 +113,9 @@ class Served:
     ) -> None:
         self.fs = fs
         fs.groups_of = _groups_of
+        #: What became of the region, as of the last upkeep; `on_standing` is told of each change.
+        self.standing = Standing.SOUND
+        self.on_standing: Callable[[Standing], None] = lambda _standing: None
         #: Set when the mount is ending: operations that wait fail now.
         self.ending = False
         self.nodes = Nodes()
@@ -300,9 +304,22 @@ class Served:
 
     def upkeep(self) -> None:
         """What must be done about once a second.  Never raises; errors are logged."""
-        try:
-            self.fs.tick()
-        except Busy:
-            pass  # next time
-        except Exception as error:
-            failure("upkeep", error)
+        for step in (self._watch_region, lambda: self.fs.tick()):
+            try:
+                step()
+            except Busy:
+                pass  # next time
+            except Exception as error:
+                if self.standing is Standing.SOUND:  # else it has been said why
+                    failure("upkeep", error)
+
+    def _watch_region(self) -> None:
+        """Log once what became of the region, and once when that is over."""
+        before, self.standing = self.standing, self.fs.standing()
+        if self.standing is before:
+            return
+        if self.standing is Standing.SOUND:
+            log.warning("the region is as it was mounted again; it was %s", before.value)
+        else:
+            log.error("%s", self.standing.explained)
+        self.on_standing(self.standing)

@@ -59,6 +59,7 @@ class Session:
         ownership = Ownership(options.uid, options.gid, options.umask)
         self.served = Served(fs, self.loop.pause, ownership=ownership)
         self._options = options
+        self._lifeline: mountpoint.Lifeline | None = None
         self._mount(source, options)
 
     def _mount(self, source: str, options: MountOptions) -> None:
@@ -81,6 +82,11 @@ class Session:
     def device(self) -> str | None:
         """The device number of the mount, as in "0:45"."""
         return self._device
+
+    def hold(self, lifeline: mountpoint.Lifeline) -> None:
+        """Show on `lifeline` what becomes of the region."""
+        self._lifeline = lifeline
+        self.served.on_standing = lifeline.show
 
     @property
     def shared_mappings(self) -> bool:
@@ -145,6 +151,8 @@ class Session:
             await trio.sleep(UPKEEP_SECONDS)
             self.served.upkeep()
             self.loop.adapt()
+            if self._lifeline is not None:
+                self._lifeline.tidy()
 
     async def _watch_signals(self, everything: trio.CancelScope) -> None:
         watched = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)

@@ -28,6 +28,7 @@ from ivshmemfs.engine import NOW, ROOT_INO, Attr, Context, StatFs
 from ivshmemfs.engine.directory import Entry
 from ivshmemfs.errors import Busy, Corrupt, FsError, IvshmemfsError
 from ivshmemfs.format.dirent import TYPE_SHIFT
+from ivshmemfs.region import Standing
 
 BLOCK = 4096
 NAME_MAX = 255
@@ -387,6 +388,9 @@ class FakeFilesystem:
 
     def releasedir(self, handle: FakeHandle) -> None:
         self.release(handle)
+
+    def standing(self) -> Standing:
+        return Standing.SOUND
 
     def tick(self) -> None:
         self.ticks += 1
