@@ -14,6 +14,7 @@ from __future__ import annotations
 import faulthandler
 import logging
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable
@@ -26,11 +27,14 @@ from ivshmemfs.fuse.options import MountOptions, remount_flags
 
 if TYPE_CHECKING:
     from ivshmemfs.engine import Filesystem
+    from ivshmemfs.fuse.session import Session
 
 log = logging.getLogger(__name__)
 
 EXIT_INTERNAL = 4
 EXIT_INTERRUPTED = 8
+#: As pyproject.toml says it.  Older ones answer EIO to everything, or their readdir never ends.
+PYFUSE3_NEEDED = (3, 4)
 
 
 class Attached(NamedTuple):
@@ -165,16 +169,13 @@ def _serve(
     attach: Attach, target: str, options: MountOptions, on_ready: Callable[[str], None]
 ) -> None:
     """Enter the region, mount, serve, leave; *on_ready* gets the notice for the user."""
-    # Imported here: trio and pyfuse3 take longer to load than everything else together, and the
-    # parent process of a background mount never needs them.
-    from ivshmemfs.fuse.session import Session
-
+    session_of = _load_session()
     faulthandler.enable()
     with attach() as attached:
         os.chdir("/")
         if attached.notice:
             log.warning("%s: %s", target, attached.notice)
-        session = Session(attached.fs, target, attached.source, options)
+        session = session_of(attached.fs, target, attached.source, options)
         lifeline = mountpoint.hold_lifeline(session.device or "")
         if lifeline is not None:
             session.hold(lifeline)
@@ -185,6 +186,38 @@ def _serve(
     # Only now, with the region left behind, may whoever waits for the end of this mount go on.
     if lifeline is not None:
         lifeline.close()
+
+
+def _load_session() -> type[Session]:
+    """The class of a mount's session; raises MountError where pyfuse3 or libfuse3 does not do.
+
+    trio and pyfuse3 take longer to load than everything else together, and the parent process of a
+    background mount never needs them.
+    """
+    try:
+        import pyfuse3
+    except ImportError as error:
+        missing = "libfuse3" if "libfuse3" in str(error) else "pyfuse3"
+        package = {"libfuse3": "fuse3", "pyfuse3": "pyfuse3"}[missing]
+        raise MountError(
+            f"{missing} cannot be loaded ({error}): install {package}, or use 'ivshmemfs get' and "
+            "'ivshmemfs put', which need no mount"
+        ) from None
+    version = str(getattr(pyfuse3, "__version__", "0"))
+    if _numbers(version) < PYFUSE3_NEEDED:
+        needed = ".".join(str(number) for number in PYFUSE3_NEEDED)
+        raise MountError(
+            f"pyfuse3 {version} is too old, {needed} or newer is needed: "
+            "install it in the environment of ivshmemfs"
+        )
+    from ivshmemfs.fuse.session import Session
+
+    return Session
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    """The leading numbers of a version."""
+    return tuple(int(number) for number in re.findall(r"[0-9]+", version)[:2])
 
 
 def remount(path: str, options: MountOptions) -> None:
