@@ -22,6 +22,20 @@ class IvshmemfsError(Exception):
     exit_code: int = 1
 
 
+class Interrupted(BaseException):
+    """A signal asked the command to end.
+
+    Unlike KeyboardInterrupt it passes through click, which would print an empty line.
+    """
+
+
+class OutputError(IvshmemfsError):
+    """Standard output could not be written: a full disk, a closed device."""
+
+    errno = _errno.EIO
+    exit_code = 2
+
+
 # --- opening a region -----------------------------------------------------------------------
 
 

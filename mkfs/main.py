@@ -14,7 +14,8 @@ from typing import NamedTuple
 import click
 
 from ivshmemfs import __version__
-from ivshmemfs.errors import IvshmemfsError, RegionSize, UsageError
+from ivshmemfs import command as shared
+from ivshmemfs.errors import RegionSize, UsageError
 from ivshmemfs.format import geometry as geo
 from ivshmemfs.format.geometry import Geometry
 from ivshmemfs.format.superblock import identify
@@ -33,6 +34,7 @@ from mkfs.writer import Existing, examine, format_region, refuse_used
 
 NOT_FILES = ("pci", "mem:", "label=", "uuid=")  # what --size cannot create
 FAILURE = 1  # the one exit code for everything that went wrong, wrong usage included
+EXITS = shared.Exits(usage=FAILURE, system=FAILURE, interrupted=FAILURE, internal=FAILURE)
 
 
 def _size(_: click.Context, __: click.Parameter, value: str | None) -> int | None:
@@ -230,15 +232,13 @@ def command(
 
 
 def main(args: list[str] | None = None, prog_name: str = "mkfs.ivshmemfs") -> None:
-    """Entry point; leaves by SystemExit with an exit code of mkfs(8)."""
-    try:
-        command.main(args, prog_name=prog_name, standalone_mode=False)
-    except click.ClickException as error:
-        text = " ".join(error.format_message().rstrip(".").split())
-        say(f"{prog_name}: {text} (see '{prog_name} --help')", err=True)
-        sys.exit(FAILURE)
-    except click.Abort:
-        sys.exit(FAILURE)
-    except (IvshmemfsError, OSError, ValueError) as error:
-        say(f"{prog_name}: {error}", err=True)
-        sys.exit(FAILURE)
+    """Run the command; leaves by SystemExit with an exit code of mkfs(8) unless it is 0."""
+
+    def run() -> None:
+        try:
+            command.main(args, prog_name=prog_name, standalone_mode=False)
+        except ValueError as error:  # a label that is too long
+            raise UsageError(str(error)) from None
+
+    if code := shared.run(prog_name, run, EXITS):
+        sys.exit(code)

@@ -12,8 +12,11 @@ TOP = Path(__file__).resolve().parent.parent
 # Each layer may import itself and every layer after it.
 LAYERS = ("cli", "fuse", "engine", "shm", "format", "region", "printing", "errors")
 SIDES = {
-    "mkfs": ("shm", "format", "region", "printing", "errors"),
-    "fsck": ("shm", "format", "region", "printing", "errors"),
+    "__main__": ("cli", "mkfs", "fsck", "command"),
+    "cli": ("command", *LAYERS[1:]),
+    "mkfs": ("command", "shm", "format", "region", "printing", "errors"),
+    "fsck": ("command", "shm", "format", "region", "printing", "errors"),
+    "command": ("printing", "errors"),
 }
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from ivshmemfs.cli.naming import region_of
 from ivshmemfs.cli.output import table
 from ivshmemfs.errors import IvshmemfsError, UsageError
 from ivshmemfs.format import inode, node, peer, superblock, words
@@ -39,7 +40,7 @@ WHAT is one of:
 def dump_command(region: str, what: str) -> None:
     """Show the bytes on REGION, field by field."""
     name, colon, number = what.partition(":")
-    with open_region(region, readonly=True, identify=superblock.identify) as opened:
+    with open_region(region_of(region), readonly=True, identify=superblock.identify) as opened:
         if colon:
             show = _NUMBERED.get(name)
             if show is None or not number.isdecimal():

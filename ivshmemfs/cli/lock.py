@@ -20,7 +20,7 @@ import click
 
 from ivshmemfs.cli.peering import patiently, peer
 from ivshmemfs.errors import Busy, LockLost, RegionMissing, UsageError
-from ivshmemfs.fuse.mountpoint import FSTYPE, mounted
+from ivshmemfs.fuse.mountpoint import FSTYPE, enclosing, mounted, refuse_hung
 from ivshmemfs.shm.watch import LOOK, SILENCE
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ _PR_SET_PDEATHSIG = 1
     "lock", short_help="Run COMMAND under a lock that counts everywhere.",
     context_settings={"allow_interspersed_args": False},
 )  # fmt: skip
-@click.argument("file", type=click.Path())
+@click.argument("file")  # click.Path would look at it
 @click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
 @click.option("-n", "--nonblock", is_flag=True, help="Fail at once when it is held.")
 @click.option(
@@ -68,6 +68,8 @@ def lock_command(
     if not words:
         raise UsageError("name a command: ivshmemfs lock FILE -- COMMAND")
     patience = 0.0 if nonblock else seconds
+    if (entry := enclosing(file)) is not None:
+        refuse_hung(entry)
     with _region_of(file) as region, _opened(file) as fd:
         _check_same(region, fd, file)
         ino = os.fstat(fd).st_ino

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 
 import click
 
+from ivshmemfs.cli.naming import region_of, shown
 from ivshmemfs.cli.output import show
 from ivshmemfs.cli.peering import enter
-from ivshmemfs.errors import IvshmemfsError, RegionDenied
+from ivshmemfs.errors import IvshmemfsError, MountError, RegionDenied
 from ivshmemfs.format import superblock
+from ivshmemfs.fuse.mountpoint import ours
 from ivshmemfs.printing import say
 from ivshmemfs.region import Candidate, discover, open_region, probe, readable_size
 from ivshmemfs.shm.repair import repairing
@@ -19,18 +22,32 @@ FIRST_PAGE = 4096
 
 @click.command("list")
 def list_command() -> None:
-    """List the devices and files that are, or could be, regions."""
-    candidates = discover()
-    if not candidates:
+    """List the devices and files that are, or could be, regions, and where they are mounted.
+
+    In parentheses behind a mount point: what happened to its region or its daemon.
+    """
+    candidates, mounts = discover(), _mounts()
+    if not candidates and not mounts:
         say(
             "no ivshmem device here, and nothing in /dev/shm; make a region with: "
             "mkfs.ivshmemfs --size 64M /dev/shm/NAME",
             err=True,
         )
         return
-    rows = [("REGION", "WHAT", "LABEL", "UUID")]
-    rows += [_row(candidate) for candidate in candidates]
+    rows = [("REGION", "WHAT", "LABEL", "UUID", "MOUNTED ON")]
+    for candidate in candidates:
+        rows.append((*_row(candidate), mounts.pop(candidate.spec, "-")))
+    rows += [(spec, "-", "-", "-", on) for spec, on in mounts.items()]
     show(rows)
+
+
+def _mounts() -> dict[str, str]:
+    """The mount points on this machine, and what is wrong there, by region."""
+    found: dict[str, list[str]] = {}
+    with suppress(MountError):
+        for entry in ours():
+            found.setdefault(entry.source, []).append(shown(entry))
+    return {spec: ", ".join(places) for spec, places in found.items()}
 
 
 def _row(candidate: Candidate) -> tuple[str, str, str, str]:
@@ -55,7 +72,7 @@ def _row(candidate: Candidate) -> tuple[str, str, str, str]:
 @click.argument("region")
 def info_command(region: str) -> None:
     """Show what the filesystem on REGION is and how full it is."""
-    with open_region(region, readonly=True, identify=superblock.identify) as opened:
+    with open_region(region_of(region), readonly=True, identify=superblock.identify) as opened:
         raw = opened.memory.read(0, superblock.SUPERBLOCK.size)
         checked = superblock.decode(raw, opened.size)
         record = superblock.SUPERBLOCK.unpack(raw)

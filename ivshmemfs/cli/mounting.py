@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import click
 
+from ivshmemfs.cli.naming import looks_like_region, mount_point_of
 from ivshmemfs.errors import RegionAmbiguous, RegionDenied, RegionMissing, UsageError
 from ivshmemfs.fuse import daemon
 from ivshmemfs.fuse.options import MountOptions, parse
@@ -30,6 +30,7 @@ Options (-o), separated by commas:
   umask=NNN          take these permission bits away from what is shown
   suid, dev          allow set-user-ID programs and device nodes (root only)
   noexec, noatime, ...  as in mount(8)
+  remount,ro         make a mount read-only until remount,rw (root only)
   mmap               allow shared mappings on kernels before 6.6, through the page cache
   log=FILE           write the log to FILE
   loop=poll|trio     how to wait for requests
@@ -39,10 +40,10 @@ nosuid, nodev and default_permissions are always on, unless asked otherwise.
 
 @click.command("mount", help=HELP)
 @click.argument("region", required=False)
-@click.argument("mountpoint", type=click.Path(), required=False)
+@click.argument("mountpoint", required=False)  # click.Path would look at it
 @click.option("-o", "options", multiple=True, metavar="OPTIONS", help="Mount options, see above.")
 @click.option("-f", "--foreground", is_flag=True, help="Stay in the foreground, log to stderr.")
-@click.option("--log", type=click.Path(), metavar="FILE", help="Write the log to FILE.")
+@click.option("--log", metavar="FILE", help="Write the log to FILE.")
 @click.option("-r", "--read-only", is_flag=True, help="The same as -o ro.")
 @click.option("--as-helper", is_flag=True, hidden=True)
 @click.option("--drop-suid-dev", is_flag=True, hidden=True)
@@ -66,24 +67,32 @@ def mount_command(
     if region is None:
         raise UsageError("name a mount point: ivshmemfs mount [REGION] MOUNTPOINT")
     target = mountpoint if mountpoint is not None else region
-    if mountpoint is None:
-        if as_helper:
-            raise UsageError("name a region and a mount point")
-        region = None
     _refuse_nameless(target)
     chosen = parse(options)
+    if mountpoint is None:
+        if as_helper and not chosen.remount:
+            raise UsageError("name a region and a mount point")
+        if looks_like_region(region):
+            raise UsageError(
+                f"{region} is a region; name the mount point too: "
+                f"ivshmemfs mount {region} MOUNTPOINT"
+            )
+        region = None
     chosen.readonly |= read_only
     if log is not None:
         chosen.log = log
     if drop_suid_dev:
         chosen.suid = chosen.dev = False
+    if chosen.remount:
+        daemon.remount(target, chosen)
+        return
     notice = daemon.mount(_attach(region, chosen), target, chosen, foreground=foreground)
     if notice:
         say(f"ivshmemfs: {notice}", err=True)
 
 
 def _refuse_nameless(mountpoint: str) -> None:
-    """Of an empty path everything would make the current directory."""
+    """Reject "", which would otherwise mean the current directory."""
     if not mountpoint:
         raise UsageError("the mount point has no name: an empty variable, perhaps?")
 
@@ -142,15 +151,15 @@ def _named(candidate: Candidate, names: tuple[str, str]) -> str:
 
 
 @click.command("umount")
-@click.argument("mountpoint", type=click.Path())
+@click.argument("mountpoint")  # click.Path would look at it
 @click.option(
     "-l", "--lazy", is_flag=True, help="Detach it even when it is in use; open files fail then."
 )
 def umount_command(mountpoint: str, lazy: bool) -> None:
-    """Unmount MOUNTPOINT, also when its daemon is dead.
+    """Unmount MOUNTPOINT, also when its daemon is dead or stopped.
 
-    Returns when the daemon has left the region.
+    MOUNTPOINT may also be a region that is mounted once.  Returns when the daemon has left the
+    region.
     """
     _refuse_nameless(mountpoint)
-    daemon.umount(mountpoint, lazy=lazy)
-    sys.stdout.flush()
+    daemon.umount(mount_point_of(mountpoint), lazy=lazy)

@@ -8,11 +8,13 @@ from contextlib import contextmanager
 
 import click
 
+from ivshmemfs.cli.naming import mounts_of, region_of
 from ivshmemfs.cli.output import show
 from ivshmemfs.errors import InUse, UsageError
 from ivshmemfs.format import superblock, words
 from ivshmemfs.format.peer import Occupant
 from ivshmemfs.format.words import under_repair
+from ivshmemfs.fuse.mountpoint import condition
 from ivshmemfs.printing import say, shown
 from ivshmemfs.region import open_region
 from ivshmemfs.shm.control import Control
@@ -23,7 +25,7 @@ from ivshmemfs.shm.watch import POLL, SILENCE, Watch
 
 @contextmanager
 def _peer_table(spec: str, *, readonly: bool) -> Iterator[PeerTable]:
-    with open_region(spec, readonly=readonly, identify=superblock.identify) as region:
+    with open_region(region_of(spec), readonly=readonly, identify=superblock.identify) as region:
         raw = region.memory.read(0, superblock.SUPERBLOCK.size)
         checked = superblock.decode(raw, region.size)
         yield PeerTable(region.memory, checked.geometry, Control(region.memory))
@@ -45,6 +47,7 @@ def _alive(watch: Watch, slots: set[int]) -> set[int]:
 @click.argument("region")
 def peers_command(region: str) -> None:
     """Show who has REGION mounted, and who shows life."""
+    _tell_trouble(region)
     with _peer_table(region, readonly=True) as peers:
         present, watch = list(peers.peers()), peers.watch
         alive = _alive(watch, {peer.slot for peer in present})
@@ -66,6 +69,13 @@ def _life(watch: Watch, peer: Occupant, alive: set[int]) -> str:
     if peer.slot in alive:
         return "alive"
     return "gone" if watch.absent(peer) else "silent"
+
+
+def _tell_trouble(region: str) -> None:
+    """Say what happened to the mounts of REGION here: they may be apart from what it is now."""
+    for entry in mounts_of(region_of(region)):
+        if trouble := condition(entry):
+            say(f"ivshmemfs: mount {entry.path}: {trouble}", err=True)
 
 
 def _row(peer: Occupant, life: str) -> tuple[str, ...]:

@@ -58,6 +58,7 @@ from ivshmemfs.format import superblock, words
 from ivshmemfs.format.geometry import SCRATCH_OFFSET, SCRATCH_SIZE
 from ivshmemfs.format.inode import ORPHANS_INO
 from ivshmemfs.region.probe import Scratch, cas_works, probe, refuse_unfit
+from ivshmemfs.region.standing import Standing
 from ivshmemfs.shm.control import Hint
 from ivshmemfs.shm.peers import Membership, PeerTable
 from ivshmemfs.shm.space import Space, Supply
@@ -359,6 +360,24 @@ class Mount:
             raise StaleHandle("the region no longer carries this filesystem") from None
         except OSError as error:
             raise FsError(errno.EIO, f"the region cannot be accessed any more: {error}") from None
+
+    def standing(self) -> Standing:
+        """What became of the region since it was mounted.  Never raises for what it reads."""
+        found = self.region.standing()
+        if found is not Standing.SOUND:
+            return found
+        try:
+            raw = self.store.memory.read(0, superblock.SUPERBLOCK.size)
+            if raw == self._raw:
+                return Standing.SOUND
+            if raw == b"\xff" * len(raw):
+                return Standing.ONES
+            same = superblock.decode(raw) == self.superblock
+            return Standing.SOUND if same else Standing.REFORMATTED
+        except OSError:
+            return Standing.UNREADABLE
+        except (FormatError, Corrupt):
+            return Standing.OVERWRITTEN
 
     # --- space ----------------------------------------------------------------------------
 

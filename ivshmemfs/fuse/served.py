@@ -39,6 +39,7 @@ from ivshmemfs.format.inode import MAX_INO
 from ivshmemfs.fuse import wire
 from ivshmemfs.fuse.nodes import Nodes
 from ivshmemfs.fuse.walks import Step, Walks
+from ivshmemfs.region import Standing
 
 log = logging.getLogger(__name__)
 
@@ -120,6 +121,9 @@ class Served:
     ) -> None:
         self.fs = fs
         fs.groups_of = _groups_of
+        #: What became of the region, as of the last upkeep; `on_standing` is told of each change.
+        self.standing = Standing.SOUND
+        self.on_standing: Callable[[Standing], None] = lambda _standing: None
         #: Set when the mount is ending: operations that wait fail now.
         self.ending = False
         self.nodes = Nodes()
@@ -354,18 +358,31 @@ class Served:
 
         Returns whether there is more to do, for which `work` is to be called soon.
         """
+        self._kept(self._watch_region)
         return self._kept(lambda: self.fs.tick())
 
     def work(self) -> bool:
         """Another piece of that; whether there is still more.  Never raises; errors are logged."""
         return self._kept(lambda: self.fs.work())
 
-    @staticmethod
-    def _kept(call: Callable[[], bool]) -> bool:
+    def _kept(self, call: Callable[[], bool]) -> bool:
         try:
             return call()
         except Busy:
             pass  # next time
         except Exception as error:
-            failure("upkeep", error)
+            if self.standing is Standing.SOUND:  # else it has been said why
+                failure("upkeep", error)
+        return False
+
+    def _watch_region(self) -> bool:
+        """Log once what became of the region, and once when that is over; always False."""
+        before, self.standing = self.standing, self.fs.standing()
+        if self.standing is before:
+            return False
+        if self.standing is Standing.SOUND:
+            log.warning("the region is as it was mounted again; it was %s", before.value)
+        else:
+            log.error("%s", self.standing.explained)
+        self.on_standing(self.standing)
         return False

@@ -61,6 +61,7 @@ class Session:
         ownership = Ownership(options.uid, options.gid, options.umask)
         self.served = Served(fs, self.loop.pause, ownership=ownership)
         self._options = options
+        self._lifeline: mountpoint.Lifeline | None = None
         self._mount(source, options)
 
     def _mount(self, source: str, options: MountOptions) -> None:
@@ -83,6 +84,11 @@ class Session:
     def device(self) -> str | None:
         """The device number of the mount, as in "0:45"."""
         return self._device
+
+    def hold(self, lifeline: mountpoint.Lifeline) -> None:
+        """Show on `lifeline` what becomes of the region."""
+        self._lifeline = lifeline
+        self.served.on_standing = lifeline.show
 
     @property
     def shared_mappings(self) -> bool:
@@ -150,6 +156,8 @@ class Session:
             more = self.served.upkeep()
             self.loop.adapt()
             logs.tell()
+            if self._lifeline is not None:
+                self._lifeline.tidy()
             while more and trio.current_time() < next_time:
                 await trio.sleep(WORK_PAUSE)
                 more = self.served.work()

@@ -14,6 +14,7 @@ from ivshmemfs.region.mapped import Region
 from ivshmemfs.region.probe import Probe, Scratch, probe, refuse_unfit
 from ivshmemfs.region.roots import Roots
 from ivshmemfs.region.sizes import exact_size, parse_size, readable_size
+from ivshmemfs.region.standing import Standing
 
 __all__ = [
     "DEVICE",
@@ -27,6 +28,7 @@ __all__ = [
     "Region",
     "Roots",
     "Scratch",
+    "Standing",
     "crc32c",
     "create_file",
     "discover",

@@ -137,7 +137,7 @@ def open_chardev(
         os.close(descriptor)
         raise
     whole = path.absolute()
-    memory = map_descriptor(
+    memory, anchor = map_descriptor(
         descriptor,
         extent.size,
         extent.offset,
@@ -145,7 +145,8 @@ def open_chardev(
         readonly=readonly,
         access=_access(path.name, roots),
     )
-    return Region(memory=memory, spec=_spec(whole, offset, size), path=whole, kind="device")
+    spec = _spec(whole, offset, size)
+    return Region(memory=memory, spec=spec, path=whole, kind="device", anchor=anchor)
 
 
 def _spec(path: Path, offset: int | None, size: int | None) -> str:

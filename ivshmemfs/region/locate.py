@@ -223,7 +223,8 @@ def open_region(
 
     `spec` is the path of a file or character device (there also PATH:SIZE or PATH:OFFSET:SIZE) or
     of a device's `resource2` or `resource2_wc` in sysfs,
-    ``pci``, ``pci:0000:00:04.0``, ``mem:0xADDRESS:SIZE``, ``label=L`` or ``uuid=U``.  `identify`
+    ``pci``, ``pci:0000:00:04.0``, ``mem:0xADDRESS:SIZE``, ``label=L`` or ``uuid=U`` (as in fstab,
+    also ``LABEL=`` and ``UUID=``), or ``file:PATH``, which systemd takes for no device.  `identify`
     gets the first 4096 bytes of a region and tells the (label, uuid) of the filesystem on it, or
     None; ``label=`` and ``uuid=`` need it, and ``pci`` uses it to choose among several devices.
     Raises a RegionError, or UsageError for a text that means nothing.
@@ -232,7 +233,9 @@ def open_region(
         raise UsageError("the region has no name; see: ivshmemfs list")
     if spec == "pci":
         spec = _only_pci(identify, roots)
-    elif spec.startswith(("label=", "uuid=")) and not os.path.lexists(spec):
+    elif spec.startswith(("label=", "uuid=", "LABEL=", "UUID=")) and not os.path.lexists(spec):
         kind, _, value = spec.partition("=")
-        spec = _by_name(kind, value, identify, roots)
+        spec = _by_name(kind.lower(), value, identify, roots)
+    elif spec.startswith("file:") and not os.path.lexists(spec):
+        spec = spec.removeprefix("file:")
     return _open_named(spec, readonly, roots)

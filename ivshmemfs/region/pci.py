@@ -133,8 +133,11 @@ def _map(path: Path, size: int, *, readonly: bool, access: int, spec: str) -> Re
             f"{shown(path)}: has {available} bytes where the device claims {size}; restart the "
             "guest if the device was replugged"
         )
-    memory = map_descriptor(descriptor, size, 0, path=path, readonly=readonly, access=access)
-    return Region(memory=memory, spec=spec, path=path, kind=f"PCI device, {path.name}")
+    memory, anchor = map_descriptor(
+        descriptor, size, 0, path=path, readonly=readonly, access=access, device=True
+    )
+    kind = f"PCI device, {path.name}"
+    return Region(memory=memory, spec=spec, path=path, kind=kind, anchor=anchor)
 
 
 def open_pci(address: str, *, readonly: bool = False, roots: Roots = HERE) -> Region:

@@ -30,7 +30,7 @@ def test_list_shows_what_is_formatted_and_what_is_not(formatted: TestRegion) -> 
         plain.write_bytes(bytes(8192))
         os.link(formatted.path, linked)
         lines = shows("list").splitlines()
-        assert lines[0].split() == ["REGION", "WHAT", "LABEL", "UUID"]
+        assert lines[0].split() == ["REGION", "WHAT", "LABEL", "UUID", "MOUNTED", "ON"]
         found = {line.split()[0]: line for line in lines[1:]}
         assert "not formatted" in found[str(plain)]
         with open_region(str(formatted.path), readonly=True) as region:

@@ -344,7 +344,7 @@ if KERNEL >= (6, 2):
 if KERNEL >= (6, 6):
     OPERATIONS["born"] = lambda root: _statx(root / "file")
 #: The client is not told how these end.
-SILENT_OPERATIONS = ("release", "releasedir", "tick", "work", "forget")
+SILENT_OPERATIONS = ("release", "releasedir", "tick", "work", "standing", "forget")
 #: Requests that pyfuse3 does not hand on.
 DIRECT_ONLY = ("seek", "fallocate", "tmpfile", "born", "entries")
 #: What only pyfuse3 asks for: it lists names with attributes.

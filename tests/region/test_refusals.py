@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import os
 import socket
 from collections.abc import Callable, Iterator
@@ -127,9 +128,43 @@ def test_a_file_of_another_user(roots_file: Path) -> None:
 def test_a_readonly_file_opens_readonly_only(roots_file: Path) -> None:
     roots_file.chmod(0o444)
     with as_nobody():
-        refused(str(roots_file), RegionDenied)
+        message = refused(str(roots_file), RegionDenied)
+        assert "mount it with -o ro" in message
+        assert "run as root" in message
         with open_region(str(roots_file), readonly=True) as region:
             assert region.readonly
+
+
+@pytest.mark.parametrize("seal", [fcntl.F_SEAL_WRITE, 16])
+def test_a_sealed_memfd(seal: int) -> None:
+    descriptor = os.memfd_create("region", os.MFD_ALLOW_SEALING)
+    try:
+        os.truncate(descriptor, SIZE)
+        fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, seal)
+        path = f"/proc/{os.getpid()}/fd/{descriptor}"
+        message = refused(path, RegionDenied)
+        assert "WRITE" in message
+        assert "-o ro" in message
+        with open_region(path, readonly=True) as region:
+            assert region.size == SIZE
+    finally:
+        os.close(descriptor)
+
+
+def test_a_file_that_even_root_must_not_write(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As chattr +i has it; not every filesystem here has the attribute."""
+    create_file(tmp_path / "region", SIZE)
+    real = os.open
+
+    def immutable(path: Path, flags: int, *words: int) -> int:
+        return raise_os(errno.EPERM) if flags & os.O_RDWR else real(path, flags, *words)
+
+    monkeypatch.setattr(os, "open", immutable)
+    message = refused(str(tmp_path / "region"), RegionDenied)
+    assert "lsattr" in message
+    assert "-o ro" in message
 
 
 @pytest.mark.parametrize(
