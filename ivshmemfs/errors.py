@@ -50,6 +50,12 @@ class RegionDenied(RegionError):
     errno = _errno.EACCES
 
 
+class RegionHeld(RegionError):
+    """A kernel driver holds the device, and the kernel maps it for nobody else."""
+
+    errno = _errno.EBUSY
+
+
 class RegionAmbiguous(RegionError):
     """Several regions match and the user must choose."""
 

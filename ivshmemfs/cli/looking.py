@@ -10,15 +10,27 @@ from ivshmemfs.cli.output import table
 from ivshmemfs.errors import IvshmemfsError, RegionDenied
 from ivshmemfs.format import superblock
 from ivshmemfs.format.peer import printable
-from ivshmemfs.region import Candidate, discover, open_region, probe, readable_size
-
-FIRST_PAGE = 4096
+from ivshmemfs.region import (
+    Candidate,
+    Roots,
+    discover,
+    first_page,
+    open_region,
+    probe,
+    readable_size,
+)
+from ivshmemfs.region.roots import HERE
 
 
 @click.command("list")
 def list_command() -> None:
     """List the devices and files that are, or could be, regions."""
-    candidates = discover()
+    listing()
+
+
+def listing(roots: Roots = HERE) -> None:
+    """Print a row for each candidate, and on stderr why a device cannot be read."""
+    candidates = discover(roots)
     if not candidates:
         click.echo(
             "no ivshmem device here, and nothing in /dev/shm; make a region with: "
@@ -26,25 +38,34 @@ def list_command() -> None:
             err=True,
         )
         return
-    rows = [("REGION", "WHAT", "LABEL", "UUID")]
-    rows += [_row(candidate) for candidate in candidates]
+    rows, reasons = [("REGION", "WHAT", "LABEL", "UUID")], []
+    for candidate in candidates:
+        row, error = _row(candidate, roots)
+        rows.append(row)
+        if error is not None and candidate.device:
+            reasons.append(printable(str(error)))
     click.echo(table(rows))
+    for reason in reasons:
+        click.echo(f"ivshmemfs: {reason}", err=True)
 
 
-def _row(candidate: Candidate) -> tuple[str, str, str, str]:
+Row = tuple[str, str, str, str]
+
+
+def _row(candidate: Candidate, roots: Roots) -> tuple[Row, IvshmemfsError | OSError | None]:
     spec, what = printable(candidate.spec), candidate.description
     try:
-        with open_region(candidate.spec, readonly=True) as region:
-            names = superblock.identify(region.memory.read(0, min(FIRST_PAGE, region.size)))
+        with open_region(candidate.spec, readonly=True, roots=roots) as region:
+            names = superblock.identify(first_page(region))
             if not candidate.size:
                 what = f"device, {readable_size(region.size)}"
-    except RegionDenied:
-        return spec, what, "-", "no permission to read it"
-    except (IvshmemfsError, OSError):
-        return spec, what, "-", "cannot be read"
+    except RegionDenied as error:
+        return (spec, what, "-", "no permission to read it"), error
+    except (IvshmemfsError, OSError) as error:
+        return (spec, what, "-", "cannot be read"), error
     if names is None:
-        return spec, what, "-", "not formatted"
-    return spec, what, printable(names[0]) or "-", names[1]
+        return (spec, what, "-", "not formatted"), None
+    return (spec, what, printable(names[0]) or "-", names[1]), None
 
 
 @click.command("info")

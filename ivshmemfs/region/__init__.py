@@ -8,7 +8,14 @@ from __future__ import annotations
 
 from ivshmemfs.region._memory import DEVICE, NORMAL, WRITE_COMBINING, Blocks, Memory, crc32c
 from ivshmemfs.region.file import create_file
-from ivshmemfs.region.locate import Candidate, discover, identified, open_region
+from ivshmemfs.region.locate import (
+    Candidate,
+    Unreadable,
+    discover,
+    first_page,
+    identified,
+    open_region,
+)
 from ivshmemfs.region.mapped import Region
 from ivshmemfs.region.probe import Probe, Scratch, probe, refuse_unfit
 from ivshmemfs.region.roots import Roots
@@ -25,10 +32,12 @@ __all__ = [
     "Region",
     "Roots",
     "Scratch",
+    "Unreadable",
     "crc32c",
     "create_file",
     "discover",
     "exact_size",
+    "first_page",
     "identified",
     "open_region",
     "parse_size",
