@@ -24,6 +24,13 @@ class IvshmemfsError(Exception):
 # --- opening a region -----------------------------------------------------------------------
 
 
+class UnfitMachine(IvshmemfsError):
+    """This processor or this Python cannot use a region at all."""
+
+    errno = _errno.ENOSYS
+    exit_code = 2
+
+
 class UsageError(IvshmemfsError):
     """The arguments make no sense together."""
 

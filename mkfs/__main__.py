@@ -1,5 +1,21 @@
-"""`python -m mkfs`"""
+"""`mkfs.ivshmemfs` and `python -m mkfs`"""
 
-from mkfs.main import main
+import sys
 
-main(prog_name="mkfs.ivshmemfs")
+from ivshmemfs.errors import UnfitMachine
+
+NAME = "mkfs.ivshmemfs"
+
+
+def main() -> None:
+    """Entry point; imports the rest where it can say in one line that this machine is unfit."""
+    try:
+        from mkfs.main import main as run
+    except UnfitMachine as error:
+        print(f"{NAME}: {error}", file=sys.stderr)
+        sys.exit(1)
+    run(prog_name=NAME)
+
+
+if __name__ == "__main__":
+    main()

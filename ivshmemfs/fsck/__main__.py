@@ -1,5 +1,21 @@
-"""`python -m ivshmemfs.fsck`"""
+"""`fsck.ivshmemfs` and `python -m ivshmemfs.fsck`"""
 
-from ivshmemfs.fsck.main import main
+import sys
 
-main(prog_name="fsck.ivshmemfs")
+from ivshmemfs.errors import UnfitMachine
+
+NAME = "fsck.ivshmemfs"
+
+
+def main() -> None:
+    """Entry point; imports the rest where it can say in one line that this machine is unfit."""
+    try:
+        from ivshmemfs.fsck.main import main as run
+    except UnfitMachine as error:
+        print(f"{NAME}: {error}", file=sys.stderr)
+        sys.exit(8)
+    run(prog_name=NAME)
+
+
+if __name__ == "__main__":
+    main()

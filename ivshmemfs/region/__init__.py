@@ -6,6 +6,7 @@ what the bytes mean is the business of the layers above.
 
 from __future__ import annotations
 
+import ivshmemfs.region.machine  # noqa: F401  raises UnfitMachine before the extension is loaded
 from ivshmemfs.region._memory import DEVICE, NORMAL, WRITE_COMBINING, Blocks, Memory, crc32c
 from ivshmemfs.region.file import create_file
 from ivshmemfs.region.locate import (
