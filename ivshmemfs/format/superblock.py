@@ -161,6 +161,11 @@ def decode(raw: Buffer, region_size: int | None = None) -> Superblock:
     if record.magic != MAGIC:
         if not any(bytes(raw[: SUPERBLOCK.size])):
             raise NotFormatted("no filesystem on the region: format it with mkfs.ivshmemfs")
+        if not bytes(raw[: SUPERBLOCK.size]).strip(b"\xff"):
+            raise ForeignFormat(
+                "the region reads as nothing but ones: its device is switched off or gone, or "
+                "somebody overwrote it; look at it from another machine"
+            )
         raise ForeignFormat(
             "the region carries something else than an ivshmemfs filesystem: "
             "if it may be overwritten, format it with mkfs.ivshmemfs --force"
