@@ -118,10 +118,12 @@ def _attach(spec: str | None, options: MountOptions) -> daemon.Attach:
 def the_one_device(roots: Roots | None = None) -> str:
     """The one ivshmem device here that carries a filesystem, as open_region takes it."""
     from ivshmemfs.format.superblock import identify
-    from ivshmemfs.region import Roots, discover, identified
+    from ivshmemfs.region import Roots, discover, identified, no_device
 
     roots = roots or Roots()
     devices = [candidate for candidate in discover(roots) if candidate.device]
+    if not devices and not roots.has_sysfs:
+        raise no_device(roots)
     if not devices:
         raise RegionMissing(
             "there is no ivshmem device here: name the region, such as a file in /dev/shm "

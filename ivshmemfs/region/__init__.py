@@ -18,6 +18,7 @@ from ivshmemfs.region.locate import (
     open_region,
 )
 from ivshmemfs.region.mapped import Region
+from ivshmemfs.region.pci import no_device
 from ivshmemfs.region.probe import Probe, Scratch, probe, refuse_unfit
 from ivshmemfs.region.roots import Roots
 from ivshmemfs.region.sizes import exact_size, parse_size, readable_size
@@ -40,6 +41,7 @@ __all__ = [
     "exact_size",
     "first_page",
     "identified",
+    "no_device",
     "open_region",
     "parse_size",
     "probe",

@@ -45,13 +45,13 @@ def _uio_extent(path: Path, directory: Path, found: Survey) -> Extent | None:
     parent = (directory / "device").resolve()
     held = found.at(parent.name)
     if held is not None:
-        number = shared_map(directory, held.device)
-        if number is None:
+        shared = shared_map(directory, held.device)
+        if shared is None:
             raise RegionError(
                 f"{shown(path)}: gives registers, not the shared memory (BAR2) of its device; use "
                 f"{held.device.spec}, or another driver"
             )
-        return Extent(number * PAGE, held.device.size)
+        return Extent(shared[0] * PAGE, shared[1])
     if (parent / "vendor").exists():
         raise RegionError(
             f"{shown(path)}: is of PCI device {parent.name}, which is not an ivshmem device; if "

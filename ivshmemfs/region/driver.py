@@ -97,11 +97,11 @@ def uio_maps(directory: Path) -> Iterator[tuple[int, int, int]]:
             yield int(entry.name[3:]), _value(entry / "addr"), size
 
 
-def shared_map(directory: Path, device: PciDevice) -> int | None:
-    """The number of the uio map that is the device's shared memory; the others are registers."""
+def shared_map(directory: Path, device: PciDevice) -> tuple[int, int] | None:
+    """(number, bytes) of the uio map that is the device's shared memory; others are registers."""
     for number, address, size in uio_maps(directory):
-        if address == device.start and size >= device.size > 0:
-            return number
+        if device.size and address == device.start and size > 0:
+            return number, min(size, device.size)
     return None
 
 

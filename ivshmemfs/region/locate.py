@@ -29,6 +29,7 @@ from ivshmemfs.region.mapped import Region, look_at, shown
 from ivshmemfs.region.pci import (
     PciDevice,
     is_resource,
+    no_device,
     normal_address,
     open_pci,
     open_resource,
@@ -188,10 +189,7 @@ def _only_pci(identify: Identify | None, roots: Roots) -> str:
     if len(devices) == 1:
         return devices[0].spec
     if not devices:
-        raise RegionMissing(
-            "no ivshmem device (PCI 1af4:1110) here; in a guest, give QEMU one (see README); on "
-            "the host, name the file in /dev/shm"
-        )
+        raise no_device(roots)
     if identify is None:
         return _choose(devices, [], "an ivshmem device")
     found, unreadable = identified(devices, identify, roots)

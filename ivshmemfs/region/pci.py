@@ -108,6 +108,19 @@ def find_devices(roots: Roots = HERE) -> Iterator[PciDevice]:
             yield PciDevice(directory.name, directory, *bar_extent(directory))
 
 
+def no_device(roots: Roots = HERE) -> RegionMissing:
+    """The error when no ivshmem device is found."""
+    if not roots.has_sysfs:
+        return RegionMissing(
+            f"no ivshmem device is known: sysfs is not mounted on {roots.sys}; mount it, or name "
+            "a driver's character device, or mem:ADDRESS:SIZE"
+        )
+    return RegionMissing(
+        "no ivshmem device (PCI 1af4:1110) here; in a guest, give QEMU one (see README); on "
+        "the host, name the file in /dev/shm"
+    )
+
+
 def _refuse_missing(directory: Path, address: str) -> None:
     if not directory.exists():
         raise RegionMissing(f"there is no PCI device {address}; see: ivshmemfs list")
@@ -198,6 +211,8 @@ def open_pci(address: str, *, readonly: bool = False, roots: Roots = HERE) -> Re
     """Map the shared memory of the device at `address`; raises a RegionError or UsageError."""
     address = normal_address(address)
     directory = roots.sys / "bus/pci/devices" / address
+    if not roots.has_sysfs:
+        raise no_device(roots)
     size = _shared_memory(directory, address)
     spec = f"pci:{address}"
     combining = directory / COMBINING

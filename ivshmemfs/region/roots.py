@@ -23,6 +23,11 @@ class Roots:
         """Where regions that guests share usually stand on a host."""
         return self.dev / "shm"
 
+    @property
+    def has_sysfs(self) -> bool:
+        """Whether sysfs is mounted: without it no PCI device can be found."""
+        return (self.sys / "bus").is_dir()
+
     def device_number(self, path: Path) -> str | None:
         """Return "major:minor" of a character device, None for any other file; raises OSError."""
         status = path.stat()

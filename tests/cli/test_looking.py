@@ -13,7 +13,7 @@ from ivshmemfs.cli.mounting import the_one_device
 from ivshmemfs.errors import RegionError, RegionMissing
 from ivshmemfs.format import superblock, words
 from ivshmemfs.format.geometry import COMMIT_OFFSET
-from ivshmemfs.region import open_region
+from ivshmemfs.region import Roots, open_region
 from tests.cli.conftest import complains, ivshmemfs
 from tests.region.sysfs import ONE, FakeMachine, hold
 from tests.regions import ROOT, TestRegion, new_region, put
@@ -231,3 +231,8 @@ def test_mount_without_a_region_and_a_blank_device(tmp_path: Path) -> None:
     machine.device()
     with pytest.raises(RegionMissing, match=f"no device here carries a filesystem.*pci:{ONE}"):
         the_one_device(machine.roots)
+
+
+def test_mount_without_a_region_and_without_sysfs(tmp_path: Path) -> None:
+    with pytest.raises(RegionMissing, match="sysfs is not mounted"):
+        the_one_device(Roots(sys=tmp_path, dev=tmp_path))

@@ -220,9 +220,12 @@ def test_create_where_it_cannot(tmp_path: Path) -> None:
 
 
 def test_no_pci_device(tmp_path: Path) -> None:
-    roots = Roots(sys=tmp_path)
-    assert "no ivshmem device" in refused("pci", RegionMissing, roots=roots)
-    refused("pci:0000:00:04.0", RegionMissing, roots=roots)
+    roots = FakeMachine(tmp_path).roots
+    assert "(PCI 1af4:1110) here" in refused("pci", RegionMissing, roots=roots)
+    assert "no PCI device" in refused("pci:0000:00:04.0", RegionMissing, roots=roots)
+    bare = Roots(sys=tmp_path / "nothing")
+    for spec in ("pci", "pci:0000:00:04.0"):
+        assert "sysfs is not mounted" in refused(spec, RegionMissing, roots=bare)
 
 
 @pytest.mark.parametrize("text", ["", "4", "0000:00:04", "00:04.9", "../../x", "0000:00:04.0 "])
