@@ -6,7 +6,7 @@ three ways:
 - Its directory in sysfs lies below the PCI device's: the driver named its parent.
 - It has no parent (/sys/devices/virtual), and the driver or its module bears the name of the node,
   of its class, or of its major number in /proc/devices.
-- It is called /dev/ivshmem*, and exactly one device is held by a driver without other nodes.
+- "ivshmem" is part of such a name, and exactly one device is held by a driver without other nodes.
 
 The last two may fit several devices; then it is open whose memory the node gives.  Nothing here
 opens a node.
@@ -23,10 +23,10 @@ from pathlib import Path
 from ivshmemfs.region.pci import PciDevice, find_devices
 from ivshmemfs.region.roots import HERE, Roots
 
-NAMED = ("ivshmem", "kvmfr")  # nodes that are worth a look whatever sysfs says of them
+NAMED = ("ivshmem", "kvmfr")  # parts of names that are worth a look whatever sysfs says of them
 NO_MEMORY = ("vfio", "vfio-dev")  # classes of nodes whose mmap(2) gives no memory of the device
 NO_NODES = ("vfio-pci", "pci-stub")  # drivers without nodes of other classes
-_DIGITS = re.compile(r"[0-9]+$")
+_NUMBER = re.compile(r"[-_.!]?[0-9]+$")
 
 
 @dataclass(frozen=True)
@@ -128,6 +128,10 @@ def _folded(*names: str) -> frozenset[str]:
     return frozenset(name.lower().replace("-", "_") for name in names if name)
 
 
+def _has_part(names: frozenset[str], parts: tuple[str, ...]) -> bool:
+    return any(part in name for name in names for part in parts)
+
+
 def _driver_names(device: PciDevice) -> frozenset[str]:
     driver = device.directory / "driver"
     return _folded(_linked(driver), _linked(driver / "module"))
@@ -188,7 +192,7 @@ class _Look:
         """The nodes below the devices, and those without a parent whose names fit."""
         places = {_target(device.directory): device for device in self.devices}
         virtual = self._roots.sys / "devices/virtual"
-        fitting = _folded(*NAMED).union(*(_driver_names(device) for device in self.devices))
+        drivers = frozenset().union(*(_driver_names(device) for device in self.devices))
         loose = []
         for number, directory in self._described():
             owner = next((places[above] for above in directory.parents if above in places), None)
@@ -198,14 +202,14 @@ class _Look:
                     self.certain[owner.address].append(self._node(number, directory))
             elif virtual in directory.parents:
                 names = self._names(number, directory.name, directory.parent.name)
-                if names & fitting:
+                if names & drivers or _has_part(names, NAMED):
                     self._seen.add(number)
                     loose.append(self._node(number, directory, names))
         self.loose += [(node, self._possible(node)) for node in loose]
 
     def at_dev(self) -> None:
         """The nodes that sysfs tells nothing of, or of which another device is the parent."""
-        found = sorted(path for name in NAMED for path in self._roots.dev.glob(f"{name}*"))
+        found = sorted(path for name in NAMED for path in self._roots.dev.glob(f"*{name}*"))
         for path in found:
             try:
                 number = self._roots.device_number(path)
@@ -234,7 +238,7 @@ class _Look:
 
     def _names(self, number: str, name: str, kind: str = "") -> frozenset[str]:
         major = self._majors.get(number.partition(":")[0], "")
-        return _folded(_DIGITS.sub("", name), kind, major)
+        return _folded(_NUMBER.sub("", name), kind, major)
 
     def _node(self, number: str, directory: Path, names: frozenset[str] = frozenset()) -> Node:
         path, there = _place(_device_name(directory), number, self._roots)
@@ -249,7 +253,7 @@ class _Look:
             and not self.certain[device.address]
         ]
         same = [device for device in free if node.names & _driver_names(device)]
-        return same or (free if "ivshmem" in node.names else [])
+        return same or (free if _has_part(node.names, ("ivshmem",)) else [])
 
 
 def survey(roots: Roots = HERE) -> Survey:

@@ -126,6 +126,12 @@ def by_name_alone(machine: FakeMachine) -> str:
     return "ivshmem0"
 
 
+def by_part_of_its_name(machine: FakeMachine) -> str:
+    machine.bind(ONE, "some_driver")
+    machine.described("my_ivshmem-0", "240:0", kind="misc")
+    return "my_ivshmem-0"
+
+
 def made_by_hand(machine: FakeMachine) -> str:
     """As mknod(1) after register_chrdev(), of which sysfs knows nothing."""
     machine.bind(ONE, "kvm_ivshmem")
@@ -133,7 +139,8 @@ def made_by_hand(machine: FakeMachine) -> str:
 
 
 @pytest.mark.parametrize(
-    "make", [by_driver, by_module, by_class, by_major, by_name_alone, made_by_hand]
+    "make",
+    [by_driver, by_module, by_class, by_major, by_name_alone, by_part_of_its_name, made_by_hand],
 )
 def test_a_node_without_a_parent_is_told_by_its_names(
     machine: FakeMachine, monkeypatch: pytest.MonkeyPatch, make: Callable[[FakeMachine], str]
