@@ -250,13 +250,17 @@ def _open_pci(address: str, readonly: bool, roots: Roots) -> Region:
     try:
         return open_pci(address, readonly=readonly, roots=roots)
     except RegionError as refused:
-        held = survey(roots).at(normal_address(address))
+        found = survey(roots)
+        held = found.at(normal_address(address))
         if held is None or not held.driver or not held.device.size:
             raise
-        return _through_driver(held, refused, readonly, roots)
+        unclear = [node for node, devices in found.unclear if held.device in devices]
+        return _through_driver(held, unclear, refused, readonly, roots)
 
 
-def _through_driver(held: Holding, refused: RegionError, readonly: bool, roots: Roots) -> Region:
+def _through_driver(
+    held: Holding, unclear: list[Node], refused: RegionError, readonly: bool, roots: Roots
+) -> Region:
     failed: RegionError | None = None
     for node in held.nodes:
         try:
@@ -270,10 +274,12 @@ def _through_driver(held: Holding, refused: RegionError, readonly: bool, roots: 
     if failed is not None:
         raise type(failed)(f"{spec}: driver {driver} holds the device; {failed}") from None
     if isinstance(refused, RegionHeld):
+        nodes = "that driver's character device"
+        nodes += f" ({' or '.join(shown(node.path) for node in unclear)})" if unclear else ""
         release = f"echo {held.device.address} >{roots.sys}/bus/pci/drivers/{driver}/unbind"
         raise RegionHeld(
             f"{spec}: driver {driver} holds the device, and this kernel maps it for nobody else; "
-            f"name that driver's character device, or release the device: {release}"
+            f"name {nodes}, or release the device: {release}"
         ) from None
     raise refused
 

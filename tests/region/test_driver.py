@@ -206,7 +206,7 @@ def test_where_it_is_open_whose_node_it_is_nothing_is_guessed(
     which = f"device, 2 MiB, pci:{ONE} or pci:{TWO}"
     nodes = [str(machine.roots.dev / f"kvmfr{number}") for number in (0, 1)]
     assert rows(machine) == [(node, which) for node in nodes]
-    refused(f"pci:{ONE}", RegionHeld, machine.roots, "kvmfr")
+    refused(f"pci:{ONE}", RegionHeld, machine.roots, "driver kvmfr", f"{nodes[0]} or {nodes[1]}")
     with open_region("label=label", identify=identify, roots=machine.roots) as region:
         assert region.spec == nodes[1]
         assert region.size == SIZE
