@@ -39,6 +39,13 @@ class OutputError(IvshmemfsError):
 # --- opening a region -----------------------------------------------------------------------
 
 
+class UnfitMachine(IvshmemfsError):
+    """This processor or this Python cannot use a region at all."""
+
+    errno = _errno.ENOSYS
+    exit_code = 2
+
+
 class UsageError(IvshmemfsError):
     """The arguments make no sense together."""
 
@@ -63,6 +70,12 @@ class RegionDenied(RegionError):
     """The region exists, and this user may not open it."""
 
     errno = _errno.EACCES
+
+
+class RegionHeld(RegionError):
+    """A kernel driver holds the device, and the kernel maps it for nobody else."""
+
+    errno = _errno.EBUSY
 
 
 class RegionAmbiguous(RegionError):

@@ -14,10 +14,19 @@ from ivshmemfs.errors import IvshmemfsError, MountError, RegionDenied
 from ivshmemfs.format import superblock
 from ivshmemfs.fuse.mountpoint import ours
 from ivshmemfs.printing import say
-from ivshmemfs.region import Candidate, discover, open_region, probe, readable_size
+from ivshmemfs.region import (
+    Candidate,
+    Roots,
+    discover,
+    first_page,
+    open_region,
+    probe,
+    readable_size,
+)
+from ivshmemfs.region.roots import HERE
 from ivshmemfs.shm.repair import repairing
 
-FIRST_PAGE = 4096
+Row = tuple[str, str, str, str]
 
 
 @click.command("list")
@@ -26,7 +35,12 @@ def list_command() -> None:
 
     In parentheses behind a mount point: what happened to its region or its daemon.
     """
-    candidates, mounts = discover(), _mounts()
+    listing()
+
+
+def listing(roots: Roots = HERE) -> None:
+    """Print a row for each candidate and mount, and on stderr why a device cannot be read."""
+    candidates, mounts = discover(roots), _mounts()
     if not candidates and not mounts:
         say(
             "no ivshmem device here, and nothing in /dev/shm; make a region with: "
@@ -34,11 +48,16 @@ def list_command() -> None:
             err=True,
         )
         return
-    rows = [("REGION", "WHAT", "LABEL", "UUID", "MOUNTED ON")]
+    rows, reasons = [("REGION", "WHAT", "LABEL", "UUID", "MOUNTED ON")], []
     for candidate in candidates:
-        rows.append((*_row(candidate), mounts.pop(candidate.spec, "-")))
+        row, error = _row(candidate, roots)
+        rows.append((*row, mounts.pop(candidate.spec, "-")))
+        if error is not None and candidate.device:
+            reasons.append(str(error))
     rows += [(spec, "-", "-", "-", on) for spec, on in mounts.items()]
     show(rows)
+    for reason in reasons:
+        say(f"ivshmemfs: {reason}", err=True)
 
 
 def _mounts() -> dict[str, str]:
@@ -50,22 +69,22 @@ def _mounts() -> dict[str, str]:
     return {spec: ", ".join(places) for spec, places in found.items()}
 
 
-def _row(candidate: Candidate) -> tuple[str, str, str, str]:
+def _row(candidate: Candidate, roots: Roots) -> tuple[Row, IvshmemfsError | OSError | None]:
     spec, what = candidate.spec, candidate.description
     try:
-        with open_region(candidate.spec, readonly=True) as region:
-            page = region.memory.read(0, min(FIRST_PAGE, region.size))
+        with open_region(candidate.spec, readonly=True, roots=roots) as region:
+            page = first_page(region)
             names = superblock.identify(page)
             busy = ", being repaired" if names is not None and repairing(page) else ""
             if not candidate.size:
                 what = f"device, {readable_size(region.size)}"
-    except RegionDenied:
-        return spec, what, "-", "no permission to read it"
-    except (IvshmemfsError, OSError):
-        return spec, what, "-", "cannot be read"
+    except RegionDenied as error:
+        return (spec, what, "-", "no permission to read it"), error
+    except (IvshmemfsError, OSError) as error:
+        return (spec, what, "-", "cannot be read"), error
     if names is None:
-        return spec, what, "-", "not formatted"
-    return spec, what + busy, names[0] or "-", names[1]
+        return (spec, what, "-", "not formatted"), None
+    return (spec, what + busy, names[0] or "-", names[1]), None
 
 
 @click.command("info")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -9,13 +10,19 @@ from typing import TYPE_CHECKING
 import click
 
 from ivshmemfs.cli.naming import looks_like_region, mount_point_of
-from ivshmemfs.errors import RegionAmbiguous, RegionDenied, RegionMissing, UsageError
+from ivshmemfs.errors import (
+    RegionAmbiguous,
+    RegionDenied,
+    RegionError,
+    RegionMissing,
+    UsageError,
+)
 from ivshmemfs.fuse import daemon
 from ivshmemfs.fuse.options import MountOptions, parse
 from ivshmemfs.printing import say
 
 if TYPE_CHECKING:
-    from ivshmemfs.region import Candidate
+    from ivshmemfs.region import Candidate, Roots, Unreadable
 
 HELP = """Mount the filesystem on REGION.
 
@@ -119,18 +126,21 @@ def _attach(spec: str | None, options: MountOptions) -> daemon.Attach:
     return attach
 
 
-def the_one_device() -> str:
+def the_one_device(roots: Roots | None = None) -> str:
     """The one ivshmem device here that carries a filesystem, as open_region takes it."""
     from ivshmemfs.format.superblock import identify
-    from ivshmemfs.region import discover, identified
+    from ivshmemfs.region import Roots, discover, identified, no_device
 
-    devices = [candidate for candidate in discover() if candidate.device]
+    roots = roots or Roots()
+    devices = [candidate for candidate in discover(roots) if candidate.device]
+    if not devices and not roots.has_sysfs:
+        raise no_device(roots)
     if not devices:
         raise RegionMissing(
             "there is no ivshmem device here: name the region, such as a file in /dev/shm "
             "('ivshmemfs list' shows what there is)"
         )
-    found, denied = identified(devices, identify)
+    found, unreadable = identified(devices, identify, roots)
     if len(found) == 1:
         return found[0][0].spec
     if found:
@@ -138,11 +148,22 @@ def the_one_device() -> str:
             f"{len(found)} devices carry a filesystem, name one: "
             + "; ".join(_named(candidate, names) for candidate, names in found)
         )
-    if denied:
-        listed = ", ".join(candidate.spec for candidate in denied)
-        raise RegionDenied(f"no permission to read {listed}: run as root")
-    listed = ", ".join(candidate.spec for candidate in devices)
-    raise RegionMissing(f"no device carries a filesystem: format {listed} with mkfs.ivshmemfs")
+    if unreadable:
+        raise _cannot_tell(unreadable)
+    listed = ", ".join(f"{one.spec} ({one.description})" for one in devices)
+    raise RegionMissing(
+        f"no device here carries a filesystem, looked at {listed}: is it the right one? "
+        "A new one is made with mkfs.ivshmemfs"
+    )
+
+
+def _cannot_tell(unreadable: list[Unreadable]) -> RegionError:
+    """The error when no filesystem was found, but not every device could be read."""
+    if all(isinstance(one.error, RegionDenied) for one in unreadable) and os.geteuid() != 0:
+        listed = ", ".join(one.candidate.spec for one in unreadable)
+        return RegionDenied(f"no permission to read {listed}: run as root")
+    reasons = "; ".join(str(one.error) for one in unreadable)
+    return RegionError(f"no device that can be read carries a filesystem: {reasons}")
 
 
 def _named(candidate: Candidate, names: tuple[str, str]) -> str:

@@ -24,6 +24,7 @@ from ivshmemfs.errors import (
 )
 from ivshmemfs.region import Roots, create_file, open_region
 from ivshmemfs.region import mapped as mapped_module
+from tests.region.sysfs import ONE, REGISTERS, START, FakeMachine
 from tests.region.test_backends import SIZE, make_mem, make_pci, make_uio
 
 
@@ -254,9 +255,12 @@ def test_create_where_it_cannot(tmp_path: Path) -> None:
 
 
 def test_no_pci_device(tmp_path: Path) -> None:
-    roots = Roots(sys=tmp_path)
-    assert "no ivshmem device" in refused("pci", RegionMissing, roots=roots)
-    refused("pci:0000:00:04.0", RegionMissing, roots=roots)
+    roots = FakeMachine(tmp_path).roots
+    assert "(PCI 1af4:1110) here" in refused("pci", RegionMissing, roots=roots)
+    assert "no PCI device" in refused("pci:0000:00:04.0", RegionMissing, roots=roots)
+    bare = Roots(sys=tmp_path / "nothing")
+    for spec in ("pci", "pci:0000:00:04.0"):
+        assert "sysfs is not mounted" in refused(spec, RegionMissing, roots=bare)
 
 
 @pytest.mark.parametrize("text", ["", "4", "0000:00:04", "00:04.9", "../../x", "0000:00:04.0 "])
@@ -368,22 +372,15 @@ def test_a_label_that_two_regions_carry_is_refused(tmp_path: Path) -> None:
         open_region("label=same", identify=identify, roots=roots)
 
 
-def test_one_device_seen_in_two_ways_is_one_region(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    pci = make_pci(tmp_path, combining=True, machine="x86_64")
-    (tmp_path / "more").mkdir()
-    uio = make_uio(tmp_path / "more", monkeypatch)
-    pci.roots.dev.mkdir(exist_ok=True)
-    (pci.roots.dev / "uio0").symlink_to(uio.file)
-    described = pci.roots.sys / "dev/char/0:0"
-    described.parent.mkdir(parents=True)
-    described.symlink_to(uio.roots.sys / "dev/char/0:0")
-    (described / "device").symlink_to(pci.file.parent)
-    stamp(pci.spec, "twice", pci.roots)
-    stamp(str(pci.roots.dev / "uio0"), "twice", pci.roots)
-    with open_region("label=twice", identify=identify, roots=pci.roots) as region:
-        assert region.spec == pci.spec
+def test_one_device_seen_in_two_ways_is_one_region(tmp_path: Path) -> None:
+    machine = FakeMachine(tmp_path)
+    machine.device()
+    machine.bind(ONE, "uio_ivshmem")
+    machine.uio("245:0", ONE, [(REGISTERS, 256), (START, SIZE)])
+    stamp(f"pci:{ONE}", "twice", machine.roots)
+    stamp(f"{machine.roots.dev}/uio0", "twice", machine.roots)
+    with open_region("label=twice", identify=identify, roots=machine.roots) as region:
+        assert region.spec == f"pci:{ONE}"
 
 
 def test_unreadable_regions_are_mentioned(roots_file: Path) -> None:
@@ -397,7 +394,7 @@ def test_unreadable_regions_are_mentioned(roots_file: Path) -> None:
 
 @pytest.mark.parametrize(
     "text", ["", "0x1000", ":", "0x1000:", ":1M", "0x1001:1M", "zzz:1M", "0x1000:none", "-4096:1M",
-             "0x1000:0", "0x7ffffffffffff000:1M"]
+             "0x1000:0", "0x7ffffffffffff000:1M", "0x:1M", "0x00000000000001000:1M"]
 )  # fmt: skip
 def test_what_is_no_physical_range(text: str, tmp_path: Path) -> None:
     with pytest.raises(UsageError):
@@ -450,13 +447,13 @@ def test_a_device_that_cannot_be_mapped() -> None:
     assert "cannot be mapped" in refused("/dev/null:1M", RegionUnfit)
 
 
-def test_more_than_a_device_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    backend = make_uio(tmp_path, monkeypatch)
+def test_more_than_a_device_has(tmp_path: Path) -> None:
+    backend = make_uio(tmp_path)
     assert "has only 2M" in refused(f"{backend.spec}:3M", RegionSize, roots=backend.roots)
 
 
-def test_an_odd_offset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    backend = make_uio(tmp_path, monkeypatch)
+def test_an_odd_offset(tmp_path: Path) -> None:
+    backend = make_uio(tmp_path)
     message = refused(f"{backend.spec}:100:1M", RegionSize, roots=backend.roots)
     assert "check offset and size" in message
 
