@@ -22,7 +22,7 @@ from types import FrameType
 from typing import NamedTuple, NoReturn
 
 from ivshmemfs.errors import Interrupted, IvshmemfsError, OutputError, UsageError
-from ivshmemfs.printing import printable, say
+from ivshmemfs.printing import say
 
 _ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -207,4 +207,4 @@ def _abandon_output() -> None:
 def complain(name: str, text: str) -> None:
     """Print one line on standard error, if it can be written at all; escapes control characters."""
     with suppress(OSError, ValueError):
-        print(printable(f"{name}: {' '.join(text.split())}"), file=sys.stderr, flush=True)
+        say(f"{name}: {' '.join(text.split())}", err=True)

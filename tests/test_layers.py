@@ -12,7 +12,7 @@ TOP = Path(__file__).resolve().parent.parent
 # Each layer may import itself and every layer after it.
 LAYERS = ("cli", "fuse", "engine", "shm", "format", "region", "printing", "errors")
 SIDES = {
-    "__main__": ("cli", "mkfs", "fsck", "command"),
+    "__main__": ("cli", "mkfs", "fsck", "command", "errors"),
     "cli": ("command", *LAYERS[1:]),
     "mkfs": ("command", "shm", "format", "region", "printing", "errors"),
     "fsck": ("command", "shm", "format", "region", "printing", "errors"),

@@ -78,7 +78,7 @@ def show(capfdbinary: pytest.CaptureFixture[bytes]) -> Show:
 def test_commands_that_look(region: TestRegion, show: Show) -> None:
     assert show(main, "list").count(MARK)
     assert show(main, "info", region.path).count(MARK) == 1
-    assert show(main, "peers", region.path).count(MARK) == 1
+    assert show(main, "peers", region.path).count(MARK) == 2  # host, version
     assert show(main, "dump", region.path, "all").count(MARK) == 3  # label, host, version
     for what in ("superblock", "copy", "peers", "root", "inode:3", "inode:4", "block:1"):
         show(main, "dump", region.path, what)

@@ -23,7 +23,7 @@ def make_anew(path: Path) -> None:
 
 
 def format_anew(path: Path) -> None:
-    assert run(sys.executable, "-m", "mkfs", "--force", path).returncode == 0
+    assert run(sys.executable, "-m", "mkfs", "--force", "--force", path).returncode == 0
 
 
 def fill(path: Path, byte: bytes) -> None:
