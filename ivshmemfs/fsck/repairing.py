@@ -115,6 +115,8 @@ class _Repair:
 
     def run(self, before: Report | None) -> Report:
         """Build a root without contradictions; the report is of the check of it."""
+        if self._turn.inherited:
+            self.log.add("a repair that did not come to its end is done with")
         self._wait_for_transactions()
         report = check_image(self._image(), self._found)
         before = before or report

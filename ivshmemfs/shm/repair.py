@@ -86,6 +86,7 @@ class Turn:
         self.former = 0  # the commit word before the repair
         self.marked = 0  # the commit word that bears our mark
         self.tag = 0  # of our claims
+        self.inherited = False  # whether the mark of another was there already
 
     @property
     def marks(self) -> bool:
@@ -145,7 +146,8 @@ class Turn:
         """Swap the mark in, and note what stood there before: that first."""
         for _ in range(MARK_ATTEMPTS):
             word = self._control.load()
-            if words.under_repair(word):
+            self.inherited = words.under_repair(word)
+            if self.inherited:
                 self.former = self._memory.load(REPAIR_OFFSET + repair.FORMER_OFFSET)
             else:
                 self.former = word
