@@ -47,7 +47,11 @@ def repairing(page: bytes) -> bool:
 
 
 def abandoned(memory: Memory) -> bool:
-    """Whether the mark is there and no repair is: nothing but damage leads to that."""
+    """Whether there is no repair, while a mark says so: nothing but damage leads to that.
+
+    A repair has slot 0 before it marks and until the mark is gone, so whoever finds the same mark
+    again afterwards knows.
+    """
     state, _, _ = words.split_state(memory.load(REPAIR_OFFSET))
     return not words.FREE < state <= words.DEAD
 
