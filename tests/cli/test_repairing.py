@@ -37,6 +37,8 @@ def test_they_say_who_repairs_it(formatted: TestRegion, turn: Turn, tmp_path: Pa
     listed = ivshmemfs("peers", formatted.path).stdout.splitlines()
     assert listed[0].startswith(says)
     assert listed[1] == "nobody has it mounted"
+    assert "under repair" in ivshmemfs("dump", formatted.path, "words").stdout
+    assert "next_ino" in ivshmemfs("dump", formatted.path, "root").stdout
     linked = Path(f"/dev/shm/ivshmemfs-repair-test-{os.getpid()}")
     try:
         os.link(formatted.path, linked)
