@@ -8,10 +8,16 @@ first kind fits the Python that it was built with, one of the second every Pytho
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+
+if sys.maxsize < 1 << 32:
+    sys.exit("ivshmemfs needs a 64-bit Python: a 32-bit one tears the words of a region")
+if sys.byteorder != "little":
+    sys.exit("ivshmemfs needs a little-endian machine, as the words of a region are")
 
 COMPILE = os.environ.get("IVSHMEMFS_COMPILE", "1") != "0"
 # Only what is hot, and nothing that declares records: they are read from their annotations.

@@ -14,11 +14,12 @@ from typing import NamedTuple
 import click
 
 from ivshmemfs import __version__
-from ivshmemfs.errors import IvshmemfsError, RegionSize, UsageError
+from ivshmemfs import command as shared
+from ivshmemfs.errors import RegionSize, UsageError
 from ivshmemfs.format import geometry as geo
 from ivshmemfs.format.geometry import Geometry
-from ivshmemfs.format.peer import printable
 from ivshmemfs.format.superblock import identify
+from ivshmemfs.printing import say
 from ivshmemfs.region import (
     Region,
     create_file,
@@ -33,6 +34,7 @@ from mkfs.writer import Existing, examine, format_region, refuse_used
 
 NOT_FILES = ("pci", "mem:", "label=", "uuid=")  # what --size cannot create
 FAILURE = 1  # the one exit code for everything that went wrong, wrong usage included
+EXITS = shared.Exits(usage=FAILURE, system=FAILURE, interrupted=FAILURE, internal=FAILURE)
 
 
 def _size(_: click.Context, __: click.Parameter, value: str | None) -> int | None:
@@ -64,12 +66,10 @@ def _plan(region_size: int, block_size: int | None, peers: int) -> Geometry:
 
 def _report(region: Region, geometry: Geometry, parameters: Parameters) -> None:
     usable = (geometry.block_count - geometry.reserve - 3) * geometry.block_size
-    label = f", label {printable(parameters.label)!r}" if parameters.label else ""
-    click.echo(
-        f"{region.spec}: {readable_size(geometry.region_size)} formatted as ivshmemfs{label}"
-    )
-    click.echo(f"UUID {_uuid.UUID(bytes=parameters.uuid)}, up to {geometry.peer_count} peers")
-    click.echo(
+    label = f", label {parameters.label!r}" if parameters.label else ""
+    say(f"{region.spec}: {readable_size(geometry.region_size)} formatted as ivshmemfs{label}")
+    say(f"UUID {_uuid.UUID(bytes=parameters.uuid)}, up to {geometry.peer_count} peers")
+    say(
         f"{geometry.block_count} blocks of {geometry.block_size} bytes, "
         f"{readable_size(usable)} usable ({usable / geometry.region_size:.0%})"
     )
@@ -125,13 +125,11 @@ def _make(wish: Wish, new: Parameters) -> None:
 def _tell_harm(existing: Existing) -> None:
     """What formatting did to others."""
     if existing.repair:
-        click.echo("the repair that was under way there ends without effect")
+        say("the repair that was under way there ends without effect")
     for occupant in existing.live:
-        click.echo(
-            f"{occupant.describe()} had it mounted: all calls there fail now (ESTALE); unmount it"
-        )
+        say(f"{occupant.describe()} had it mounted: all calls there fail now (ESTALE); unmount it")
     if not existing.data.whole:
-        click.echo("it is so large that only samples of it were searched for other data")
+        say("it is so large that only samples of it were searched for other data")
 
 
 @contextmanager
@@ -234,15 +232,13 @@ def command(
 
 
 def main(args: list[str] | None = None, prog_name: str = "mkfs.ivshmemfs") -> None:
-    """Entry point; leaves by SystemExit with an exit code of mkfs(8)."""
-    try:
-        command.main(args, prog_name=prog_name, standalone_mode=False)
-    except click.ClickException as error:
-        text = " ".join(error.format_message().rstrip(".").split())
-        click.echo(f"{prog_name}: {text} (see '{prog_name} --help')", err=True)
-        sys.exit(FAILURE)
-    except click.Abort:
-        sys.exit(FAILURE)
-    except (IvshmemfsError, OSError, ValueError) as error:
-        click.echo(f"{prog_name}: {error}", err=True)
-        sys.exit(FAILURE)
+    """Run the command; leaves by SystemExit with an exit code of mkfs(8) unless it is 0."""
+
+    def run() -> None:
+        try:
+            command.main(args, prog_name=prog_name, standalone_mode=False)
+        except ValueError as error:  # a label that is too long
+            raise UsageError(str(error)) from None
+
+    if code := shared.run(prog_name, run, EXITS):
+        sys.exit(code)

@@ -81,7 +81,7 @@ def refuse_used(existing: Existing, spec: str, force: int = 0) -> None:
         )
     if existing.identity and not force:
         label, uuid = existing.identity
-        named = f"label {peer.printable(label)!r}, UUID {uuid}" if label else f"UUID {uuid}"
+        named = f"label {label!r}, UUID {uuid}" if label else f"UUID {uuid}"
         raise InUse(
             f"{spec} already carries an ivshmemfs filesystem ({named}): if all that is on it "
             "may be lost, use --force"

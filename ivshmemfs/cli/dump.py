@@ -9,12 +9,13 @@ from typing import Any
 
 import click
 
+from ivshmemfs.cli.naming import region_of
 from ivshmemfs.cli.output import table
 from ivshmemfs.errors import IvshmemfsError, UsageError
 from ivshmemfs.format import inode, node, peer, repair, superblock, words
 from ivshmemfs.format.geometry import COMMIT_OFFSET, HINT_OFFSET, REPAIR_OFFSET, Geometry
-from ivshmemfs.format.peer import printable
 from ivshmemfs.format.record import Layout
+from ivshmemfs.printing import say, shown
 from ivshmemfs.region import Region, open_region
 
 HELP = """Show the bytes on REGION, field by field.
@@ -40,7 +41,7 @@ WHAT is one of:
 def dump_command(region: str, what: str) -> None:
     """Show the bytes on REGION, field by field."""
     name, colon, number = what.partition(":")
-    with open_region(region, readonly=True, identify=superblock.identify) as opened:
+    with open_region(region_of(region), readonly=True, identify=superblock.identify) as opened:
         if colon:
             show = _NUMBERED.get(name)
             if show is None or not number.isdecimal():
@@ -52,7 +53,7 @@ def dump_command(region: str, what: str) -> None:
                 raise UsageError(f"nothing is called '{what}': see 'ivshmemfs dump --help'")
             lines = simple(opened)
         for line in lines:
-            click.echo(line)
+            say(line)
 
 
 # --- the parts --------------------------------------------------------------------------------
@@ -112,8 +113,7 @@ def _tags(region: Region) -> Iterator[str]:
     for claim, count in sorted(claims.items()):
         slot, incarnation, _counter = words.split_tag(claim << words.INCARNATION_SHIFT)
         rows.append((f"  slot {slot}", f"incarnation {incarnation}", f"{count} blocks"))
-    if rows:
-        yield table(rows)
+    yield from table(rows)
 
 
 def _root(region: Region) -> Iterator[str]:
@@ -186,14 +186,14 @@ def _record(layout: Layout[Any], record: tuple[Any, ...]) -> Iterator[str]:
         (f"  {field.offset:4}", field.name, _value(field.name, value), field.doc)
         for field, value in zip(layout.fields, record, strict=True)
     ]
-    yield table(rows)
+    yield from table(rows)
 
 
 def _value(name: str, value: object) -> str:
     if isinstance(value, bytes):
         stripped = value.rstrip(b"\0")
         if name in ("label", "host", "version"):
-            return repr(printable(stripped.decode(errors="backslashreplace")))
+            return repr(shown(stripped))
         return stripped.hex() or "0"
     if not isinstance(value, int):
         return str(value)

@@ -22,6 +22,8 @@ T = TypeVar("T")
 REPAIR_SECONDS = 3.0
 #: Seconds between two attempts of what is busy.
 PAUSE = 0.002
+#: Seconds after which a region that is always busy is given up.
+PATIENCE = 30.0
 
 
 def enter(region: Region, *, readonly: bool) -> Filesystem:
@@ -66,9 +68,12 @@ def _numbers(version: str) -> list[int]:
     return [int(part) for part in re.findall(r"\d{1,9}", version)]
 
 
-def patiently(call: Callable[[], T], seconds: float = 30.0) -> T:
-    """Call again while the region is busy; raises Busy when that does not end."""
-    end = time.monotonic() + seconds
+def patiently(call: Callable[[], T], seconds: float | None = None) -> T:
+    """Call again while the region is busy; raises Busy when that does not end.
+
+    `seconds` is PATIENCE by default.
+    """
+    end = time.monotonic() + (PATIENCE if seconds is None else seconds)
     while True:
         try:
             return call()

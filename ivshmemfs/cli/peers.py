@@ -8,11 +8,14 @@ from contextlib import contextmanager
 
 import click
 
-from ivshmemfs.cli.output import table
+from ivshmemfs.cli.naming import mounts_of, region_of
+from ivshmemfs.cli.output import show
 from ivshmemfs.errors import InUse, UsageError
 from ivshmemfs.format import superblock, words
-from ivshmemfs.format.peer import Occupant, printable
+from ivshmemfs.format.peer import Occupant
 from ivshmemfs.format.words import under_repair
+from ivshmemfs.fuse.mountpoint import condition
+from ivshmemfs.printing import say, shown
 from ivshmemfs.region import open_region
 from ivshmemfs.shm.control import Control
 from ivshmemfs.shm.peers import PeerTable
@@ -22,7 +25,7 @@ from ivshmemfs.shm.watch import POLL, SILENCE, Watch
 
 @contextmanager
 def _peer_table(spec: str, *, readonly: bool) -> Iterator[PeerTable]:
-    with open_region(spec, readonly=readonly, identify=superblock.identify) as region:
+    with open_region(region_of(spec), readonly=readonly, identify=superblock.identify) as region:
         raw = region.memory.read(0, superblock.SUPERBLOCK.size)
         checked = superblock.decode(raw, region.size)
         yield PeerTable(region.memory, checked.geometry, Control(region.memory))
@@ -44,6 +47,7 @@ def _alive(watch: Watch, slots: set[int]) -> set[int]:
 @click.argument("region")
 def peers_command(region: str) -> None:
     """Show who has REGION mounted, and who shows life."""
+    _tell_trouble(region)
     with _peer_table(region, readonly=True) as peers:
         present, watch = list(peers.peers()), peers.watch
         alive = _alive(watch, {peer.slot for peer in present})
@@ -51,16 +55,14 @@ def peers_command(region: str) -> None:
         repaired = under_repair(peers.control.load())
         told = describe(peers.memory) if repaired else ""
     if told:
-        click.echo(told)
+        say(told)
     if not present:
-        click.echo("nobody has it mounted")
+        say("nobody has it mounted for writing (a read-only mount leaves no trace in the region)")
         return
-    click.echo(table([("SLOT", "HOST", "PID", "SINCE", "DOING", "LIFE", "VERSION"), *rows]))
+    show([("SLOT", "HOST", "PID", "SINCE", "DOING", "LIFE", "VERSION"), *rows])
     for machine in watch.machines.shared:
         name = watch.machines.name(machine)
-        click.echo(
-            f"two machines go by the hardware UUID {name}: it tells of nobody's end", err=True
-        )
+        say(f"two machines go by the hardware UUID {name}: it tells of nobody's end", err=True)
 
 
 def _life(watch: Watch, peer: Occupant, alive: set[int]) -> str:
@@ -69,12 +71,19 @@ def _life(watch: Watch, peer: Occupant, alive: set[int]) -> str:
     return "gone" if watch.absent(peer) else "silent"
 
 
+def _tell_trouble(region: str) -> None:
+    """Say what happened to the mounts of REGION here: they may be apart from what it is now."""
+    for entry in mounts_of(region_of(region)):
+        if trouble := condition(entry):
+            say(f"ivshmemfs: mount {entry.path}: {trouble}", err=True)
+
+
 def _row(peer: Occupant, life: str) -> tuple[str, ...]:
     doing = words.STATE_NAMES[peer.state] if peer.state < len(words.STATE_NAMES) else "?"
     if not peer.identity_valid:
         return str(peer.slot), "?", "?", "?", doing, life, "?"
-    host = peer.record.host.rstrip(b"\0").decode(errors="backslashreplace")
-    who = str(peer.slot), printable(host), str(peer.record.pid), _since(peer)
+    host = shown(peer.record.host.rstrip(b"\0"))
+    who = str(peer.slot), host, str(peer.record.pid), _since(peer)
     return *who, doing, life, peer.version or "?"
 
 
@@ -106,4 +115,4 @@ def evict_command(region: str, slot: int, force: bool) -> None:
         peers.retire(slot, peer.word)
         if peers.state(slot) == peer.word:
             raise InUse(f"the peer in slot {slot} is moving on: try again")
-    click.echo(f"slot {slot} is free")
+    say(f"slot {slot} is free")

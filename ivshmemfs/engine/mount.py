@@ -14,6 +14,11 @@ a plan, a function of a `Transaction`, that `change` runs:
 
 Nothing here waits: `Busy` means that nothing was changed and that trying again will do.
 
+Nothing here computes for long: each look and each change is one turn of bounded work (see
+`shm/store.py`), and whatever may be more is done in pieces.  Its progress is kept by this mount
+(what is to be released, collected, or freed), by the node cache (what was read), or by `go_on` of
+the Unfinished that ends a turn.  `work` does the next piece of what nobody waits for.
+
 What the region does to us is contained here: arithmetic that damaged metadata upsets becomes
 Corrupt, an access that fails (the file was truncated) EIO, and both become ESTALE when the
 superblock is no longer the one that was mounted.
@@ -34,6 +39,7 @@ from ivshmemfs.engine import directory, names
 from ivshmemfs.engine.clock import Clock
 from ivshmemfs.engine.collect import Collector
 from ivshmemfs.engine.directory import Entry
+from ivshmemfs.engine.dropped import Dropped
 from ivshmemfs.engine.transaction import Known, Transaction, View
 from ivshmemfs.errors import (
     Busy,
@@ -46,15 +52,17 @@ from ivshmemfs.errors import (
     Restart,
     StaleHandle,
     UnderRepair,
+    Unfinished,
 )
 from ivshmemfs.format import superblock, words
 from ivshmemfs.format.geometry import SCRATCH_OFFSET, SCRATCH_SIZE
 from ivshmemfs.format.inode import ORPHANS_INO
 from ivshmemfs.region.probe import Scratch, cas_works, probe, refuse_unfit
+from ivshmemfs.region.standing import Standing
 from ivshmemfs.shm.control import Hint
 from ivshmemfs.shm.peers import Membership, PeerTable
 from ivshmemfs.shm.space import Space, Supply
-from ivshmemfs.shm.store import Store
+from ivshmemfs.shm.store import ENDLESS, Store
 
 if TYPE_CHECKING:
     from ivshmemfs.region import Region
@@ -63,8 +71,10 @@ T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 ATTEMPTS = 100  # plans of one operation before it reports Busy
-COLLECT_SLICE = 0.005  # seconds of collection per tick
 SHORT_PAUSE = 60.0  # seconds between two lines of the log about memory that cannot be had
+COLLECTED_AT_ONCE = 128  # nodes that one piece of a collection reads, in about 5 ms
+LOOKED_THROUGH = 256  # orphans of which one piece of work sees whether they are open
+FREED_AT_ONCE = 8  # orphans that one piece of work frees, each in a commit of its own
 COLLECT_PAUSE = 1.0  # seconds between two collections for want of space
 TIGHT = 0.05  # seconds that a full region waits for claims of peers that are at work
 RETIRE_TICKS = 4  # between two looks for peers that are surely gone
@@ -102,6 +112,8 @@ class Mount:
         self._member: Membership | None = None
         self._open: dict[int, int] = {}  # handles by inode
         self._supply = Supply(self.store)
+        self._dropped = Dropped(self.store, self._supply)
+        self._reaped = 0  # the key of the last orphan that this pass has looked at
         self._view: View | None = None
         self._collector: Collector | None = None
         self._collected_at = float("-inf")
@@ -133,6 +145,7 @@ class Mount:
             count = self.superblock.geometry.block_count
             start = (member.slot - 1) * count // self.table.count
             self._supply = Supply(self.store, start)
+            self._dropped = Dropped(self.store, self._supply)
         return self
 
     def unmount(self) -> None:
@@ -147,6 +160,7 @@ class Mount:
                     member.unlist_open(ino)
             with suppress(Busy):  # what is left, another peer's next tick frees
                 self.reap()
+            self._release_dropped()
             if member.must_collect or self._collector is not None:  # nobody else knows of it
                 self.collect()
             member.leave()
@@ -174,6 +188,7 @@ class Mount:
 
     def look(self, reader: Callable[[View], T]) -> T:
         """Run `reader` on a snapshot, again on newer ones while it is overtaken."""
+        self.store.begin_turn()
         try:
             for _ in range(ATTEMPTS):
                 view = self.view()
@@ -197,6 +212,7 @@ class Mount:
     def change(self, plan: Callable[[Transaction], T], *, removal: bool = False) -> T:
         """Run `plan` in a transaction; a `removal` may use the reserve."""
         member = self._joined()
+        self.store.begin_turn()
         try:
             if not self._hint.take(member.slot):
                 raise Busy("another peer is committing")
@@ -205,7 +221,7 @@ class Mount:
             except NoSpace:
                 if not self._make_room(member):
                     raise
-                return self._transact(member, plan, removal)
+                return self._transact_again(member, plan, removal)
             finally:
                 member.withdraw()
                 self._hint.give()
@@ -223,6 +239,18 @@ class Mount:
         if self._member is None:
             raise FsError(errno.EROFS)
         return self._member
+
+    def _transact_again(
+        self, member: Membership, plan: Callable[[Transaction], T], removal: bool
+    ) -> T:
+        """After some room was made; Unfinished while there is more to be made."""
+        self.store.begin_turn()
+        try:
+            return self._transact(member, plan, removal)
+        except NoSpace:
+            if not self._dropped.pending:
+                raise
+            raise Unfinished("blocks of what was removed are being released") from None
 
     def _transact(self, member: Membership, plan: Callable[[Transaction], T], removal: bool) -> T:
         space = Space(self.store, self._begin(member), self._supply)
@@ -248,7 +276,9 @@ class Mount:
                     if new_word := space.publish(word, new_root):
                         published = True
                         self._view = View(self.store, new_word, new_root, tx.hand_over())
-                        tx.release_dropped()
+                        if space.dropped:
+                            self._dropped.add(space.dropped)
+                            self._release_piece()
                         return result
                 space.forget_plan()
                 if not self._hint.retake(member.slot):
@@ -331,21 +361,45 @@ class Mount:
         except OSError as error:
             raise FsError(errno.EIO, f"the region cannot be accessed any more: {error}") from None
 
+    def standing(self) -> Standing:
+        """What became of the region since it was mounted.  Never raises for what it reads."""
+        found = self.region.standing()
+        if found is not Standing.SOUND:
+            return found
+        try:
+            raw = self.store.memory.read(0, superblock.SUPERBLOCK.size)
+            if raw == self._raw:
+                return Standing.SOUND
+            if raw == b"\xff" * len(raw):
+                return Standing.ONES
+            same = superblock.decode(raw) == self.superblock
+            return Standing.SOUND if same else Standing.REFORMATTED
+        except OSError:
+            return Standing.UNREADABLE
+        except (FormatError, Corrupt):
+            return Standing.OVERWRITTEN
+
     # --- space ----------------------------------------------------------------------------
 
     def _make_room(self, member: Membership) -> bool:
         """An allocation failed: collect garbage if there is any; whether something was found.
 
-        Claims of peers at work come back in a moment, so for a moment it raises Busy.
+        Claims of peers at work come back in a moment, so for a moment it raises Busy.  A collection
+        that takes several turns raises Unfinished after each.
         """
+        if self._dropped.pending:
+            return self._release_piece()
+        if self._collector is not None and self._collect_piece():
+            return True
         if not self._leaking():
             return False
         member.must_collect |= self.table.retire_gone(member.slot)
         now = time.monotonic()
         if member.must_collect or now - self._collected_at > COLLECT_PAUSE:
             member.must_collect = False
-            self._collected_at = self._tight_since = now
-            if self.collect():
+            self._tight_since = now
+            self._collector = Collector(self.store, self.table)
+            if self._collect_piece():
                 return True
         at_work = any(
             self.table.state(slot) >> words.SLOT_SHIFT == words.ACTIVE and slot != member.slot
@@ -357,8 +411,27 @@ class Mount:
 
     def _leaking(self) -> bool:
         """Whether blocks are neither free nor reachable: lost, or claimed at this moment."""
-        missing = self.superblock.geometry.block_count - self.view().root.record.used
-        return self.store.blocks.free_count() < missing
+        used = self.view().root.record.used
+        return self._supply.free(used) < self.superblock.geometry.block_count - used
+
+    def _collect_piece(self) -> bool:
+        """Go on with a collection; whether it gave anything back.  Unfinished until it ends."""
+        collector, self._collector = self._collector, None
+        assert collector is not None
+        if not collector.step(COLLECTED_AT_ONCE):
+            self._collector = collector
+            raise Unfinished("lost blocks are being collected")
+        self._collected_at = time.monotonic()
+        return collector.released > 0
+
+    def _release_piece(self) -> bool:
+        """Release some blocks of what was dropped; whether there were any."""
+        self.store.begin_turn(ENDLESS)  # the steps are counted instead
+        return self._dropped.step()
+
+    def _release_dropped(self) -> None:
+        while self._dropped.pending:
+            self._release_piece()
 
     def collect(self) -> int:
         """Collect at once; returns how many blocks were given back."""
@@ -371,22 +444,39 @@ class Mount:
 
     # --- upkeep ---------------------------------------------------------------------------
 
-    def tick(self) -> None:
-        """Show life and do a bounded piece of housekeeping; about once a second.  Raises Busy."""
+    def tick(self) -> bool:
+        """Show life and do a bounded piece of housekeeping; about once a second.  Raises Busy.
+
+        Returns whether there is more to do, for which `work` is to be called soon.
+        """
         member = self._member
         if member is None:
-            return
+            return False
         self._ticks += 1
         try:
             self._keep_alive(member)
             self._look_for_repair()
-            if self._collector is not None and self._collector.step(COLLECT_SLICE):
-                self._collector = None
-            orphans = self.view().root.record.orphans
         except (*_UPSET, OSError, Corrupt) as error:
             raise self._contained(error) from error
-        if orphans:
-            self.reap()
+        return self.work()
+
+    def work(self) -> bool:
+        """Do a bounded piece of housekeeping; whether there is more to do.  Raises Busy."""
+        if self._member is None:
+            return False
+        try:
+            if self._dropped.pending:
+                self._check_identity()
+                self._release_piece()
+            elif self._collector is not None and self._collector.step(COLLECTED_AT_ONCE):
+                self._collector = None
+                self._collected_at = time.monotonic()
+            orphans = self.view().root.record.orphans
+        except (*_UPSET, OSError, Corrupt) as error:
+            self._collector = None
+            raise self._contained(error) from error
+        freed = self._reap_piece() if orphans else 0
+        return freed > 0 or self._dropped.pending or self._collector is not None
 
     def _look_for_repair(self) -> None:
         """Log that a repair shuts this mount out, and that it is over; raises UnderRepair."""
@@ -427,18 +517,37 @@ class Mount:
     # --- open inodes without links ----------------------------------------------------------
 
     def reap(self) -> None:
-        """Free every orphan that nobody holds open any more."""
+        """Free every orphan that nobody holds open any more, however many there are."""
+        self._reaped = 0
+        while self._reap_piece() or self._reaped:
+            pass
+
+    def _reap_piece(self) -> int:
+        """Look through some orphans, after those of last time, and free some; how many it freed.
+
+        `_reaped` is 0 once all were looked at.
+        """
 
         def read(view: View) -> list[Entry]:
-            return list(directory.entries(view, view.inode(ORPHANS_INO)))
+            return directory.leaf_after(view, view.inode(ORPHANS_INO), self._reaped)
 
-        member = self._joined()
-        for entry in self.look(read):
-            if entry.ino not in self._open and not member.listed_elsewhere(entry.ino):
-                self._free_orphan(entry.ino)
+        member, freed, seen = self._joined(), 0, 0
+        while seen < LOOKED_THROUGH:
+            found = self.look(read)
+            if not found:
+                self._reaped = 0
+                break
+            for entry in found:
+                if freed == FREED_AT_ONCE:
+                    return freed
+                self._reaped = entry.key
+                if entry.ino not in self._open and not member.listed_elsewhere(entry.ino):
+                    freed += self._free_orphan(entry.ino)
+            seen += len(found)
+        return freed
 
-    def _free_orphan(self, ino: int) -> None:
-        self.change(lambda tx: names.free_orphan(tx, ino), removal=True)
+    def _free_orphan(self, ino: int) -> bool:
+        return self.change(lambda tx: names.free_orphan(tx, ino), removal=True)
 
     def _in_use(self, ino: int) -> bool:
         """Whether anybody holds `ino` open; if not, openers from now on will see our intent."""

@@ -9,6 +9,7 @@ from typing import Annotated, Final, NamedTuple
 
 from ivshmemfs.format import words
 from ivshmemfs.format.record import At, Buffer, Layout
+from ivshmemfs.printing import shown
 from ivshmemfs.region._memory import crc32c
 
 SLOT_SIZE: Final = 512
@@ -88,20 +89,15 @@ class Occupant(NamedTuple):
         """The version of the program that it runs, as it says; empty when it does not."""
         if not self.identity_valid:
             return ""
-        return printable(self.record.version.rstrip(b"\0").decode(errors="backslashreplace"))
+        return shown(self.record.version.rstrip(b"\0"))
 
     def describe(self) -> str:
         """One phrase for a message; nothing in it is taken on trust but the slot number."""
         state = words.STATE_NAMES[self.state] if self.state < len(words.STATE_NAMES) else "?"
         if not self.identity_valid:
             return f"slot {self.slot} ({state}, identity unknown)"
-        host = self.record.host.rstrip(b"\0").decode(errors="backslashreplace")
-        return f"slot {self.slot} ({state}, pid {self.record.pid} on {printable(host)})"
-
-
-def printable(text: str) -> str:
-    """`text` with control characters escaped, so that a hostile region cannot drive a terminal."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+        host = shown(self.record.host.rstrip(b"\0"))
+        return f"slot {self.slot} ({state}, pid {self.record.pid} on {host})"
 
 
 def occupant(slot: int, raw: Buffer) -> Occupant:

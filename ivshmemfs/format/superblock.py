@@ -164,9 +164,14 @@ def decode(raw: Buffer, region_size: int | None = None) -> Superblock:
                 "no filesystem on the region, which begins with zeros (mkfs.ivshmemfs makes one "
                 "where there is nothing)"
             )
+        if not bytes(raw[: SUPERBLOCK.size]).strip(b"\xff"):
+            raise ForeignFormat(
+                "the region reads as nothing but ones: its device is switched off or gone, or "
+                "somebody overwrote it; look at it from another machine"
+            )
         raise ForeignFormat(
             "the region carries something else than an ivshmemfs filesystem: is it the right "
-            "file or device?"
+            "file or device? ('ivshmemfs list' shows what there is)"
         )
     if not crc_valid(raw):
         raise Corrupt("the superblock's checksum is wrong: run fsck.ivshmemfs -y on the region")

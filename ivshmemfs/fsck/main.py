@@ -1,31 +1,33 @@
 """fsck.ivshmemfs: the command.
 
-Exit codes as in fsck(8): 0 clean, 1 corrected, 4 errors left, 8 operational error, 16 usage.
+Exit codes as in fsck(8): 0 clean, 1 corrected, 4 errors left, 8 operational error, 16 usage,
+32 interrupted.
 """
 
 from __future__ import annotations
 
-import logging
-import os
 import sys
 from collections.abc import Iterable
+from typing import NoReturn
 
 import click
 
 from ivshmemfs import __version__
-from ivshmemfs.errors import IvshmemfsError, UsageError
+from ivshmemfs import command as shared
 from ivshmemfs.format.superblock import identify
 from ivshmemfs.fsck.checking import check
 from ivshmemfs.fsck.repairing import repair
 from ivshmemfs.fsck.report import Report
+from ivshmemfs.printing import say
 from ivshmemfs.region import open_region
 
-CLEAN, CORRECTED, UNCORRECTED, OPERATIONAL, USAGE = 0, 1, 4, 8, 16
+CLEAN, CORRECTED, UNCORRECTED, OPERATIONAL, USAGE, CANCELLED = 0, 1, 4, 8, 16, 32
+EXITS = shared.Exits(usage=USAGE, system=OPERATIONAL, interrupted=CANCELLED, internal=OPERATIONAL)
 
 
 def _echo(lines: Iterable[str]) -> None:
     for line in lines:
-        click.echo(line)
+        say(line)
 
 
 def _tell(report: Report, spec: str) -> None:
@@ -35,7 +37,7 @@ def _tell(report: Report, spec: str) -> None:
     _echo(report.lines())
     many = "" if report.errors == 1 else "s"
     verdict = "clean" if report.clean else f"{report.errors} contradiction{many}"
-    click.echo(f"{spec}: {verdict}; {report.summary}")
+    say(f"{spec}: {verdict}; {report.summary}")
 
 
 def _run(spec: str, change: bool, force: bool) -> int:
@@ -70,26 +72,11 @@ def command(
     return _run(region, change, force)
 
 
-def main(args: list[str] | None = None, prog_name: str = "fsck.ivshmemfs") -> None:
-    """Entry point; leaves by SystemExit with an exit code of fsck(8)."""
-    try:
-        sys.exit(command.main(args, prog_name=prog_name, standalone_mode=False))
-    except click.ClickException as error:
-        text = " ".join(error.format_message().rstrip(".").split())
-        click.echo(f"{prog_name}: {text} (see '{prog_name} --help')", err=True)
-        sys.exit(USAGE)
-    except click.Abort:
-        sys.exit(OPERATIONAL)
-    except UsageError as error:
-        click.echo(f"{prog_name}: {error}", err=True)
-        sys.exit(USAGE)
-    except (IvshmemfsError, OSError) as error:
-        click.echo(f"{prog_name}: {error}", err=True)
-        sys.exit(OPERATIONAL)
-    except Exception as error:  # 1, which Python ends with, would mean "corrected"
-        if os.environ.get("IVSHMEMFS_DEBUG"):
-            logging.basicConfig()
-            logging.getLogger(__name__).exception("a bug")
-        text = " ".join(f"{type(error).__name__}: {error}".split())
-        click.echo(f"{prog_name}: internal error, please report it: {text}", err=True)
-        sys.exit(OPERATIONAL)
+def main(args: list[str] | None = None, prog_name: str = "fsck.ivshmemfs") -> NoReturn:
+    """Run the command; leaves by SystemExit with an exit code of fsck(8)."""
+
+    def run() -> int:
+        result: int = command.main(args, prog_name=prog_name, standalone_mode=False)
+        return result
+
+    sys.exit(shared.run(prog_name, run, EXITS))

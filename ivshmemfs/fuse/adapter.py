@@ -48,7 +48,7 @@ def request(
 def request_by_number(
     call: Callable[Concatenate[Adapter, P], R],
 ) -> Callable[Concatenate[Adapter, P], Coroutine[Any, Any, R]]:
-    """`request` for a handler that must know by which number the kernel names a directory."""
+    """`request` for a handler that must know by which number the kernel names an inode."""
     return _handler(call, numbers=True)
 
 
@@ -62,14 +62,15 @@ def _handler(
         first = args[0]
         try:
             if first.__class__ is int and first > MAX_INO and not numbers:
-                # A directory that has another number since another machine moved it: see `nodes`.
+                # It has another number since another machine moved it: see `nodes`.
                 args = (self.served.inode_of(first), *args[1:])  # type: ignore[assignment]
             return call(self, *args, **kwargs)
-        except Busy:
-            pass
+        except Busy as error:
+            busy = error
         except Exception as error:
             raise failure(operation, error) from None
-        return await self.served.again(operation, lambda: call(self, *args, **kwargs))
+        again: R = await self.served.again(operation, lambda: call(self, *args, **kwargs), busy)
+        return again
 
     return handle
 
@@ -136,8 +137,8 @@ class Adapter(pyfuse3.Operations):
     # --- names ----------------------------------------------------------------------------
 
     @request_by_number
-    def lookup(self, parent: int, name: bytes, _ctx: RequestContext) -> EntryAttributes:
-        found = self.served.lookup(parent, name)
+    def lookup(self, parent: int, name: bytes, ctx: RequestContext) -> EntryAttributes:
+        found = self.served.lookup(parent, name, ctx.pid)
         if found is None:
             raise FUSEError(errno.ENOENT)
         return self._found(found)
@@ -172,7 +173,7 @@ class Adapter(pyfuse3.Operations):
 
     @request
     def unlink(self, parent: int, name: bytes, ctx: RequestContext) -> None:
-        self._fs.unlink(parent, name, _context(ctx))
+        self.served.unlink(parent, name, _context(ctx))
 
     @request
     def rmdir(self, parent: int, name: bytes, ctx: RequestContext) -> None:
@@ -271,9 +272,11 @@ class Adapter(pyfuse3.Operations):
         reply = self._reply(attr)
         return self._opened(self.served.keep(handle)), reply
 
-    @request
+    @request_by_number
     def open(self, inode: int, flags: int, ctx: RequestContext) -> FileInfo:
-        return self._opened(self.served.keep(self._fs.open(inode, flags, _context(ctx))))
+        ino = self.served.inode_of(inode)
+        self.served.check_open(inode, ctx.pid)
+        return self._opened(self.served.keep(self._fs.open(ino, flags, _context(ctx))))
 
     @request
     def read(self, fh: int, offset: int, size: int) -> Any:

@@ -21,14 +21,13 @@ import errno
 import mmap
 import os
 from collections.abc import Awaitable, Callable
-from contextlib import suppress
 from typing import NamedTuple
 
 import pyfuse3
 import trio
 
 from ivshmemfs.engine import NOW, Attr, Context, Handle
-from ivshmemfs.errors import Busy, FsError
+from ivshmemfs.errors import Busy, FsError, Unfinished
 from ivshmemfs.fuse import wire
 from ivshmemfs.fuse.handshake import Relay
 from ivshmemfs.fuse.served import Served, failure
@@ -40,6 +39,8 @@ _HEADERS = wire.IN_HEADER.size + wire.WRITE_IN.size
 _BODY = wire.IN_HEADER.size
 _BILLION = 10**9
 _BLOCK = 4096  # what stat(2) shows as the best size for reading
+#: Inodes that the kernel forgets at once (when it drops its caches); others follow a turn later.
+FORGOTTEN_AT_ONCE = 512
 #: Packed attributes that are kept for when the same attributes are asked for again.
 PACKED_KEPT = 4000
 
@@ -76,6 +77,18 @@ class Waiting(NamedTuple):
     def call(self) -> Answer | None:
         """Try it."""
         return self.handler(self.node, self.ctx, self.request, len(self.request))
+
+
+def _answered(call: Callable[[], object], answer: Answer) -> Answer:
+    """Make an engine call that may go on for several turns, and answer so in the end."""
+    try:
+        call()
+    except Unfinished as turn:
+        go_on = turn.go_on
+        if go_on is not None:
+            turn.go_on = lambda: _answered(go_on, answer)
+        raise
+    return answer
 
 
 class Direct:
@@ -148,8 +161,8 @@ class Direct:
     def serve(self) -> memoryview | None:
         """Read one request and answer it; returns it when it is not one of those known here.
 
-        Raises OSError: ENODEV when the file system is unmounted; EAGAIN, ENOENT when there is no
-        request to be read after all.
+        Raises OSError: one of `wire.ENDED` when the connection has ended; EAGAIN, ENOENT when there
+        is no request to be read after all.
         """
         size = os.readv(self._device, self._into)
         request = self._request
@@ -160,38 +173,48 @@ class Direct:
         ctx = Context(uid, gid, pid)
         try:
             answer = handler(node, ctx, request, size)
-        except Busy:
-            self._soon(Waiting(handler.__name__[1:], handler, unique, node, ctx, request[:size]))
+        except Busy as busy:
+            waiting = Waiting(handler.__name__[1:], handler, unique, node, ctx, request[:size])
+            self._soon(waiting, busy)
         except Exception as error:
             self._say(unique, failure(handler.__name__[1:], error).errno)
         else:
             self._answer(unique, answer)
         return None
 
-    def _soon(self, waiting: Waiting) -> None:
-        """Try again for a moment; then let a task wait, so that others are served meanwhile."""
-        try:
-            for _ in self._served.moments():
-                with suppress(Busy):
-                    self._answer(waiting.unique, waiting.call())
-                    return
-        except Exception as error:
-            self._say(waiting.unique, failure(waiting.operation, error).errno)
-        else:
-            self._wait(waiting._replace(request=bytes(waiting.request)))
+    def _soon(self, waiting: Waiting, busy: Busy) -> None:
+        """Try again for a moment; then let a task wait, so that others are served meanwhile.
+
+        Whoever has used up its turn waits at once.
+        """
+        moments = iter(()) if isinstance(busy, Unfinished) else self._served.moments()
+        for _ in moments:
+            try:
+                self._answer(waiting.unique, waiting.call())
+                return
+            except Busy as error:
+                busy = error
+                if isinstance(busy, Unfinished):
+                    break
+            except Exception as error:
+                self._say(waiting.unique, failure(waiting.operation, error).errno)
+                return
+        self._wait(waiting._replace(request=bytes(waiting.request)), busy)
 
     def _answer(self, unique: int, answer: Answer | None) -> None:
         if answer is None:
             self._say(unique, errno.ENOENT)
             return
-        header = _out(_OUT_SIZE + len(answer), 0, unique)
         try:
+            header = _out(_OUT_SIZE + len(answer), 0, unique)
             if answer.__class__ is bytes:
                 os.write(self._device, header + answer)
             else:
                 os.writev(self._device, (header, answer))
         except OSError as error:
             self._unwanted(error)
+        except Exception as error:  # nothing may escape, and somebody waits for an answer
+            self._say(unique, failure("answer", error).errno)
 
     def _say(self, unique: int, code: int) -> None:
         try:
@@ -206,8 +229,7 @@ class Direct:
             self._forget(node, wire.FORGET_IN.unpack_from(request, _BODY)[0])
         elif opcode == wire.BATCH_FORGET:
             start = _BODY + wire.BATCH_FORGET_IN.size
-            for one, times in wire.FORGET_ONE.iter_unpack(request[start:size]):
-                self._forget(one, times)
+            self._forget_all(bytes(request[start:size]))
         elif opcode == wire.INTERRUPT:
             scope = self._waiting.get(wire.INTERRUPT_IN.unpack_from(request, _BODY)[0])
             if scope is not None:
@@ -216,18 +238,31 @@ class Direct:
             return False
         return True
 
+    def _forget_all(self, batch: bytes) -> None:
+        """Forget what a batch names; the rest of a large one by and by, for nobody waits for it."""
+        most = FORGOTTEN_AT_ONCE * wire.FORGET_ONE.size
+        for one, times in wire.FORGET_ONE.iter_unpack(batch[:most]):
+            self._forget(one, times)
+        if len(batch) > most:
+
+            async def forget_on() -> None:
+                await trio.lowlevel.checkpoint()
+                self._forget_all(batch[most:])
+
+            self._spawn(forget_on)
+
     def _forget(self, node: int, times: int) -> None:
         self._packed.pop(node, None)
         self._served.forget(node, times)
 
     # --- waiting ----------------------------------------------------------------------------
 
-    def _wait(self, waiting: Waiting) -> None:
+    def _wait(self, waiting: Waiting, busy: Busy) -> None:
         async def answer_later() -> None:
             with trio.CancelScope() as scope:
                 self._waiting[waiting.unique] = scope
                 try:
-                    await self._again(waiting)
+                    await self._again(waiting, busy)
                 finally:
                     del self._waiting[waiting.unique]
             if scope.cancelled_caught:
@@ -235,9 +270,9 @@ class Direct:
 
         self._spawn(answer_later)
 
-    async def _again(self, waiting: Waiting) -> None:
+    async def _again(self, waiting: Waiting, busy: Busy) -> None:
         try:
-            answer = await self._served.again(waiting.operation, waiting.call)
+            answer = await self._served.again(waiting.operation, waiting.call, busy)
         except pyfuse3.FUSEError as error:
             self._say(waiting.unique, error.errno)
         else:
@@ -246,12 +281,14 @@ class Direct:
     # --- parts of answers -------------------------------------------------------------------
 
     def _entry(self, node: int, attr: Attr) -> bytes:
-        """An entry: its number, and its attributes, which show that number too."""
+        """An entry: its number, and its attributes, which show the number of a directory too."""
         known = self._packed.get(attr.ino)
         entry = known[1] if known is not None and known[0] is attr else self._pack(attr)
         if node == attr.ino:
             return entry
         number = wire.INO.pack(node)
+        if attr.mode & 0o170000 != 0o040000:
+            return number + entry[len(number) :]
         return number + entry[len(number) : _ATTR_AT] + number + entry[_ATTR_AT + len(number) :]
 
     def _attr(self, attr: Attr) -> bytes:
@@ -292,7 +329,7 @@ class Direct:
 
     def _lookup(self, node: int, ctx: Context, request: Buffer, end: int) -> Answer | None:
         self._inode(node, ctx)
-        found = self._served.lookup(node, bytes(request[_BODY : end - 1]))
+        found = self._served.lookup(node, bytes(request[_BODY : end - 1]), ctx.pid)
         return None if found is None else self._entry(*found)
 
     def _mkdir(self, node: int, ctx: Context, request: Buffer, end: int) -> Answer:
@@ -303,7 +340,7 @@ class Direct:
         return self._entry(*found)
 
     def _unlink(self, node: int, ctx: Context, request: Buffer, end: int) -> Answer:
-        self._fs.unlink(self._inode(node, ctx), self._name(request, _BODY, end), ctx)
+        self._served.unlink(self._inode(node, ctx), self._name(request, _BODY, end), ctx)
         return _NOTHING
 
     def _rmdir(self, node: int, ctx: Context, request: Buffer, end: int) -> Answer:
@@ -377,7 +414,9 @@ class Direct:
 
     def _open(self, node: int, ctx: Context, request: Buffer, _end: int) -> Answer:
         (flags,) = wire.OPEN_IN.unpack_from(request, _BODY)
-        handle = self._fs.open(self._inode(node, ctx), flags, ctx)
+        ino = self._inode(node, ctx)
+        self._served.check_open(node, ctx.pid)
+        handle = self._fs.open(ino, flags, ctx)
         return self._opened(handle)
 
     def _opened(self, handle: Handle) -> bytes:
@@ -402,8 +441,8 @@ class Direct:
 
     def _fallocate(self, _node: int, _ctx: Context, request: Buffer, _end: int) -> Answer:
         fh, offset, length, mode = wire.FALLOCATE_IN.unpack_from(request, _BODY)
-        self._fs.fallocate(self._served.handles[fh], mode, offset, length)
-        return _NOTHING
+        handle = self._served.handles[fh]
+        return _answered(lambda: self._fs.fallocate(handle, mode, offset, length), _NOTHING)
 
     def _read(self, _node: int, _ctx: Context, request: Buffer, _end: int) -> Answer:
         fh, offset, size = wire.READ_IN.unpack_from(request, _BODY)

@@ -22,13 +22,24 @@ import os
 import random
 import time
 from collections.abc import Awaitable, Callable, Collection, Iterator
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 from pyfuse3 import FUSEError, get_sup_groups
 
 from ivshmemfs.engine import Attr, Context, Filesystem, Handle
-from ivshmemfs.errors import Busy, FsError, IvshmemfsError, StaleHandle, UnderRepair
+from ivshmemfs.errors import (
+    Busy,
+    FsError,
+    IvshmemfsError,
+    StaleHandle,
+    UnderRepair,
+    Unfinished,
+)
+from ivshmemfs.format.inode import MAX_INO
+from ivshmemfs.fuse import wire
 from ivshmemfs.fuse.nodes import Nodes
+from ivshmemfs.fuse.walks import Step, Walks
+from ivshmemfs.region import Standing
 
 log = logging.getLogger(__name__)
 
@@ -51,8 +62,6 @@ _ALARMING = frozenset((errno.EUCLEAN, errno.EIO, errno.EFAULT, errno.ENODEV))
 _S_IFMT, _S_IFDIR = 0o170000, 0o040000
 
 _SHEDDING = {"uid", "gid", "size"}
-
-R = TypeVar("R")
 
 
 class Ownership(NamedTuple):
@@ -80,7 +89,7 @@ def failure(operation: str, error: Exception) -> FUSEError:
         code = error.errno
         if code in _ALARMING or not isinstance(error, FsError):
             log.error("%s: %s", operation, error)
-        if 0 < code < 1000:  # what the kernel takes; 0 would mean success
+        if 0 < code <= wire.MAX_ERRNO:  # 0 would mean success
             return FUSEError(code)
         log.error("%s: an error with the impossible errno %d", operation, code)
         return FUSEError(errno.EIO)
@@ -112,10 +121,14 @@ class Served:
     ) -> None:
         self.fs = fs
         fs.groups_of = _groups_of
+        #: What became of the region, as of the last upkeep; `on_standing` is told of each change.
+        self.standing = Standing.SOUND
+        self.on_standing: Callable[[Standing], None] = lambda _standing: None
         #: Set when the mount is ending: operations that wait fail now.
         self.ending = False
         self.nodes = Nodes()
         self.inode_of = self.nodes.inode_of
+        self.walks = Walks()
         self.handles: dict[int, Handle] = {}
         self._pause = pause
         self._ownership = ownership or Ownership()
@@ -147,19 +160,30 @@ class Served:
             yield
             now = time.monotonic()
 
-    async def again(self, operation: str, call: Callable[[], R]) -> R:
-        """Try *call* again until the engine is no longer busy; raises FUSEError."""
+    async def again(self, operation: str, call: Callable[[], Any], busy: Busy) -> Any:
+        """Try *call*, which ended in *busy*, again until it succeeds; raises FUSEError.
+
+        An operation that has used up its turn goes on as soon as others had theirs, and gets
+        new patience, because it made progress.
+        """
         started = time.monotonic()
         delay = FIRST_DELAY
         while True:
-            await self._pause(delay * random.uniform(0.5, 1.5))
-            delay = min(delay * 1.5, LONGEST_DELAY)
+            if isinstance(busy, Unfinished):
+                call = busy.go_on or call
+                started, delay = time.monotonic(), FIRST_DELAY
+                await self._pause(0)
+            else:
+                await self._pause(delay * random.uniform(0.5, 1.5))
+                delay = min(delay * 1.5, LONGEST_DELAY)
             try:
                 return call()
             except Busy as error:
+                busy = error
                 if self.ending:
                     raise FUSEError(errno.EIO) from None
-                if time.monotonic() - started > PATIENCE:
+                turn = isinstance(busy, Unfinished)
+                if not turn and time.monotonic() - started > PATIENCE:
                     if not isinstance(error, UnderRepair):  # of which the upkeep has told
                         log.error("%s: still busy after %.0f s: %s", operation, PATIENCE, error)
                     raise FUSEError(errno.EIO) from None
@@ -203,26 +227,50 @@ class Served:
 
     # --- names ------------------------------------------------------------------------------
 
-    def _node(self, parent: int, name: bytes, attr: Attr) -> int:
-        """The number of a directory, told as an entry of the one with the number *parent*."""
+    def _node(self, parent: int, name: bytes, attr: Attr, avoided: int = 0) -> int:
+        """The number to tell for an entry of the directory with the number *parent*."""
+        file = attr.mode & _S_IFMT != _S_IFDIR
         if name == b".":  # somebody comes with a file handle (NFS)
-            return self.nodes.named(parent)
+            return self.nodes.named(parent, file=file)
+        if file:
+            return attr.ino if attr.ino != avoided else self.nodes.passing(attr.ino)
         if name == b"..":
             return self.nodes.above(attr.ino)
-        return self.nodes.found(attr.ino, parent, name)
+        return self.nodes.found(attr.ino, parent, name, avoided)
 
-    def lookup(self, parent: int, name: bytes) -> tuple[int, Attr] | None:
+    def lookup(self, parent: int, name: bytes, thread: int) -> tuple[int, Attr] | None:
         """(the number, the attributes) of an entry of the directory with the number *parent*.
 
-        None when there is no such entry.
+        None when there is no such entry.  *thread* is who asks; see `walks`.
         """
         ino = self.inode_of(parent)
         attr = self.fs.numbered(ino) if name == b"." else self.fs.find(ino, name)
         if attr is None:
             return None
-        if attr.mode & _S_IFMT != _S_IFDIR:  # as most
-            return attr.ino, attr
-        return self._node(parent, name, attr), attr
+        source = self.walks.source(thread, parent, name, attr.ino)
+        avoided = 0 if source is None else self._avoided(source, ino, name)
+        node = self._node(parent, name, attr, avoided)
+        self.walks.note(thread, Step(parent, name, attr.ino, node))
+        return node, attr
+
+    def _avoided(self, source: Step, parent: int, name: bytes) -> int:
+        """The number of *source*, unless its name and this one lead to its inode at one moment."""
+        try:
+            names = ((self.inode_of(source.parent), source.name), (parent, name))
+        except StaleHandle:
+            return source.node
+        return 0 if self.fs.bears(source.ino, names) else source.node
+
+    def check_open(self, node: int, thread: int) -> None:
+        """Raise StaleHandle when a file is opened by its passing number: its path is walked again.
+
+        Once only: a path that does not lead elsewhere, as /proc/self/fd, may open it so.
+        """
+        if node > MAX_INO:
+            ino = self.inode_of(node)
+            if self.walks.was_told(thread, ino, node):
+                self.walks.forget(thread, ino)
+                raise StaleHandle("another machine has just renamed this file")
 
     def mkdir(self, parent: int, name: bytes, mode: int, ctx: Context) -> tuple[int, Attr]:
         """The same for a new directory."""
@@ -233,9 +281,15 @@ class Served:
         self, parent: int, name: bytes, new_parent: int, new_name: bytes, flags: int, ctx: Context
     ) -> None:
         """Move an entry."""
+        self.walks.forget(ctx.pid)
         old, new = self.inode_of(parent), self.inode_of(new_parent)
         moved, exchanged = self.fs.rename(old, name, new, new_name, flags, ctx)
         self.nodes.moved((parent, name), (new_parent, new_name), moved, exchanged)
+
+    def unlink(self, parent: int, name: bytes, ctx: Context) -> None:
+        """Remove a name of the directory with the inode *parent*."""
+        self.walks.forget(ctx.pid)
+        self.fs.unlink(parent, name, ctx)
 
     def forget(self, node: int, times: int) -> None:
         """The kernel forgets what it was told *times* times.  Never raises; errors are logged."""
@@ -299,11 +353,36 @@ class Served:
 
     # --- upkeep -----------------------------------------------------------------------------
 
-    def upkeep(self) -> None:
-        """What must be done about once a second.  Never raises; errors are logged."""
+    def upkeep(self) -> bool:
+        """What must be done about once a second.  Never raises; errors are logged.
+
+        Returns whether there is more to do, for which `work` is to be called soon.
+        """
+        self._kept(self._watch_region)
+        return self._kept(lambda: self.fs.tick())
+
+    def work(self) -> bool:
+        """Another piece of that; whether there is still more.  Never raises; errors are logged."""
+        return self._kept(lambda: self.fs.work())
+
+    def _kept(self, call: Callable[[], bool]) -> bool:
         try:
-            self.fs.tick()
+            return call()
         except Busy:
             pass  # next time
         except Exception as error:
-            failure("upkeep", error)
+            if self.standing is Standing.SOUND:  # else it has been said why
+                failure("upkeep", error)
+        return False
+
+    def _watch_region(self) -> bool:
+        """Log once what became of the region, and once when that is over; always False."""
+        before, self.standing = self.standing, self.fs.standing()
+        if self.standing is before:
+            return False
+        if self.standing is Standing.SOUND:
+            log.warning("the region is as it was mounted again; it was %s", before.value)
+        else:
+            log.error("%s", self.standing.explained)
+        self.on_standing(self.standing)
+        return False

@@ -6,7 +6,14 @@ byte order.  Only what `handshake` and `direct` need is declared; libfuse speaks
 
 from __future__ import annotations
 
+import errno
 import struct
+
+#: Errors of the FUSE descriptor that mean that the connection has ended: unmounted (ENODEV), or
+#: aborted, as /sys/fs/fuse/connections and an unmount under load do it.
+ENDED = frozenset((errno.ENODEV, errno.ECONNABORTED, errno.ENOTCONN))
+#: The kernel takes no larger errno in an answer; the request would never be answered.
+MAX_ERRNO = 511
 
 # --- operations -------------------------------------------------------------------------------
 

@@ -39,9 +39,11 @@ def open_file(path: Path, *, readonly: bool = False) -> Region:
         raise RegionSize(
             f"{shown(path)}: is an empty file, and a region has 1 MiB or more; is it the right one?"
         )
-    memory = map_descriptor(descriptor, size, 0, path=path, readonly=readonly, access=NORMAL)
+    memory, anchor = map_descriptor(
+        descriptor, size, 0, path=path, readonly=readonly, access=NORMAL
+    )
     whole = path.absolute()
-    return Region(memory=memory, spec=str(whole), path=whole, kind="file")
+    return Region(memory=memory, spec=str(whole), path=whole, kind="file", anchor=anchor)
 
 
 def create_file(path: str | os.PathLike[str], size: int, *, exist_ok: bool = False) -> None:

@@ -29,6 +29,7 @@ from ivshmemfs.errors import InUse
 from ivshmemfs.format import peer, repair, words
 from ivshmemfs.format.geometry import COMMIT_OFFSET, REPAIR_OFFSET, Geometry
 from ivshmemfs.format.peer import Occupant
+from ivshmemfs.printing import shown
 from ivshmemfs.region import Memory
 from ivshmemfs.shm import identity
 from ivshmemfs.shm.control import Control
@@ -69,7 +70,7 @@ def _named(raw: bytes) -> str:
     if not peer.identity_valid(raw):
         return ""
     record = peer.SLOT.unpack(raw)
-    host = peer.printable(record.host.rstrip(b"\0").decode(errors="backslashreplace"))
+    host = shown(record.host.rstrip(b"\0"))
     try:
         since = time.strftime(" since %H:%M:%S", time.localtime(record.joined_ns // 10**9))
     except (OverflowError, ValueError, OSError):

@@ -52,6 +52,7 @@ def test_a_label_that_is_too_long_is_refused() -> None:
     [
         (bytes(4096), NotFormatted, "which begins with zeros"),
         (b"", NotFormatted, "too small"),
+        (b"\xff" * 4096, ForeignFormat, "nothing but ones"),
         (b"\x53\xef" * 400, ForeignFormat, "is it the right file or device"),
         (changed(major=2), UnsupportedVersion, r"format 2\.0 and this program knows 1\.0"),
         (changed(major=0), UnsupportedVersion, "matching version"),

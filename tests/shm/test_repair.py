@@ -194,7 +194,7 @@ def test_a_collection_starts_anew_when_a_repair_came_between(
     pointers, _ = fs.store.blocks.claim(3, tag, 0)
     member.end()
     collector = Collector(fs.store, fs.table)
-    collector.step(0.0)
+    collector.step(1)
     turn, memory = turn_on(made, fs)
     turn.take(force=False)
     with pytest.raises(UnderRepair):
