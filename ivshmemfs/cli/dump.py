@@ -12,8 +12,8 @@ import click
 from ivshmemfs.cli.naming import region_of
 from ivshmemfs.cli.output import table
 from ivshmemfs.errors import IvshmemfsError, UsageError
-from ivshmemfs.format import inode, node, peer, superblock, words
-from ivshmemfs.format.geometry import COMMIT_OFFSET, HINT_OFFSET, Geometry
+from ivshmemfs.format import inode, node, peer, repair, superblock, words
+from ivshmemfs.format.geometry import COMMIT_OFFSET, HINT_OFFSET, REPAIR_OFFSET, Geometry
 from ivshmemfs.format.record import Layout
 from ivshmemfs.printing import say, shown
 from ivshmemfs.region import Region, open_region
@@ -25,12 +25,13 @@ WHAT is one of:
   superblock   (the default)
   copy         the superblock's copy
   words        commit word and hint word
+  repair       the repair slot
   peers        the slots that are in use
   tags         who has claimed how many blocks
   root         the root block
   inode:N      inode number N
   block:N      block number N
-  all          superblock, words, peers, tags, root
+  all          superblock, words, repair, peers, tags, root
 """
 
 
@@ -76,11 +77,19 @@ def _copy(region: Region) -> Iterator[str]:
 def _words(region: Region) -> Iterator[str]:
     commit = region.memory.load(COMMIT_OFFSET)
     sequence, block = words.split_commit(commit)
-    meaning = f"sequence {sequence}, root block {block}"
+    under = words.under_repair(commit)
+    meaning = f"sequence {sequence}, " + ("under repair" if under else f"root block {block}")
     yield f"commit word at {COMMIT_OFFSET}: {commit:#018x} = {meaning}"
     hint = region.memory.load(HINT_OFFSET)
     holder = f"slot {hint >> words.SLOT_SHIFT}" if hint else "nobody"
     yield f"hint word at {HINT_OFFSET}: {hint:#018x} = {holder} is committing"
+
+
+def _repair(region: Region) -> Iterator[str]:
+    raw = region.memory.read(REPAIR_OFFSET, peer.SLOT_SIZE)
+    record = repair.REPAIR.unpack(raw)
+    yield f"repair slot at {REPAIR_OFFSET}: {_state(record.state)}"
+    yield from _record(repair.REPAIR, record)
 
 
 def _peers(region: Region) -> Iterator[str]:
@@ -108,7 +117,10 @@ def _tags(region: Region) -> Iterator[str]:
 
 
 def _root(region: Region) -> Iterator[str]:
-    _sequence, block = words.split_commit(region.memory.load(COMMIT_OFFSET))
+    commit = region.memory.load(COMMIT_OFFSET)
+    if words.under_repair(commit):
+        commit = region.memory.load(REPAIR_OFFSET + repair.FORMER_OFFSET)
+    _sequence, block = words.split_commit(commit)
     yield from _block(region, block)
 
 
@@ -144,7 +156,7 @@ def _block(region: Region, block: int) -> Iterator[str]:
 
 
 def _all(region: Region) -> Iterator[str]:
-    for part in (_superblock, _words, _peers, _tags, _root):
+    for part in (_superblock, _words, _repair, _peers, _tags, _root):
         yield from part(region)
 
 
@@ -152,6 +164,7 @@ _SIMPLE: dict[str, Callable[[Region], Iterator[str]]] = {
     "superblock": _superblock,
     "copy": _copy,
     "words": _words,
+    "repair": _repair,
     "peers": _peers,
     "tags": _tags,
     "root": _root,
@@ -186,7 +199,7 @@ def _value(name: str, value: object) -> str:
         return str(value)
     if name == "mode":
         return f"{value:#o}"
-    if name in ("state", "tag", "crc", "fsid") or name.endswith("signature"):
+    if name in ("state", "former", "tag", "crc", "fsid") or name.endswith("signature"):
         return f"{value:#x}"
     return str(value)
 

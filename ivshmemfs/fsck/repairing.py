@@ -61,14 +61,15 @@ def repair(region: Region | Memory, *, force: bool = False) -> Report:
                 before.before = before
                 return before
     turn.take(force=force)
+    work = _Repair(memory, found, turn, watch)
     try:
-        work = _Repair(memory, found, turn, watch)
         if not force:
             _refuse_live(watch)  # who has joined before the mark was there
         report = work.run(before)
         turn.publish(work.root_block)
     except (IvshmemfsError, OSError, KeyboardInterrupt):
-        turn.give_up()
+        if not work.spoils:  # else the former root is not fit to be given back
+            turn.give_up()
         raise
     work.release()
     after = _look(memory)
@@ -106,6 +107,7 @@ class _Repair:
         self._watch = watch
         self._builder: Builder | None = None  # of the last round
         self._commit = turn.former
+        self.spoils = False  # whether blocks of the former root are being written over
         self.log = Log()
 
     @property
@@ -115,6 +117,8 @@ class _Repair:
 
     def run(self, before: Report | None) -> Report:
         """Build a root without contradictions; the report is of the check of it."""
+        if self._turn.inherited:
+            self.log.add("a repair that did not come to its end is done with")
         self._wait_for_transactions()
         report = check_image(self._image(), self._found)
         before = before or report
@@ -153,6 +157,7 @@ class _Repair:
             log = Log()
             try:
                 builder, commit = self._build(log)
+                self.spoils |= builder.crowded
                 builder.store()
             except Overtaken:
                 self._turn.beat()

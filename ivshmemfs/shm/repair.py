@@ -48,7 +48,11 @@ def repairing(page: bytes) -> bool:
 
 
 def abandoned(memory: Memory) -> bool:
-    """Whether the mark is there and no repair is: nothing but damage leads to that."""
+    """Whether there is no repair, while a mark says so: nothing but damage leads to that.
+
+    A repair has slot 0 before it marks and until the mark is gone, so whoever finds the same mark
+    again afterwards knows.
+    """
     state, _, _ = words.split_state(memory.load(REPAIR_OFFSET))
     return not words.FREE < state <= words.DEAD
 
@@ -87,6 +91,7 @@ class Turn:
         self.former = 0  # the commit word before the repair
         self.marked = 0  # the commit word that bears our mark
         self.tag = 0  # of our claims
+        self.inherited = False  # whether the mark of another was there already
 
     @property
     def marks(self) -> bool:
@@ -146,7 +151,8 @@ class Turn:
         """Swap the mark in, and note what stood there before: that first."""
         for _ in range(MARK_ATTEMPTS):
             word = self._control.load()
-            if words.under_repair(word):
+            self.inherited = words.under_repair(word)
+            if self.inherited:
                 self.former = self._memory.load(REPAIR_OFFSET + repair.FORMER_OFFSET)
             else:
                 self.former = word

@@ -24,7 +24,7 @@ from ivshmemfs.format import words
 from ivshmemfs.format.superblock import Superblock
 from ivshmemfs.region import Blocks, Memory
 from ivshmemfs.shm.control import Control
-from ivshmemfs.shm.repair import describe
+from ivshmemfs.shm.repair import abandoned, describe
 
 CACHE_BYTES = 18 << 20  # so that a mount stays below 64 MiB
 PARSED_BYTES = 1600  # of the objects that a node is made into, about
@@ -200,6 +200,11 @@ class Store(Nodes):
             raise StaleHandle("the region is being formatted")
         block = word & words.BLOCK_MASK
         if block == words.UNDER_REPAIR:
+            if abandoned(self.memory) and self.control.load() == word:
+                raise Corrupt(
+                    "the commit word says that a repair is under way, and none is: run "
+                    "fsck.ivshmemfs -y on the region"
+                )
             raise UnderRepair(describe(self.memory))
         if block >= self.geometry.block_count:
             raise Corrupt(f"the commit word {word:#x} leads past the end of the region")

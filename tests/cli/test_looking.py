@@ -105,6 +105,7 @@ def test_dump_of_the_parts(formatted: TestRegion) -> None:
     attr = put(fs, 1, b"f", b"some content")
     assert "sequence" in shows("dump", formatted.path, "words")
     assert "heartbeat" in shows("dump", formatted.path, "peers")
+    assert "former" in shows("dump", formatted.path, "repair")
     assert "claimed" in shows("dump", formatted.path, "tags")
     assert "next_ino" in shows("dump", formatted.path, "root")
     assert "mtime_ns" in shows("dump", formatted.path, f"inode:{attr.ino}")

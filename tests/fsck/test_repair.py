@@ -9,10 +9,11 @@ import pytest
 
 from ivshmemfs import fsck
 from ivshmemfs.engine import Filesystem
-from ivshmemfs.errors import NoSpace
+from ivshmemfs.errors import NoSpace, UnderRepair
 from ivshmemfs.format import inode, node, words
 from ivshmemfs.format.dirent import name_key
 from ivshmemfs.format.geometry import COMMIT_OFFSET, PEERS_OFFSET
+from ivshmemfs.fsck.rebuild import Builder
 from ivshmemfs.region import Region, open_region
 from ivshmemfs.shm import watch
 from tests.checks import detailed_tree
@@ -270,6 +271,30 @@ def test_what_does_not_fit_changes_nothing(made: TestRegion) -> None:
         assert words.split_commit(region.memory.load(COMMIT_OFFSET)) == (
             words.split_commit(word)[0] + 2, words.split_commit(word)[1]
         )  # fmt: skip
+
+
+def test_a_full_region_stays_shut_when_its_repair_is_interrupted(
+    made: TestRegion, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The former root is not given back once its blocks are written over."""
+    fill_up(made)
+    with open_region(str(made.path)) as region:
+        knife = Knife(region.memory)
+        knife.edit_inode(Names.small, nlink=5)
+        knife.edit_payload(Names.crowd, 0, b"\x01")
+
+    def interrupted(_: Builder) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, open_region(str(made.path)) as region:
+        patch.setattr(Builder, "_free_slots", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            fsck.repair(region)
+    with pytest.raises(UnderRepair):
+        made.mount()
+    with open_region(str(made.path)) as region:
+        assert fsck.repair(region, force=True).clean
+    assert names_in(made.mount(), Names.crowd) == set(LONG_NAMES)
 
 
 def repair_that_dies(region: Region, after: int) -> bool:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 from ivshmemfs.engine import Filesystem
-from ivshmemfs.errors import InUse, UnderRepair
+from ivshmemfs.errors import Corrupt, InUse, UnderRepair
 from ivshmemfs.format import words
 from ivshmemfs.format.geometry import COMMIT_OFFSET, REPAIR_OFFSET
 from ivshmemfs.format.repair import FORMER_OFFSET
@@ -61,6 +61,14 @@ def test_everybody_else_is_shut_out_until_it_is_over(made: TestRegion, fs: Files
     fs.mkdir(1, b"d", 0o755, ROOT)
     fs.unmount()
     assert_clean(made)
+
+
+def test_a_mark_without_a_repair_is_damage(made: TestRegion, fs: Filesystem) -> None:
+    memory = made.region().memory
+    memory.store(COMMIT_OFFSET, fs.store.control.load() | words.UNDER_REPAIR)
+    for attempt in (lambda: fs.lookup(1, b"x"), made.mount):
+        with pytest.raises(Corrupt, match=r"run fsck\.ivshmemfs -y"):
+            attempt()
 
 
 def test_a_mount_says_once_that_it_is_shut_out(
