@@ -159,22 +159,27 @@ class PeerTable:
         That takes somebody who looks again and again (`watch.look`): silence counts from the
         first look.
         """
-        found, here = False, identity.surroundings()
-        for other in self.peers():
-            if other.slot == own:
-                continue
-            over = other.state == DEAD or self._is_left(other)
-            if over or self.watch.absent(other, here):
+        found, silent = False, []
+        for slot in range(1, self.count + 1):
+            word = self.state(slot)
+            state = word >> words.SLOT_SHIFT
+            if state == DEAD:
+                found |= self.retire(slot, word)
+            elif state != FREE and slot != own and self.watch.silent(slot, word):
+                silent.append(self.peer(slot))  # which may have moved on meanwhile
+        here = identity.surroundings() if silent else None
+        for other in silent:
+            if self._is_left(other) or self.watch.absent(other, here):
                 found |= self.retire(other.slot, other.word)
         return found
 
     def _is_left(self, other: Occupant) -> bool:
-        """Whether nobody needs a slot that is silent: no claim is under way in it, and its owner
-        never settled in, or left it to a second owner of its identity.
+        """Whether nobody needs a slot: it is silent without a claim under way, and its owner never
+        settled in, or left it to a second owner of its identity.
         """
-        unborn = other.state == JOINING
         doubled = other.state == IDLE and other.record.nonce == peer.DOUBLED
-        return (unborn or doubled) and self.watch.silent(other.slot, other.word)
+        left = other.state == JOINING or doubled
+        return left and self.watch.silent(other.slot, other.word)
 
     def lists(self, index: int, own: int) -> bool:
         """Whether any slot but `own` lists filter index `index` as open."""
