@@ -160,22 +160,27 @@ class PeerTable:
         That takes somebody who looks again and again (`watch.look`): silence counts from the
         first look.
         """
-        found, here = False, identity.surroundings()
-        for other in self.peers():
-            if other.slot == own:
-                continue
-            over = other.state == DEAD or self._is_left(other)
-            if over or self.watch.absent(other, here):
+        found, silent = False, []
+        for slot in range(1, self.count + 1):
+            word = self.state(slot)
+            state = word >> words.SLOT_SHIFT
+            if state == DEAD:
+                found |= self.retire(slot, word)
+            elif state != FREE and slot != own and self.watch.silent(slot, word):
+                silent.append(self.peer(slot))  # which may have moved on meanwhile
+        here = identity.surroundings() if silent else None
+        for other in silent:
+            if self._is_left(other) or self.watch.absent(other, here):
                 found |= self.retire(other.slot, other.word)
         return found
 
     def _is_left(self, other: Occupant) -> bool:
-        """Whether nobody needs a slot that is silent: no claim is under way in it, and its owner
-        never settled in, or left it to a second owner of its identity.
+        """Whether nobody needs a slot: it is silent without a claim under way, and its owner never
+        settled in, or left it to a second owner of its identity.
         """
-        unborn = other.state == JOINING
         doubled = other.state == IDLE and other.record.nonce == peer.DOUBLED
-        return (unborn or doubled) and self.watch.silent(other.slot, other.word)
+        left = other.state == JOINING or doubled
+        return left and self.watch.silent(other.slot, other.word)
 
     def lists(self, index: int, own: int) -> bool:
         """Whether any slot but `own` lists filter index `index` as open."""
@@ -310,13 +315,15 @@ class Membership:
         self.slot, self.incarnation, self.counter = slot, incarnation, 0
         self._at = self.table.offset(slot)
         self._word = joining
+        self._nonce = self.table.memory.load(self._at + peer.NONCE_OFFSET)
         return True
 
     def _settle_in(self) -> None:
         self._identify(identity.current(self.incarnation))
         self._store(peer.IDENTITY_OFFSET, self._own)
-        self._nonce = _fresh_nonce()
-        self._store(peer.NONCE_OFFSET, self._nonce.to_bytes(words.WORD, "little"))
+        nonce = _fresh_nonce()
+        self._store(peer.NONCE_OFFSET, nonce.to_bytes(words.WORD, "little"))
+        self._nonce = nonce
         self._store(peer.INTENT_OFFSET, bytes(words.WORD))
         self._intent = 0
         self._beat = self.table.memory.load(self.table.offset(self.slot, peer.HEARTBEAT_OFFSET))
@@ -356,8 +363,9 @@ class Membership:
     def leave(self) -> None:
         """Give the slot back; harmless when it was taken from us already."""
         if self.slot:
-            free = words.make_state(FREE, self.incarnation, self.counter)
-            self.table.swap(self.slot, self._word, free)
+            with suppress(Fenced):
+                self._sign()  # whoever has the same identity learns that we were here
+                self._move(FREE, self.counter)
             self.slot = 0
 
     # --- transactions ---
@@ -373,6 +381,9 @@ class Membership:
         if self.counter >= words.COUNTER_MASK - 1:
             self._renew()
         self._move(ACTIVE, self.counter + 1)
+        if self.table.memory.load(self._at + peer.NONCE_OFFSET) != self._nonce:
+            self._move(IDLE, self.counter)
+            raise self._lost("another peer took this mount's slot while it was silent")
         return words.make_tag(self.slot, self.incarnation, self.counter)
 
     def _renew(self) -> None:
@@ -417,14 +428,11 @@ class Membership:
 
     def beat(self) -> None:
         """Show life.  Raises Fenced when the slot is no longer ours."""
-        at = self.table.offset(self.slot)
-        if self.table.state(self.slot) != self._word:
+        self._sign()
+        if not self.stands:
             raise self._lost("another peer declared this mount gone while it was silent")
-        nonce = _fresh_nonce()
-        if self.table.memory.cas(at + peer.NONCE_OFFSET, self._nonce, nonce) != self._nonce:
-            raise self._lost("another peer took this mount's slot while it was silent")
-        self._nonce = nonce
-        seen = self.table.memory.cas(at + peer.HEARTBEAT_OFFSET, self._beat, self._beat + 1)
+        at = self.table.offset(self.slot, peer.HEARTBEAT_OFFSET)
+        seen = self.table.memory.cas(at, self._beat, self._beat + 1)
         self._beat = seen + 1 if seen == self._beat else seen
         self._store(peer.IDENTITY_OFFSET, self._own)
 
@@ -437,11 +445,22 @@ class Membership:
         self._part()
         return Fenced("another process goes by the identity of this mount")
 
+    def _sign(self) -> None:
+        """Store another nonce.  Raises Fenced if it is not ours that stands there.
+
+        A beat signs first and looks at the state word then, a transaction begins and looks at the
+        nonce then: of two owners that do so at once, one sees the other.
+        """
+        at, nonce = self._at + peer.NONCE_OFFSET, _fresh_nonce()
+        if self.table.memory.cas(at, self._nonce, nonce) != self._nonce:
+            raise self._lost("another peer declared this mount gone while it was silent")
+        self._nonce = nonce
+
     def _has_twin(self) -> bool:
         """Whether somebody changes the own slot as only its owner may.
 
         Others end an incarnation as it stands; none of them begins a transaction in it, counts on,
-        or stores another nonce.
+        or stores another nonce before it has taken the slot.
         """
         word = self.table.state(self.slot)
         state, incarnation, counter = words.split_state(word)
@@ -449,20 +468,22 @@ class Membership:
             return False
         if word == self._word or state in (IDLE, ACTIVE) or counter != self.counter:
             return True
-        at = self.table.offset(self.slot, peer.NONCE_OFFSET)
-        return self.table.memory.load(at) == peer.DOUBLED
+        nonce = self.table.memory.load(self._at + peer.NONCE_OFFSET)
+        return nonce != self._nonce and self.table.state(self.slot) == word
 
     def _part(self) -> None:
         """Leave the slot to the other one, and let nothing that we share with it prove our end.
 
         It finds the mark at its next beat and does the same.
         """
-        memory, at = self.table.memory, self.table.offset(self.slot, peer.NONCE_OFFSET)
+        memory, at = self.table.memory, self._at + peer.NONCE_OFFSET
         self.doubled, self._proofs = True, 0
-        seen = memory.load(at)
-        if words.split_state(self.table.state(self.slot))[1] == self.incarnation:
-            memory.cas(at, seen, peer.DOUBLED)  # a newcomer stores its own over it
         self._word = _NEVER
+        while (seen := memory.load(at)) != peer.DOUBLED:  # the other may show life meanwhile
+            if words.split_state(self.table.state(self.slot))[1] != self.incarnation:
+                return
+            if memory.cas(at, seen, peer.DOUBLED) == seen:  # a newcomer stores its own over it
+                return
 
     # --- open inodes ---
 

@@ -154,7 +154,10 @@ class Watch:
 
     def absent(self, other: Occupant, here: Here | None = None) -> bool:
         """Whether the owner of a slot is surely gone: the one rule by which this is decided."""
-        return self.silent(other.slot, other.word) and self.vanished(other, here)
+        if not self.silent(other.slot, other.word) or not self.vanished(other, here):
+            return False
+        self.see(other.slot)  # before its end it may have said that somebody else goes by its name
+        return self.silent(other.slot, other.word)
 
     def vanished(self, other: Occupant, here: Here | None = None) -> bool:
         """Whether its process is gone, so that silence is all that is missing for `absent`."""
@@ -175,7 +178,7 @@ class Watch:
             found = [self.occupant(slot) for slot in range(1, self._count + 1)]
             used = [other for other in found if other.state != words.FREE]
             gone = [other for other in used if self.vanished(other, here)]
-            absent = [other.slot for other in gone if self.silent(other.slot, other.word)]
+            absent = [other.slot for other in gone if self.absent(other, here)]
             if len(absent) == len(gone) or all(
                 self.beats(other.slot) for other in gone if other.slot not in absent
             ):

@@ -172,6 +172,63 @@ def test_one_begins_and_the_other_shows_life(one: Member, clone: Clone) -> None:
     own.end()
 
 
+def test_one_shows_life_and_the_other_begins(one: Member, watcher: Member, clone: Clone) -> None:
+    """It has claimed nothing yet, so its slot is settled."""
+    twin, own = clone(one), one.membership
+    own.beat()
+    assert twin("begin") == "Fenced"
+    assert twin("doubled") == "True"
+    assert watcher.table.state(2) >> words.SLOT_SHIFT == words.IDLE
+    assert watcher.table.peer(2).record.nonce == peer.DOUBLED
+
+
+@pytest.mark.parametrize("action", ["beat", "begin", "list"])
+def test_one_leaves(action: str, one: Member, watcher: Member, clone: Clone) -> None:
+    """The other would be judged by its process, which is over."""
+    twin, own = clone(one), one.membership
+    own.leave()
+    assert watcher.table.state(2) >> words.SLOT_SHIFT == words.FREE
+    assert twin(action) == "Fenced"
+    assert twin("doubled") == "True"
+    assert twin("rejoin") == "None"
+    assert_unprovable(watcher, 2)
+
+
+def test_one_leaves_while_the_other_is_at_work(
+    one: Member, watcher: Member, clone: Clone, fates: Fates, pid: int
+) -> None:
+    twin, own = clone(one), one.membership
+    assert twin("begin") != "Fenced"
+    own.leave()
+    fates.dead.add(pid)
+    silence(watcher, fates)
+    assert not watcher.table.retire_gone()
+    assert twin("end") == "None"
+
+
+def test_the_mark_is_looked_for_after_the_process(
+    one: Member,
+    watcher: Member,
+    clone: Clone,
+    fates: Fates,
+    pid: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """One marks the slot and ends, while somebody is about to judge it."""
+    twin, own = clone(one), one.membership
+    assert twin("begin") != "Fenced"
+    silence(watcher, fates)
+    seen = watcher.table.peer(2)
+
+    def exists(_: int) -> bool:
+        with pytest.raises(Fenced):
+            own.beat()
+        return False
+
+    monkeypatch.setattr(identity, "process_exists", exists)
+    assert not watcher.table.watch.absent(seen)
+
+
 def test_cloned_within_a_transaction(one: Member, clone: Clone) -> None:
     """Whoever ends it first has it; the other notices before it plans or releases anything."""
     own = one.membership
