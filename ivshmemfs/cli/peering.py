@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, TypeVar
 
-from ivshmemfs.errors import Busy
+from ivshmemfs.errors import Busy, Unfinished
 
 if TYPE_CHECKING:
     from ivshmemfs.engine import Filesystem
@@ -32,11 +32,16 @@ def peer(region: Region, *, readonly: bool) -> Iterator[Filesystem]:
 
 
 def patiently(call: Callable[[], T], seconds: float = 30.0) -> T:
-    """Call again while the region is busy; raises Busy when that does not end."""
+    """Call again while the region is busy; raises Busy when that does not end.
+
+    What takes several turns may take as long as it needs, because it makes progress.
+    """
     end = time.monotonic() + seconds
     while True:
         try:
             return call()
+        except Unfinished:
+            end = time.monotonic() + seconds
         except Busy:
             if time.monotonic() > end:
                 raise
