@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, TypeVar
 
 from ivshmemfs import __version__
-from ivshmemfs.errors import Busy, RegionError, UnderRepair
+from ivshmemfs.errors import Busy, RegionError, UnderRepair, Unfinished
 
 if TYPE_CHECKING:
     from ivshmemfs.engine import Filesystem
@@ -71,12 +71,15 @@ def _numbers(version: str) -> list[int]:
 def patiently(call: Callable[[], T], seconds: float | None = None) -> T:
     """Call again while the region is busy; raises Busy when that does not end.
 
-    `seconds` is PATIENCE by default.
+    `seconds` is PATIENCE by default.  What takes several turns may take as long as it needs,
+    because it makes progress.
     """
     end = time.monotonic() + (PATIENCE if seconds is None else seconds)
     while True:
         try:
             return call()
+        except Unfinished:
+            end = time.monotonic() + seconds
         except Busy:
             if time.monotonic() > end:
                 raise
