@@ -79,6 +79,8 @@ class Filesystem(Mount):
         super().__init__(region, readonly=readonly)
         #: The further groups of a process, by its number; set by whoever can find out.
         self.groups_of: Callable[[int], Collection[int]] = _no_groups
+        #: Whether what a caller writes keeps set-ID bits; the same.
+        self.keeps_set_id: Callable[[Context], bool] = _is_root
         # As they were last, and their ctime since then; in the order of removal.
         self._ghosts: OrderedDict[int, tuple[Inode, int]] = OrderedDict()
         self._folders: dict[int, Inode] = {}  # all but files, as they were last looked up
@@ -334,12 +336,20 @@ class Filesystem(Mount):
         else:
             inode = data.truncate(tx, inode, size)
         outsider = self._outsider(inode, ctx)
-        return _without_privileges(tx, inode, unprivileged=bool(ctx.uid), outsider=outsider)
+        return _without_privileges(
+            tx, inode, unprivileged=self._sheds(inode, ctx), outsider=outsider
+        )
+
+    def _sheds(self, inode: Inode, ctx: Context) -> bool:
+        """Whether `inode` has set-ID bits, which go when `ctx` changes its contents."""
+        return bool(inode.record.mode & names.PRIVILEGES) and not self.keeps_set_id(ctx)
 
     def _outsider(self, inode: Inode, ctx: Context | None) -> bool:
         """Whether a set-group-ID of a file that is no program goes, too, when `ctx` changes it."""
         record = inode.record
-        if ctx is None or not ctx.uid or record.mode & names.SET_GROUP_ID != stat.S_ISGID:
+        if ctx is None or record.mode & names.SET_GROUP_ID != stat.S_ISGID:
+            return False
+        if self.keeps_set_id(ctx):
             return False
         return record.gid != ctx.gid and record.gid not in self.groups_of(ctx.pid)
 
@@ -566,7 +576,7 @@ class Filesystem(Mount):
         if ctx is None:
             sheds, outsider = handle.unprivileged, handle.outsider
         else:
-            sheds, outsider = ctx.uid != 0, self._outsider(inode, ctx)
+            sheds, outsider = self._sheds(inode, ctx), self._outsider(inode, ctx)
         return _without_privileges(tx, inode, unprivileged=sheds, outsider=outsider)
 
     def _half(self, offset: int, content: data.Buffer) -> int:
@@ -769,6 +779,10 @@ def _entries_after(view: View, ino: int, key: int) -> list[Entry]:
     """As `directory.leaf_after`; nothing is left of a directory that is gone."""
     folder = view.find_inode(ino)
     return [] if folder is None else directory.leaf_after(view, folder, key)
+
+
+def _is_root(ctx: Context) -> bool:
+    return not ctx.uid
 
 
 def _no_groups(_pid: int) -> Collection[int]:
