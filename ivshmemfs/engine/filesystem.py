@@ -226,14 +226,17 @@ class Filesystem(Mount):
     def bears(self, ino: int, places: Collection[tuple[int, bytes]]) -> bool:
         """Whether all these names, of inodes of directories, lead to inode `ino` at one moment."""
 
-        def leads(view: View, parent: int, name: bytes) -> bool:
-            folder = view.find_inode(parent)
-            if folder is None or not folder.is_dir:
-                return False
-            entry = directory.find(view, folder, name)
-            return entry is not None and entry.ino == ino
+        def read(view: View) -> bool:
+            for parent, name in places:
+                folder = view.find_inode(parent)
+                if folder is None or not folder.is_dir:
+                    return False
+                entry = directory.find(view, folder, name)
+                if entry is None or entry.ino != ino:
+                    return False
+            return True
 
-        return self.look(lambda view: all(leads(view, *place) for place in places))
+        return self.look(read)
 
     def numbered(self, ino: int) -> Attr:
         """The attributes of an inode that nobody has looked up before; raises ESTALE."""

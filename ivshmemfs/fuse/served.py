@@ -3,9 +3,9 @@
 Requests come through pyfuse3 (`adapter`) or straight from the kernel (`direct`).  Both are mere
 translations; what lies between the kernel's idea of a file system and the engine's stands here:
 
-- the kernel's numbers of directories (`nodes`),
-- the table of open handles: opened -> (`let_go`) -> closed, or *unreleased* while the engine is
-  busy, until the upkeep has released it,
+- the kernel's numbers of inodes (`nodes`),
+- what each thread was told last (`walks`), and what callers may do (`rights`),
+- the table of open handles: opened -> closed, which is tried again while the engine is busy,
 - how owners and permissions are presented,
 - what errors mean to a caller, and how long a busy operation is tried again.
 
@@ -280,6 +280,7 @@ class Served:
         old, new = self.inode_of(parent), self.inode_of(new_parent)
         self.rights.need_rename(old, name, new, new_name, ctx)
         moved, exchanged = self.fs.rename(old, name, new, new_name, flags, ctx)
+        self.walks.forget(ctx.pid, moved)
         self.nodes.moved((parent, name), (new_parent, new_name), moved, exchanged)
 
     def unlink(self, parent: int, name: bytes, ctx: Context) -> None:

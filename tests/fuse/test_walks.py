@@ -120,6 +120,12 @@ def test_threads_without_a_number(machine: Machine) -> None:
     assert machine.look(b"new", 0) == own
 
 
+def test_what_such_a_thread_renamed_itself(machine: Machine) -> None:
+    own = machine.look(b"file", 0)
+    machine.served.rename(ROOT_INO, b"file", ROOT_INO, b"new", 0, ROOT)
+    assert machine.look(b"new", 0) == own
+
+
 def test_a_directory_of_the_old_name_that_is_forgotten(machine: Machine) -> None:
     folder = machine.look(b"folder")
     machine.engine.mknod(folder, b"file", stat.S_IFREG | 0o644, 0, ROOT)
