@@ -74,12 +74,13 @@ def patiently(call: Callable[[], T], seconds: float | None = None) -> T:
     `seconds` is PATIENCE by default.  What takes several turns may take as long as it needs,
     because it makes progress.
     """
-    end = time.monotonic() + (PATIENCE if seconds is None else seconds)
+    patience = PATIENCE if seconds is None else seconds
+    end = time.monotonic() + patience
     while True:
         try:
             return call()
         except Unfinished:
-            end = time.monotonic() + seconds
+            end = time.monotonic() + patience
         except Busy:
             if time.monotonic() > end:
                 raise

@@ -80,6 +80,8 @@ class Filesystem(Mount):
         super().__init__(region, readonly=readonly)
         #: The further groups of a process, by its number; set by whoever can find out.
         self.groups_of: Callable[[int], Collection[int]] = _no_groups
+        #: Whether what a caller writes keeps set-ID bits; the same.
+        self.keeps_set_id: Callable[[Context], bool] = _is_root
         # As they were last, and their ctime since then; in the order of removal.
         self._ghosts: OrderedDict[int, tuple[Inode, int]] = OrderedDict()
         self._folders: dict[int, Inode] = {}  # all but files, as they were last looked up
@@ -225,14 +227,17 @@ class Filesystem(Mount):
     def bears(self, ino: int, places: Collection[tuple[int, bytes]]) -> bool:
         """Whether all these names, of inodes of directories, lead to inode `ino` at one moment."""
 
-        def leads(view: View, parent: int, name: bytes) -> bool:
-            folder = view.find_inode(parent)
-            if folder is None or not folder.is_dir:
-                return False
-            entry = directory.find(view, folder, name)
-            return entry is not None and entry.ino == ino
+        def read(view: View) -> bool:
+            for parent, name in places:
+                folder = view.find_inode(parent)
+                if folder is None or not folder.is_dir:
+                    return False
+                entry = directory.find(view, folder, name)
+                if entry is None or entry.ino != ino:
+                    return False
+            return True
 
-        return self.look(lambda view: all(leads(view, *place) for place in places))
+        return self.look(read)
 
     def numbered(self, ino: int) -> Attr:
         """The attributes of an inode that nobody has looked up before; raises ESTALE."""
@@ -338,12 +343,20 @@ class Filesystem(Mount):
         else:
             inode = data.truncate(tx, inode, size)
         outsider = self._outsider(inode, ctx)
-        return _without_privileges(tx, inode, unprivileged=bool(ctx.uid), outsider=outsider)
+        return _without_privileges(
+            tx, inode, unprivileged=self._sheds(inode, ctx), outsider=outsider
+        )
+
+    def _sheds(self, inode: Inode, ctx: Context) -> bool:
+        """Whether `inode` has set-ID bits, which go when `ctx` changes its contents."""
+        return bool(inode.record.mode & names.PRIVILEGES) and not self.keeps_set_id(ctx)
 
     def _outsider(self, inode: Inode, ctx: Context | None) -> bool:
         """Whether a set-group-ID of a file that is no program goes, too, when `ctx` changes it."""
         record = inode.record
-        if ctx is None or not ctx.uid or record.mode & names.SET_GROUP_ID != stat.S_ISGID:
+        if ctx is None or record.mode & names.SET_GROUP_ID != stat.S_ISGID:
+            return False
+        if self.keeps_set_id(ctx):
             return False
         return record.gid != ctx.gid and record.gid not in self.groups_of(ctx.pid)
 
@@ -594,7 +607,7 @@ class Filesystem(Mount):
         if ctx is None:
             sheds, outsider = handle.unprivileged, handle.outsider
         else:
-            sheds, outsider = ctx.uid != 0, self._outsider(inode, ctx)
+            sheds, outsider = self._sheds(inode, ctx), self._outsider(inode, ctx)
         return _without_privileges(tx, inode, unprivileged=sheds, outsider=outsider)
 
     def _half(self, offset: int, content: data.Buffer) -> int:
@@ -799,6 +812,10 @@ def _entries_after(view: View, ino: int, key: int) -> list[Entry]:
     """As `directory.leaf_after`; nothing is left of a directory that is gone."""
     folder = view.find_inode(ino)
     return [] if folder is None else directory.leaf_after(view, folder, key)
+
+
+def _is_root(ctx: Context) -> bool:
+    return not ctx.uid
 
 
 def _no_groups(_pid: int) -> Collection[int]:

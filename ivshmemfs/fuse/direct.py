@@ -26,10 +26,11 @@ from typing import NamedTuple
 import pyfuse3
 import trio
 
-from ivshmemfs.engine import NOW, Attr, Context, Handle
+from ivshmemfs.engine import NOW, Attr, Context
 from ivshmemfs.errors import Busy, FsError, Unfinished
 from ivshmemfs.fuse import wire
 from ivshmemfs.fuse.handshake import Relay
+from ivshmemfs.fuse.rights import ENTER
 from ivshmemfs.fuse.served import Served, failure
 
 LARGEST = 1 << 20  # bytes that one request reads or writes
@@ -94,8 +95,7 @@ def _answered(call: Callable[[], object], answer: Answer) -> Answer:
 class Direct:
     """Reads and answers requests of one *connection*.
 
-    *spawn* starts a task.  With *root_only* the kernel checks no permissions, because only root may
-    use the mount, and what little it would have forbidden root is forbidden here.
+    *spawn* starts a task.
     """
 
     def __init__(
@@ -105,7 +105,6 @@ class Direct:
         spawn: Callable[[Callable[[], Awaitable[None]]], None],
         *,
         page_cache: bool,
-        root_only: bool,
     ) -> None:
         self._served = served
         self._fs = served.fs
@@ -115,7 +114,7 @@ class Direct:
         self._unwanted = connection.unwanted
         self._spawn = spawn
         self._open_flags = 0 if page_cache else wire.FOPEN_DIRECT_IO
-        self._root_only = root_only
+        self._rights = served.rights
         # What is written starts at a page of the buffer, which makes copying it faster.
         area = memoryview(_huge(2 * _HUGE))
         self._request = area[mmap.PAGESIZE - _HEADERS :]
@@ -152,7 +151,7 @@ class Direct:
             (wire.RELEASEDIR, self._releasedir),
         ):
             table[opcode] = handler
-        if self._root_only:
+        if self._rights.enforced:
             table[wire.ACCESS] = self._access
         return table
 
@@ -310,12 +309,6 @@ class Direct:
         self._packed[attr.ino] = attr, entry
         return entry
 
-    def _inode(self, node: int, ctx: Context) -> int:
-        """The inode that *node* means; raises EACCES for whoever may not use this mount."""
-        if self._root_only and ctx.uid:
-            raise FsError(errno.EACCES)
-        return self._served.inode_of(node)
-
     @staticmethod
     def _name(request: Buffer, start: int, end: int) -> bytes:
         return bytes(request[start : end - 1])
@@ -328,23 +321,21 @@ class Direct:
     # --- names ------------------------------------------------------------------------------
 
     def _lookup(self, node: int, ctx: Context, request: Buffer, end: int) -> Answer | None:
-        self._inode(node, ctx)
-        found = self._served.lookup(node, bytes(request[_BODY : end - 1]), ctx.pid)
+        found = self._served.lookup(node, bytes(request[_BODY : end - 1]), ctx)
         return None if found is None else self._entry(*found)
 
     def _mkdir(self, node: int, ctx: Context, request: Buffer, end: int) -> Answer:
-        self._inode(node, ctx)
         (mode,) = wire.MKDIR_IN.unpack_from(request, _BODY)
         name = self._name(request, _BODY + wire.MKDIR_IN.size, end)
         found = self._served.mkdir(node, name, mode, ctx)
         return self._entry(*found)
 
     def _unlink(self, node: int, ctx: Context, request: Buffer, end: int) -> Answer:
-        self._served.unlink(self._inode(node, ctx), self._name(request, _BODY, end), ctx)
+        self._served.unlink(self._served.inode_of(node), self._name(request, _BODY, end), ctx)
         return _NOTHING
 
     def _rmdir(self, node: int, ctx: Context, request: Buffer, end: int) -> Answer:
-        self._fs.rmdir(self._inode(node, ctx), self._name(request, _BODY, end), ctx)
+        self._served.rmdir(self._served.inode_of(node), self._name(request, _BODY, end), ctx)
         return _NOTHING
 
     def _rename(self, node: int, ctx: Context, request: Buffer, end: int) -> Answer:
@@ -360,7 +351,6 @@ class Direct:
     def _move(
         self, node: int, new: int, names: tuple[bytes, bytes], flags: int, ctx: Context
     ) -> Answer:
-        self._inode(node, ctx)
         self._served.rename(node, names[0], new, names[1], flags, ctx)
         return _NOTHING
 
@@ -382,7 +372,7 @@ class Direct:
         )  # fmt: skip
 
     def _setattr(self, node: int, ctx: Context, request: Buffer, _end: int) -> Answer:
-        ino = self._inode(node, ctx)
+        ino = self._served.inode_of(node)
         valid, _fh, size, atime, mtime, atime_ns, mtime_ns, mode, uid, gid = (
             wire.SETATTR_IN.unpack_from(request, _BODY)
         )
@@ -399,41 +389,38 @@ class Direct:
         if valid & wire.SET_MTIME:
             now = valid & wire.SET_MTIME_NOW
             changes["mtime_ns"] = NOW if now else mtime * _BILLION + mtime_ns
+        self._rights.need_change(ino, ctx, changes, opened=bool(valid & wire.SET_FH))
         return self._attr(self._fs.setattr(ino, ctx, **changes))
 
     def _access(self, node: int, ctx: Context, request: Buffer, _end: int) -> Answer:
-        """access(2) by root, who may do everything but run what nobody may run."""
-        attr = self._fs.getattr(self._inode(node, ctx))
+        """access(2) and chdir(2)."""
         (mask,) = wire.ACCESS_IN.unpack_from(request, _BODY)
-        mode = self._served.presented(attr).mode
-        if mask & os.X_OK and not mode & 0o111 and mode & 0o170000 != 0o040000:
-            raise FsError(errno.EACCES)
+        self._rights.need(self._served.inode_of(node), ctx, mask & 7)
         return _NOTHING
 
     # --- files ------------------------------------------------------------------------------
 
     def _open(self, node: int, ctx: Context, request: Buffer, _end: int) -> Answer:
         (flags,) = wire.OPEN_IN.unpack_from(request, _BODY)
-        ino = self._inode(node, ctx)
-        self._served.check_open(node, ctx.pid)
-        handle = self._fs.open(ino, flags, ctx)
-        return self._opened(handle)
+        return self._opened(self._served.open(node, flags, ctx))
 
-    def _opened(self, handle: Handle) -> bytes:
-        return wire.OPEN_OUT.pack(self._served.keep(handle), self._open_flags)
+    def _opened(self, number: int) -> bytes:
+        return wire.OPEN_OUT.pack(number, self._open_flags)
 
     def _create(self, node: int, ctx: Context, request: Buffer, end: int) -> Answer:
         flags, mode = wire.CREATE_IN.unpack_from(request, _BODY)
         name = self._name(request, _BODY + wire.CREATE_IN.size, end)
-        ino = self._inode(node, ctx)
+        ino = self._served.inode_of(node)
+        self._rights.need(ino, ctx, ENTER)
         handle, attr = self._fs.create(ino, name, mode, flags, ctx)
-        return self._entry(attr.ino, attr) + self._opened(handle)
+        return self._entry(attr.ino, attr) + self._opened(self._served.keep(handle))
 
     def _tmpfile(self, node: int, ctx: Context, request: Buffer, _end: int) -> Answer:
         flags, mode = wire.CREATE_IN.unpack_from(request, _BODY)
-        ino = self._inode(node, ctx)
+        ino = self._served.inode_of(node)
+        self._rights.need(ino, ctx, ENTER)
         handle, attr = self._fs.tmpfile(ino, mode, flags, ctx)
-        return self._entry(attr.ino, attr) + self._opened(handle)
+        return self._entry(attr.ino, attr) + self._opened(self._served.keep(handle))
 
     def _lseek(self, _node: int, _ctx: Context, request: Buffer, _end: int) -> Answer:
         fh, offset, whence = wire.LSEEK_IN.unpack_from(request, _BODY)
@@ -482,8 +469,7 @@ class Direct:
     # --- directories ------------------------------------------------------------------------
 
     def _opendir(self, node: int, ctx: Context, _request: Buffer, _end: int) -> Answer:
-        self._inode(node, ctx)
-        return wire.OPEN_OUT.pack(self._served.opendir(node), 0)
+        return wire.OPEN_OUT.pack(self._served.opendir(node, ctx), 0)
 
     def _readdir(self, _node: int, _ctx: Context, request: Buffer, _end: int) -> Answer:
         fh, cookie, size = wire.READ_IN.unpack_from(request, _BODY)

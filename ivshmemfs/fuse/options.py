@@ -77,11 +77,15 @@ class MountOptions:
 
     @property
     def root_only(self) -> bool:
-        """Whether the kernel lets nobody but root use the mount, and so has nothing to check.
+        """Whether only root may use the mount, and the daemon checks permissions.
 
-        Checking permissions costs the kernel a request more for each look at a name.
+        It costs the kernel a request more for each look at a name.  See `rights`.
         """
-        return not self.allow_other and self.loop == "poll" and os.geteuid() == 0
+        if self.allow_other or self.loop != "poll" or os.geteuid() != 0:
+            return False
+        from ivshmemfs.fuse.callers import can_tell
+
+        return can_tell()
 
 
 def parse(groups: Iterable[str]) -> MountOptions:

@@ -3,9 +3,9 @@
 Requests come through pyfuse3 (`adapter`) or straight from the kernel (`direct`).  Both are mere
 translations; what lies between the kernel's idea of a file system and the engine's stands here:
 
-- the kernel's numbers of directories (`nodes`),
-- the table of open handles: opened -> (`let_go`) -> closed, or *unreleased* while the engine is
-  busy, until the upkeep has released it,
+- the kernel's numbers of inodes (`nodes`),
+- what each thread was told last (`walks`), and what callers may do (`rights`),
+- the table of open handles: opened -> closed, which is tried again while the engine is busy,
 - how owners and permissions are presented,
 - what errors mean to a caller, and how long a busy operation is tried again.
 
@@ -38,6 +38,7 @@ from ivshmemfs.errors import (
 from ivshmemfs.format.inode import MAX_INO
 from ivshmemfs.fuse import wire
 from ivshmemfs.fuse.nodes import Nodes
+from ivshmemfs.fuse.rights import ENTER, EXECUTE, READ, Rights
 from ivshmemfs.fuse.walks import Step, Walks
 from ivshmemfs.region import Standing
 
@@ -110,7 +111,10 @@ def _groups_of(pid: int) -> Collection[int]:
 
 
 class Served:
-    """One mounted engine.  *pause* sleeps for some seconds while other requests are served."""
+    """One mounted engine.  *pause* sleeps for some seconds while other requests are served.
+
+    With *root_only* the kernel checks no permissions, see `rights`.
+    """
 
     def __init__(
         self,
@@ -118,12 +122,15 @@ class Served:
         pause: Callable[[float], Awaitable[None]],
         *,
         ownership: Ownership | None = None,
+        root_only: bool = False,
     ) -> None:
         self.fs = fs
         fs.groups_of = _groups_of
         #: What became of the region, as of the last upkeep; `on_standing` is told of each change.
         self.standing = Standing.SOUND
         self.on_standing: Callable[[Standing], None] = lambda _standing: None
+        fs.keeps_set_id = Rights.keeps_set_id
+        self.rights = Rights(fs, self.presented, enforced=root_only)
         #: Set when the mount is ending: operations that wait fail now.
         self.ending = False
         self.nodes = Nodes()
@@ -238,42 +245,51 @@ class Served:
             return self.nodes.above(attr.ino)
         return self.nodes.found(attr.ino, parent, name, avoided)
 
-    def lookup(self, parent: int, name: bytes, thread: int) -> tuple[int, Attr] | None:
+    def lookup(self, parent: int, name: bytes, ctx: Context) -> tuple[int, Attr] | None:
         """(the number, the attributes) of an entry of the directory with the number *parent*.
 
-        None when there is no such entry.  *thread* is who asks; see `walks`.
+        None when there is no such entry.
         """
-        ino = self.inode_of(parent)
+        ino, thread = self.inode_of(parent), ctx.pid
         attr = self.fs.numbered(ino) if name == b"." else self.fs.find(ino, name)
+        if self.rights.enforced and name != b".":
+            self.rights.need(ino, ctx, EXECUTE)
         if attr is None:
             return None
-        source = self.walks.source(thread, parent, name, attr.ino)
-        avoided = 0 if source is None else self._avoided(source, ino, name)
+        found = attr.ino
+        source = self.walks.source(thread, parent, name, found)
+        avoided = 0
+        if source is not None and source[2] == found:
+            avoided = self._avoided(source, ino, name)
         node = self._node(parent, name, attr, avoided)
-        self.walks.note(thread, Step(parent, name, attr.ino, node))
+        self.walks.note(thread, (parent, name, found, node), source)
         return node, attr
 
     def _avoided(self, source: Step, parent: int, name: bytes) -> int:
         """The number of *source*, unless its name and this one lead to its inode at one moment."""
+        folder, old_name, ino, node = source
         try:
-            names = ((self.inode_of(source.parent), source.name), (parent, name))
+            names = ((self.inode_of(folder), old_name), (parent, name))
         except StaleHandle:
-            return source.node
-        return 0 if self.fs.bears(source.ino, names) else source.node
+            return node
+        return 0 if self.fs.bears(ino, names) else node
 
-    def check_open(self, node: int, thread: int) -> None:
-        """Raise StaleHandle when a file is opened by its passing number: its path is walked again.
+    def open(self, node: int, flags: int, ctx: Context) -> int:
+        """The number of a new handle of a file.
 
+        Raises StaleHandle when the kernel names it by its passing number: the path is walked again.
         Once only: a path that does not lead elsewhere, as /proc/self/fd, may open it so.
         """
-        if node > MAX_INO:
-            ino = self.inode_of(node)
-            if self.walks.was_told(thread, ino, node):
-                self.walks.forget(thread, ino)
-                raise StaleHandle("another machine has just renamed this file")
+        ino = self.inode_of(node)
+        if node > MAX_INO and self.walks.was_told(ctx.pid, ino, node):
+            self.walks.forget(ctx.pid, ino)
+            raise StaleHandle("another machine has just renamed this file")
+        self.rights.need_open(ino, ctx, flags)
+        return self.keep(self.fs.open(ino, flags, ctx))
 
     def mkdir(self, parent: int, name: bytes, mode: int, ctx: Context) -> tuple[int, Attr]:
         """The same for a new directory."""
+        self.rights.need(self.inode_of(parent), ctx, ENTER)
         attr = self.fs.mkdir(self.inode_of(parent), name, mode, ctx)
         return self._node(parent, name, attr), attr
 
@@ -283,13 +299,21 @@ class Served:
         """Move an entry."""
         self.walks.forget(ctx.pid)
         old, new = self.inode_of(parent), self.inode_of(new_parent)
+        self.rights.need_rename(old, name, new, new_name, ctx)
         moved, exchanged = self.fs.rename(old, name, new, new_name, flags, ctx)
+        self.walks.forget(ctx.pid, moved)
         self.nodes.moved((parent, name), (new_parent, new_name), moved, exchanged)
 
     def unlink(self, parent: int, name: bytes, ctx: Context) -> None:
         """Remove a name of the directory with the inode *parent*."""
         self.walks.forget(ctx.pid)
+        self.rights.need_removal(parent, name, ctx)
         self.fs.unlink(parent, name, ctx)
+
+    def rmdir(self, parent: int, name: bytes, ctx: Context) -> None:
+        """Remove an empty directory from the one with the inode *parent*."""
+        self.rights.need_removal(parent, name, ctx)
+        self.fs.rmdir(parent, name, ctx)
 
     def forget(self, node: int, times: int) -> None:
         """The kernel forgets what it was told *times* times.  Never raises; errors are logged."""
@@ -317,8 +341,9 @@ class Served:
 
     # --- directories ------------------------------------------------------------------------
 
-    def opendir(self, node: int) -> int:
+    def opendir(self, node: int, ctx: Context) -> int:
         """The number of a new handle of a directory."""
+        self.rights.need(self.inode_of(node), ctx, READ)
         number = self.keep(self.fs.opendir(self.inode_of(node)))
         self._folders[number] = node
         return number

@@ -59,7 +59,8 @@ class Session:
         self._device: str | None = None
         self.loop = Loop(self._before_wait, polling=options.loop == "poll")
         ownership = Ownership(options.uid, options.gid, options.umask)
-        self.served = Served(fs, self.loop.pause, ownership=ownership)
+        unchecked = options.root_only and mountpoint.helper() is not None
+        self.served = Served(fs, self.loop.pause, ownership=ownership, root_only=unchecked)
         self._options = options
         self._lifeline: mountpoint.Lifeline | None = None
         self._mount(source, options)
@@ -120,7 +121,6 @@ class Session:
             connection,
             self.loop.spawn,
             page_cache=self._options.mmap,
-            root_only=self._options.root_only,
         )
         self.loop.answer_first(direct, connection.device)
 

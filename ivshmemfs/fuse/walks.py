@@ -21,19 +21,13 @@ other pid namespaces all have number 0 here; what they look up is kept by inode 
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 #: Threads that are remembered at least; at most twice as many.
 MANY = 2048
 
-
-class Step(NamedTuple):
-    """The answer to one look-up."""
-
-    parent: int  # the kernel's number of the directory
-    name: bytes
-    ino: int
-    node: int  # the kernel's number of what was found
+#: The answer to a look-up: the kernel's number of the directory, the name, the inode that it leads
+#: to, and the kernel's number of that.  A plain tuple, because every look-up makes one.
+Step = tuple[int, bytes, int, int]
+_Walk = tuple[Step, Step | None]
 
 
 class Walks:
@@ -41,34 +35,28 @@ class Walks:
 
     def __init__(self) -> None:
         # By thread: its last step, and the one before it by another name.
-        self._young: dict[int, tuple[Step, Step | None]] = {}
-        self._old: dict[int, tuple[Step, Step | None]] = {}
+        self._young: dict[int, _Walk] = {}
+        self._old: dict[int, _Walk] = {}
 
-    def _get(self, key: int) -> tuple[Step, Step | None] | None:
+    def _get(self, key: int) -> _Walk | None:
         return self._young.get(key) or self._old.get(key)
 
     def source(self, thread: int, parent: int, name: bytes, ino: int) -> Step | None:
-        """The step before, by another name, if it found the same inode."""
+        """What a thread was told before for another name than this, which leads to `ino`."""
         walk = self._get(thread or -ino)
         if walk is None:
             return None
-        last, source = walk
-        if last.name != name or last.parent != parent:
-            source = last
-        return source if source is not None and source.ino == ino else None
+        last = walk[0]
+        return walk[1] if last[1] == name and last[0] == parent else last
 
-    def note(self, thread: int, step: Step) -> None:
-        """A thread is told `step`."""
-        key = thread or -step.ino
-        walk = self._get(key)
-        source = None
-        if walk is not None:
-            last, source = walk
-            if last.name != step.name or last.parent != step.parent:
-                source = last
-        if len(self._young) >= MANY and key not in self._young:
-            self._old, self._young = self._young, {}
-        self._young[key] = step, source
+    def note(self, thread: int, step: Step, source: Step | None) -> None:
+        """A thread is told `step`, and before that by another name `source`."""
+        key = thread or -step[2]
+        young = self._young
+        if len(young) >= MANY and key not in young:
+            self._old = young
+            young = self._young = {}
+        young[key] = step, source
 
     def forget(self, thread: int, ino: int = 0) -> None:
         """A thread changed what names lead to, or shall be told afresh."""
@@ -79,4 +67,4 @@ class Walks:
     def was_told(self, thread: int, ino: int, node: int) -> bool:
         """Whether a thread has just been told the number `node` for `ino`."""
         walk = self._get(thread or -ino)
-        return walk is not None and walk[0].node == node
+        return walk is not None and walk[0][3] == node

@@ -478,3 +478,31 @@ def test_foreground_logs_to_stderr(place: Path) -> None:
             assert b"mounted" in process.stderr.read()
         finally:
             process.kill()
+
+
+@pytest.fixture
+def connections(tmp_path: Path) -> Iterator[Path]:
+    """Where the kernel shows its FUSE connections."""
+    path = tmp_path / "connections"
+    path.mkdir()
+    if run("mount", "-t", "fusectl", "none", path).returncode:
+        pytest.skip("connections cannot be aborted here")
+    try:
+        yield path
+    finally:
+        run("umount", path)
+
+
+@pytest.mark.parametrize("loop", ["poll", "trio"])
+def test_an_aborted_connection_is_an_end(mount: MountFactory, connections: Path, loop: str) -> None:
+    """Of an administrator, or of a forced unmount: one mount less, and no failure."""
+    mnt = mount("-o", f"loop={loop}")
+    (mnt.path / "f").touch()
+    number = os.minor(os.stat(mnt.path).st_dev)
+    (connections / str(number) / "abort").write_text("1")
+    assert mnt.process.wait(PATIENCE) == 0
+    assert left(mnt.faults)
+    assert not mount_lines(mnt.path)
+    log = mnt.log_text()
+    assert "ERROR" not in log, log
+    assert "Traceback" not in log

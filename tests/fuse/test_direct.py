@@ -34,13 +34,12 @@ class Kernel:
         self._device = device
         device.setblocking(False)
         self.tasks: list[Callable[[], Awaitable[None]]] = []
-        self.served = Served(self.fs, trio.sleep, ownership=ownership)  # type: ignore[arg-type]
+        self.served = Served(self.fs, trio.sleep, ownership=ownership, root_only=root_only)  # type: ignore[arg-type]
         self.direct = Direct(
             self.served,
             Relay(device.fileno(), ours),
             self.tasks.append,
             page_cache=False,
-            root_only=root_only,
         )
         self._ours = ours
         self.mine.settimeout(10)

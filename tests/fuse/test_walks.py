@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import stat
 
 import pytest
@@ -12,7 +13,7 @@ from ivshmemfs.errors import StaleHandle
 from ivshmemfs.format.inode import MAX_INO
 from ivshmemfs.fuse import walks
 from ivshmemfs.fuse.served import Served
-from ivshmemfs.fuse.walks import Step, Walks
+from ivshmemfs.fuse.walks import Walks
 from tests.fuse.fake_engine import FakeFilesystem
 
 ROOT = Context(0, 0)
@@ -28,8 +29,12 @@ class Machine:
 
     def look(self, name: bytes, thread: int = ONE) -> int:
         """The number that a thread is told for a name; 0 when there is none."""
-        found = self.served.lookup(ROOT_INO, name, thread)
+        found = self.served.lookup(ROOT_INO, name, ROOT._replace(pid=thread))
         return 0 if found is None else found[0]
+
+    def opens(self, node: int, thread: int) -> None:
+        number = self.served.open(node, os.O_RDONLY, ROOT._replace(pid=thread))
+        self.served.release(number)
 
     def other_renames(self, old: bytes, new: bytes) -> None:
         self.engine.rename(ROOT_INO, old, ROOT_INO, new, 0, ROOT)
@@ -96,11 +101,11 @@ def test_opening_by_a_passing_number_walks_again(machine: Machine) -> None:
     machine.other_renames(b"file", b"new")
     passing = machine.look(b"new")
     with pytest.raises(StaleHandle) as refused:
-        machine.served.check_open(passing, ONE)
+        machine.opens(passing, ONE)
     assert refused.value.errno == errno.ESTALE
     assert machine.look(b"new") == own
-    machine.served.check_open(own, ONE)
-    machine.served.check_open(passing, ONE)  # a path that leads nowhere else: /proc/self/fd
+    machine.opens(own, ONE)
+    machine.opens(passing, ONE)  # a path that leads nowhere else: /proc/self/fd
 
 
 def test_threads_without_a_number(machine: Machine) -> None:
@@ -111,7 +116,13 @@ def test_threads_without_a_number(machine: Machine) -> None:
     passing = machine.look(b"new", 0)
     assert passing != own
     with pytest.raises(StaleHandle):
-        machine.served.check_open(passing, 0)
+        machine.opens(passing, 0)
+    assert machine.look(b"new", 0) == own
+
+
+def test_what_such_a_thread_renamed_itself(machine: Machine) -> None:
+    own = machine.look(b"file", 0)
+    machine.served.rename(ROOT_INO, b"file", ROOT_INO, b"new", 0, ROOT)
     assert machine.look(b"new", 0) == own
 
 
@@ -120,7 +131,7 @@ def test_a_directory_of_the_old_name_that_is_forgotten(machine: Machine) -> None
     machine.engine.mknod(folder, b"file", stat.S_IFREG | 0o644, 0, ROOT)
     machine.other_renames(b"folder", b"elsewhere")
     there = machine.look(b"elsewhere")
-    found = machine.served.lookup(there, b"file", ONE)
+    found = machine.served.lookup(there, b"file", ROOT._replace(pid=ONE))
     assert found is not None
     machine.engine.rename(folder, b"file", ROOT_INO, b"out", 0, ROOT)
     machine.served.forget(there, 5)
@@ -131,7 +142,7 @@ def test_the_table_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(walks, "MANY", 10)
     table = Walks()
     for thread in range(1, 1000):
-        table.note(thread, Step(1, b"name", thread, thread))
+        table.note(thread, (1, b"name", thread, thread), None)
         recent = range(max(thread - 9, 1), thread + 1)
         assert all(table.was_told(one, one, one) for one in recent)
     assert sum(table.was_told(one, one, one) for one in range(1, 1000)) <= 20
