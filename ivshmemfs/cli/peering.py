@@ -17,8 +17,6 @@ T = TypeVar("T")
 
 #: Seconds between two attempts of what is busy.
 PAUSE = 0.002
-#: Seconds after which a region that is always busy is given up.
-PATIENCE = 30.0
 
 
 @contextmanager
@@ -33,12 +31,9 @@ def peer(region: Region, *, readonly: bool) -> Iterator[Filesystem]:
         fs.unmount()
 
 
-def patiently(call: Callable[[], T], seconds: float | None = None) -> T:
-    """Call again while the region is busy; raises Busy when that does not end.
-
-    `seconds` is PATIENCE by default.
-    """
-    end = time.monotonic() + (PATIENCE if seconds is None else seconds)
+def patiently(call: Callable[[], T], seconds: float = 30.0) -> T:
+    """Call again while the region is busy; raises Busy when that does not end."""
+    end = time.monotonic() + seconds
     while True:
         try:
             return call()

@@ -163,7 +163,7 @@ def decode(raw: Buffer, region_size: int | None = None) -> Superblock:
             raise NotFormatted("no filesystem on the region: format it with mkfs.ivshmemfs")
         raise ForeignFormat(
             "the region carries something else than an ivshmemfs filesystem: "
-            "name another one ('ivshmemfs list' shows what there is)"
+            "if it may be overwritten, format it with mkfs.ivshmemfs --force"
         )
     if not crc_valid(raw):
         raise Corrupt("the superblock's checksum is wrong: run fsck.ivshmemfs -y on the region")
