@@ -1,7 +1,7 @@
 """`ivshmemfs`: finds the subcommand, and turns every error into one line and an exit code.
 
 Exit codes are those of mount(8): 0 done, 1 wrong usage or permission, 2 system error, 4 internal
-bug, 8 interrupted, 32 not mounted.
+bug, 8 interrupted, 32 not mounted, 64 done but something was left out (`get`, `put`).
 
 Two more ways to be called make it a mount helper: under a name that begins with `mount.` (a link
 such as /sbin/mount.ivshmemfs), and with a region and a mount point but no subcommand, as mount.fuse

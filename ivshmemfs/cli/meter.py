@@ -34,13 +34,20 @@ class Meter:
             return
         if self._bar is None:
             from rich.console import Console
-            from rich.progress import BarColumn, DownloadColumn, Progress, TransferSpeedColumn
+            from rich.progress import (
+                BarColumn,
+                DownloadColumn,
+                Progress,
+                TextColumn,
+                TransferSpeedColumn,
+            )
 
-            columns = ("{task.description}", BarColumn(), DownloadColumn(), TransferSpeedColumn())
+            name_column = TextColumn("{task.description}", markup=False)
+            columns = (name_column, BarColumn(), DownloadColumn(), TransferSpeedColumn())
             self._bar = Progress(*columns, console=Console(stderr=True), transient=True)
             self._bar.add_task("")
             self._bar.start()
-        text = printable(os.fsdecode(name)).replace("[", "\\[")
+        text = printable(os.fsdecode(name))
         self._bar.update(self._bar.task_ids[0], description=text, completed=done, total=size)
 
     def leave_out(self, path: bytes, why: str) -> None:

@@ -22,8 +22,6 @@ T = TypeVar("T")
 REPAIR_SECONDS = 3.0
 #: Seconds between two attempts of what is busy.
 PAUSE = 0.002
-#: Seconds after which a region that is always busy is given up.
-PATIENCE = 30.0
 
 
 def enter(region: Region, *, readonly: bool) -> Filesystem:
@@ -68,19 +66,17 @@ def _numbers(version: str) -> list[int]:
     return [int(part) for part in re.findall(r"\d{1,9}", version)]
 
 
-def patiently(call: Callable[[], T], seconds: float | None = None) -> T:
+def patiently(call: Callable[[], T], seconds: float = 30.0) -> T:
     """Call again while the region is busy; raises Busy when that does not end.
 
-    `seconds` is PATIENCE by default.  What takes several turns may take as long as it needs,
-    because it makes progress.
+    What takes several turns may take as long as it needs, because it makes progress.
     """
-    patience = PATIENCE if seconds is None else seconds
-    end = time.monotonic() + patience
+    end = time.monotonic() + seconds
     while True:
         try:
             return call()
         except Unfinished:
-            end = time.monotonic() + patience
+            end = time.monotonic() + seconds
         except Busy:
             if time.monotonic() > end:
                 raise

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 #: Exit code when all went well but something was left out; mount(8) knows it as "some succeeded".
 EXIT_PARTLY = 64
+#: Signals that end a copy.
+ENDING = (signal.SIGTERM, signal.SIGHUP)
 #: Stands for standard input or output.
 STREAM = b"-"
 
@@ -77,7 +79,8 @@ def _ended_by_signals() -> Iterator[None]:
     def end(_number: int, _frame: object) -> NoReturn:
         raise Ended
 
-    before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGHUP)}
+    heeded = [number for number in ENDING if signal.getsignal(number) != signal.SIG_IGN]  # nohup(1)
+    before = {number: signal.signal(number, end) for number in heeded}
     try:
         yield
     except Ended:

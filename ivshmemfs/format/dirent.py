@@ -103,13 +103,13 @@ class Leaf:
 
         Entries without any name are the business of `decode_leaf`.
         """
-        names, sizes = self.names, self.sizes
-        dots = b"." in names and (1 in sizes or 2 in sizes)
-        if not dots and b"/" not in names and b"\0" not in names:
-            return b""
-        start = 0
-        for size in sizes:
-            name = names[start : start + size]
+        raw, sizes, start = self.raw, 2 * WORD * self.count, ENTRY_FIXED * self.count
+        short = raw.find(b"\1", sizes, start) >= 0 or raw.find(b"\2", sizes, start) >= 0
+        dots = short and raw.find(b".", start) >= 0
+        if not dots and raw.find(b"/", start) < 0 and raw.find(b"\0", start) < 0:
+            return b""  # as nearly always; the rest looks at each name
+        for size in self.sizes:
+            name = raw[start : start + size]
             if not is_name(name):
                 return name
             start += size

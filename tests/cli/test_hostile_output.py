@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from ivshmemfs.cli.main import main
+from ivshmemfs.cli.meter import Meter
 from ivshmemfs.format import inode, peer
 from ivshmemfs.fsck.main import main as fsck_main
 from mkfs.main import main as mkfs_main
@@ -113,6 +114,20 @@ def test_copying(region: TestRegion, show: Show, tmp_path: Path) -> None:
         ("lock", dest, "true"),
     ):
         assert MARK in show(main, *words), words
+
+
+def test_the_progress_bar(
+    monkeypatch: pytest.MonkeyPatch, capfdbinary: pytest.CaptureFixture[bytes]
+) -> None:
+    """On a terminal, names are neither escapes of it nor marks of the program that draws."""
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    monkeypatch.setattr("ivshmemfs.cli.meter.LONG", 0.0)
+    meter = Meter(quiet=False)
+    meter.add(b"\\[link=x]\x1b[7m\x9b\n", 5, 10)
+    meter.close()
+    text = capfdbinary.readouterr().err.decode()
+    assert "link=x]\\x1b[7m\\x9b\\n" in text
+    assert "\x1b[7m" not in text
 
 
 def test_mounting(region: TestRegion, show: Show, tmp_path: Path) -> None:

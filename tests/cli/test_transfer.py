@@ -336,6 +336,21 @@ def test_whoever_ends_put_finds_nothing_left(
     fs.unmount()
 
 
+def test_a_copy_under_nohup_goes_on(region: TestRegion) -> None:
+    command = f"trap '' HUP; exec {sys.executable} -m ivshmemfs.cli put {region.path} - /file"
+    with subprocess.Popen(["sh", "-c", command], stdin=subprocess.PIPE) as running:
+        assert running.stdin is not None
+        fs = region.mount()
+        running.stdin.write(bytes(5 * MIB))
+        running.stdin.flush()
+        assert eventually(lambda: fs.view().root.record.orphans)
+        running.send_signal(signal.SIGHUP)
+        running.stdin.close()
+        assert running.wait(20) == 0
+    assert fs.lookup(1, b"file").size == 5 * MIB
+    fs.unmount()
+
+
 def test_get_ends_in_order(region: TestRegion, tmp_path: Path) -> None:
     fs = region.mount()
     handle, attr = fs.create(1, b"file", 0o644, os.O_WRONLY, ROOT)

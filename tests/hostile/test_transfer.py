@@ -6,14 +6,17 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
 
+from ivshmemfs.cli import getting, inside, putting
 from ivshmemfs.cli.getting import Getter, Wishes
 from ivshmemfs.cli.inside import resolve
 from ivshmemfs.cli.local import Folder
 from ivshmemfs.cli.meter import Meter
+from ivshmemfs.cli.peering import patiently
 from ivshmemfs.cli.putting import Place, Putter
 from ivshmemfs.engine import FileLock, Filesystem
 from ivshmemfs.errors import Busy, FormatError, IvshmemfsError
@@ -96,7 +99,8 @@ def test_copies_and_locks_end(
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr("ivshmemfs.cli.peering.PATIENCE", 0.2)
+    for module in (getting, inside, putting):
+        monkeypatch.setattr(module, "patiently", partial(patiently, seconds=0.2))
     step = 1 if long_run or only_case else EVERY.get(family, 1)
     outcomes = set()
     for name, damage in list(FAMILIES[family]())[::step]:
