@@ -73,7 +73,7 @@ class RegionDenied(RegionError):
 
 
 class RegionHeld(RegionError):
-    """A kernel driver holds the device, and the kernel maps it for nobody else."""
+    """A kernel driver holds the device, and the kernel lets only that driver map it."""
 
     errno = _errno.EBUSY
 

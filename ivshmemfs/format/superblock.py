@@ -167,7 +167,7 @@ def decode(raw: Buffer, region_size: int | None = None) -> Superblock:
         if not bytes(raw[: SUPERBLOCK.size]).strip(b"\xff"):
             raise ForeignFormat(
                 "the region reads as nothing but ones: its device is switched off or gone, or "
-                "somebody overwrote it; look at it from another machine"
+                "it was overwritten; look at it from another machine"
             )
         raise ForeignFormat(
             "the region carries something else than an ivshmemfs filesystem: is it the right "

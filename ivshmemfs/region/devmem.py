@@ -126,8 +126,8 @@ def _cannot_map(error: OSError, spec: str, held: Holding | None) -> RegionError:
     if error.errno in (errno.EPERM, errno.EACCES):
         if held is not None and held.driver:
             return RegionHeld(
-                f"{spec}: driver {held.driver} holds {held.device.spec}, and this kernel maps it "
-                f"for nobody else; use {named_nodes(held)}"
+                f"{spec}: driver {held.driver} holds {held.device.spec}, and this kernel lets "
+                f"only the driver map it; use {named_nodes(held)}"
             )
         return RegionDenied(
             f"{spec}: this kernel keeps the range from /dev/mem (strict devmem, or a driver has "

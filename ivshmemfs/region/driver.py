@@ -1,15 +1,13 @@
 """The drivers that hold ivshmem devices, and the nodes (character devices) that they made.
 
-The class and the name of a node are the driver's choice.  Whose node it is, is known in one of
-three ways:
+The driver chooses class and name of its nodes.  A node belongs to a device in one of three cases:
 
 - Its directory in sysfs lies below the PCI device's: the driver named its parent.
-- It has no parent (/sys/devices/virtual), and the driver or its module bears the name of the node,
+- It has no parent (/sys/devices/virtual), and the driver or its module has the name of the node,
   of its class, or of its major number in /proc/devices.
 - "ivshmem" is part of such a name, and exactly one device is held by a driver without other nodes.
 
-The last two may fit several devices; then it is open whose memory the node gives.  Nothing here
-opens a node.
+The last two may fit several devices; then nothing is guessed.  Nothing here opens a node.
 """
 
 from __future__ import annotations
@@ -23,7 +21,7 @@ from pathlib import Path
 from ivshmemfs.region.pci import PciDevice, find_devices
 from ivshmemfs.region.roots import HERE, Roots
 
-NAMED = ("ivshmem", "kvmfr")  # parts of names that are worth a look whatever sysfs says of them
+NAMED = ("ivshmem", "kvmfr")  # parts of names: such nodes are always looked at
 NO_MEMORY = ("vfio", "vfio-dev")  # classes of nodes whose mmap(2) gives no memory of the device
 NO_NODES = ("vfio-pci", "pci-stub")  # drivers without nodes of other classes
 _NUMBER = re.compile(r"[-_.!]?[0-9]+$")

@@ -52,7 +52,7 @@ class Candidate:
 
 
 class Unreadable(NamedTuple):
-    """A candidate that could not be read, and why: nobody knows what is on it."""
+    """A candidate that could not be read, and why: its contents are unknown."""
 
     candidate: Candidate
     error: IvshmemfsError | OSError
@@ -240,8 +240,8 @@ def _open_resource(path: Path, readonly: bool, roots: Roots) -> Region:
         if held is None or not held.driver:
             raise
         raise RegionHeld(
-            f"{shown(path)}: driver {held.driver} holds the device, and this kernel maps it for "
-            f"nobody else; use {named_nodes(held)}"
+            f"{shown(path)}: driver {held.driver} holds the device, and this kernel lets only "
+            f"the driver map it; use {named_nodes(held)}"
         ) from None
 
 
@@ -278,8 +278,8 @@ def _through_driver(
         nodes += f" ({' or '.join(shown(node.path) for node in unclear)})" if unclear else ""
         release = f"echo {held.device.address} >{roots.sys}/bus/pci/drivers/{driver}/unbind"
         raise RegionHeld(
-            f"{spec}: driver {driver} holds the device, and this kernel maps it for nobody else; "
-            f"name {nodes}, or release the device: {release}"
+            f"{spec}: driver {driver} holds the device, and this kernel lets only the "
+            f"driver map it; name {nodes}, or release the device: {release}"
         ) from None
     raise refused
 

@@ -42,7 +42,7 @@ SHARED_BAR = 2
 PLAIN, COMBINING = f"resource{SHARED_BAR}", f"resource{SHARED_BAR}_wc"
 UNSET = 0x20000000  # IORESOURCE_UNSET: the kernel found no address for the BAR
 CONFIG_BAR = 0x10 + 4 * SHARED_BAR  # offset of the BAR's register in the configuration space
-BRIDGE = 0x0604  # class and subclass of what stands between two PCI buses
+BRIDGE = 0x0604  # class and subclass of a bridge between two PCI buses
 _ADDRESS = re.compile(
     r"(?:([0-9a-f]{4,8}):)?([0-9a-f]{2}):([0-9a-f]{2})\.([0-7])", re.IGNORECASE | re.ASCII
 )
@@ -201,7 +201,7 @@ def _map(path: Path, size: int, *, readonly: bool, access: int, spec: str, roots
         )
     except RegionSize:  # EINVAL, although the size is right: CONFIG_IO_STRICT_DEVMEM
         raise RegionHeld(
-            f"{spec}: a driver holds the device, and this kernel maps it for nobody else; use "
+            f"{spec}: a driver holds the device, and this kernel lets only the driver map it; use "
             "that driver's character device"
         ) from None
     except RegionDenied:  # EPERM, although opening was allowed

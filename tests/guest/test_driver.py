@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from tests.guest.conftest import ready
-from tests.guest.harness import Completed, Guest, arm_parts, kernel_root, make_recipe
+from tests.guest.harness import Completed, Guest, Recipe, arm_parts, kernel_root
 from tests.guest.machines import FSCK, IVSHMEMFS, Host, Mount, manifest
 
 pytestmark = pytest.mark.guest
@@ -55,10 +55,7 @@ def module_file(workplace: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def driven(
-    workplace: Path,
-    regions: list[Path],
-    module_file: Path,
-    tmp_path_factory: pytest.TempPathFactory,
+    workplace: Path, recipe: Recipe, regions: list[Path], module_file: Path
 ) -> Iterator[Guest]:
     """A guest with the regions of the other guests, and with a port for one more."""
     late = Path(f"{regions[0]}-late")
@@ -67,7 +64,7 @@ def driven(
     backend = f"memory-backend-file,id=late,share=on,mem-path={late},size={LATE_SIZE}"
     port = f"pcie-root-port,id=narrow,chassis=1,slot=1,addr={PORT:#x}"
     devices = ["-object", backend, "-device", port]
-    machine = Guest(make_recipe(workplace), "driven", regions, workplace, devices)
+    machine = Guest(recipe, "driven", regions, workplace, devices)
     try:
         ready(machine)
         yield machine

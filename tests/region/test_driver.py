@@ -72,7 +72,7 @@ def opened_by(machine: FakeMachine, spec: str = f"pci:{ONE}") -> tuple[Path, int
 
 
 @pytest.mark.parametrize(
-    ("name", "kind"), [("ivshmem0", "ivshmem"), ("shared", "misc"), ("shm_3", "whatever")]
+    ("name", "kind"), [("ivshmem0", "ivshmem"), ("shared", "misc"), ("shm_3", "any_class")]
 )
 def test_a_node_below_the_device_is_its_node(
     machine: FakeMachine, monkeypatch: pytest.MonkeyPatch, name: str, kind: str
