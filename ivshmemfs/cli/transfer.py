@@ -7,11 +7,10 @@ nothing.
 from __future__ import annotations
 
 import os
-import signal
 import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 import click
 
@@ -28,14 +27,8 @@ if TYPE_CHECKING:
 
 #: Exit code when all went well but something was left out; mount(8) knows it as "some succeeded".
 EXIT_PARTLY = 64
-#: Signals that end a copy.
-ENDING = (signal.SIGTERM, signal.SIGHUP)
 #: Stands for standard input or output.
 STREAM = b"-"
-
-
-class Ended(KeyboardInterrupt):
-    """Somebody asked this process to end; nothing on the way out takes it for an error."""
 
 
 def _options(command: Callable[..., int]) -> Callable[..., int]:
@@ -61,7 +54,6 @@ def _opened(spec: str, usage: str, *, readonly: bool) -> Iterator[Filesystem]:
 
     try:
         with (
-            _ended_by_signals(),
             open_region(spec, readonly=readonly, identify=identify) as region,
             peer(region, readonly=readonly) as fs,
         ):
@@ -70,24 +62,6 @@ def _opened(spec: str, usage: str, *, readonly: bool) -> Iterator[Filesystem]:
         raise NotFormatted(
             f"{spec} is no region: there is no ivshmemfs filesystem on it (usage: {usage})"
         ) from None
-
-
-@contextmanager
-def _ended_by_signals() -> Iterator[None]:
-    """SIGTERM and SIGHUP end a copy as Ctrl-C does: in order."""
-
-    def end(_number: int, _frame: object) -> NoReturn:
-        raise Ended
-
-    heeded = [number for number in ENDING if signal.getsignal(number) != signal.SIG_IGN]  # nohup(1)
-    before = {number: signal.signal(number, end) for number in heeded}
-    try:
-        yield
-    except Ended:
-        raise click.Abort from None
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _last(path: bytes) -> bytes:
