@@ -36,6 +36,7 @@ _RENAME_FLAGS = RENAME_NOREPLACE | RENAME_EXCHANGE | RENAME_WHITEOUT
 GHOSTS = 4096  # removed inodes that are remembered at most
 FOLDERS = 4096  # directories, fifos and the like that are remembered at most
 KEEP_SIZE, PUNCH_HOLE, ZERO_RANGE = 1, 2, 16  # modes of fallocate(2)
+EVERY = 1 << 60  # looks, more than any directory needs
 FILLED_AT_ONCE = 1 << 20  # bytes of holes that one commit fills
 
 
@@ -706,11 +707,14 @@ class Filesystem(Mount):
     def releasedir(self, handle: Handle) -> None:
         """Close a directory."""
 
-    def readdir(self, handle: Handle, cookie: int) -> Iterator[tuple[bytes, Attr, int]]:
+    def readdir(
+        self, handle: Handle, cookie: int, looks: int = EVERY
+    ) -> Iterator[tuple[bytes, Attr, int]]:
         """(name, attributes, cookie of the next) from `cookie` on; 0 is the start.
 
         Entries that exist throughout appear exactly once, whatever changes meanwhile.  An entry
-        that goes while it is being listed is left out.
+        that goes while it is being listed is left out.  Ends after so many `looks`, each of which
+        finds at least one entry, or at the end of the directory.
         """
         for number, name in enumerate((b".", b"..")):
             if cookie <= number:
@@ -719,12 +723,13 @@ class Filesystem(Mount):
                     return
                 yield name, attr, number + 1
         key = cookie if cookie > 1 else 0
-        while found := self._next_found(handle.ino, key):
+        while looks > 0 and (found := self._next_found(handle.ino, key)):
+            looks -= 1
             for entry, attr in found:
                 yield entry.name, attr, entry.key
             key = found[-1][0].key
 
-    def entries(self, handle: Handle, cookie: int) -> Iterator[Entry]:
+    def entries(self, handle: Handle, cookie: int, looks: int = EVERY) -> Iterator[Entry]:
         """The same without looking at any inode; an entry's `key` is the cookie of the next."""
         for number, name in enumerate((b".", b"..")):
             if cookie <= number:
@@ -733,7 +738,8 @@ class Filesystem(Mount):
                     return
                 yield Entry(number + 1, attr.ino | attr.mode >> 12 << TYPE_SHIFT, name)
         key = cookie if cookie > 1 else 0
-        while found := self._next_entries(handle.ino, key):
+        while looks > 0 and (found := self._next_entries(handle.ino, key)):
+            looks -= 1
             yield from found
             key = found[-1].key
 

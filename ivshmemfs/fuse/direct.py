@@ -35,6 +35,7 @@ from ivshmemfs.fuse.served import Served, failure
 
 LARGEST = 1 << 20  # bytes that one request reads or writes
 LARGEST_LISTING = 1 << 17
+LOOKS = 32  # pieces of a directory that one request lists: up to 4,096 names
 _HUGE = 1 << 21
 _HEADERS = wire.IN_HEADER.size + wire.WRITE_IN.size
 _BODY = wire.IN_HEADER.size
@@ -476,7 +477,7 @@ class Direct:
         parts: list[bytes] = []
         left = min(size, LARGEST_LISTING)
         try:
-            for entry in self._fs.entries(self._served.handles[fh], cookie):
+            for entry in self._fs.entries(self._served.handles[fh], cookie, LOOKS):
                 name = entry.name
                 length = len(name)
                 padded = (length + 7) & ~7

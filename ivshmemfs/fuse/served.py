@@ -60,6 +60,7 @@ PATIENCE = 10.0
 
 #: Errors of an operation that point to damage or a dead region, so that the log must name them.
 _ALARMING = frozenset((errno.EUCLEAN, errno.EIO, errno.EFAULT, errno.ENODEV))
+LOOKS = 2  # pieces of a directory that one request lists with attributes: up to 256 names
 _S_IFMT, _S_IFDIR = 0o170000, 0o040000
 
 _SHEDDING = {"uid", "gid", "size"}
@@ -362,7 +363,7 @@ class Served:
         taken = False
         folder = self._folders[number]
         try:
-            for name, attr, following in self.fs.readdir(self.handles[number], cookie):
+            for name, attr, following in self.fs.readdir(self.handles[number], cookie, LOOKS):
                 node = attr.ino
                 counts = attr.mode & _S_IFMT == _S_IFDIR and name not in (b".", b"..")
                 if counts:

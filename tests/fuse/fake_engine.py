@@ -368,7 +368,9 @@ class FakeFilesystem:
         self._inode(ino).opens += 1
         return FakeHandle(ino)
 
-    def readdir(self, handle: FakeHandle, cookie: int) -> Iterator[tuple[bytes, Attr, int]]:
+    def readdir(
+        self, handle: FakeHandle, cookie: int, _looks: int
+    ) -> Iterator[tuple[bytes, Attr, int]]:
         return self._listed(handle, cookie)
 
     def _listed(self, handle: FakeHandle, cookie: int) -> Iterator[tuple[bytes, Attr, int]]:
@@ -386,7 +388,7 @@ class FakeFilesystem:
             elif name in directory.entries:
                 yield name, self._inode(directory.entries[name]).attr(), position + 1
 
-    def entries(self, handle: FakeHandle, cookie: int) -> Iterator[Entry]:
+    def entries(self, handle: FakeHandle, cookie: int, _looks: int) -> Iterator[Entry]:
         for name, attr, following in self._listed(handle, cookie):
             yield Entry(following, attr.ino | attr.mode >> 12 << TYPE_SHIFT, name)
 
