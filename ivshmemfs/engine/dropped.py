@@ -59,6 +59,13 @@ class Dropped:
         """Queue (pointer, kind, level, owner) of subtrees that no root reaches any more."""
         self._queue.extend(subtrees)
 
+    def leave(self) -> bool:
+        """Leave what is queued to a collection; returns whether that was anything."""
+        left = self.pending
+        self._queue.clear()
+        self._walks.clear()
+        return left
+
     def step(self, most: int = RELEASED_AT_ONCE) -> bool:
         """Release what `most` nodes lead to; returns whether that was anything."""
         left = most

@@ -54,7 +54,7 @@ from ivshmemfs.errors import (
     UnderRepair,
     Unfinished,
 )
-from ivshmemfs.format import superblock, words
+from ivshmemfs.format import repair, superblock, words
 from ivshmemfs.format.geometry import SCRATCH_OFFSET, SCRATCH_SIZE
 from ivshmemfs.format.inode import ORPHANS_INO
 from ivshmemfs.region.probe import Scratch, cas_works, probe, refuse_unfit
@@ -121,6 +121,7 @@ class Mount:
         self._ticks = 0
         self._short_at = float("-inf")  # when the log last told that memory is short
         self._shut_out = False  # by a repair, as the log says
+        self._repairs = self.table.state(repair.SLOT)
 
     @classmethod
     def mount(cls, region: Region, *, readonly: bool = False) -> Self:
@@ -161,6 +162,7 @@ class Mount:
             with suppress(Busy):  # what is left, another peer's next tick frees
                 self.reap()
             self._release_dropped()
+            member.must_collect |= self._supply.owed
             if member.must_collect or self._collector is not None:  # nobody else knows of it
                 self.collect()
             member.leave()
@@ -293,6 +295,10 @@ class Mount:
         return view.hand_over() if view is not None and view.word == word else Known()
 
     def _begin(self, member: Membership) -> int:
+        if self.table.state(repair.SLOT) != self._repairs:
+            self._repairs = self.table.state(repair.SLOT)
+            member.must_collect |= self._dropped.leave()
+        self._supply.begin()
         try:
             tag = member.begin()
         except Fenced:
@@ -499,6 +505,8 @@ class Mount:
         self._watch_others(member)
         if self._ticks % RETIRE_TICKS == 0:
             member.must_collect |= self.table.retire_gone(member.slot)
+        member.must_collect |= self._supply.owed
+        self._supply.owed = False
         if member.must_collect and self._collector is None:
             self._collector = Collector(self.store, self.table)
             member.must_collect = False

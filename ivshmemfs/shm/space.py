@@ -25,6 +25,7 @@ from typing import Any, Final
 
 from ivshmemfs.errors import Fenced, FsError, NoSpace
 from ivshmemfs.format import words
+from ivshmemfs.format.geometry import REPAIR_OFFSET
 from ivshmemfs.format.node import HEADER, HEADER_SIZE
 from ivshmemfs.shm.store import Node, Nodes, Store
 
@@ -51,15 +52,24 @@ class Supply:
     touched yet must first be given memory.  Blocks of data that were released together stay
     together, so that copies of what is put into them go in long runs.  All this is a guess at
     which blocks are free: others may have claimed them.
+
+    A repair may have found a use for what a commit before it replaced.  So nothing is released any
+    more that a transaction left which began before the last repair; it is `owed`, and collected.
     """
 
     def __init__(self, store: Store, cursor: int = 0) -> None:
         self._store = store
+        self._repairs = store.memory.load(REPAIR_OFFSET)
+        self.owed = False  # whether something was left to a collection
         self._cursor = cursor
         self._few = bytearray()  # packed pointers, the last released at the end
         self._bulk = bytearray()
         self._counted_at = float("-inf")
         self._settled = 0  # blocks free when they were counted, and those in use by that commit
+
+    def begin(self) -> None:
+        """A transaction begins: before it loads the commit word."""
+        self._repairs = self._store.memory.load(REPAIR_OFFSET)
 
     def claim(self, count: int, tag: int) -> bytes:
         """Packed pointers to `count` blocks, or to as many as there are."""
@@ -93,6 +103,9 @@ class Supply:
 
     def release(self, pointers: bytes | bytearray, *, bulk: bool = False) -> None:
         """Free the blocks that still bear their pointers' tags; null pointers are skipped."""
+        if self._store.memory.load(REPAIR_OFFSET) != self._repairs:
+            self.owed = True
+            return
         try:
             self._store.blocks.release(pointers)
         except ValueError:  # a damaged tree led to a block that does not exist

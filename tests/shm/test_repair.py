@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 
 import pytest
 
 from ivshmemfs.engine import Filesystem
-from ivshmemfs.errors import Corrupt, InUse, UnderRepair
+from ivshmemfs.errors import Busy, Corrupt, FsError, InUse, UnderRepair
 from ivshmemfs.format import words
 from ivshmemfs.format.geometry import COMMIT_OFFSET, REPAIR_OFFSET
 from ivshmemfs.format.repair import FORMER_OFFSET
@@ -178,6 +179,40 @@ def test_its_claims_are_settled_when_it_is_over(made: TestRegion, fs: Filesystem
     turn.give_up()
     assert words.split_state(table.limits()[0])[2] == limit[2] + 1
     assert fs.collect() == 1
+    fs.unmount()
+    assert_clean(made)
+
+
+def test_what_a_commit_left_before_a_repair_is_not_released_after_it(
+    made: TestRegion, fs: Filesystem
+) -> None:
+    """The repair may have found a use for it; a collection finds out."""
+    put(fs, 1, b"large", b"x" * 100_000)
+    turn, _ = turn_on(made, fs)
+    free = fs.store.blocks.free_count()
+
+    def come_between() -> None:
+        turn.take(force=False)
+        turn.give_up()
+
+    memory = fs.store.memory
+    before = memory.stores
+    fs.mkdir(1, b"d", 0o755, ROOT)
+    fs.rmdir(1, b"d", ROOT)
+    assert fs.store.blocks.free_count() == free
+    stores = memory.stores - before
+    for after in range(stores // 2, stores):
+        memory.trap(after, come_between)
+        fs.mkdir(1, b"d", 0o755, ROOT)
+        with suppress(Busy):
+            fs.rmdir(1, b"d", ROOT)
+        memory.trap(1 << 40, lambda: None)
+        with suppress(FsError):
+            fs.rmdir(1, b"d", ROOT)
+        assert fs.store.blocks.free_count() <= free
+        while fs.store.blocks.free_count() < free:
+            assert fs._ticks < 10_000
+            fs.tick()
     fs.unmount()
     assert_clean(made)
 
