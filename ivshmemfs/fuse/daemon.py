@@ -33,8 +33,8 @@ log = logging.getLogger(__name__)
 
 EXIT_INTERNAL = 4
 EXIT_INTERRUPTED = 8
-#: As pyproject.toml says it.  Older ones answer EIO to everything, or their readdir never ends.
-PYFUSE3_NEEDED = (3, 4)
+#: As pyproject.toml says it.  3.2 answers EIO to everything, with 3.4.0 the first request hangs.
+PYFUSE3_NEEDED = (3, 4, 2)
 
 
 class Attached(NamedTuple):
@@ -217,7 +217,7 @@ def _load_session() -> type[Session]:
 
 def _numbers(version: str) -> tuple[int, ...]:
     """The leading numbers of a version."""
-    return tuple(int(number) for number in re.findall(r"[0-9]+", version)[:2])
+    return tuple(int(number) for number in re.findall(r"[0-9]+", version)[:3])
 
 
 def remount(path: str, options: MountOptions) -> None:
