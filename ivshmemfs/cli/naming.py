@@ -45,7 +45,9 @@ def mounts_of(region: str) -> list[MountEntry]:
 def _canonical(region: str) -> str:
     """What a mount of *region* shows as its source."""
     if not region.startswith(PREFIXES) and region != "pci":
-        return os.path.abspath(region)
+        with suppress(FileNotFoundError):  # the current directory was removed
+            return os.path.abspath(region)
+        return region
     from ivshmemfs.format.superblock import identify
     from ivshmemfs.region import open_region
 

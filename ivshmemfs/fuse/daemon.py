@@ -31,10 +31,11 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+EXIT_SYSTEM = 2
 EXIT_INTERNAL = 4
 EXIT_INTERRUPTED = 8
-#: As pyproject.toml says it.  Older ones answer EIO to everything, or their readdir never ends.
-PYFUSE3_NEEDED = (3, 4)
+#: As pyproject.toml says it.  3.2 answers EIO to everything, with 3.4.0 the first request hangs.
+PYFUSE3_NEEDED = (3, 4, 2)
 
 
 class Attached(NamedTuple):
@@ -71,7 +72,7 @@ def mount(
     target = mountpoint.check(path)
     mountpoint.check_fuse_device()
     if options.log is not None:
-        options.log = os.path.abspath(options.log)
+        options.log = mountpoint.absolute(options.log, "log file")
     if foreground:
         logs.configure(options.log, foreground=True)
         try:
@@ -109,8 +110,13 @@ def _in_background(attach: Attach, target: str, options: MountOptions) -> str:
 
 
 def _bug(target: str, error: BaseException) -> DaemonError:
-    """Log the traceback of what nobody expected to end the daemon."""
+    """Log the traceback of an error that ends the daemon; returns what to tell the user."""
     log.critical("%s: the daemon ends", target, exc_info=error)
+    if isinstance(error, MemoryError):
+        return DaemonError(EXIT_SYSTEM, "the daemon ran out of memory")
+    if isinstance(error, OSError) and error.strerror:  # a limit of this system
+        name = f"{os.fsdecode(error.filename)}: " if error.filename else ""
+        return DaemonError(EXIT_SYSTEM, f"the daemon cannot go on: {name}{error.strerror}")
     return DaemonError(EXIT_INTERNAL, f"internal error: {type(error).__name__}: {error}")
 
 
@@ -149,8 +155,9 @@ def _be_daemon(attach: Attach, target: str, options: MountOptions, pipe: int) ->
         code = EXIT_INTERRUPTED
         report(code, "interrupted")
     except BaseException as error:
-        code = EXIT_INTERNAL
-        report(code, str(_bug(target, error)))
+        wrong = _bug(target, error)
+        code = wrong.exit_code
+        report(code, str(wrong))
     finally:
         logging.shutdown()  # which writes what was only counted so far
         os._exit(code)
@@ -218,7 +225,7 @@ def _load_session() -> type[Session]:
 
 def _numbers(version: str) -> tuple[int, ...]:
     """The leading numbers of a version."""
-    return tuple(int(number) for number in re.findall(r"[0-9]+", version)[:2])
+    return tuple(int(number) for number in re.findall(r"[0-9]+", version)[:3])
 
 
 def remount(path: str, options: MountOptions) -> None:

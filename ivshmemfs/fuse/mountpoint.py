@@ -107,7 +107,7 @@ def resolve(path: str) -> str:
     mount the rest of the path is taken as it is.  Raises MountError for a ring of links.
     """
     roots = {entry.path: entry.fstype for entry in mounted()}  # the topmost one counts
-    todo = _parts(_absolute(path))
+    todo = _parts(absolute(path, "mount point"))
     done, links = "/", 0
     while todo:
         name = todo.pop()
@@ -130,15 +130,15 @@ def resolve(path: str) -> str:
     return done
 
 
-def _absolute(path: str) -> str:
+def absolute(path: str, what: str) -> str:
+    """The absolute form of *path*; raises MountError where there is no current directory."""
     if path.startswith("/"):
         return path
     try:
         return os.path.join(os.getcwd(), path)
     except FileNotFoundError:
         raise MountError(
-            f"mount point {path} cannot be found: the current directory was removed; "
-            "give the whole path"
+            f"{what} {path} cannot be found: the current directory was removed; give the whole path"
         ) from None
 
 
