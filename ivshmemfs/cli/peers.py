@@ -46,6 +46,7 @@ def _alive(peers: PeerTable, slots: set[int]) -> set[int]:
 @click.argument("region")
 def peers_command(region: str) -> None:
     """Show who has REGION mounted, and who shows life."""
+    region = region_of(region)
     _tell_trouble(region)
     with _peer_table(region, readonly=True) as peers:
         present = list(peers.peers())
@@ -60,7 +61,7 @@ def peers_command(region: str) -> None:
 
 def _tell_trouble(region: str) -> None:
     """Say what happened to the mounts of REGION here: they may be apart from what it is now."""
-    for entry in mounts_of(region_of(region)):
+    for entry in mounts_of(region):
         if trouble := condition(entry):
             click.echo(f"ivshmemfs: mount {printable(entry.path)}: {trouble}", err=True)
 
