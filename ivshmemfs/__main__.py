@@ -16,24 +16,24 @@ from ivshmemfs import command
 def ivshmemfs() -> None:
     """Run `ivshmemfs`, or under the name of a mount helper its subcommand `mount`."""
     command.begin("ivshmemfs", interrupted=8)
-    from ivshmemfs.cli.main import main
-
+    with command.loading("ivshmemfs", failed=2):
+        from ivshmemfs.cli.main import main
     main()
 
 
 def mkfs() -> None:
     """Run `mkfs.ivshmemfs`."""
     command.begin("mkfs.ivshmemfs", interrupted=1)
-    from mkfs.main import main
-
+    with command.loading("mkfs.ivshmemfs", failed=1):
+        from mkfs.main import main
     main()
 
 
 def fsck() -> None:
     """Run `fsck.ivshmemfs`."""
     command.begin("fsck.ivshmemfs", interrupted=32)
-    from ivshmemfs.fsck.main import main
-
+    with command.loading("fsck.ivshmemfs", failed=8):
+        from ivshmemfs.fsck.main import main
     main()
 
 
