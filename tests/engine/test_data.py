@@ -12,7 +12,7 @@ from ivshmemfs.engine import ROOT_INO, Filesystem
 from ivshmemfs.engine.data import MAX_SIZE
 from ivshmemfs.format import inode as fmt
 from tests.checks import assert_adds_up, free_blocks
-from tests.engine.test_names import fails
+from tests.engine.asking import fails
 from tests.regions import ROOT, TestRegion, get, put
 
 

@@ -14,7 +14,7 @@ from ivshmemfs.engine import ROOT_INO, Filesystem
 from ivshmemfs.format import inode as fmt
 from ivshmemfs.format.dirent import name_key
 from tests.checks import assert_adds_up, free_blocks
-from tests.engine.test_names import names
+from tests.engine.asking import names
 from tests.regions import ROOT, TestRegion
 
 

@@ -11,7 +11,7 @@ from ivshmemfs.engine import ROOT_INO, Filesystem, Handle
 from ivshmemfs.engine.filesystem import PINS
 from ivshmemfs.errors import Busy, StaleHandle
 from tests.checks import assert_adds_up, assert_empty
-from tests.engine.test_names import fails
+from tests.engine.asking import fails
 from tests.regions import ROOT, TestRegion, put
 
 

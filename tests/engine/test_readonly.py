@@ -12,7 +12,7 @@ import pytest
 from ivshmemfs.engine import ROOT_INO, Filesystem
 from ivshmemfs.region import open_region
 from tests.checks import detailed_tree
-from tests.engine.test_names import fails
+from tests.engine.asking import fails
 from tests.regions import ROOT, TestRegion, put
 
 

@@ -11,7 +11,7 @@ import pytest
 from ivshmemfs.engine import NOW, ROOT_INO, Context, Filesystem
 from ivshmemfs.engine import filesystem as engine
 from tests.checks import assert_adds_up
-from tests.engine.test_names import fails
+from tests.engine.asking import fails
 from tests.regions import ROOT, put
 
 USER = Context(1000, 100)

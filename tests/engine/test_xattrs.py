@@ -22,7 +22,7 @@ from ivshmemfs.engine.xattr import (
 from ivshmemfs.errors import Unfinished
 from ivshmemfs.format import xattr as encoding
 from tests.checks import assert_adds_up, free_blocks
-from tests.engine.test_names import fails, names
+from tests.engine.asking import fails, names
 from tests.regions import ROOT, TestRegion, get, put
 from tests.turns import finish
 
