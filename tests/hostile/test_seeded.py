@@ -17,10 +17,9 @@ from ivshmemfs.format import node, peer, superblock
 from ivshmemfs.format.geometry import COMMIT_OFFSET, HINT_OFFSET
 from tests.conftest import Figures
 from tests.fsck.damage import Knife, sample
-from tests.fsck.test_hostile import VERBS, targets
-from tests.hostile.exercise import Ledger, joined, use
-from tests.hostile.test_static import MOST_MEMORY, repaired
+from tests.hostile.exercise import MOST_MEMORY, Ledger, joined, repaired, use
 from tests.regions import TestRegion, new_region
+from tests.support.attacks import VERBS, targets
 
 SHORT, LONG = 200, 20_000
 WORD, MASK = 8, (1 << 64) - 1

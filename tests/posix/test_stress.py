@@ -23,7 +23,7 @@ import pytest
 from tests.conftest import Figures
 from tests.posix.calls import CALLS, UTIME_NOW, Call
 from tests.posix.lab import needs_fuse, needs_root, new_lab
-from tests.posix.test_between import in_processes
+from tests.posix.processes import in_processes
 from tests.posix.twin import look
 
 pytestmark = [needs_fuse, needs_root]
