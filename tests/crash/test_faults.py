@@ -17,21 +17,20 @@ from ivshmemfs.format import geometry
 from ivshmemfs.region import Blocks
 from mkfs.image import Parameters
 from mkfs.writer import format_region
-from tests.checks import assert_empty, assert_sound, detailed_tree, unreachable
-from tests.conftest import Figures
 from tests.crash import zombies
 from tests.crash.cases import (
     act,
     check_aftermath,
     die,
     make_reference,
-    recover,
     set_up,
     settled_state,
 )
-from tests.crash.laboratory import BLINK, Laboratory, Peer
 from tests.crash.workloads import INOS, WORKLOADS, Scene, pattern
-from tests.regions import ROOT, get, put
+from tests.support.checks import assert_empty, assert_sound, detailed_tree, unreachable
+from tests.support.figures import Figures
+from tests.support.laboratory import BLINK, Laboratory, Peer, recover
+from tests.support.regions import ROOT, get, put
 
 # --- clocks ---------------------------------------------------------------------------------
 

@@ -24,13 +24,13 @@ import pytest
 
 from ivshmemfs import fsck
 from ivshmemfs.engine import ROOT_INO
-from tests.checks import assert_sound, detailed_tree
-from tests.conftest import Figures
 from tests.crash.cases import Tree, close_others, replayable, set_up, tags
-from tests.crash.laboratory import Laboratory, Peer
 from tests.crash.workloads import WORKLOADS, Scene, pattern
 from tests.crash.zombies import conflict, errno_of, go_on_together
-from tests.regions import put
+from tests.support.checks import assert_sound, detailed_tree
+from tests.support.figures import Figures
+from tests.support.laboratory import Laboratory, Peer
+from tests.support.regions import put
 
 HERE = "tests/crash/test_restored.py"
 SHORT = 3  # points per operation in the short form

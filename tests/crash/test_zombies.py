@@ -10,11 +10,11 @@ import zlib
 
 import pytest
 
-from tests.conftest import Figures
 from tests.crash.cases import replayable, set_up
-from tests.crash.laboratory import Laboratory
 from tests.crash.workloads import WORKLOADS
 from tests.crash.zombies import SCRIPTS, Case, errno_of, orders, run_case
+from tests.support.figures import Figures
+from tests.support.laboratory import Laboratory
 
 HERE = "tests/crash/test_zombies.py"
 SHORT = 3  # points per operation and script in the short form

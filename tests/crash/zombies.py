@@ -11,11 +11,11 @@ from typing import NamedTuple
 
 from ivshmemfs.engine import RENAME_EXCHANGE, ROOT_INO, Filesystem
 from ivshmemfs.errors import FsError
-from tests.checks import assert_sound, detailed_tree, unreachable
 from tests.crash.cases import Tree, check_quarantine, close_others, set_up
-from tests.crash.laboratory import Laboratory, Peer
 from tests.crash.workloads import WORKLOADS, Scene, ino, pattern
-from tests.regions import ROOT, get, put
+from tests.support.checks import assert_sound, detailed_tree, unreachable
+from tests.support.laboratory import Laboratory, Peer
+from tests.support.regions import ROOT, get, put
 
 LEFT = 90  # free blocks that others leave to the sleeper
 

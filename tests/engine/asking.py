@@ -10,7 +10,7 @@ import pytest
 
 from ivshmemfs.engine import ROOT_INO, Filesystem
 from ivshmemfs.errors import FsError
-from tests.regions import ROOT
+from tests.support.regions import ROOT
 
 
 def fails(code: int, call: Callable[[], object]) -> None:

@@ -16,9 +16,9 @@ from ivshmemfs.engine import (
     Context,
     Filesystem,
 )
-from tests.checks import assert_adds_up, detailed_tree, free_blocks
 from tests.engine.asking import fails, names, remove_all
-from tests.regions import ROOT, TestRegion, get, put, tree
+from tests.support.checks import assert_adds_up, detailed_tree, free_blocks
+from tests.support.regions import ROOT, TestRegion, get, put, tree
 
 USER = Context(1000, 100)
 

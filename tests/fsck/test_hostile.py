@@ -20,10 +20,10 @@ from ivshmemfs.format import inode, node, peer, superblock, words
 from ivshmemfs.format.geometry import COMMIT_OFFSET, HINT_OFFSET
 from ivshmemfs.format.record import Field
 from ivshmemfs.region import Region
-from tests.conftest import Figures
-from tests.fsck.damage import Knife, Names, sample
-from tests.regions import TestRegion, new_region
 from tests.support.attacks import VERBS, of_use, targets
+from tests.support.damage import Knife, Names, sample
+from tests.support.figures import Figures
+from tests.support.regions import TestRegion, new_region
 
 WORD = (1 << 64) - 1
 SLOWEST = 5.0  # seconds that one check and repair may take

@@ -11,10 +11,10 @@ from contextlib import contextmanager
 import pytest
 
 from ivshmemfs.format.superblock import decode
-from tests.conftest import Figures
-from tests.fsck.damage import sample
-from tests.hostile.exercise import Ledger, joined, repaired, use
-from tests.regions import TestRegion, new_region
+from tests.support.damage import sample
+from tests.support.exercise import Ledger, joined, repaired, use
+from tests.support.figures import Figures
+from tests.support.regions import TestRegion, new_region
 from tests.support.scribbles import AREAS, WORD, scribbled
 
 

@@ -8,11 +8,11 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from ivshmemfs.engine import Filesystem
-from tests.conftest import Figures
-from tests.fsck.damage import Knife, sample
-from tests.hostile import wounds
-from tests.hostile.exercise import MOST_MEMORY, Ledger, joined, repaired, use
-from tests.regions import TestRegion, new_region
+from tests.support import wounds
+from tests.support.damage import Knife, sample
+from tests.support.exercise import MOST_MEMORY, Ledger, joined, repaired, use
+from tests.support.figures import Figures
+from tests.support.regions import TestRegion, new_region
 
 EVERY = {
     "inodes": 5,

@@ -21,11 +21,11 @@ import pytest
 from ivshmemfs.format.geometry import HINT_OFFSET
 from ivshmemfs.format.words import make_hint
 from ivshmemfs.region import open_region
-from tests.conftest import Figures
 from tests.posix.calls import CALLS
-from tests.posix.lab import Lab, needs_fuse, needs_root, new_lab
 from tests.posix.processes import in_processes
 from tests.posix.raising import fails
+from tests.support.figures import Figures
+from tests.support.lab import Lab, needs_fuse, needs_root, new_lab
 
 pytestmark = [needs_fuse, needs_root]
 

@@ -15,7 +15,7 @@ from ivshmemfs.region import (
     create_file,
     open_region,
 )
-from tests.region.sysfs import FakeRoots
+from tests.support.sysfs import FakeRoots
 
 SIZE = 2 << 20
 PAGE = os.sysconf("SC_PAGE_SIZE")

@@ -30,7 +30,7 @@ from tests.region.backends import (
     make_pci,
     make_uio,
 )
-from tests.region.sysfs import FakeMachine, FakeRoots
+from tests.support.sysfs import FakeMachine, FakeRoots
 
 
 @pytest.fixture

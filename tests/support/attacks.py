@@ -12,8 +12,8 @@ from ivshmemfs.engine import Filesystem
 from ivshmemfs.errors import Busy
 from ivshmemfs.format import node
 from ivshmemfs.region import Region
-from tests.fsck.damage import Knife, Names, metadata_blocks, sample
-from tests.regions import ROOT, new_region
+from tests.support.damage import Knife, Names, metadata_blocks, sample
+from tests.support.regions import ROOT, new_region
 
 VERBS: dict[str, Callable[[int, int, random.Random], int]] = {
     "zeroes": lambda value, bits, chance: 0,

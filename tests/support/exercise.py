@@ -22,9 +22,9 @@ from ivshmemfs.engine.filesystem import KEEP_SIZE, PUNCH_HOLE, ZERO_RANGE
 from ivshmemfs.errors import Busy, Corrupt, FormatError, IvshmemfsError, Unfinished
 from ivshmemfs.region import Region
 from ivshmemfs.shm.store import TURN
-from tests.fsck.damage import Names
-from tests.regions import ROOT
 from tests.support.attacks import of_use
+from tests.support.damage import Names
+from tests.support.regions import ROOT
 
 T = TypeVar("T")
 
