@@ -10,9 +10,14 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, settings
 
-from tests.support.figures import Figures
-
 TOP = Path(__file__).resolve().parent.parent
+
+# Assertions in modules that tests share explain themselves, too; before any of them is imported.
+pytest.register_assert_rewrite(
+    *(f"tests.{path.name}" for path in (TOP / "tests").iterdir() if path.is_dir())
+)
+
+from tests.support.figures import Figures  # noqa: E402
 
 # How long an example takes says nothing on a machine that does other things as well.
 settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
