@@ -11,8 +11,8 @@ import pytest
 
 from ivshmemfs.region import Standing, open_region
 from tests.cli.conftest import complains, ivshmemfs
-from tests.fuse.mounts import eventually, mount_lines, needs_fuse, run, stop
-from tests.regions import TestRegion
+from tests.support.mounts import eventually, mount_lines, needs_fuse, run, stop
+from tests.support.regions import TestRegion
 
 pytestmark = needs_fuse
 
