@@ -15,6 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ivshmemfs.format.words import MAX_BLOCKS
 from ivshmemfs.region import Blocks, Memory, crc32c
 from tests.region.conftest import BLOCK, COUNT, DATA, PATIENT, SIZE, TAGS, Place
 from tests.region.model import NULL, ModelBlocks, make_node, pointer, unpack
@@ -503,8 +504,8 @@ def test_wrong_tables_and_ranges_are_refused(blocks: Blocks) -> None:
         ((TAGS, DATA, 33, COUNT), "block_size"),
         ((TAGS, DATA, -512, COUNT), "block_size"),
         ((TAGS, DATA, BLOCK, 0), "block_count"),
-        ((TAGS, DATA, BLOCK, 2**32 + 1), "block_count"),
-        ((TAGS, DATA, BLOCK, 2**32), "tags_offset"),
+        ((TAGS, DATA, BLOCK, MAX_BLOCKS + 1), "block_count"),
+        ((TAGS, DATA, BLOCK, MAX_BLOCKS), "tags_offset"),
         ((TAGS, DATA, BLOCK, 2**64), "block_count"),
     ],
 )
