@@ -6,7 +6,7 @@ what the bytes mean is the business of the layers above.
 
 from __future__ import annotations
 
-from ivshmemfs.region._memory import DEVICE, NORMAL, WRITE_COMBINING, Blocks, Memory, crc32c
+from ivshmemfs.native import DEVICE, NORMAL, WRITE_COMBINING, Blocks, Memory, crc32c
 from ivshmemfs.region.file import create_file
 from ivshmemfs.region.locate import Candidate, discover, identified, open_region
 from ivshmemfs.region.mapped import Region

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ivshmemfs.errors import RegionError, RegionSize
-from ivshmemfs.region._memory import DEVICE, NORMAL, WRITE_COMBINING
+from ivshmemfs.native import DEVICE, NORMAL, WRITE_COMBINING
 from ivshmemfs.region.mapped import Region, look_at, map_descriptor, open_descriptor, shown
 from ivshmemfs.region.pci import bar_size
 from ivshmemfs.region.roots import HERE, Roots

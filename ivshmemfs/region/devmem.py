@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator
 
 from ivshmemfs.errors import RegionDenied, RegionError, RegionMissing, RegionSize, UsageError
-from ivshmemfs.region._memory import DEVICE, WRITE_COMBINING, Memory
+from ivshmemfs.native import DEVICE, WRITE_COMBINING, Memory
 from ivshmemfs.region.mapped import Region, open_descriptor, refuse_small, translate
 from ivshmemfs.region.roots import HERE, Roots
 from ivshmemfs.region.sizes import exact_size, parse_number, parse_size

@@ -11,7 +11,7 @@ from pathlib import Path
 from types import TracebackType
 
 from ivshmemfs.errors import RegionDenied, RegionError, RegionMissing, RegionSize, RegionUnfit
-from ivshmemfs.region._memory import DEVICE, NORMAL, WRITE_COMBINING, Memory
+from ivshmemfs.native import DEVICE, NORMAL, WRITE_COMBINING, Memory
 from ivshmemfs.region.sizes import readable_size
 
 MIN_SIZE = 4096  # whatever the format asks for, less than a page cannot be a region

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ivshmemfs.errors import RegionDenied, RegionError, RegionMissing, RegionSize, UsageError
-from ivshmemfs.region._memory import DEVICE, WRITE_COMBINING
+from ivshmemfs.native import DEVICE, WRITE_COMBINING
 from ivshmemfs.region.mapped import Region, map_descriptor, open_descriptor, shown, translate
 from ivshmemfs.region.roots import HERE, Roots
 
