@@ -375,7 +375,20 @@ static void gather_body(void *argument)
     }
 }
 
-/* The same, with an event before each block and one between the copy and the tag check. */
+struct gather {
+    struct span *span;
+    struct tag_check check;
+};
+
+static void gather_and_check_body(void *argument)
+{
+    struct gather *gather = argument;
+
+    gather_body(gather->span);
+    tag_check_body(&gather->check);
+}
+
+/* The copy alone, with an event before each block and one between it and the tag check. */
 static int gather_trapped(struct span *span)
 {
     struct mapping *mapping = span->blocks->mapping;
@@ -398,18 +411,21 @@ int span_gather(struct span *span)
 {
     const struct blocks *blocks = span->blocks;
     struct mapping *mapping = blocks->mapping;
-    uint64_t first, last;
+    struct gather gather = {span, {blocks, span->pointers, 0, 0, false}};
     int status;
 
     if (span->position == span->stop)
         return STATUS_OK;
-    first = span->position / blocks->block_size;
-    last = (span->stop - 1) / blocks->block_size + 1;
-    if (UNLIKELY(mapping->armed && mapping->trap_loads))
+    gather.check.first = span->position / blocks->block_size;
+    gather.check.last = (span->stop - 1) / blocks->block_size + 1;
+    if (UNLIKELY(mapping->armed && mapping->trap_loads)) {
         status = gather_trapped(span);
-    else
-        status = perform(mapping, gather_body, span, span->stop - span->position);
-    return status == STATUS_OK ? tags_check_range(blocks, span->pointers, first, last) : status;
+        if (status == STATUS_OK)
+            status = perform(mapping, tag_check_body, &gather.check, WORD_SIZE);
+    } else {
+        status = perform(mapping, gather_and_check_body, &gather, span->stop - span->position);
+    }
+    return unless_stale(status, !gather.check.same);
 }
 
 int blocks_gather(const struct blocks *blocks, const unsigned char *pointers, uint64_t count,

@@ -121,7 +121,16 @@ int store_guarded(const struct blocks *blocks, unsigned char *to, const unsigned
 
 /* --- tags.c ------------------------------------------------------------------------------------ */
 
-/* Check the tags of pointers [first, last). */
+/* Do the blocks of pointers [first, last) still have their tags? */
+struct tag_check {
+    const struct blocks *blocks;
+    const unsigned char *pointers;
+    uint64_t first;
+    uint64_t last;
+    bool same;
+};
+
+void tag_check_body(void *argument); /* inside attempt() */
 int tags_check_range(const struct blocks *blocks, const unsigned char *pointers, uint64_t first,
                      uint64_t last);
 

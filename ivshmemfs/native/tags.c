@@ -191,18 +191,10 @@ int tags_release(const struct blocks *blocks, const unsigned char *pointers, uin
 
 /* --- looks ------------------------------------------------------------------------------------- */
 
-struct check {
-    const struct blocks *blocks;
-    const unsigned char *pointers;
-    uint64_t first;
-    uint64_t last;
-    bool same;
-};
-
 /* The fence comes first: the copies before it are done before the tags are read. */
-static void check_body(void *argument)
+void tag_check_body(void *argument)
 {
-    struct check *check = argument;
+    struct tag_check *check = argument;
     const struct blocks *blocks = check->blocks;
 
     fence_acquire(blocks->mapping->access);
@@ -221,8 +213,8 @@ static void check_body(void *argument)
 int tags_check_range(const struct blocks *blocks, const unsigned char *pointers, uint64_t first,
                      uint64_t last)
 {
-    struct check check = {blocks, pointers, first, last, false};
-    int status = perform(blocks->mapping, check_body, &check, WORD_SIZE);
+    struct tag_check check = {blocks, pointers, first, last, false};
+    int status = perform(blocks->mapping, tag_check_body, &check, WORD_SIZE);
 
     return unless_stale(status, !check.same);
 }
