@@ -9,10 +9,16 @@ its native extension keeps to the limited API, which costs it up to a third of a
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+
+if sys.maxsize < 1 << 32:
+    sys.exit("ivshmemfs needs a 64-bit Python: a 32-bit one tears the words of a region")
+if sys.byteorder != "little":
+    sys.exit("ivshmemfs needs a little-endian machine, as the words of a region are")
 
 NATIVE = "ivshmemfs/native"
 LIMITED = [("Py_LIMITED_API", "0x030b0000"), ("CYTHON_LIMITED_API", "1")]

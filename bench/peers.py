@@ -84,13 +84,11 @@ def ours(
 
 def make_region(path: Path, size: str, *, reserve: bool = True) -> Path:
     """Format a region file; with *reserve* its memory is allocated, as a machine's is."""
-    command = [*MKFS, "--size", size, str(path)]
+    memory = () if reserve else ("--sparse",)
+    command = [*MKFS, *memory, "--any-size", "--size", size, str(path)]
     subprocess.run(
         command, check=True, stdout=subprocess.DEVNULL, env=ENVIRONMENT, timeout=PATIENCE
     )
-    if reserve:
-        with path.open("r+b") as file:
-            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
     return path
 
 

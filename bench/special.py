@@ -24,8 +24,11 @@ from bench.peers import (
     unmount,
 )
 from bench.runner import LocalClient, Sample, Table, interleave, parse
+from ivshmemfs.cli.getting import Getter, Wishes
+from ivshmemfs.cli.local import Folder
+from ivshmemfs.cli.meter import Meter
 from ivshmemfs.cli.peering import peer
-from ivshmemfs.cli.transfer import Getter, Meter, Putter
+from ivshmemfs.cli.putting import Place, Putter
 from ivshmemfs.engine import ROOT_INO
 from ivshmemfs.region import open_region
 
@@ -208,13 +211,18 @@ def transfer(client: LocalClient, shm: Path, work: Path, *, rounds: int, mib: in
 @contextmanager
 def _looping(region: Path, source: Path, target: Path) -> Iterator[dict[str, Callable[[], None]]]:
     """The copying of `put` and `get`, within this process."""
-    with open_region(str(region)) as opened, peer(opened, readonly=False) as fs:
-        how = {"recursive": False, "force": True}
-        putter = Putter(fs, Meter(quiet=True), **how)
-        getter = Getter(fs, Meter(quiet=True), **how)
+    with (
+        open_region(str(region)) as opened,
+        peer(opened, readonly=False) as fs,
+        Folder(bytes(target.parent)) as folder,
+    ):
+        putter = Putter(fs, Meter(quiet=True), recursive=False, force=True)
+        wishes = Wishes(recursive=False, force=True, devices=False, special=False)
+        getter = Getter(fs, Meter(quiet=True), wishes)
+        place, name = Place(ROOT_INO, b"source", b"/"), target.name.encode()
         yield {
-            "put": lambda: putter.copy(bytes(source), ROOT_INO, b"source"),
-            "get": lambda: getter.copy(fs.lookup(ROOT_INO, b"source"), bytes(target)),
+            "put": lambda: putter.copy(bytes(source), place),
+            "get": lambda: getter.copy(fs.lookup(ROOT_INO, b"source"), folder, name),
         }
 
 
@@ -229,7 +237,7 @@ def start(shm: Path, work: Path, *, rounds: int, size: str = "16G") -> Figures:
     try:
         for _ in range(rounds):
             region.unlink(missing_ok=True)
-            making.append(_timed([*MKFS, "--size", size, str(region)]))
+            making.append(_timed([*MKFS, "--sparse", "--size", size, str(region)]))
             mounting.append(_timed([*IVSHMEMFS, "mount", str(region), str(path)]))
             _timed([*IVSHMEMFS, "umount", str(path)])
     finally:

@@ -1,4 +1,4 @@
 """A filesystem in memory that several machines share."""
 
-#: As pyproject.toml says it; asking the installed package for it takes longer than mounting.
+#: The one place of the version: pyproject.toml reads it here.
 __version__ = "0.1.0"

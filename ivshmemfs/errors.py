@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import errno as _errno
 import os
+from collections.abc import Callable
 
 
 class IvshmemfsError(Exception):
@@ -21,7 +22,28 @@ class IvshmemfsError(Exception):
     exit_code: int = 1
 
 
+class Interrupted(BaseException):
+    """A signal asked the command to end.
+
+    Unlike KeyboardInterrupt it passes through click, which would print an empty line.
+    """
+
+
+class OutputError(IvshmemfsError):
+    """Standard output could not be written: a full disk, a closed device."""
+
+    errno = _errno.EIO
+    exit_code = 2
+
+
 # --- opening a region -----------------------------------------------------------------------
+
+
+class UnfitMachine(IvshmemfsError):
+    """This processor or this Python cannot use a region at all."""
+
+    errno = _errno.ENOSYS
+    exit_code = 2
 
 
 class UsageError(IvshmemfsError):
@@ -48,6 +70,12 @@ class RegionDenied(RegionError):
     """The region exists, and this user may not open it."""
 
     errno = _errno.EACCES
+
+
+class RegionHeld(RegionError):
+    """A kernel driver holds the device, and the kernel lets only that driver map it."""
+
+    errno = _errno.EBUSY
 
 
 class RegionAmbiguous(RegionError):
@@ -153,6 +181,24 @@ class Busy(IvshmemfsError):
     """Not now: another peer is committing.  Nothing was changed; try again in a moment."""
 
     errno = _errno.EAGAIN
+
+
+class UnderRepair(Busy):
+    """A repair has shut everybody else out; whoever waits can go on when it is over."""
+
+    exit_code = 32
+
+
+class Unfinished(Busy):
+    """The operation has used up its turn.  Its progress is kept; let others run, then try again.
+
+    An operation of several commits did some of them: then `go_on` does the rest, and is called
+    instead of the operation.
+    """
+
+    def __init__(self, message: str, go_on: Callable[[], object] | None = None) -> None:
+        super().__init__(message)
+        self.go_on = go_on
 
 
 class Fenced(IvshmemfsError):

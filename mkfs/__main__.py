@@ -1,5 +1,5 @@
 """`python -m mkfs`"""
 
-from mkfs.main import main
+from ivshmemfs.__main__ import mkfs
 
-main(prog_name="mkfs.ivshmemfs")
+mkfs()

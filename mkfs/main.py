@@ -6,21 +6,35 @@ import os
 import sys
 import time
 import uuid as _uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import click
 
-from ivshmemfs.errors import IvshmemfsError, RegionSize, UsageError
+from ivshmemfs import __version__
+from ivshmemfs import command as shared
+from ivshmemfs.errors import RegionSize, UsageError
 from ivshmemfs.format import geometry as geo
 from ivshmemfs.format.geometry import Geometry
-from ivshmemfs.format.peer import printable
 from ivshmemfs.format.superblock import identify
-from ivshmemfs.region import Region, create_file, open_region, parse_size, readable_size
+from ivshmemfs.printing import say
+from ivshmemfs.region import (
+    Region,
+    create_file,
+    exact_size,
+    open_region,
+    parse_size,
+    readable_size,
+    reserve,
+)
 from mkfs.image import Parameters
-from mkfs.writer import examine, format_region, refuse_used
+from mkfs.writer import Existing, examine, format_region, refuse_used
 
 NOT_FILES = ("pci", "mem:", "label=", "uuid=")  # what --size cannot create
 FAILURE = 1  # the one exit code for everything that went wrong, wrong usage included
+EXITS = shared.Exits(usage=FAILURE, system=FAILURE, interrupted=FAILURE, internal=FAILURE)
 
 
 def _size(_: click.Context, __: click.Parameter, value: str | None) -> int | None:
@@ -41,38 +55,6 @@ def _uuid_bytes(_: click.Context, __: click.Parameter, value: str | None) -> byt
         raise click.BadParameter(f"{value!r} is not a UUID") from None
 
 
-def _open(spec: str, size: int | None, force: bool) -> tuple[Region, bool]:
-    """The region, and whether it was created now (so that all of it is zero)."""
-    if size is None:
-        return open_region(spec, identify=identify), False
-    fresh = not os.path.lexists(spec)
-    if fresh and spec.startswith(NOT_FILES):
-        raise UsageError(f"--size creates a file; {spec} has a size of its own: leave out --size")
-    before = None if fresh else os.stat(spec).st_size
-    if fresh or force:
-        create_file(spec, size, exist_ok=force)
-    try:
-        region = open_region(spec)
-    except IvshmemfsError:
-        _take_back(spec, before, size)
-        raise
-    if region.size != size:
-        region.close()
-        raise RegionSize(
-            f"{spec} exists and has {region.size} bytes, not {size}: leave out --size, or "
-            "change its size with --force"
-        )
-    return region, fresh
-
-
-def _take_back(path: str, before: int | None, size: int) -> None:
-    """Undo what making a file of `size` did, after it could not be used; None: it was not there."""
-    if before is None:
-        Path(path).unlink(missing_ok=True)
-    elif before < size == os.stat(path).st_size:
-        os.truncate(path, before)
-
-
 def _plan(region_size: int, block_size: int | None, peers: int) -> Geometry:
     try:
         return geo.plan(region_size, block_size, peers)
@@ -84,35 +66,134 @@ def _plan(region_size: int, block_size: int | None, peers: int) -> Geometry:
 
 def _report(region: Region, geometry: Geometry, parameters: Parameters) -> None:
     usable = (geometry.block_count - geometry.reserve - 3) * geometry.block_size
-    label = f", label {printable(parameters.label)!r}" if parameters.label else ""
-    click.echo(
-        f"{region.spec}: {readable_size(geometry.region_size)} formatted as ivshmemfs{label}"
-    )
-    click.echo(f"UUID {_uuid.UUID(bytes=parameters.uuid)}, up to {geometry.peer_count} peers")
-    click.echo(
+    label = f", label {parameters.label!r}" if parameters.label else ""
+    say(f"{region.spec}: {readable_size(geometry.region_size)} formatted as ivshmemfs{label}")
+    say(f"UUID {_uuid.UUID(bytes=parameters.uuid)}, up to {geometry.peer_count} peers")
+    say(
         f"{geometry.block_count} blocks of {geometry.block_size} bytes, "
         f"{readable_size(usable)} usable ({usable / geometry.region_size:.0%})"
     )
 
 
-def _make(
-    spec: str, size: int | None, block_size: int | None, peers: int, force: bool, new: Parameters
-) -> None:
+def _refuse_odd(spec: str, size: int) -> None:
+    """Raise RegionSize for what a guest's device cannot have: QEMU takes powers of two alone."""
+    if size & (size - 1):
+        below = 1 << size.bit_length() - 1
+        raise RegionSize(
+            f"{spec}: QEMU refuses a device of {readable_size(size)}; use {exact_size(below)} or "
+            f"{exact_size(2 * below)}, or --any-size for a region that no guest gets"
+        )
+
+
+class Wish(NamedTuple):
+    """What was asked for."""
+
+    spec: str
+    size: int | None  # of a file that is made, or made larger
+    block_size: int | None
+    peers: int
+    force: int  # how often it was given
+    sparse: bool
+    any_size: bool
+
+
+def _make(wish: Wish, new: Parameters) -> None:
+    spec, size = wish.spec, wish.size
     if size is not None:
-        _plan(size, block_size, peers)  # before a file is made that cannot be formatted
-    region, fresh = _open(spec, size, force)
+        _plan(size, wish.block_size, wish.peers)  # before a file is made that cannot be formatted
+        if not wish.any_size:
+            _refuse_odd(spec, size)
+        if spec.startswith(NOT_FILES) and not os.path.lexists(spec):
+            raise UsageError(
+                f"--size creates a file; {spec} has a size of its own: leave out --size"
+            )
+    with _prepared(wish) as (region, existing):
+        geometry = _plan(region.size, wish.block_size, wish.peers)
+        if region.kind == "file":
+            if not wish.any_size:
+                _refuse_odd(spec, region.size)
+            if not wish.sparse:
+                reserve(region)
+        with _explained(region):
+            format_region(region.memory, geometry, new, fresh=existing is None)
+    # It carries a filesystem now; whatever fails from here on, it stays.
+    _report(region, geometry, new)
+    if existing is not None:
+        _tell_harm(existing)
+
+
+def _tell_harm(existing: Existing) -> None:
+    """What formatting did to others."""
+    if existing.repair:
+        say("the repair that was under way there ends without effect")
+    for occupant in existing.live:
+        say(f"{occupant.describe()} had it mounted: all calls there fail now (ESTALE); unmount it")
+    if not existing.data.whole:
+        say("it is so large that only samples of it were searched for other data")
+
+
+@contextmanager
+def _explained(region: Region) -> Iterator[None]:
+    """Say what is behind an access that failed."""
     try:
-        with region:
-            geometry = _plan(region.size, block_size, peers)
-            if not force:
-                refuse_used(examine(region.memory), spec)
-            format_region(region.memory, geometry, new, fresh=fresh)
-            fresh = False  # it carries a filesystem now; whatever fails from here on, it stays
-            _report(region, geometry, new)
+        yield
+    except OSError as error:
+        short = region.shortage()
+        if not short:
+            raise
+        raise RegionSize(short) from error
+
+
+@contextmanager
+def _prepared(wish: Wish) -> Iterator[tuple[Region, Existing | None]]:
+    """The region, of the size that it shall have, and what was on it; None: it was made just now.
+
+    What was made of a file is undone when the caller fails.
+    """
+    spec, size = wish.spec, wish.size
+    before = os.stat(spec).st_size if size is not None and os.path.lexists(spec) else None
+    existing: Existing | None = None
+    if size is None or before:
+        with open_region(spec, identify=identify) as region:
+            _refuse_size(region, wish)
+            with _explained(region):
+                existing = examine(region)
+            refuse_used(existing, spec, wish.force)
+            if size is None or size == region.size:
+                yield region, existing
+                return
+    assert size is not None
+    create_file(spec, size, exist_ok=before is not None)
+    try:
+        with open_region(spec) as region:
+            yield region, existing
     except BaseException:
-        if fresh:
-            Path(spec).unlink(missing_ok=True)
+        _take_back(spec, before, size)
         raise
+
+
+def _refuse_size(region: Region, wish: Wish) -> None:
+    """Raise RegionSize unless a file that exists may get the size that was asked for."""
+    if wish.size is None or wish.size == region.size:
+        return
+    if wish.size < region.size and region.kind == "file":
+        raise RegionSize(
+            f"{wish.spec} has {readable_size(region.size)}, and no file is made smaller, because "
+            "who has it mapped would lose its end: leave out --size, or remove the file"
+        )
+    if region.kind != "file" or not wish.force:
+        raise RegionSize(
+            f"{wish.spec} exists and has {region.size} bytes, not {wish.size}: leave out --size, "
+            "or make it larger with --force"
+        )
+
+
+def _take_back(path: str, before: int | None, size: int) -> None:
+    """Undo what making a file of `size` did, after it could not be used; None: it was not there."""
+    if before is None:
+        Path(path).unlink(missing_ok=True)
+    elif before < size == os.stat(path).st_size:
+        os.truncate(path, before)
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
@@ -124,7 +205,12 @@ def _make(
     "--peers", type=click.IntRange(1, geo.MAX_PEERS), default=geo.DEFAULT_PEERS,
     show_default=True, help="How many mounts at once.",
 )  # fmt: skip
-@click.option("--force", is_flag=True, help="Overwrite whatever is there.")
+@click.option("--sparse", is_flag=True, help="Do not reserve the memory of a file.")
+@click.option("--any-size", is_flag=True, help="Also one that no device can have.")
+@click.option(
+    "--force", count=True, help="Overwrite what is there; twice: also under those who use it."
+)
+@click.version_option(__version__, prog_name="mkfs.ivshmemfs")
 @click.argument("region")
 def command(
     size: int | None,
@@ -132,7 +218,9 @@ def command(
     uuid: bytes,
     block_size: int | None,
     peers: int,
-    force: bool,
+    sparse: bool,
+    any_size: bool,
+    force: int,
     region: str,
 ) -> None:
     """Make a new, empty filesystem on REGION.
@@ -140,19 +228,17 @@ def command(
     REGION is a file, pci, pci:ADDRESS, mem:ADDRESS:SIZE or a character device.
     """
     new = Parameters(uuid, label, os.getuid(), os.getgid(), time.time_ns())
-    _make(region, size, block_size, peers, force, new)
+    _make(Wish(region, size, block_size, peers, force, sparse, any_size), new)
 
 
 def main(args: list[str] | None = None, prog_name: str = "mkfs.ivshmemfs") -> None:
-    """Entry point; leaves by SystemExit with an exit code of mkfs(8)."""
-    try:
-        command.main(args, prog_name=prog_name, standalone_mode=False)
-    except click.ClickException as error:
-        text = " ".join(error.format_message().rstrip(".").split())
-        click.echo(f"{prog_name}: {text} (see '{prog_name} --help')", err=True)
-        sys.exit(FAILURE)
-    except click.Abort:
-        sys.exit(FAILURE)
-    except (IvshmemfsError, OSError, ValueError) as error:
-        click.echo(f"{prog_name}: {error}", err=True)
-        sys.exit(FAILURE)
+    """Run the command; leaves by SystemExit with an exit code of mkfs(8) unless it is 0."""
+
+    def run() -> None:
+        try:
+            command.main(args, prog_name=prog_name, standalone_mode=False)
+        except ValueError as error:  # a label that is too long
+            raise UsageError(str(error)) from None
+
+    if code := shared.run(prog_name, run, EXITS):
+        sys.exit(code)

@@ -6,7 +6,8 @@ The order matters to mounts that are still alive when --force was given, and to 
    commit planned before can succeed;
 2. transactions that were under way get a moment to notice and end;
 3. tags, blocks, peer table, superblock and its copy are stored;
-4. the commit word is stored last.  Until then there is nothing to mount.
+4. the commit word is swapped in last, unless another program was at it meanwhile.  Until then
+   there is nothing to mount.
 """
 
 from __future__ import annotations
@@ -15,14 +16,15 @@ import random
 import time
 from typing import NamedTuple
 
-from ivshmemfs.errors import ForeignFormat, InUse, IvshmemfsError
+from ivshmemfs.errors import ForeignFormat, InUse
 from ivshmemfs.format import peer, superblock, words
 from ivshmemfs.format.geometry import COMMIT_OFFSET, HINT_OFFSET, PEERS_OFFSET, Geometry
-from ivshmemfs.region import Memory
-from ivshmemfs.shm import identity
+from ivshmemfs.region import Found, Memory, Region, find_data
+from ivshmemfs.shm.repair import Turn, describe
+from ivshmemfs.shm.watch import living
 from mkfs.image import Image, Parameters, make_image
 
-FIRST_PAGE = 4096  # what must be zero on a region that nobody uses
+FIRST_PAGE = 4096
 GRACE = 1.0  # seconds that transactions under way get to end
 
 
@@ -30,65 +32,73 @@ class Existing(NamedTuple):
     """What stands on a region before it is formatted."""
 
     identity: tuple[str, str] | None  # label and UUID text, if it is a filesystem of ours
-    foreign: bool
-    geometry: Geometry | None  # of the filesystem, if its superblock is whole
+    data: Found  # where anything else was found
     live: tuple[peer.Occupant, ...]  # peers that are not surely gone
+    repair: str  # who repairs it at this moment, if anybody does
+
+
+_UNSEARCHED = Found(None, whole=True)
 
 
 def _old_geometry(page: bytes, region_size: int) -> Geometry | None:
+    """That of a filesystem of any version and size whose peer table can be looked at."""
     for offset in (superblock.OFFSET, superblock.COPY_OFFSET):
-        try:
-            return superblock.decode(page[offset:], region_size).geometry
-        except IvshmemfsError:
+        raw = page[offset : offset + superblock.SUPERBLOCK.size]
+        if superblock.identify(raw) is None:
             continue
+        geometry = superblock.geometry_of(superblock.SUPERBLOCK.unpack(raw))
+        if geometry.problem() is None and geometry.tags_offset <= region_size:
+            return geometry
     return None
 
 
-def live_peers(memory: Memory, geometry: Geometry) -> tuple[peer.Occupant, ...]:
-    """Slots in use whose owner is not surely gone."""
-    table = memory.read(geometry.peers_offset, geometry.peer_count * peer.SLOT_SIZE)
-    return tuple(
-        occupant
-        for occupant in peer.occupants(table, geometry.peer_count)
-        if not (occupant.identity_valid and identity.gone(occupant.record))
-    )
-
-
-def examine(memory: Memory) -> Existing:
+def examine(region: Region) -> Existing:
     """Look at what a region carries, storing nothing."""
+    memory = region.memory
     page = memory.read(0, min(FIRST_PAGE, memory.length))
     known = superblock.identify(page) or superblock.identify(page[superblock.COPY_OFFSET :])
+    if known is None:
+        return Existing(None, find_data(region), (), "")
     geometry = _old_geometry(page, memory.length)
-    live = live_peers(memory, geometry) if geometry else ()
-    return Existing(known, known is None and any(page), geometry, live)
+    if geometry is None:
+        return Existing(known, _UNSEARCHED, (), "")
+    repair = describe(memory) if Turn(memory, geometry).contested else ""
+    return Existing(known, _UNSEARCHED, living(memory, geometry), repair)
 
 
-def refuse_used(existing: Existing, spec: str) -> None:
-    """Raise InUse or ForeignFormat if formatting would destroy something."""
-    if existing.live:
+def refuse_used(existing: Existing, spec: str, force: int = 0) -> None:
+    """Raise InUse or ForeignFormat if formatting would destroy something.
+
+    `force` is how often --force was given: once for what lies there, twice for who is there.
+    """
+    if existing.repair and force < 2:
+        raise InUse(f"{spec}: {existing.repair}")
+    if existing.live and force < 2:
         peers = ", ".join(occupant.describe() for occupant in existing.live)
         raise InUse(
             f"{spec} is mounted now by {len(existing.live)} peer(s): {peers}; unmount it there "
-            "first (--force formats it under them, and all that is on it is lost)"
+            "first (only --force given twice formats it under them, and what is on it is lost)"
         )
-    if existing.identity:
+    if existing.identity and not force:
         label, uuid = existing.identity
-        named = f"label {peer.printable(label)!r}, UUID {uuid}" if label else f"UUID {uuid}"
+        named = f"label {label!r}, UUID {uuid}" if label else f"UUID {uuid}"
         raise InUse(
             f"{spec} already carries an ivshmemfs filesystem ({named}): if all that is on it "
             "may be lost, use --force"
         )
-    if existing.foreign:
+    if existing.data.offset is not None and not force:
         raise ForeignFormat(
-            f"{spec} carries something that is not an ivshmemfs filesystem (its first page is "
-            "not empty): if it may be overwritten, use --force"
+            f"{spec} carries something that is not an ivshmemfs filesystem (not all is zero at "
+            f"byte {existing.data.offset}): if it may be overwritten, use --force"
         )
 
 
 def _wait_for_transactions(memory: Memory, geometry: Geometry) -> None:
     until = time.monotonic() + GRACE
     while time.monotonic() < until:
-        if not any(p.state == words.ACTIVE for p in live_peers(memory, geometry)):
+        table = memory.read(geometry.peers_offset, geometry.peer_count * peer.SLOT_SIZE)
+        used = peer.occupants(table, geometry.peer_count)
+        if not any(p.state == words.ACTIVE for p in used):
             return
         time.sleep(0.01)
 
@@ -104,7 +114,8 @@ def _store(memory: Memory, geometry: Geometry, image: Image, fresh: bool) -> Non
     memory.write(superblock.COPY_OFFSET, image.superblock)
     memory.write(superblock.OFFSET, image.superblock)
     memory.fence()
-    memory.store(COMMIT_OFFSET, image.commit)
+    if memory.cas(COMMIT_OFFSET, 0, image.commit):
+        raise InUse("another program formats or repairs the region now: run mkfs again after it")
     memory.fence()
 
 
@@ -120,11 +131,11 @@ def format_region(
 
     `fresh` promises that every byte of the region is zero, so that the tag table need not be
     cleared (and a sparse file stays sparse).  Raises ValueError when the label is too long,
-    OSError when the region fails.
+    OSError when the region fails, InUse when another program formats or repairs it.
     """
     image = make_image(geometry, parameters, chance or random.SystemRandom())
     if not fresh:
-        old = examine(memory).geometry
+        old = _old_geometry(memory.read(0, min(FIRST_PAGE, memory.length)), memory.length)
         memory.store(COMMIT_OFFSET, 0)
         memory.fence()
         if old:

@@ -1,10 +1,11 @@
-"""Options, and the figures of campaigns, which are printed after everything else."""
+"""Options, the division of a parallel run, and the figures of campaigns, printed at the end."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -30,6 +31,18 @@ class Figures:
         """So many `points` more in a campaign; `part` is the operation or seed they belong to."""
         before, parts = self._counts.get(campaign, (0, set()))
         self._counts[campaign] = (before + points, parts | {part})
+
+    def merge(self, lines: list[str], counts: dict[str, tuple[int, list[str]]]) -> None:
+        """Add what another process of a parallel run collected."""
+        self._lines += lines
+        for campaign, (points, parts) in counts.items():
+            before, known = self._counts.get(campaign, (0, set()))
+            self._counts[campaign] = (before + points, known.union(parts))
+
+    def parts(self) -> dict[str, object]:
+        """The same as plain objects, which can be sent to the process that prints them."""
+        counts = {name: (points, sorted(parts)) for name, (points, parts) in self._counts.items()}
+        return {"lines": self._lines, "counts": counts}
 
     def lines(self) -> list[str]:
         counted = [
@@ -67,12 +80,33 @@ def pytest_configure(config: pytest.Config) -> None:
     config.stash[_FIGURES] = Figures()
 
 
+def _group(item: pytest.Item) -> str:
+    """Tests of one group run in one process: all guests, which are booted once, or a module."""
+    return "guest" if "guest" in item.keywords else item.nodeid.partition("::")[0]
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group(_group(item)))
     if config.getoption("--long"):
         return
     for item in items:
         if "long" in item.keywords:
             item.add_marker(pytest.mark.skip(reason="runs with --long only"))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any, error: object) -> None:
+    """A process of a parallel run has ended: take over its figures."""
+    sent = getattr(node, "workeroutput", {}).get("figures")
+    if sent:
+        node.config.stash[_FIGURES].merge(**sent)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    output = getattr(session.config, "workeroutput", None)
+    if output is not None:
+        output["figures"] = session.config.stash[_FIGURES].parts()
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

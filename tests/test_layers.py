@@ -11,11 +11,14 @@ import pytest
 TOP = Path(__file__).resolve().parent.parent
 
 # Each layer may import itself and every layer after it.
-LAYERS = ("cli", "fuse", "engine", "shm", "format", "region", "errors", "native")
+LAYERS = ("cli", "fuse", "engine", "shm", "format", "region", "native", "printing", "errors")
 SIDES = {
-    "mkfs": ("shm", "format", "region", "errors", "native"),
-    "fsck": ("shm", "format", "region", "errors", "native"),
-    "format": ("errors", "native"),  # no I/O: nothing of where the bytes come from
+    "__main__": ("cli", "mkfs", "fsck", "command", "errors"),
+    "cli": ("command", *LAYERS[1:]),
+    "mkfs": ("command", "shm", "format", "region", "native", "printing", "errors"),
+    "fsck": ("command", "shm", "format", "region", "native", "printing", "errors"),
+    "command": ("printing", "errors"),
+    "format": ("native", "printing", "errors"),  # no I/O: nothing of where the bytes come from
 }
 
 
@@ -74,6 +77,16 @@ def test_no_async_below_the_adapter(path: Path) -> None:
     if _layer(path) != "fuse":
         nodes = ast.walk(ast.parse(path.read_text()))
         assert not [n for n in nodes if isinstance(n, ast.AsyncFunctionDef | ast.Await)]
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(TOP)))
+def test_every_line_is_printed_by_say(path: Path) -> None:
+    """`say` escapes what it prints, so nothing from a region reaches a terminal as it stands."""
+    if path.name != "printing.py":
+        nodes = ast.walk(ast.parse(path.read_text()))
+        called = {ast.unparse(n.func) for n in nodes if isinstance(n, ast.Call)}
+        assert not called & {"print", "click.echo", "click.secho", "echo", "sys.stdout.write"}
+        assert not called & {"sys.stderr.write", "logging.Formatter"} or path.name == "logs.py"
 
 
 NATIVE = TOP / "ivshmemfs" / "native"

@@ -1,5 +1,5 @@
 """`python -m ivshmemfs.cli`"""
 
-from ivshmemfs.cli.main import main
+from ivshmemfs.__main__ import ivshmemfs
 
-main()
+ivshmemfs()

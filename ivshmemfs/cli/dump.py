@@ -9,12 +9,13 @@ from typing import Any
 
 import click
 
+from ivshmemfs.cli.naming import region_of
 from ivshmemfs.cli.output import table
 from ivshmemfs.errors import IvshmemfsError, UsageError
-from ivshmemfs.format import inode, node, peer, superblock, words
-from ivshmemfs.format.geometry import COMMIT_OFFSET, HINT_OFFSET, Geometry
-from ivshmemfs.format.peer import printable
+from ivshmemfs.format import inode, node, peer, repair, superblock, words
+from ivshmemfs.format.geometry import COMMIT_OFFSET, HINT_OFFSET, REPAIR_OFFSET, Geometry
 from ivshmemfs.format.record import Layout
+from ivshmemfs.printing import say, shown
 from ivshmemfs.region import Region, open_region
 
 HELP = """Show the bytes on REGION, field by field.
@@ -24,12 +25,13 @@ WHAT is one of:
   superblock   (the default)
   copy         the superblock's copy
   words        commit word and hint word
+  repair       the repair slot
   peers        the slots that are in use
   tags         who has claimed how many blocks
   root         the root block
   inode:N      inode number N
   block:N      block number N
-  all          superblock, words, peers, tags, root
+  all          superblock, words, repair, peers, tags, root
 """
 
 
@@ -39,7 +41,7 @@ WHAT is one of:
 def dump_command(region: str, what: str) -> None:
     """Show the bytes on REGION, field by field."""
     name, colon, number = what.partition(":")
-    with open_region(region, readonly=True, identify=superblock.identify) as opened:
+    with open_region(region_of(region), readonly=True, identify=superblock.identify) as opened:
         if colon:
             show = _NUMBERED.get(name)
             if show is None or not number.isdecimal():
@@ -51,7 +53,7 @@ def dump_command(region: str, what: str) -> None:
                 raise UsageError(f"nothing is called '{what}': see 'ivshmemfs dump --help'")
             lines = simple(opened)
         for line in lines:
-            click.echo(line)
+            say(line)
 
 
 # --- the parts --------------------------------------------------------------------------------
@@ -75,11 +77,19 @@ def _copy(region: Region) -> Iterator[str]:
 def _words(region: Region) -> Iterator[str]:
     commit = region.memory.load(COMMIT_OFFSET)
     sequence, block = words.split_commit(commit)
-    meaning = f"sequence {sequence}, root block {block}"
+    under = words.under_repair(commit)
+    meaning = f"sequence {sequence}, " + ("under repair" if under else f"root block {block}")
     yield f"commit word at {COMMIT_OFFSET}: {commit:#018x} = {meaning}"
     hint = region.memory.load(HINT_OFFSET)
     holder = f"slot {hint >> words.SLOT_SHIFT}" if hint else "nobody"
     yield f"hint word at {HINT_OFFSET}: {hint:#018x} = {holder} is committing"
+
+
+def _repair(region: Region) -> Iterator[str]:
+    raw = region.memory.read(REPAIR_OFFSET, peer.SLOT_SIZE)
+    record = repair.REPAIR.unpack(raw)
+    yield f"repair slot at {REPAIR_OFFSET}: {_state(record.state)}"
+    yield from _record(repair.REPAIR, record)
 
 
 def _peers(region: Region) -> Iterator[str]:
@@ -103,19 +113,21 @@ def _tags(region: Region) -> Iterator[str]:
     for claim, count in sorted(claims.items()):
         slot, incarnation, _counter = words.split_tag(claim << words.INCARNATION_SHIFT)
         rows.append((f"  slot {slot}", f"incarnation {incarnation}", f"{count} blocks"))
-    if rows:
-        yield table(rows)
+    yield from table(rows)
 
 
 def _root(region: Region) -> Iterator[str]:
-    _sequence, block = words.split_commit(region.memory.load(COMMIT_OFFSET))
+    commit = region.memory.load(COMMIT_OFFSET)
+    if words.under_repair(commit):
+        commit = region.memory.load(REPAIR_OFFSET + repair.FORMER_OFFSET)
+    _sequence, block = words.split_commit(commit)
     yield from _block(region, block)
 
 
 def _inode(region: Region, number: int) -> Iterator[str]:
-    from ivshmemfs.engine import Filesystem
+    from ivshmemfs.cli.peering import enter
 
-    view = Filesystem.mount(region, readonly=True).view()
+    view = enter(region, readonly=True).view()
     view.inode(number)  # or it says why not
     block, _weight, _tag = words.POINTER.unpack(view.pointer_to(number))
     yield from _block(region, block)
@@ -144,7 +156,7 @@ def _block(region: Region, block: int) -> Iterator[str]:
 
 
 def _all(region: Region) -> Iterator[str]:
-    for part in (_superblock, _words, _peers, _tags, _root):
+    for part in (_superblock, _words, _repair, _peers, _tags, _root):
         yield from part(region)
 
 
@@ -152,6 +164,7 @@ _SIMPLE: dict[str, Callable[[Region], Iterator[str]]] = {
     "superblock": _superblock,
     "copy": _copy,
     "words": _words,
+    "repair": _repair,
     "peers": _peers,
     "tags": _tags,
     "root": _root,
@@ -173,20 +186,20 @@ def _record(layout: Layout[Any], record: tuple[Any, ...]) -> Iterator[str]:
         (f"  {field.offset:4}", field.name, _value(field.name, value), field.doc)
         for field, value in zip(layout.fields, record, strict=True)
     ]
-    yield table(rows)
+    yield from table(rows)
 
 
 def _value(name: str, value: object) -> str:
     if isinstance(value, bytes):
         stripped = value.rstrip(b"\0")
         if name in ("label", "host", "version"):
-            return repr(printable(stripped.decode(errors="backslashreplace")))
+            return repr(shown(stripped))
         return stripped.hex() or "0"
     if not isinstance(value, int):
         return str(value)
     if name == "mode":
         return f"{value:#o}"
-    if name in ("state", "tag", "crc", "fsid") or name.endswith("signature"):
+    if name in ("state", "former", "tag", "crc", "fsid") or name.endswith("signature"):
         return f"{value:#x}"
     return str(value)
 

@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING
 import click
 
 from ivshmemfs.cli.peering import patiently, peer
-from ivshmemfs.errors import Busy, LockLost, UsageError
-from ivshmemfs.fuse.mountpoint import FSTYPE, mounted
+from ivshmemfs.errors import Busy, LockLost, RegionMissing, UsageError
+from ivshmemfs.fuse.mountpoint import FSTYPE, enclosing, mounted, refuse_hung
+from ivshmemfs.shm.watch import LOOK, SILENCE
 
 if TYPE_CHECKING:
     from ivshmemfs.engine import FileLock
@@ -42,7 +43,7 @@ _PR_SET_PDEATHSIG = 1
     "lock", short_help="Run COMMAND under a lock that counts everywhere.",
     context_settings={"allow_interspersed_args": False},
 )  # fmt: skip
-@click.argument("file", type=click.Path())
+@click.argument("file")  # click.Path would look at it
 @click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
 @click.option("-n", "--nonblock", is_flag=True, help="Fail at once when it is held.")
 @click.option(
@@ -67,7 +68,10 @@ def lock_command(
     if not words:
         raise UsageError("name a command: ivshmemfs lock FILE -- COMMAND")
     patience = 0.0 if nonblock else seconds
-    with _opened(file) as fd, _region_of(fd, file) as region:
+    if (entry := enclosing(file)) is not None:
+        refuse_hung(entry)
+    with _region_of(file) as region, _opened(file) as fd:
+        _check_same(region, fd, file)
         ino = os.fstat(fd).st_ino
         with _held(region, ino, patience) as lock:
             if lock is None:
@@ -81,10 +85,11 @@ def lock_command(
 @contextmanager
 def _opened(file: str) -> Iterator[int]:
     """An open FILE, so that it stays while it is locked, whatever happens to its name."""
+    flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC  # a fifo would wait for its writer
     try:
-        fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+        fd = os.open(file, flags)
     except FileNotFoundError:
-        fd = os.open(file, os.O_RDONLY | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        fd = os.open(file, flags | os.O_CREAT, 0o666)
     try:
         yield fd
     finally:
@@ -92,19 +97,34 @@ def _opened(file: str) -> Iterator[int]:
 
 
 @contextmanager
-def _region_of(fd: int, file: str) -> Iterator[Region]:
+def _region_of(file: str) -> Iterator[Region]:
+    """The region that the mount of FILE shows; FILE itself may not exist yet."""
     from ivshmemfs.format.superblock import identify
     from ivshmemfs.region import open_region
 
-    number = os.fstat(fd).st_dev
+    number = _device_of(file)
     device = f"{os.major(number)}:{os.minor(number)}"
     found = (entry for entry in mounted() if entry.device == device and entry.fstype == FSTYPE)
     entry = next(found, None)
     if entry is None:
         raise UsageError(f"{file} is not on an ivshmemfs mount")
-    with open_region(entry.source, identify=identify) as region:
-        _check_same(region, fd, file)
+    try:
+        region = open_region(entry.source, identify=identify)
+    except RegionMissing:
+        raise RegionMissing(
+            f"{entry.source}, which is mounted on {entry.path}, is not there any more: it was "
+            "renamed or removed; give it its name back"
+        ) from None
+    with region:
         yield region
+
+
+def _device_of(file: str) -> int:
+    """The device number of the file system that FILE is on, or would be made on."""
+    try:
+        return os.stat(file).st_dev
+    except FileNotFoundError:
+        return os.stat(os.path.dirname(os.path.realpath(file))).st_dev
 
 
 def _check_same(region: Region, fd: int, file: str) -> None:
@@ -143,13 +163,17 @@ def _held(region: Region, ino: int, patience: float | None) -> Iterator[FileLock
 
 
 def _free(lock: FileLock, end: float | None) -> bytes | None:
-    """The record of the lock once it can be taken; None when it is held until `end`."""
-    delay = FIRST_WAIT
+    """The record of the lock once it can be taken; None when it is held until `end`.
+
+    Whoever holds it and seems to be gone is waited for until that is sure.
+    """
+    delay, decided = FIRST_WAIT, time.monotonic() + SILENCE + LOOK
     while True:
         record = patiently(lock.record)
         if lock.blocking(record) is None:
             return bytes(record)
-        if end is not None and time.monotonic() >= end:
+        now = time.monotonic()
+        if end is not None and now >= end and (now >= decided or not lock.undecided(record)):
             return None
         time.sleep(delay)
         delay = min(delay * 1.5, LONGEST_WAIT)

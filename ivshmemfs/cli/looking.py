@@ -3,61 +3,99 @@
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 
 import click
 
-from ivshmemfs.cli.output import table
-from ivshmemfs.errors import IvshmemfsError, RegionDenied
+from ivshmemfs.cli.naming import region_of, shown
+from ivshmemfs.cli.output import show
+from ivshmemfs.cli.peering import enter
+from ivshmemfs.errors import IvshmemfsError, MountError, RegionDenied
 from ivshmemfs.format import superblock
-from ivshmemfs.format.peer import printable
-from ivshmemfs.region import Candidate, discover, open_region, probe, readable_size
+from ivshmemfs.fuse.mountpoint import ours
+from ivshmemfs.printing import say
+from ivshmemfs.region import (
+    Candidate,
+    Roots,
+    discover,
+    first_page,
+    open_region,
+    probe,
+    readable_size,
+)
+from ivshmemfs.region.roots import HERE
+from ivshmemfs.shm.repair import repairing
 
-FIRST_PAGE = 4096
+Row = tuple[str, str, str, str]
 
 
 @click.command("list")
 def list_command() -> None:
-    """List the devices and files that are, or could be, regions."""
-    candidates = discover()
-    if not candidates:
-        click.echo(
+    """List the devices and files that are, or could be, regions, and where they are mounted.
+
+    In parentheses behind a mount point: what happened to its region or its daemon.
+    """
+    listing()
+
+
+def listing(roots: Roots = HERE) -> None:
+    """Print a row for each candidate and mount, and on stderr why a device cannot be read."""
+    candidates, mounts = discover(roots), _mounts()
+    if not candidates and not mounts:
+        say(
             "no ivshmem device here, and nothing in /dev/shm; make a region with: "
             "mkfs.ivshmemfs --size 64M /dev/shm/NAME",
             err=True,
         )
         return
-    rows = [("REGION", "WHAT", "LABEL", "UUID")]
-    rows += [_row(candidate) for candidate in candidates]
-    click.echo(table(rows))
+    rows, reasons = [("REGION", "WHAT", "LABEL", "UUID", "MOUNTED ON")], []
+    for candidate in candidates:
+        row, error = _row(candidate, roots)
+        rows.append((*row, mounts.pop(candidate.spec, "-")))
+        if error is not None and candidate.device:
+            reasons.append(str(error))
+    rows += [(spec, "-", "-", "-", on) for spec, on in mounts.items()]
+    show(rows)
+    for reason in reasons:
+        say(f"ivshmemfs: {reason}", err=True)
 
 
-def _row(candidate: Candidate) -> tuple[str, str, str, str]:
-    spec, what = printable(candidate.spec), candidate.description
+def _mounts() -> dict[str, str]:
+    """The mount points on this machine, and what is wrong there, by region."""
+    found: dict[str, list[str]] = {}
+    with suppress(MountError):
+        for entry in ours():
+            found.setdefault(entry.source, []).append(shown(entry))
+    return {spec: ", ".join(places) for spec, places in found.items()}
+
+
+def _row(candidate: Candidate, roots: Roots) -> tuple[Row, IvshmemfsError | OSError | None]:
+    spec, what = candidate.spec, candidate.description
     try:
-        with open_region(candidate.spec, readonly=True) as region:
-            names = superblock.identify(region.memory.read(0, min(FIRST_PAGE, region.size)))
+        with open_region(candidate.spec, readonly=True, roots=roots) as region:
+            page = first_page(region)
+            names = superblock.identify(page)
+            busy = ", being repaired" if names is not None and repairing(page) else ""
             if not candidate.size:
                 what = f"device, {readable_size(region.size)}"
-    except RegionDenied:
-        return spec, what, "-", "no permission to read it"
-    except (IvshmemfsError, OSError):
-        return spec, what, "-", "cannot be read"
+    except RegionDenied as error:
+        return (spec, what, "-", "no permission to read it"), error
+    except (IvshmemfsError, OSError) as error:
+        return (spec, what, "-", "cannot be read"), error
     if names is None:
-        return spec, what, "-", "not formatted"
-    return spec, what, printable(names[0]) or "-", names[1]
+        return (spec, what, "-", "not formatted"), None
+    return (spec, what + busy, names[0] or "-", names[1]), None
 
 
 @click.command("info")
 @click.argument("region")
 def info_command(region: str) -> None:
     """Show what the filesystem on REGION is and how full it is."""
-    from ivshmemfs.engine import Filesystem
-
-    with open_region(region, readonly=True, identify=superblock.identify) as opened:
+    with open_region(region_of(region), readonly=True, identify=superblock.identify) as opened:
         raw = opened.memory.read(0, superblock.SUPERBLOCK.size)
         checked = superblock.decode(raw, opened.size)
         record = superblock.SUPERBLOCK.unpack(raw)
-        fs = Filesystem.mount(opened, readonly=True)
+        fs = enter(opened, readonly=True)
         stats, word = fs.statfs(), fs.view().word
         peers = sum(1 for _peer in fs.table.peers())
         measured = probe(opened.memory)
@@ -65,8 +103,8 @@ def info_command(region: str) -> None:
     size = stats.block_size
     free = readable_size(stats.blocks_avail * size)
     rows = [
-        ("region", f"{printable(opened.spec)} ({opened.description})"),
-        ("label", printable(checked.label) or "-"),
+        ("region", f"{opened.spec} ({opened.description})"),
+        ("label", checked.label or "-"),
         ("uuid", superblock.identify(raw)[1]),  # type: ignore[index]  # decode has checked it
         ("format", f"{record.major}.{record.minor}"),
         ("created", _when(checked.created_ns)),
@@ -78,9 +116,9 @@ def info_command(region: str) -> None:
         ("peers", f"{peers} of {geometry.peer_count}"),
         ("mapping", measured.describe()),
     ]
-    click.echo(table(rows))
+    show(rows)
     if warning := measured.warning():
-        click.echo(f"ivshmemfs: {warning}", err=True)
+        say(f"ivshmemfs: {warning}", err=True)
 
 
 def _when(ns: int) -> str:

@@ -1,7 +1,7 @@
 """`ivshmemfs`: finds the subcommand, and turns every error into one line and an exit code.
 
 Exit codes are those of mount(8): 0 done, 1 wrong usage or permission, 2 system error, 4 internal
-bug, 8 interrupted, 32 not mounted.
+bug, 8 interrupted, 32 not mounted, 64 done but something was left out (`get`, `put`).
 
 Two more ways to be called make it a mount helper: under a name that begins with `mount.` (a link
 such as /sbin/mount.ivshmemfs), and with a region and a mount point but no subcommand, as mount.fuse
@@ -11,19 +11,16 @@ does for the type fuse.ivshmemfs in /etc/fstab.
 from __future__ import annotations
 
 import importlib
-import logging
 import os
 import sys
+from typing import NoReturn
 
 import click
 
-from ivshmemfs import __version__
-from ivshmemfs.errors import IvshmemfsError
+from ivshmemfs import __version__, command
+from ivshmemfs.printing import say
 
-EXIT_USAGE = 1
-EXIT_SYSTEM = 2
-EXIT_INTERNAL = 4
-EXIT_INTERRUPTED = 8
+EXITS = command.Exits(usage=1, system=2, interrupted=8, internal=4, own=True)
 
 #: Where each subcommand is; loaded when it is used, so that each starts as fast as it can.
 SUBCOMMANDS = {
@@ -61,7 +58,7 @@ def _show_version(ctx: click.Context, _option: click.Parameter, wanted: bool) ->
         from ivshmemfs.engine import COMPILED
 
         kind = "compiled" if COMPILED else "pure Python"
-        click.echo(f"ivshmemfs, version {__version__} ({kind})")
+        say(f"ivshmemfs, version {__version__} ({kind})")
         ctx.exit()
 
 
@@ -77,11 +74,18 @@ def cli() -> None:
     """
 
 
-def main(arguments: list[str] | None = None, prog_name: str | None = None) -> None:
-    """Entry point; always leaves by SystemExit."""
+def main(arguments: list[str] | None = None, prog_name: str | None = None) -> NoReturn:
+    """Run the command; always leaves by SystemExit."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     name = prog_name or os.path.basename(sys.argv[0])
-    sys.exit(_run(_as_mount_helper(name, words)))
+
+    def run() -> int | None:
+        result: int | None = cli.main(
+            _as_mount_helper(name, words), prog_name="ivshmemfs", standalone_mode=False
+        )
+        return result
+
+    sys.exit(command.run("ivshmemfs", run, EXITS))
 
 
 def _as_mount_helper(name: str, words: list[str]) -> list[str]:
@@ -90,54 +94,7 @@ def _as_mount_helper(name: str, words: list[str]) -> list[str]:
         return ["mount", "--as-helper", *words]
     if len(words) >= 2 and not words[0].startswith("-") and words[0] not in SUBCOMMANDS:
         second = words[1]
-        if not second.startswith("-") and (os.path.isabs(second) or os.path.isdir(second)):
+        if os.path.isabs(second):  # never looked at: its daemon may be stopped
             # mount.fuse adds suid and dev for root by itself, so they say nothing here.
             return ["mount", "--as-helper", "--drop-suid-dev", *words]
     return words
-
-
-def _run(words: list[str]) -> int:
-    try:
-        result = cli.main(words, prog_name="ivshmemfs", standalone_mode=False)
-        sys.stdout.flush()
-        return result if isinstance(result, int) else 0
-    except click.exceptions.NoArgsIsHelpError as error:
-        click.echo(error.format_message(), err=True)
-        return EXIT_USAGE
-    except click.UsageError as error:
-        command = error.ctx.command_path if error.ctx is not None else "ivshmemfs"
-        _complain(f"{error.format_message().rstrip('.')} (see '{command} --help')")
-        return EXIT_USAGE
-    except click.ClickException as error:
-        _complain(error.format_message())
-        return EXIT_USAGE
-    except (click.Abort, KeyboardInterrupt):
-        _complain("interrupted")
-        return EXIT_INTERRUPTED
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # so that the flush at exit is silent
-        return EXIT_SYSTEM
-    except IvshmemfsError as error:
-        _complain(str(error) or type(error).__name__)
-        return error.exit_code
-    except OSError as error:
-        _complain(_plain(error))
-        return EXIT_SYSTEM
-    except Exception as error:
-        if os.environ.get("IVSHMEMFS_DEBUG"):
-            logging.basicConfig()
-            logging.getLogger(__name__).exception("a bug")
-        _complain(f"internal error, please report it: {type(error).__name__}: {error}")
-        return EXIT_INTERNAL
-
-
-def _plain(error: OSError) -> str:
-    """What an OSError says, without its number."""
-    if error.filename is None or error.strerror is None:
-        return str(error)
-    return f"{os.fsdecode(error.filename)}: {error.strerror}"
-
-
-def _complain(text: str) -> None:
-    """One line on stderr, whatever *text* has in it."""
-    click.echo(f"ivshmemfs: {' '.join(text.split())}", err=True)

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
-import sys
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import click
 
-from ivshmemfs.errors import RegionAmbiguous, RegionDenied, RegionMissing, UsageError
+from ivshmemfs.cli.naming import looks_like_region, mount_point_of
+from ivshmemfs.errors import (
+    RegionAmbiguous,
+    RegionDenied,
+    RegionError,
+    RegionMissing,
+    UsageError,
+)
 from ivshmemfs.fuse import daemon
 from ivshmemfs.fuse.options import MountOptions, parse
+from ivshmemfs.printing import say
 
 if TYPE_CHECKING:
-    from ivshmemfs.region import Candidate
+    from ivshmemfs.region import Candidate, Roots, Unreadable
 
 HELP = """Mount the filesystem on REGION.
 
@@ -29,6 +37,7 @@ Options (-o), separated by commas:
   umask=NNN          take these permission bits away from what is shown
   suid, dev          allow set-user-ID programs and device nodes (root only)
   noexec, noatime, ...  as in mount(8)
+  remount,ro         make a mount read-only until remount,rw (root only)
   mmap               allow shared mappings on kernels before 6.6, through the page cache
   log=FILE           write the log to FILE
   loop=poll|trio     how to wait for requests
@@ -38,10 +47,10 @@ nosuid, nodev and default_permissions are always on, unless asked otherwise.
 
 @click.command("mount", help=HELP)
 @click.argument("region", required=False)
-@click.argument("mountpoint", type=click.Path(), required=False)
+@click.argument("mountpoint", required=False)  # click.Path would look at it
 @click.option("-o", "options", multiple=True, metavar="OPTIONS", help="Mount options, see above.")
 @click.option("-f", "--foreground", is_flag=True, help="Stay in the foreground, log to stderr.")
-@click.option("--log", type=click.Path(), metavar="FILE", help="Write the log to FILE.")
+@click.option("--log", metavar="FILE", help="Write the log to FILE.")
 @click.option("-r", "--read-only", is_flag=True, help="The same as -o ro.")
 @click.option("--as-helper", is_flag=True, hidden=True)
 @click.option("--drop-suid-dev", is_flag=True, hidden=True)
@@ -65,24 +74,32 @@ def mount_command(
     if region is None:
         raise UsageError("name a mount point: ivshmemfs mount [REGION] MOUNTPOINT")
     target = mountpoint if mountpoint is not None else region
-    if mountpoint is None:
-        if as_helper:
-            raise UsageError("name a region and a mount point")
-        region = None
     _refuse_nameless(target)
     chosen = parse(options)
+    if mountpoint is None:
+        if as_helper and not chosen.remount:
+            raise UsageError("name a region and a mount point")
+        if looks_like_region(region):
+            raise UsageError(
+                f"{region} is a region; name the mount point too: "
+                f"ivshmemfs mount {region} MOUNTPOINT"
+            )
+        region = None
     chosen.readonly |= read_only
     if log is not None:
         chosen.log = log
     if drop_suid_dev:
         chosen.suid = chosen.dev = False
+    if chosen.remount:
+        daemon.remount(target, chosen)
+        return
     notice = daemon.mount(_attach(region, chosen), target, chosen, foreground=foreground)
     if notice:
-        click.echo(f"ivshmemfs: {notice}", err=True)
+        say(f"ivshmemfs: {notice}", err=True)
 
 
 def _refuse_nameless(mountpoint: str) -> None:
-    """Of an empty path everything would make the current directory."""
+    """Reject "", which would otherwise mean the current directory."""
     if not mountpoint:
         raise UsageError("the mount point has no name: an empty variable, perhaps?")
 
@@ -93,33 +110,37 @@ def _attach(spec: str | None, options: MountOptions) -> daemon.Attach:
     @contextmanager
     def attach() -> Iterator[daemon.Attached]:
         # Imported here: the parent of a daemon ends sooner without them.
-        from ivshmemfs.engine import Filesystem
+        from ivshmemfs.cli.peering import enter, older_peers
         from ivshmemfs.format.superblock import identify
         from ivshmemfs.region import open_region, probe
 
         found = the_one_device() if spec is None else spec
         with open_region(found, readonly=options.readonly, identify=identify) as region:
-            fs = Filesystem.mount(region, readonly=options.readonly)
+            fs = enter(region, readonly=options.readonly)
             try:
-                yield daemon.Attached(fs, region.spec, probe(region.memory).warning() or "")
+                notices = (probe(region.memory).warning(), older_peers(fs.table.peers()))
+                yield daemon.Attached(fs, region.spec, "; ".join(filter(None, notices)))
             finally:
                 fs.unmount()
 
     return attach
 
 
-def the_one_device() -> str:
+def the_one_device(roots: Roots | None = None) -> str:
     """The one ivshmem device here that carries a filesystem, as open_region takes it."""
     from ivshmemfs.format.superblock import identify
-    from ivshmemfs.region import discover, identified
+    from ivshmemfs.region import Roots, discover, identified, no_device
 
-    devices = [candidate for candidate in discover() if candidate.device]
+    roots = roots or Roots()
+    devices = [candidate for candidate in discover(roots) if candidate.device]
+    if not devices and not roots.has_sysfs:
+        raise no_device(roots)
     if not devices:
         raise RegionMissing(
             "there is no ivshmem device here: name the region, such as a file in /dev/shm "
             "('ivshmemfs list' shows what there is)"
         )
-    found, denied = identified(devices, identify)
+    found, unreadable = identified(devices, identify, roots)
     if len(found) == 1:
         return found[0][0].spec
     if found:
@@ -127,30 +148,39 @@ def the_one_device() -> str:
             f"{len(found)} devices carry a filesystem, name one: "
             + "; ".join(_named(candidate, names) for candidate, names in found)
         )
-    if denied:
-        listed = ", ".join(candidate.spec for candidate in denied)
-        raise RegionDenied(f"no permission to read {listed}: run as root")
-    listed = ", ".join(candidate.spec for candidate in devices)
-    raise RegionMissing(f"no device carries a filesystem: format {listed} with mkfs.ivshmemfs")
+    if unreadable:
+        raise _cannot_tell(unreadable)
+    listed = ", ".join(f"{one.spec} ({one.description})" for one in devices)
+    raise RegionMissing(
+        f"no device here carries a filesystem, looked at {listed}: is it the right one? "
+        "A new one is made with mkfs.ivshmemfs"
+    )
+
+
+def _cannot_tell(unreadable: list[Unreadable]) -> RegionError:
+    """The error when no filesystem was found, but not every device could be read."""
+    if all(isinstance(one.error, RegionDenied) for one in unreadable) and os.geteuid() != 0:
+        listed = ", ".join(one.candidate.spec for one in unreadable)
+        return RegionDenied(f"no permission to read {listed}: run as root")
+    reasons = "; ".join(str(one.error) for one in unreadable)
+    return RegionError(f"no device that can be read carries a filesystem: {reasons}")
 
 
 def _named(candidate: Candidate, names: tuple[str, str]) -> str:
-    from ivshmemfs.format.peer import printable
-
     label, uuid = names
-    return f"{candidate.spec} (label {printable(label)!r}, uuid {uuid})"
+    return f"{candidate.spec} (label {label!r}, uuid {uuid})"
 
 
 @click.command("umount")
-@click.argument("mountpoint", type=click.Path())
+@click.argument("mountpoint")  # click.Path would look at it
 @click.option(
     "-l", "--lazy", is_flag=True, help="Detach it even when it is in use; open files fail then."
 )
 def umount_command(mountpoint: str, lazy: bool) -> None:
-    """Unmount MOUNTPOINT, also when its daemon is dead.
+    """Unmount MOUNTPOINT, also when its daemon is dead or stopped.
 
-    Returns when the daemon has left the region.
+    MOUNTPOINT may also be a region that is mounted once.  Returns when the daemon has left the
+    region.
     """
     _refuse_nameless(mountpoint)
-    daemon.umount(mountpoint, lazy=lazy)
-    sys.stdout.flush()
+    daemon.umount(mount_point_of(mountpoint), lazy=lazy)

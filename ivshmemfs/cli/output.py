@@ -2,15 +2,37 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Sequence
 
+from ivshmemfs.printing import printable, say
 
-def table(rows: Sequence[Sequence[str]]) -> str:
-    """The rows with their columns aligned; nothing trails the last one."""
-    if not rows:
-        return ""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in rows
-    )
+WIDE = ("W", "F")  # East Asian widths that take two columns of a terminal
+
+
+def width(text: str) -> int:
+    """Return how many columns of a terminal `text` takes."""
+    return len(text) if text.isascii() else sum(map(_columns, text))
+
+
+def _columns(character: str) -> int:
+    if unicodedata.combining(character):
+        return 0
+    return 2 if unicodedata.east_asian_width(character) in WIDE else 1
+
+
+def table(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Return a line for each of the rows, columns aligned; nothing trails the last one."""
+    cells = [[printable(cell) for cell in row] for row in rows]
+    widths = [max(map(width, column)) for column in zip(*cells, strict=True)]
+    return ["  ".join(map(_padded, row, widths)).rstrip() for row in cells]
+
+
+def _padded(cell: str, columns: int) -> str:
+    return cell + " " * (columns - width(cell))
+
+
+def show(rows: Sequence[Sequence[str]]) -> None:
+    """Print the rows as a table."""
+    for line in table(rows):
+        say(line)

@@ -2,41 +2,81 @@
 
 from __future__ import annotations
 
+import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, TypeVar
 
-from ivshmemfs.errors import Busy
+from ivshmemfs import __version__
+from ivshmemfs.errors import Busy, RegionError, UnderRepair, Unfinished
 
 if TYPE_CHECKING:
     from ivshmemfs.engine import Filesystem
+    from ivshmemfs.format.peer import Occupant
     from ivshmemfs.region import Region
 
 T = TypeVar("T")
 
+#: Seconds that a newcomer waits for the end of a repair.
+REPAIR_SECONDS = 3.0
 #: Seconds between two attempts of what is busy.
 PAUSE = 0.002
+
+
+def enter(region: Region, *, readonly: bool) -> Filesystem:
+    """Mount `region`; a repair is waited for shortly, since most take less.  Raises UnderRepair."""
+    from ivshmemfs.engine import Filesystem
+
+    end = time.monotonic() + REPAIR_SECONDS
+    while True:
+        try:
+            return Filesystem.mount(region, readonly=readonly)
+        except OSError as error:
+            if short := region.shortage():
+                raise RegionError(short) from error
+            raise
+        except UnderRepair:
+            if time.monotonic() > end:
+                raise
+            time.sleep(PAUSE)
 
 
 @contextmanager
 def peer(region: Region, *, readonly: bool) -> Iterator[Filesystem]:
     """A peer for the time of a `with`."""
-    from ivshmemfs.engine import Filesystem
-
-    fs = Filesystem.mount(region, readonly=readonly)
+    fs = enter(region, readonly=readonly)
     try:
         yield fs
     finally:
         fs.unmount()
 
 
+def older_peers(peers: Iterable[Occupant]) -> str:
+    """What to tell of peers that run an older version; empty when none does."""
+    own = _numbers(__version__)
+    older = [peer for peer in peers if peer.version and _numbers(peer.version) < own]
+    if not older:
+        return ""
+    named = ", ".join(f"{peer.describe()} runs {peer.version}" for peer in older)
+    return f"this is ivshmemfs {__version__} and {named}: use one version on all machines"
+
+
+def _numbers(version: str) -> list[int]:
+    return [int(part) for part in re.findall(r"\d{1,9}", version)]
+
+
 def patiently(call: Callable[[], T], seconds: float = 30.0) -> T:
-    """Call again while the region is busy; raises Busy when that does not end."""
+    """Call again while the region is busy; raises Busy when that does not end.
+
+    What takes several turns may take as long as it needs, because it makes progress.
+    """
     end = time.monotonic() + seconds
     while True:
         try:
             return call()
+        except Unfinished:
+            end = time.monotonic() + seconds
         except Busy:
             if time.monotonic() > end:
                 raise

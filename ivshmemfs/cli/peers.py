@@ -8,63 +8,87 @@ from contextlib import contextmanager
 
 import click
 
-from ivshmemfs.cli.output import table
+from ivshmemfs.cli.naming import mounts_of, region_of
+from ivshmemfs.cli.output import show
 from ivshmemfs.errors import InUse, UsageError
 from ivshmemfs.format import superblock, words
-from ivshmemfs.format.peer import printable
+from ivshmemfs.format.peer import Occupant
+from ivshmemfs.format.words import under_repair
+from ivshmemfs.fuse.mountpoint import condition
+from ivshmemfs.printing import say, shown
 from ivshmemfs.region import open_region
 from ivshmemfs.shm.control import Control
-from ivshmemfs.shm.peers import Peer, PeerTable
-
-#: Seconds in which a living mount shows life at least once.
-PULSE_SECONDS = 2.5
+from ivshmemfs.shm.peers import PeerTable
+from ivshmemfs.shm.repair import describe
+from ivshmemfs.shm.watch import POLL, SILENCE, Watch
 
 
 @contextmanager
 def _peer_table(spec: str, *, readonly: bool) -> Iterator[PeerTable]:
-    with open_region(spec, readonly=readonly, identify=superblock.identify) as region:
+    with open_region(region_of(spec), readonly=readonly, identify=superblock.identify) as region:
         raw = region.memory.read(0, superblock.SUPERBLOCK.size)
         checked = superblock.decode(raw, region.size)
         yield PeerTable(region.memory, checked.geometry, Control(region.memory))
 
 
-def _alive(peers: PeerTable, slots: set[int]) -> set[int]:
+def _alive(watch: Watch, slots: set[int]) -> set[int]:
     """Those of *slots* that show life within some seconds."""
-    before = peers.heartbeats()
-    alive: set[int] = set()
-    end = time.monotonic() + PULSE_SECONDS
-    while alive != slots and time.monotonic() < end:
-        time.sleep(0.05)
-        now = peers.heartbeats()
-        alive |= {slot for slot in slots if now.get(slot) != before.get(slot)}
-    return alive
+    watch.look()
+    end = time.monotonic() + SILENCE + 2 * POLL
+    while True:
+        alive = {slot for slot in slots if watch.beats(slot)}
+        if alive == slots or time.monotonic() > end:
+            return alive
+        time.sleep(POLL)
+        watch.look()
 
 
 @click.command("peers")
 @click.argument("region")
 def peers_command(region: str) -> None:
     """Show who has REGION mounted, and who shows life."""
+    region = region_of(region)
+    _tell_trouble(region)
     with _peer_table(region, readonly=True) as peers:
-        present = list(peers.peers())
-        alive = _alive(peers, {peer.slot for peer in present if not peer.gone})
+        present, watch = list(peers.peers()), peers.watch
+        alive = _alive(watch, {peer.slot for peer in present})
+        rows = [_row(peer, _life(watch, peer, alive)) for peer in present]
+        repaired = under_repair(peers.control.load())
+        told = describe(peers.memory) if repaired else ""
+    if told:
+        say(told)
     if not present:
-        click.echo("nobody has it mounted")
+        say("nobody has it mounted for writing (a read-only mount leaves no trace in the region)")
         return
-    rows = [("SLOT", "HOST", "PID", "SINCE", "DOING", "LIFE")]
-    rows += [_row(peer, peer.slot in alive) for peer in present]
-    click.echo(table(rows))
+    show([("SLOT", "HOST", "PID", "SINCE", "DOING", "LIFE", "VERSION"), *rows])
+    for machine in watch.machines.shared:
+        name = watch.machines.name(machine)
+        say(f"two machines go by the hardware UUID {name}: it tells of nobody's end", err=True)
 
 
-def _row(peer: Peer, alive: bool) -> tuple[str, str, str, str, str, str]:
-    life = "alive" if alive else "gone" if peer.gone else "silent"
+def _life(watch: Watch, peer: Occupant, alive: set[int]) -> str:
+    if peer.slot in alive:
+        return "alive"
+    return "gone" if watch.absent(peer) else "silent"
+
+
+def _tell_trouble(region: str) -> None:
+    """Say what happened to the mounts of REGION here: they may be apart from what it is now."""
+    for entry in mounts_of(region):
+        if trouble := condition(entry):
+            say(f"ivshmemfs: mount {entry.path}: {trouble}", err=True)
+
+
+def _row(peer: Occupant, life: str) -> tuple[str, ...]:
     doing = words.STATE_NAMES[peer.state] if peer.state < len(words.STATE_NAMES) else "?"
     if not peer.identity_valid:
-        return str(peer.slot), "?", "?", "?", doing, life
-    host = peer.record.host.rstrip(b"\0").decode(errors="backslashreplace")
-    return str(peer.slot), printable(host), str(peer.record.pid), _since(peer), doing, life
+        return str(peer.slot), "?", "?", "?", doing, life, "?"
+    host = shown(peer.record.host.rstrip(b"\0"))
+    who = str(peer.slot), host, str(peer.record.pid), _since(peer)
+    return *who, doing, life, peer.version or "?"
 
 
-def _since(peer: Peer) -> str:
+def _since(peer: Occupant) -> str:
     try:
         return time.strftime("%m-%d %H:%M:%S", time.localtime(peer.record.joined_ns // 10**9))
     except (OverflowError, ValueError, OSError):
@@ -85,11 +109,11 @@ def evict_command(region: str, slot: int, force: bool) -> None:
         peer = next((peer for peer in peers.peers() if peer.slot == slot), None)
         if peer is None:
             raise UsageError(f"nobody is in slot {slot}: see 'ivshmemfs peers {region}'")
-        if not force and slot in _alive(peers, {slot}):
+        if not force and slot in _alive(peers.watch, {slot}):
             raise InUse(
                 f"the peer in slot {slot} is alive: unmount it there (--force evicts it anyway)"
             )
         peers.retire(slot, peer.word)
         if peers.state(slot) == peer.word:
             raise InUse(f"the peer in slot {slot} is moving on: try again")
-    click.echo(f"slot {slot} is free")
+    say(f"slot {slot} is free")

@@ -11,27 +11,32 @@ A settled claim that is unreachable from one root is so from all later ones, so 
 change while it is walked.  A node that turns out replaced sends the walk to the new root;
 subtrees that were walked whole need no second walk, because a pair (block, tag) never changes its
 contents.  What they mark needlessly is collected another time.
+
+It goes on in pieces of as many nodes as the caller says, so that nothing waits for it.
+
+A repair may reach again what no root reached.  So a collection starts anew when it finds that a
+repair has been, and during a repair it pauses.
 """
 
 from __future__ import annotations
 
-import time
-from array import array
+import mmap
 from collections.abc import Iterator
 
 from ivshmemfs.engine.inode import Inode
 from ivshmemfs.engine.radix import NULL, SIZE
 from ivshmemfs.engine.transaction import Known, View
-from ivshmemfs.errors import Corrupt, InUse, Restart
+from ivshmemfs.errors import Corrupt, InUse, Restart, UnderRepair
 from ivshmemfs.format import inode as fmt
-from ivshmemfs.format import words
+from ivshmemfs.format import repair, words
 from ivshmemfs.format.dirent import decode_interior
 from ivshmemfs.format.node import DIRNODE, HEADER_SIZE, INDEX
 from ivshmemfs.shm.peers import PeerTable
-from ivshmemfs.shm.store import Store
+from ivshmemfs.shm.store import ENDLESS, Store
 
 _POINTER = words.POINTER
-SWEEP_STEP = 1 << 16  # blocks per slice
+SWEEP_STEP = 1 << 14  # blocks that are swept at once
+SWEEP_COST = 32  # of that, in nodes
 
 
 class Collector:
@@ -42,24 +47,42 @@ class Collector:
 
     def __init__(self, store: Store, table: PeerTable) -> None:
         self._store = store
-        self._limits = table.limits()
-        self._marks = array("Q", bytes(store.geometry.block_count * words.WORD))
-        self._work = self._run()
+        self._table = table
         self.released = 0
         self.done = False
+        self._begin()
 
-    def step(self, seconds: float | None = None) -> bool:
-        """Work on for about `seconds` (None: to the end); returns whether it is done."""
-        until = time.monotonic() + (seconds if seconds is not None else float("inf"))
-        for _ in self._work:
-            if time.monotonic() > until:
-                return False
-        self.done = True
-        return True
+    def _begin(self) -> None:
+        self._repairs = self._table.state(repair.SLOT)
+        self._limits = self._table.limits()
+        # A word per block.  Anonymous memory is zero until it is used, so making it costs nothing.
+        size = self._store.geometry.block_count * words.WORD
+        self._marks = memoryview(mmap.mmap(-1, size)).cast("Q")
+        self._work = self._run()
 
-    def _run(self) -> Iterator[None]:
+    def step(self, most: int = ENDLESS) -> bool:
+        """Work on for as long as `most` nodes take; returns whether it is done.
+
+        Raises UnderRepair, after which it starts anew.
+        """
+        self._store.begin_turn(ENDLESS)  # the steps are counted instead
+        try:
+            while not self.done and most > 0:
+                cost = next(self._work, -1)
+                self.done = cost < 0
+                most -= max(cost, 0)
+                if self._table.state(repair.SLOT) != self._repairs:
+                    self._begin()
+                    self.done = False
+        except UnderRepair:
+            self._begin()
+            raise
+        return self.done
+
+    def _run(self) -> Iterator[int]:
         self._store.memory.fence()
         while True:
+            yield 0
             word, root = self._store.snapshot()
             view = View(self._store, word, root, Known())
             try:
@@ -68,12 +91,13 @@ class Collector:
             except Restart as overtaken:
                 if self._store.control.load() == word:
                     raise Corrupt(f"the present root leads astray: {overtaken}") from None
-                yield
+                yield 1
         for start in range(0, self._store.geometry.block_count, SWEEP_STEP):
+            yield 0  # `step` looks for a repair before each
             stop = min(start + SWEEP_STEP, self._store.geometry.block_count)
             garbage = self._store.blocks.sweep(self._marks, self._limits, start, stop)
             self.released += self._store.blocks.release(garbage)
-            yield
+            yield SWEEP_COST
 
     def _marked(self, pointer: bytes) -> bool:
         block, _, tag = _POINTER.unpack(pointer)
@@ -82,12 +106,12 @@ class Collector:
     def _mark(self, pointers: bytes) -> None:
         self._store.blocks.mark(pointers, self._marks)
 
-    def _mark_root(self, view: View) -> Iterator[None]:
+    def _mark_root(self, view: View) -> Iterator[int]:
         table = view.root.table
         yield from self._mark_slots(view, table.slots, table.height, 0)
         self._mark(view.root.pointer)
 
-    def _mark_slots(self, view: View, slots: bytes, height: int, owner: int) -> Iterator[None]:
+    def _mark_slots(self, view: View, slots: bytes, height: int, owner: int) -> Iterator[int]:
         """Walk what `slots` lead to; a mark on a pointer means that all below it is done."""
         if height == 0 and owner:
             self._mark(slots)
@@ -102,9 +126,9 @@ class Collector:
             else:
                 yield from self._mark_inode(view, view.inode_at(pointer))
             self._mark(pointer)
-            yield
+            yield 1
 
-    def _mark_inode(self, view: View, inode: Inode) -> Iterator[None]:
+    def _mark_inode(self, view: View, inode: Inode) -> Iterator[int]:
         record = inode.record
         if record.payload == fmt.MAP:
             yield from self._mark_slots(view, inode.data, record.height, inode.ino)
@@ -114,7 +138,7 @@ class Collector:
         if record.xattr_pointer != NULL:
             yield from self._mark_slots(view, record.xattr_pointer, record.xattr_height, inode.ino)
 
-    def _mark_children(self, view: View, pointers: bytes, level: int, owner: int) -> Iterator[None]:
+    def _mark_children(self, view: View, pointers: bytes, level: int, owner: int) -> Iterator[int]:
         for at in range(0, len(pointers), SIZE):
             pointer = pointers[at : at + SIZE]
             if self._marked(pointer):
@@ -124,7 +148,7 @@ class Collector:
                 body = node.data[HEADER_SIZE + 8 * node.count :]
                 yield from self._mark_children(view, body, level - 1, owner)
             self._mark(pointer)
-            yield
+            yield 1
 
 
 def evict(store: Store, table: PeerTable, slot: int, word: int) -> int:

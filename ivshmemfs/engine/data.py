@@ -21,6 +21,7 @@ from ivshmemfs.engine.radix import NULL, SIZE, Tree
 from ivshmemfs.engine.transaction import Transaction, View
 from ivshmemfs.errors import FsError
 from ivshmemfs.format import inode as fmt
+from ivshmemfs.format import node as node_format
 
 MAX_SIZE: Final = (1 << 62) - 1
 Buffer = bytes | bytearray | memoryview
@@ -240,3 +241,26 @@ def _cut(tx: Transaction, inode: Inode, size: int) -> Inode:
             tx.space.fill(fresh, kept)
             tree = radix.store(tx.space, tree, ino, last, fresh, slots(tx, inode))
     return inode.evolve(data=tree.slots, height=tree.height)
+
+
+def _held(block_size: int, count: int) -> int:
+    """Blocks that a new file with `count` blocks of data takes: these, its map, and its inode."""
+    tops = fmt.payload_capacity(block_size) // SIZE
+    fanout = node_format.index_fanout(block_size)
+    total = level = count
+    while level > tops:
+        level = -(-level // fanout)
+        total += level
+    return total + 1
+
+
+def most_blocks(block_size: int, room: int) -> int:
+    """How many blocks of data one new file can hold when `room` blocks are left."""
+    low, high = 0, max(room, 0)
+    while low < high:
+        middle = (low + high + 1) // 2
+        if _held(block_size, middle) <= room:
+            low = middle
+        else:
+            high = middle - 1
+    return low

@@ -38,6 +38,7 @@ from ivshmemfs.format.dirent import (
     decode_interior,
     decode_leaf,
     interior_of,
+    is_name,
     name_key,
 )
 from ivshmemfs.format.node import DIRLEAF, DIRNODE, HEADER_SIZE
@@ -93,17 +94,30 @@ class Spot:
 
 
 NOTHING: Final[dict[str, int]] = {}
+LISTED: Final = 128  # entries that are read at once
 
 
 def check_name(name: bytes) -> None:
     """Raise ENAMETOOLONG, or EINVAL for what cannot be a name."""
     if len(name) > NAME_MAX:
         raise FsError(errno.ENAMETOOLONG)
-    if not name or name in (b".", b"..") or b"/" in name or b"\0" in name:
+    if not is_name(name):
         raise FsError(errno.EINVAL)
 
 
 # --- reading --------------------------------------------------------------------------------
+
+
+def _decoded_leaf(raw: bytes, count: int, where: str) -> Leaf:
+    """A leaf as it stands in the region; what leaves this function as a name is one."""
+    try:
+        leaf = decode_leaf(raw, count)
+    except ValueError as error:
+        raise Corrupt(f"{where}: {error}") from None
+    unfit = leaf.unfit()
+    if unfit:
+        raise Corrupt(f"{where}: {unfit!r} cannot be a name (fsck.ivshmemfs -y drops it)")
+    return leaf
 
 
 def _inline_leaf(inode: Inode) -> Leaf:
@@ -111,10 +125,8 @@ def _inline_leaf(inode: Inode) -> Leaf:
         if inode.record.payload == fmt.EMPTY:
             inode.leaf = EMPTY_LEAF
         else:
-            try:
-                inode.leaf = decode_leaf(inode.data, inode.record.entries)
-            except ValueError as error:
-                raise Corrupt(f"directory {inode.ino}: {error}") from None
+            where = f"directory {inode.ino}"
+            inode.leaf = _decoded_leaf(inode.data, inode.record.entries, where)
     return inode.leaf
 
 
@@ -130,10 +142,8 @@ def _top(inode: Inode) -> Interior:
 def _leaf_at(view: View, pointer: bytes, owner: int) -> Leaf:
     node = view.nodes.node(pointer, DIRLEAF, 0, owner)
     if node.parsed is None:
-        try:
-            node.parsed = decode_leaf(node.data[HEADER_SIZE:], node.count)
-        except ValueError as error:
-            raise Corrupt(f"directory {owner}, block {node.block}: {error}") from None
+        where = f"directory {owner}, block {node.block}"
+        node.parsed = _decoded_leaf(node.data[HEADER_SIZE:], node.count, where)
     leaf: Leaf = node.parsed
     return leaf
 
@@ -184,34 +194,38 @@ def find(view: View, inode: Inode, name: bytes) -> Entry | None:
 
 
 def leaf_after(view: View, inode: Inode, key: int) -> list[Entry]:
-    """Entries with keys above `key`, those of one leaf; empty at the end of the directory."""
+    """Entries with keys above `key`, LISTED at most, of one leaf; empty at the directory's end.
+
+    No leaf of a tree is empty and each holds what its bounds say, so the second leaf at the latest
+    has some; raises Corrupt when that is not so.
+    """
     if key >= LAST_KEY:
         return []
     if inode.record.payload != fmt.DIRTREE:
         return _entries_after(_inline_leaf(inode), key)
-    while True:
-        path, leaf = _descend(view, inode, key)
-        found = _entries_after(leaf, key)
-        if found:
-            return found
-        bounds = [s.interior.key(s.at + 1) for s in path if s.at + 1 < s.interior.count]
-        further = [bound for bound in bounds if bound > key]
-        if not further:
-            return []
-        key = min(further)
-        if key % COLLISIONS:
-            raise Corrupt(f"directory {inode.ino}: a bound divides names of one hash")
-        # A bound is the lowest key of its leaf, and "after" is exclusive.
-        first = _entries_after(_descend(view, inode, key)[1], key - 1)
-        if first:
-            return first
+    path, leaf = _descend(view, inode, key)
+    found = _entries_after(leaf, key)
+    if found:
+        return found
+    bounds = [s.interior.key(s.at + 1) for s in path if s.at + 1 < s.interior.count]
+    further = [bound for bound in bounds if bound > key]
+    if not further:
+        return []
+    key = min(further)
+    if key % COLLISIONS:
+        raise Corrupt(f"directory {inode.ino}: a bound divides names of one hash")
+    # A bound is the lowest key of its leaf, and "after" is exclusive.
+    found = _entries_after(_descend(view, inode, key)[1], key - 1)
+    if not found:
+        raise Corrupt(f"directory {inode.ino}: no name stands behind the bound {key:#x}")
+    return found
 
 
 def _entries_after(leaf: Leaf, key: int) -> list[Entry]:
     keys, inos, sizes = leaf.keys, leaf.inos, leaf.sizes
     first, found = leaf.lower(key + 1), list[Entry]()
     start = leaf.name_at(first)
-    for at in range(first, leaf.count):
+    for at in range(first, min(first + LISTED, leaf.count)):
         name = leaf.raw[start : start + sizes[at]]
         found.append(Entry(keys[at], inos[at], name))
         start += sizes[at]

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from ivshmemfs.engine import data, directory, holes, names, xattr
 from ivshmemfs.engine.directory import Entry
-from ivshmemfs.engine.inode import MAX_RDEV, Attr, Context, Inode, StatFs, attributes
+from ivshmemfs.engine.inode import MAX_RDEV, TARGET_MAX, Attr, Context, Inode, StatFs, attributes
 from ivshmemfs.engine.mount import ATTEMPTS, Mount
 from ivshmemfs.engine.names import RENAME_EXCHANGE, RENAME_NOREPLACE, RENAME_WHITEOUT
 from ivshmemfs.engine.transaction import Transaction, View
-from ivshmemfs.errors import Busy, FsError, NoSpace, StaleHandle
+from ivshmemfs.errors import Busy, Corrupt, FsError, NoSpace, StaleHandle, Unfinished
 from ivshmemfs.format.dirent import NAME_MAX, TYPE_SHIFT
 
 if TYPE_CHECKING:
@@ -29,12 +29,14 @@ NOW = 1 << 63  # as a time: the time of the operation
 EARLIEST, LATEST = -(1 << 63), (1 << 63) - 1  # ns since 1970, as they can be stored
 CAREFUL = 5.0  # seconds that a mount looks up carefully after something vanished under a caller
 PINNED = 3.0  # seconds that a careful look-up lists a file as open
+UNPINNED_AT_ONCE = 8  # pins that one call lets go; each may free a file, in its own commit
 PINS = 64  # of them at once: the list is coarse, and what it seems to hold is freed late
 PINNED_SHARE = 8  # a part of the free space: as much at most is kept from being freed by pins
 _RENAME_FLAGS = RENAME_NOREPLACE | RENAME_EXCHANGE | RENAME_WHITEOUT
 GHOSTS = 4096  # removed inodes that are remembered at most
 FOLDERS = 4096  # directories, fifos and the like that are remembered at most
 KEEP_SIZE, PUNCH_HOLE, ZERO_RANGE = 1, 2, 16  # modes of fallocate(2)
+EVERY = 1 << 60  # looks, more than any directory needs
 FILLED_AT_ONCE = 1 << 20  # bytes of holes that one commit fills
 
 
@@ -79,6 +81,8 @@ class Filesystem(Mount):
         super().__init__(region, readonly=readonly)
         #: The further groups of a process, by its number; set by whoever can find out.
         self.groups_of: Callable[[int], Collection[int]] = _no_groups
+        #: Whether what a caller writes keeps set-ID bits; the same.
+        self.keeps_set_id: Callable[[Context], bool] = _is_root
         # As they were last, and their ctime since then; in the order of removal.
         self._ghosts: OrderedDict[int, tuple[Inode, int]] = OrderedDict()
         self._folders: dict[int, Inode] = {}  # all but files, as they were last looked up
@@ -88,10 +92,10 @@ class Filesystem(Mount):
         self._careful_until = 0.0
         self._nameless: set[int] = set()  # open files that were made without a name
 
-    def tick(self) -> None:
-        """Show life and do a bounded piece of housekeeping; about once a second.  Raises Busy."""
+    def tick(self) -> bool:
+        """Show life and do a bounded piece of housekeeping; see `Mount.tick`.  Raises Busy."""
         self._unpin(time.monotonic())
-        super().tick()
+        return super().tick()
 
     # --- what vanishes between two calls ------------------------------------------------------
 
@@ -168,8 +172,8 @@ class Filesystem(Mount):
         return True
 
     def _unpin(self, now: float) -> None:
-        """Let pins go whose time is over, or which are too many."""
-        while self._pins:
+        """Let pins go whose time is over, or which are too many: some at a time."""
+        for _ in range(min(UNPINNED_AT_ONCE, len(self._pins))):
             ino, (until, blocks) = next(iter(self._pins.items()))
             many = len(self._pins) > PINS or self._pinned_blocks > self._pinnable()
             if until >= now and not (many and len(self._pins) > 1):
@@ -221,6 +225,21 @@ class Filesystem(Mount):
             inode = self._pinned(inode, lambda: self.look(read))
         return None if inode is None else self._found(inode)
 
+    def bears(self, ino: int, places: Collection[tuple[int, bytes]]) -> bool:
+        """Whether all these names, of inodes of directories, lead to inode `ino` at one moment."""
+
+        def read(view: View) -> bool:
+            for parent, name in places:
+                folder = view.find_inode(parent)
+                if folder is None or not folder.is_dir:
+                    return False
+                entry = directory.find(view, folder, name)
+                if entry is None or entry.ino != ino:
+                    return False
+            return True
+
+        return self.look(read)
+
     def numbered(self, ino: int) -> Attr:
         """The attributes of an inode that nobody has looked up before; raises ESTALE."""
         return self._found(self.look(lambda view: view.inode(ino)))
@@ -243,7 +262,10 @@ class Filesystem(Mount):
             inode = view.inode(ino)
             if not stat.S_ISLNK(inode.record.mode):
                 raise FsError(errno.EINVAL)
-            return bytes(data.read(view, inode, 0, inode.record.size))
+            target = bytes(data.read(view, inode, 0, inode.record.size))
+            if not target or b"\0" in target:
+                raise Corrupt(f"inode {ino}: a symbolic link to {target[:40]!r}")
+            return target
 
         return self._look_at(read)
 
@@ -255,13 +277,13 @@ class Filesystem(Mount):
             raise self._careful(stale) from None
 
     def statfs(self) -> StatFs:
-        """Sizes; `blocks_avail` leaves out the reserve for removals."""
+        """Sizes; `blocks_avail`: data of one file, without its block map and the reserve."""
         geometry = self.superblock.geometry
         record = self.look(lambda view: view.root.record)
         free = max(geometry.block_count - record.used, 0)
         avail = max(free - geometry.reserve, 0)
         return StatFs(
-            self.block_size, geometry.block_count, free, avail,
+            self.block_size, geometry.block_count, free, data.most_blocks(self.block_size, avail),
             record.inodes + avail, avail, NAME_MAX,
         )  # fmt: skip
 
@@ -322,12 +344,20 @@ class Filesystem(Mount):
         else:
             inode = data.truncate(tx, inode, size)
         outsider = self._outsider(inode, ctx)
-        return _without_privileges(tx, inode, unprivileged=bool(ctx.uid), outsider=outsider)
+        return _without_privileges(
+            tx, inode, unprivileged=self._sheds(inode, ctx), outsider=outsider
+        )
+
+    def _sheds(self, inode: Inode, ctx: Context) -> bool:
+        """Whether `inode` has set-ID bits, which go when `ctx` changes its contents."""
+        return bool(inode.record.mode & names.PRIVILEGES) and not self.keeps_set_id(ctx)
 
     def _outsider(self, inode: Inode, ctx: Context | None) -> bool:
         """Whether a set-group-ID of a file that is no program goes, too, when `ctx` changes it."""
         record = inode.record
-        if ctx is None or not ctx.uid or record.mode & names.SET_GROUP_ID != stat.S_ISGID:
+        if ctx is None or record.mode & names.SET_GROUP_ID != stat.S_ISGID:
+            return False
+        if self.keeps_set_id(ctx):
             return False
         return record.gid != ctx.gid and record.gid not in self.groups_of(ctx.pid)
 
@@ -351,10 +381,14 @@ class Filesystem(Mount):
         """Make a symbolic link."""
         return self._made(lambda tx: names.symlink(tx, parent, name, target, ctx))
 
-    def link(self, ino: int, parent: int, name: bytes, ctx: Context) -> Attr:
-        """Make another name for an inode that is no directory."""
+    def link(self, ino: int, parent: int, name: bytes, ctx: Context, *, over: bool = False) -> Attr:
+        """Make another name for an inode that is no directory; `over` replaces another file."""
         revive = ino in self._nameless
-        attr = self._made(lambda tx: names.link(tx, ino, parent, name, revive=revive))
+
+        def plan(tx: Transaction) -> Attr:
+            return self._attr(names.link(tx, ino, parent, name, revive=revive, over=over))
+
+        attr = self._removing(plan, removal=False)
         self._nameless.discard(ino)
         return attr
 
@@ -457,10 +491,30 @@ class Filesystem(Mount):
 
     def tmpfile(self, parent: int, mode: int, flags: int, ctx: Context) -> tuple[Handle, Attr]:
         """Make and open a file without a name, as O_TMPFILE does; `link` may give it one."""
+        return self.make_nameless(parent, stat.S_IFREG | stat.S_IMODE(mode), flags, ctx)
+
+    def make_nameless(
+        self,
+        parent: int,
+        mode: int,
+        flags: int,
+        ctx: Context,
+        *,
+        rdev: int = 0,
+        target: bytes = b"",
+    ) -> tuple[Handle, Attr]:
+        """The same for any kind but directories; `target` is that of a symbolic link.
+
+        It is gone when it is released, or its owner dies, before `link` has named it.
+        """
+        if len(target) > TARGET_MAX:
+            raise FsError(errno.ENAMETOOLONG)
+        if not 0 <= rdev <= MAX_RDEV:
+            raise FsError(errno.EINVAL)
 
         def plan(tx: Transaction) -> Attr:
             folder = names.folder_of(tx, parent)
-            inode = names.make_nameless(tx, folder, stat.S_IFREG | stat.S_IMODE(mode), ctx)
+            inode = names.make_nameless(tx, folder, mode, ctx, rdev=rdev, to=target)
             self._hold_new(inode.ino)
             return self._attr(inode)
 
@@ -554,7 +608,7 @@ class Filesystem(Mount):
         if ctx is None:
             sheds, outsider = handle.unprivileged, handle.outsider
         else:
-            sheds, outsider = ctx.uid != 0, self._outsider(inode, ctx)
+            sheds, outsider = self._sheds(inode, ctx), self._outsider(inode, ctx)
         return _without_privileges(tx, inode, unprivileged=sheds, outsider=outsider)
 
     def _half(self, offset: int, content: data.Buffer) -> int:
@@ -596,17 +650,24 @@ class Filesystem(Mount):
         """As fallocate(2): make or fill holes; blocks are kept within the file only.
 
         Room that is written over needs new blocks all the same, so this promises nothing about
-        later writes.  Filling takes as many commits as it needs; raises NoSpace, EOPNOTSUPP.
+        later writes.  Making holes is one change.  Filling them takes a commit and a turn for each
+        1 MiB: after it Unfinished is raised, whose `go_on` does the rest.  Raises NoSpace,
+        EOPNOTSUPP.
         """
         if mode not in (0, KEEP_SIZE, PUNCH_HOLE | KEEP_SIZE, ZERO_RANGE, ZERO_RANGE | KEEP_SIZE):
             raise FsError(errno.EOPNOTSUPP)
         end = offset + length
         if end > data.MAX_SIZE:
             raise FsError(errno.EFBIG)
+        grow = not mode & KEEP_SIZE
         if mode & (PUNCH_HOLE | ZERO_RANGE):
-            self._punch(handle, offset, length, grow=not mode & KEEP_SIZE)
-        else:
-            self._fill(handle, offset, end, grow=not mode & KEEP_SIZE)
+            self._punch(handle, offset, length, grow=grow)
+            return
+        record = self.look(lambda view: _file(view, handle).record)
+        missing = (end - offset) // self.block_size - record.blocks
+        if missing > self.statfs().blocks_avail:
+            raise NoSpace("the region has not that much room")
+        self._fill(handle, offset, end, grow=grow)
 
     def _punch(self, handle: Handle, offset: int, length: int, *, grow: bool) -> None:
         def plan(tx: Transaction) -> None:
@@ -618,20 +679,16 @@ class Filesystem(Mount):
         self.change(plan, removal=True)
 
     def _fill(self, handle: Handle, offset: int, end: int, *, grow: bool) -> None:
-        record = self.look(lambda view: _file(view, handle).record)
-        missing = (end - offset) // self.block_size - record.blocks
-        if missing > self.statfs().blocks_avail:
-            raise NoSpace("the region has not that much room")
-
-        def plan(tx: Transaction) -> None:
+        def plan(tx: Transaction) -> int:
             inode = _file(tx, handle)
-            upto = step if grow else min(step, inode.record.size)
-            inode = holes.fill(tx, inode, at, upto)
-            tx.put(self._shed(tx, data.modified(tx, inode), handle))
+            upto = end if grow else min(end, inode.record.size)
+            filled, following = holes.fill(tx, inode, offset, upto, FILLED_AT_ONCE)
+            tx.put(self._shed(tx, data.modified(tx, filled), handle))
+            return following if following < upto else end
 
-        for at in range(offset, end, FILLED_AT_ONCE):
-            step = min(at + FILLED_AT_ONCE, end)
-            self.change(plan)
+        at = self.change(plan)
+        if at < end:
+            raise Unfinished("a part is filled", lambda: self._fill(handle, at, end, grow=grow))
 
     def fsync(self, handle: Handle) -> None:
         """Nothing to do: what has returned is in the region."""
@@ -650,11 +707,14 @@ class Filesystem(Mount):
     def releasedir(self, handle: Handle) -> None:
         """Close a directory."""
 
-    def readdir(self, handle: Handle, cookie: int) -> Iterator[tuple[bytes, Attr, int]]:
+    def readdir(
+        self, handle: Handle, cookie: int, looks: int = EVERY
+    ) -> Iterator[tuple[bytes, Attr, int]]:
         """(name, attributes, cookie of the next) from `cookie` on; 0 is the start.
 
         Entries that exist throughout appear exactly once, whatever changes meanwhile.  An entry
-        that goes while it is being listed is left out.
+        that goes while it is being listed is left out.  Ends after so many `looks`, each of which
+        finds at least one entry, or at the end of the directory.
         """
         for number, name in enumerate((b".", b"..")):
             if cookie <= number:
@@ -663,12 +723,13 @@ class Filesystem(Mount):
                     return
                 yield name, attr, number + 1
         key = cookie if cookie > 1 else 0
-        while found := self._next_found(handle.ino, key):
+        while looks > 0 and (found := self._next_found(handle.ino, key)):
+            looks -= 1
             for entry, attr in found:
                 yield entry.name, attr, entry.key
             key = found[-1][0].key
 
-    def entries(self, handle: Handle, cookie: int) -> Iterator[Entry]:
+    def entries(self, handle: Handle, cookie: int, looks: int = EVERY) -> Iterator[Entry]:
         """The same without looking at any inode; an entry's `key` is the cookie of the next."""
         for number, name in enumerate((b".", b"..")):
             if cookie <= number:
@@ -677,7 +738,8 @@ class Filesystem(Mount):
                     return
                 yield Entry(number + 1, attr.ino | attr.mode >> 12 << TYPE_SHIFT, name)
         key = cookie if cookie > 1 else 0
-        while found := self._next_entries(handle.ino, key):
+        while looks > 0 and (found := self._next_entries(handle.ino, key)):
+            looks -= 1
             yield from found
             key = found[-1].key
 
@@ -704,23 +766,22 @@ class Filesystem(Mount):
     def getxattr(self, ino: int, name: bytes) -> bytes:
         """The value of an attribute; raises ENODATA."""
         xattr.check_namespace(name)
-        values = self._xattrs(ino)
-        if name not in values:
+        value = self._xattrs(ino).get(name)
+        if value is None:
             raise FsError(errno.ENODATA)
-        return values[name]
+        return value
 
-    def _xattrs(self, ino: int) -> dict[bytes, bytes]:
+    def _xattrs(self, ino: int) -> xattr.Table:
         try:
-            return self.look(lambda view: xattr.load(view, view.inode(ino)))
+            return self.look(lambda view: xattr.table(view, view.inode(ino)))
         except StaleHandle as stale:
             self._ghost(ino, stale)
-            return {}
+            return xattr.NO_ATTRIBUTES
 
     def listxattr(self, ino: int, ctx: Context | None = None) -> list[bytes]:
         """The names of all attributes; only root sees trusted ones."""
-        found = self._xattrs(ino)
         shown = xattr.NAMESPACES if ctx is None or ctx.uid == 0 else xattr.PUBLIC
-        return [name for name in found if name.startswith(shown)]
+        return [name for name in self._xattrs(ino).names if name.startswith(shown)]
 
     def setxattr(self, ino: int, name: bytes, value: bytes, flags: int, ctx: Context) -> None:
         """Set an attribute."""
@@ -757,6 +818,10 @@ def _entries_after(view: View, ino: int, key: int) -> list[Entry]:
     """As `directory.leaf_after`; nothing is left of a directory that is gone."""
     folder = view.find_inode(ino)
     return [] if folder is None else directory.leaf_after(view, folder, key)
+
+
+def _is_root(ctx: Context) -> bool:
+    return not ctx.uid
 
 
 def _no_groups(_pid: int) -> Collection[int]:

@@ -15,7 +15,7 @@ from ivshmemfs.engine.transaction import Transaction, View
 from ivshmemfs.errors import FsError
 from ivshmemfs.format import inode as fmt
 
-STEP = 1 << 14  # pointers that are replaced at once
+PIECES = 32  # holes that one call of `fill` fills
 
 
 def _tree(inode: Inode) -> Tree:
@@ -86,33 +86,36 @@ def _blank(tx: Transaction, inode: Inode, start: int, end: int) -> Inode:
 def _without(tx: Transaction, inode: Inode, first: int, last: int) -> Inode:
     """No pointers to the blocks from `first` up to `last`, which is not one of them."""
     before = tx.space.balance
-    tree = _tree(inode)
-    room = data.slots(tx, inode)
-    last = min(last, len(tree.slots) // radix.SIZE * tx.space.fanout**tree.height)
-    while first < last:
-        count = min(STEP, last - first)
-        tree = radix.store(tx.space, tree, inode.ino, first, NULL * count, room)
-        first += count
+    tree = radix.clear(tx.space, _tree(inode), inode.ino, first, last)
     return inode.evolve(
         data=tree.slots,
-        height=tree.height if tree.slots else 0,
+        height=tree.height,
         blocks=inode.record.blocks + tx.space.balance - before,
     )
 
 
-def fill(tx: Transaction, inode: Inode, offset: int, end: int) -> Inode:
-    """The file with blocks of zeros in place of the holes up to `end`, to which it may grow."""
-    at = offset
-    while at < end:
+def fill(tx: Transaction, inode: Inode, offset: int, end: int, most: int) -> tuple[Inode, int]:
+    """The file with blocks of zeros in place of holes from `offset` on, up to `end`.
+
+    Fills at most `most` bytes in PIECES pieces; returns where it is to go on, too: at `end` when
+    nothing is left.  The file may grow to `end`.
+    """
+    at, stop = offset, end
+    for _ in range(PIECES):
         size = inode.record.size
         hole = next_hole(tx, inode, at) if at < size else at
-        if hole >= end:
-            break
-        at = end
+        if hole >= stop:
+            return inode, min(hole, end)
+        if stop == end:
+            stop = min(hole + most, end)
+        at = stop
         if hole < size:
             try:
-                at = min(next_data(tx, inode, hole), end)
-            except FsError:  # none
-                at = end
+                at = min(next_data(tx, inode, hole), stop)
+            except FsError as error:
+                if error.errno != errno.ENXIO:
+                    raise
         inode = data.write(tx, inode, hole, bytes(at - hole))
-    return inode
+        if at >= stop:
+            break
+    return inode, at

@@ -21,7 +21,6 @@ so no copy of the file carries it; it names the inode, too.
 from __future__ import annotations
 
 import struct
-import time
 from contextlib import suppress
 from typing import NamedTuple
 
@@ -56,8 +55,6 @@ class FileLock:
         self._fs = fs
         self._ino = ino
         self._mine = b""
-        self._seen: tuple[Holder, int] | None = None
-        self._since = 0.0
 
     # --- looking ----------------------------------------------------------------------------
 
@@ -70,20 +67,31 @@ class FileLock:
 
     def blocking(self, record: bytes) -> Holder | None:
         """The living peer that holds the lock by `record`, or None if it can be taken."""
+        holder = self._holder(record)
+        if holder is None:
+            return None
+        table = self._fs.table
+        table.watch.see(holder.slot)
+        other = table.peer(holder.slot)
+        present = other.state in (words.IDLE, words.ACTIVE)
+        if not present or other.incarnation != holder.incarnation or table.watch.absent(other):
+            return None
+        return None if table.watch.silence(other.slot, other.word) > SILENT else holder
+
+    def undecided(self, record: bytes) -> bool:
+        """Whether a holder's process is gone, and all that is waited for is its silence."""
+        holder = self.blocking(record)
+        if holder is None:
+            return False
+        table = self._fs.table
+        return table.watch.vanished(table.peer(holder.slot))
+
+    def _holder(self, record: bytes) -> Holder | None:
         if len(record) != _RECORD.size:
             return None
         holder = Holder(*_RECORD.unpack(record))
-        table = self._fs.table
-        if holder.ino != self._ino or not 1 <= holder.slot <= table.count:
-            return None
-        peer = table.peer(holder.slot)
-        present = peer.state in (words.IDLE, words.ACTIVE)
-        if not present or peer.incarnation != holder.incarnation or peer.gone:
-            return None
-        now, sign = time.monotonic(), (holder, peer.record.heartbeat)
-        if sign != self._seen:
-            self._seen, self._since = sign, now
-        return None if now - self._since > SILENT else holder
+        known = holder.ino == self._ino and 1 <= holder.slot <= self._fs.table.count
+        return holder if known else None
 
     # --- taking and giving back -----------------------------------------------------------------
 

@@ -14,6 +14,11 @@ a plan, a function of a `Transaction`, that `change` runs:
 
 Nothing here waits: `Busy` means that nothing was changed and that trying again will do.
 
+Nothing here computes for long: each look and each change is one turn of bounded work (see
+`shm/store.py`), and whatever may be more is done in pieces.  Its progress is kept by this mount
+(what is to be released, collected, or freed), by the node cache (what was read), or by `go_on` of
+the Unfinished that ends a turn.  `work` does the next piece of what nobody waits for.
+
 What the region does to us is contained here: arithmetic that damaged metadata upsets becomes
 Corrupt, an access that fails (the file was truncated) EIO, and both become ESTALE when the
 superblock is no longer the one that was mounted.
@@ -34,6 +39,7 @@ from ivshmemfs.engine import directory, names
 from ivshmemfs.engine.clock import Clock
 from ivshmemfs.engine.collect import Collector
 from ivshmemfs.engine.directory import Entry
+from ivshmemfs.engine.dropped import Dropped
 from ivshmemfs.engine.transaction import Known, Transaction, View
 from ivshmemfs.errors import (
     Busy,
@@ -45,15 +51,18 @@ from ivshmemfs.errors import (
     NoSpace,
     Restart,
     StaleHandle,
+    UnderRepair,
+    Unfinished,
 )
-from ivshmemfs.format import superblock, words
+from ivshmemfs.format import repair, superblock, words
 from ivshmemfs.format.geometry import SCRATCH_OFFSET, SCRATCH_SIZE
 from ivshmemfs.format.inode import ORPHANS_INO
 from ivshmemfs.region.probe import Scratch, cas_works, probe, refuse_unfit
+from ivshmemfs.region.standing import Standing
 from ivshmemfs.shm.control import Hint
 from ivshmemfs.shm.peers import Membership, PeerTable
 from ivshmemfs.shm.space import Space, Supply
-from ivshmemfs.shm.store import Store
+from ivshmemfs.shm.store import ENDLESS, Store
 
 if TYPE_CHECKING:
     from ivshmemfs.region import Region
@@ -62,11 +71,19 @@ T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 ATTEMPTS = 100  # plans of one operation before it reports Busy
-COLLECT_SLICE = 0.005  # seconds of collection per tick
+SHORT_PAUSE = 60.0  # seconds between two lines of the log about memory that cannot be had
+COLLECTED_AT_ONCE = 128  # nodes that one piece of a collection reads, in about 5 ms
+LOOKED_THROUGH = 256  # orphans of which one piece of work sees whether they are open
+FREED_AT_ONCE = 8  # orphans that one piece of work frees, each in a commit of its own
 COLLECT_PAUSE = 1.0  # seconds between two collections for want of space
 TIGHT = 0.05  # seconds that a full region waits for claims of peers that are at work
-RETIRE_TICKS = 4
+RETIRE_TICKS = 4  # between two looks for peers that are surely gone
 TRIES = 3  # scratch words that a mount tries before it calls the mapping unfit
+_SILENT = "this mount was declared gone while it was silent"
+_TWIN = (
+    "another process goes by this mount's identity: its machine was cloned, or put back into an "
+    "older state, and nothing but `ivshmemfs evict` will tell of this mount's end"
+)
 _UPSET = (struct.error, OverflowError, IndexError, ValueError)
 
 
@@ -95,18 +112,23 @@ class Mount:
         self._member: Membership | None = None
         self._open: dict[int, int] = {}  # handles by inode
         self._supply = Supply(self.store)
+        self._dropped = Dropped(self.store, self._supply)
+        self._reaped = 0  # the key of the last orphan that this pass has looked at
         self._view: View | None = None
         self._collector: Collector | None = None
         self._collected_at = float("-inf")
         self._tight_since = 0.0
         self._ticks = 0
-        self._beats: dict[int, tuple[int, int]] = {}
+        self._short_at = float("-inf")  # when the log last told that memory is short
+        self._shut_out = False  # by a repair, as the log says
+        self._repairs = self.table.state(repair.SLOT)
 
     @classmethod
     def mount(cls, region: Region, *, readonly: bool = False) -> Self:
         """Join the peers of `region`, or only look when `readonly`.
 
-        Raises FormatError and its kin for what is not a usable filesystem, TooManyPeers.
+        Raises FormatError and its kin for what is not a usable filesystem, TooManyPeers,
+        UnderRepair.
         """
         self = cls(region, readonly=readonly)
         self.store.snapshot()
@@ -114,11 +136,17 @@ class Mount:
             _refuse_unfit(region)
             member = Membership(self.table)
             member.join()
-            member.must_collect |= self.table.retire_gone(member.slot) or self._leaking()
+            self.table.watch.look()
+            try:
+                member.must_collect |= self._leaking()
+            except BaseException:
+                member.leave()
+                raise
             self._member = member
             count = self.superblock.geometry.block_count
             start = (member.slot - 1) * count // self.table.count
             self._supply = Supply(self.store, start)
+            self._dropped = Dropped(self.store, self._supply)
         return self
 
     def unmount(self) -> None:
@@ -133,6 +161,8 @@ class Mount:
                     member.unlist_open(ino)
             with suppress(Busy):  # what is left, another peer's next tick frees
                 self.reap()
+            self._release_dropped()
+            member.must_collect |= self._supply.owed
             if member.must_collect or self._collector is not None:  # nobody else knows of it
                 self.collect()
             member.leave()
@@ -160,6 +190,7 @@ class Mount:
 
     def look(self, reader: Callable[[View], T]) -> T:
         """Run `reader` on a snapshot, again on newer ones while it is overtaken."""
+        self.store.begin_turn()
         try:
             for _ in range(ATTEMPTS):
                 view = self.view()
@@ -183,6 +214,7 @@ class Mount:
     def change(self, plan: Callable[[Transaction], T], *, removal: bool = False) -> T:
         """Run `plan` in a transaction; a `removal` may use the reserve."""
         member = self._joined()
+        self.store.begin_turn()
         try:
             if not self._hint.take(member.slot):
                 raise Busy("another peer is committing")
@@ -191,7 +223,7 @@ class Mount:
             except NoSpace:
                 if not self._make_room(member):
                     raise
-                return self._transact(member, plan, removal)
+                return self._transact_again(member, plan, removal)
             finally:
                 member.withdraw()
                 self._hint.give()
@@ -200,11 +232,27 @@ class Mount:
             raise Busy(str(error)) from error
         except (*_UPSET, OSError, Corrupt) as error:
             raise self._contained(error) from error
+        except FsError as error:  # a file was copied into blocks, and one of them failed
+            if error.errno != errno.EIO:
+                raise
+            raise self._contained(error) from error
 
     def _joined(self) -> Membership:
         if self._member is None:
             raise FsError(errno.EROFS)
         return self._member
+
+    def _transact_again(
+        self, member: Membership, plan: Callable[[Transaction], T], removal: bool
+    ) -> T:
+        """After some room was made; Unfinished while there is more to be made."""
+        self.store.begin_turn()
+        try:
+            return self._transact(member, plan, removal)
+        except NoSpace:
+            if not self._dropped.pending:
+                raise
+            raise Unfinished("blocks of what was removed are being released") from None
 
     def _transact(self, member: Membership, plan: Callable[[Transaction], T], removal: bool) -> T:
         space = Space(self.store, self._begin(member), self._supply)
@@ -230,7 +278,9 @@ class Mount:
                     if new_word := space.publish(word, new_root):
                         published = True
                         self._view = View(self.store, new_word, new_root, tx.hand_over())
-                        tx.release_dropped()
+                        if space.dropped:
+                            self._dropped.add(space.dropped)
+                            self._release_piece()
                         return result
                 space.forget_plan()
                 if not self._hint.retake(member.slot):
@@ -245,6 +295,10 @@ class Mount:
         return view.hand_over() if view is not None and view.word == word else Known()
 
     def _begin(self, member: Membership) -> int:
+        if self.table.state(repair.SLOT) != self._repairs:
+            self._repairs = self.table.state(repair.SLOT)
+            member.must_collect |= self._dropped.leave()
+        self._supply.begin()
         try:
             tag = member.begin()
         except Fenced:
@@ -276,7 +330,7 @@ class Mount:
         if member.stands:
             return  # joined again already, on the way out of the transaction
         member.rejoin()
-        log.warning("this mount was declared gone while it was silent; it joined again")
+        log.warning("%s; it joined again", _TWIN if member.doubled else _SILENT)
 
     # --- what the region may do to us -------------------------------------------------------
 
@@ -286,11 +340,21 @@ class Mount:
             self._check_identity()
         except FsError as stale:
             return stale
+        if getattr(error, "errno", 0) == errno.EIO and (short := self.region.shortage()):
+            return self._short(short)
         if isinstance(error, FsError):
             return error
         if isinstance(error, OSError):
             return FsError(errno.EIO, f"the region cannot be accessed any more: {error}")
         return Corrupt(f"metadata contradicts itself: {error}")
+
+    def _short(self, text: str) -> NoSpace:
+        """The memory behind the region is used up; the log says so, but not at every operation."""
+        now = time.monotonic()
+        if now - self._short_at > SHORT_PAUSE:
+            self._short_at = now
+            log.error("%s", text)
+        return NoSpace(text)
 
     def _check_identity(self) -> None:
         """Raise StaleHandle, or EIO, unless the region still carries what was mounted."""
@@ -303,21 +367,45 @@ class Mount:
         except OSError as error:
             raise FsError(errno.EIO, f"the region cannot be accessed any more: {error}") from None
 
+    def standing(self) -> Standing:
+        """What became of the region since it was mounted.  Never raises for what it reads."""
+        found = self.region.standing()
+        if found is not Standing.SOUND:
+            return found
+        try:
+            raw = self.store.memory.read(0, superblock.SUPERBLOCK.size)
+            if raw == self._raw:
+                return Standing.SOUND
+            if raw == b"\xff" * len(raw):
+                return Standing.ONES
+            same = superblock.decode(raw) == self.superblock
+            return Standing.SOUND if same else Standing.REFORMATTED
+        except OSError:
+            return Standing.UNREADABLE
+        except (FormatError, Corrupt):
+            return Standing.OVERWRITTEN
+
     # --- space ----------------------------------------------------------------------------
 
     def _make_room(self, member: Membership) -> bool:
         """An allocation failed: collect garbage if there is any; whether something was found.
 
-        Claims of peers at work come back in a moment, so for a moment it raises Busy.
+        Claims of peers at work come back in a moment, so for a moment it raises Busy.  A collection
+        that takes several turns raises Unfinished after each.
         """
+        if self._dropped.pending:
+            return self._release_piece()
         if not self._leaking():
             return False
+        if self._collector is not None and self._collect_piece():
+            return True
         member.must_collect |= self.table.retire_gone(member.slot)
         now = time.monotonic()
         if member.must_collect or now - self._collected_at > COLLECT_PAUSE:
             member.must_collect = False
-            self._collected_at = self._tight_since = now
-            if self.collect():
+            self._tight_since = now
+            self._collector = Collector(self.store, self.table)
+            if self._collect_piece():
                 return True
         at_work = any(
             self.table.state(slot) >> words.SLOT_SHIFT == words.ACTIVE and slot != member.slot
@@ -329,8 +417,27 @@ class Mount:
 
     def _leaking(self) -> bool:
         """Whether blocks are neither free nor reachable: lost, or claimed at this moment."""
-        missing = self.superblock.geometry.block_count - self.view().root.record.used
-        return self.store.blocks.free_count() < missing
+        used = self.view().root.record.used
+        return self._supply.free(used) < self.superblock.geometry.block_count - used
+
+    def _collect_piece(self) -> bool:
+        """Go on with a collection; whether it gave anything back.  Unfinished until it ends."""
+        collector, self._collector = self._collector, None
+        assert collector is not None
+        if not collector.step(COLLECTED_AT_ONCE):
+            self._collector = collector
+            raise Unfinished("lost blocks are being collected")
+        self._collected_at = time.monotonic()
+        return collector.released > 0
+
+    def _release_piece(self) -> bool:
+        """Release some blocks of what was dropped; whether there were any."""
+        self.store.begin_turn(ENDLESS)  # the steps are counted instead
+        return self._dropped.step()
+
+    def _release_dropped(self) -> None:
+        while self._dropped.pending:
+            self._release_piece()
 
     def collect(self) -> int:
         """Collect at once; returns how many blocks were given back."""
@@ -343,57 +450,112 @@ class Mount:
 
     # --- upkeep ---------------------------------------------------------------------------
 
-    def tick(self) -> None:
-        """Show life and do a bounded piece of housekeeping; about once a second.  Raises Busy."""
+    def tick(self) -> bool:
+        """Show life and do a bounded piece of housekeeping; about once a second.  Raises Busy.
+
+        Returns whether there is more to do, for which `work` is to be called soon.
+        """
         member = self._member
         if member is None:
-            return
+            return False
         self._ticks += 1
         try:
             self._keep_alive(member)
-            if self._collector is not None and self._collector.step(COLLECT_SLICE):
-                self._collector = None
-            orphans = self.view().root.record.orphans
+            self._look_for_repair()
         except (*_UPSET, OSError, Corrupt) as error:
             raise self._contained(error) from error
-        if orphans:
-            self.reap()
+        return self.work()
+
+    def work(self) -> bool:
+        """Do a bounded piece of housekeeping; whether there is more to do.  Raises Busy."""
+        if self._member is None:
+            return False
+        try:
+            if self._dropped.pending:
+                self._check_identity()
+                self._release_piece()
+            elif self._collector is not None and self._collector.step(COLLECTED_AT_ONCE):
+                self._collector = None
+                self._collected_at = time.monotonic()
+            orphans = self.view().root.record.orphans
+        except (*_UPSET, OSError, Corrupt) as error:
+            self._collector = None
+            raise self._contained(error) from error
+        freed = self._reap_piece() if orphans else 0
+        return freed > 0 or self._dropped.pending or self._collector is not None
+
+    def _look_for_repair(self) -> None:
+        """Log that a repair shuts this mount out, and that it is over; raises UnderRepair."""
+        try:
+            self.store.snapshot()
+        except UnderRepair as error:
+            if not self._shut_out:
+                log.warning("%s; until then every operation waits", error)
+                self._shut_out = True
+            raise
+        if self._shut_out:
+            log.warning("the repair of the region is over")
+            self._shut_out = False
 
     def _keep_alive(self, member: Membership) -> None:
         try:
             member.beat()
         except Fenced:
             self._rejoin(member)
+        self._watch_others(member)
         if self._ticks % RETIRE_TICKS == 0:
-            self._retire_silent(member)
+            member.must_collect |= self.table.retire_gone(member.slot)
+        member.must_collect |= self._supply.owed
+        self._supply.owed = False
         if member.must_collect and self._collector is None:
             self._collector = Collector(self.store, self.table)
             member.must_collect = False
 
-    def _retire_silent(self, member: Membership) -> None:
-        before, self._beats = self._beats, self.table.heartbeats()
-        for slot, beat in self._beats.items():
-            if slot == member.slot or before.get(slot) != beat:
-                continue
-            other = self.table.peer(slot)
-            if other.state in (words.DEAD, words.JOINING) or other.gone:
-                member.must_collect |= self.table.retire(slot, other.word)
+    def _watch_others(self, member: Membership) -> None:
+        watch = self.table.watch
+        known = set(watch.machines.shared)
+        watch.look()
+        for machine in watch.machines.shared - known:
+            log.warning(
+                "two machines go by the hardware UUID %s: it will not tell of anybody's end",
+                watch.machines.name(machine),
+            )
+            member.doubt_machine(machine)
 
     # --- open inodes without links ----------------------------------------------------------
 
     def reap(self) -> None:
-        """Free every orphan that nobody holds open any more."""
+        """Free every orphan that nobody holds open any more, however many there are."""
+        self._reaped = 0
+        while self._reap_piece() or self._reaped:
+            pass
+
+    def _reap_piece(self) -> int:
+        """Look through some orphans, after those of last time, and free some; how many it freed.
+
+        `_reaped` is 0 once all were looked at.
+        """
 
         def read(view: View) -> list[Entry]:
-            return list(directory.entries(view, view.inode(ORPHANS_INO)))
+            return directory.leaf_after(view, view.inode(ORPHANS_INO), self._reaped)
 
-        member = self._joined()
-        for entry in self.look(read):
-            if entry.ino not in self._open and not member.listed_elsewhere(entry.ino):
-                self._free_orphan(entry.ino)
+        member, freed, seen = self._joined(), 0, 0
+        while seen < LOOKED_THROUGH:
+            found = self.look(read)
+            if not found:
+                self._reaped = 0
+                break
+            for entry in found:
+                if freed == FREED_AT_ONCE:
+                    return freed
+                self._reaped = entry.key
+                if entry.ino not in self._open and not member.listed_elsewhere(entry.ino):
+                    freed += self._free_orphan(entry.ino)
+            seen += len(found)
+        return freed
 
-    def _free_orphan(self, ino: int) -> None:
-        self.change(lambda tx: names.free_orphan(tx, ino), removal=True)
+    def _free_orphan(self, ino: int) -> bool:
+        return self.change(lambda tx: names.free_orphan(tx, ino), removal=True)
 
     def _in_use(self, ino: int) -> bool:
         """Whether anybody holds `ino` open; if not, openers from now on will see our intent."""

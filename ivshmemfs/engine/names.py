@@ -21,7 +21,7 @@ from ivshmemfs.format.inode import INODE, ORPHANS_INO, ROOT_INO, InodeRecord
 
 RENAME_NOREPLACE, RENAME_EXCHANGE, RENAME_WHITEOUT = 1, 2, 4
 LINK_MAX = (1 << 31) - 1
-DEPTH_MAX = 100_000  # directories above one another, before it must be a ring
+DEPTH_MAX = 1000  # directories above a place to which a directory may be moved
 PRIVILEGES = stat.S_ISUID | stat.S_ISGID
 SET_GROUP_ID = stat.S_ISGID | stat.S_IXGRP  # both: of a program; the first alone: of another file
 _BLANK = INODE.unpack(bytes(INODE.size))._replace(blocks=1)
@@ -169,17 +169,33 @@ def symlink(tx: Transaction, parent: int, name: bytes, to: bytes, ctx: Context) 
     return inode
 
 
-def make_nameless(tx: Transaction, folder: Inode, mode: int, ctx: Context) -> Inode:
-    """A new inode that nothing leads to, as if it had been made in `folder` and removed."""
-    inode = tx.new_inode(new_record(tx, folder, mode, ctx, nlink=0))
+def make_nameless(
+    tx: Transaction, folder: Inode, mode: int, ctx: Context, *, rdev: int = 0, to: bytes = b""
+) -> Inode:
+    """A new inode that nothing leads to, as if it had been made in `folder` and removed.
+
+    `to` is the target of a symbolic link.
+    """
+    inode = tx.new_inode(new_record(tx, folder, mode, ctx, nlink=0, rdev=rdev))
+    if to:
+        inode = tx.put(data.write(tx, inode, 0, to))
     _keep_orphan(tx, inode)
     return inode
 
 
-def link(tx: Transaction, ino: int, parent: int, name: bytes, *, revive: bool = False) -> Inode:
+def link(
+    tx: Transaction,
+    ino: int,
+    parent: int,
+    name: bytes,
+    *,
+    revive: bool = False,
+    over: bool = False,
+) -> Inode:
     """Another name for an inode; raises EPERM for directories, EEXIST, EMLINK.
 
-    ENOENT for one that has no name left, unless it is to `revive`.
+    ENOENT for one that has no name left, unless it is to `revive`.  With `over` the name may be
+    that of another file, which loses it; raises EISDIR for a directory.
     """
     folder = parent_of(tx, parent, name)
     inode = tx.inode(ino)
@@ -190,12 +206,27 @@ def link(tx: Transaction, ino: int, parent: int, name: bytes, *, revive: bool = 
     if inode.record.nlink >= LINK_MAX:
         raise FsError(errno.EMLINK)
     spot = directory.locate(tx, folder, name)
-    if spot.at >= 0:
+    entry = spot.entry
+    if entry is not None and not over:
         raise FsError(errno.EEXIST)
+    if entry is not None and entry.ino == ino:
+        return inode
     if inode.record.nlink == 0:
         _forget_orphan(tx, ino)
-    add(tx, folder, spot, inode)
+    if entry is None:
+        add(tx, folder, spot, inode)
+    else:
+        _take_name(tx, folder, spot, target(tx, entry), inode)
     return tx.touch(ino, nlink=inode.record.nlink + 1)
+
+
+def _take_name(tx: Transaction, folder: Inode, spot: Spot, victim: Inode, inode: Inode) -> None:
+    """Have the name of `victim` at `spot` lead to `inode`."""
+    if victim.is_dir:
+        raise FsError(errno.EISDIR)
+    _unlinked(tx, victim)
+    changes = _dated(tx, folder, 0)
+    tx.put(directory.replace(tx, folder, spot, inode.ino, _kind(inode), changes))
 
 
 # --- removing -------------------------------------------------------------------------------
@@ -231,13 +262,14 @@ def _unlinked(tx: Transaction, inode: Inode) -> None:
         _keep_orphan(tx, inode)
 
 
-def free_orphan(tx: Transaction, ino: int) -> None:
+def free_orphan(tx: Transaction, ino: int) -> bool:
     """Free an inode that has no links, unless somebody holds it open or it is gone already."""
     inode = tx.find_inode(ino)
     if inode is None or inode.record.nlink or tx.in_use(ino):
-        return
+        return False
     _forget_orphan(tx, ino)
     tx.remove(inode)
+    return True
 
 
 def unlink(tx: Transaction, parent: int, name: bytes) -> None:
@@ -298,16 +330,22 @@ def rename(
 
 
 def _forbid_cycle(view: View, ino: int, folder: int) -> None:
-    """Raise EINVAL if directory `ino` is `folder` or above it."""
+    """Raise EINVAL if directory `ino` is `folder` or above it.
+
+    Raises ENAMETOOLONG too deep down, where the look at all parents would take too long.
+    """
     if ino == ROOT_INO:
         raise FsError(errno.EBUSY)
-    seen = 0
+    seen = set[int]()
     while folder != ROOT_INO:
         if folder == ino:
             raise FsError(errno.EINVAL)
-        folder, seen = view.directory(folder).record.parent, seen + 1
-        if seen > DEPTH_MAX:
-            raise Corrupt(f"directory {ino}: its parents form a ring")
+        if folder in seen:
+            raise Corrupt(f"directory {folder}: its parents form a ring")
+        if len(seen) >= DEPTH_MAX:
+            raise FsError(errno.ENAMETOOLONG, f"{DEPTH_MAX} directories stand above the new place")
+        seen.add(folder)
+        folder = view.directory(folder).record.parent
 
 
 def _take_away(tx: Transaction, folder: int, inode: Inode, victim: Inode) -> None:

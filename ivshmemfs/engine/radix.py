@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from typing import Final
 
+from ivshmemfs.errors import Corrupt
 from ivshmemfs.format import words
 from ivshmemfs.format.node import HEADER_SIZE, INDEX, MAX_HEIGHT
 from ivshmemfs.native import put_slots
@@ -82,30 +83,55 @@ def _collect(
 def next_leaf(nodes: Nodes, tree: Tree, owner: int, first: int, *, present: bool) -> int:
     """The index of the first leaf from `first` on that is there, or with not `present` is not.
 
-    -1 when all the rest are holes; for holes, what is behind the tree counts as one.
+    -1 when all the rest are holes; for holes, what is behind the tree counts as one.  Reads at most
+    two nodes of each level, because every subtree has a pointer and weights tell which have holes;
+    raises Corrupt where that turns out to be a lie.
     """
     return _next(nodes, tree.slots, tree.height, owner, first, present)
 
 
 def _next(nodes: Nodes, slots: bytes, height: int, owner: int, first: int, present: bool) -> int:
     span = span_of(nodes.fanout, height)
-    full = _full_weight(nodes.fanout, height)
     (top, inner), count = divmod(first, span), len(slots) // SIZE
-    while top < count:
+    if inner and top < count:
         pointer = slots[top * SIZE : top * SIZE + SIZE]
         if pointer == NULL:
             if not present:
-                return top * span + inner
-        elif height == 0:
-            if present:
-                return top
-        elif present or weight_of(pointer) < full:
-            below = nodes.node(pointer, INDEX, height - 1, owner).data[HEADER_SIZE:]
+                return first
+        elif present or weight_of(pointer) < _full_weight(nodes.fanout, height):
+            below = _slots_at(nodes, pointer, height - 1, owner)
             found = _next(nodes, below, height - 1, owner, inner, present)
             if 0 <= found < span:
                 return top * span + found
-        top, inner = top + 1, 0
-    return -1 if present else max(count * span, first)
+        top += 1
+    top = _first_slot(slots, top, 0 if present else _full_weight(nodes.fanout, height), present)
+    if top >= count:
+        return -1 if present else max(count * span, first)
+    pointer = slots[top * SIZE : top * SIZE + SIZE]
+    if height == 0 or pointer == NULL:
+        return top * span
+    below = _slots_at(nodes, pointer, height - 1, owner)
+    found = _next(nodes, below, height - 1, owner, 0, present)
+    if not 0 <= found < span:
+        what = "no pointer" if present else "no hole"
+        raise Corrupt(f"inode {owner}: a subtree of weight {weight_of(pointer)} has {what}")
+    return top * span + found
+
+
+def _slots_at(nodes: Nodes, pointer: bytes, level: int, owner: int) -> bytes:
+    return nodes.node(pointer, INDEX, level, owner).data[HEADER_SIZE:]
+
+
+def _first_slot(slots: bytes, start: int, full: int, present: bool) -> int:
+    """The first slot from `start` on with a pointer, or one that weighs less than `full`."""
+    if present:
+        rest = slots[start * SIZE :]
+        return start + (len(rest) - len(rest.lstrip(b"\0"))) // SIZE
+    weights = memoryview(slots).cast("I")[1::4].tolist()
+    for at in range(start, len(weights)):
+        if weights[at] < full:
+            return at
+    return len(weights)
 
 
 def _full_weight(fanout: int, height: int) -> int:
@@ -260,27 +286,60 @@ def _renewed(
 
 def cut(space: Space, tree: Tree, owner: int, first: int) -> Tree:
     """A tree without leaves from `first` on; what is cut off is dropped whole."""
-    slots, _ = _cut(space, tree.slots, tree.height, owner, first)
+    return clear(space, tree, owner, first, len(tree.slots) // SIZE * _span(space, tree))
+
+
+def clear(space: Space, tree: Tree, owner: int, first: int, last: int) -> Tree:
+    """A tree without leaves from `first` up to `last`, which is not one of them.
+
+    Subtrees between are dropped whole, so at most two nodes of each level are read and replaced,
+    and none where nothing stands.
+    """
+    last = min(last, len(tree.slots) // SIZE * _span(space, tree))
+    slots, _ = _clear(space, tree.slots, tree.height, owner, first, last)
     return Tree(tree.height if slots else 0, slots)
 
 
-def _cut(space: Space, slots: bytes, height: int, owner: int, first: int) -> tuple[bytes, int]:
-    span = span_of(space.fanout, height)
-    keep, inner = divmod(first, span)
-    beyond = slots[(keep + (1 if inner else 0)) * SIZE :]
-    lost = weight(beyond)
+def _span(space: Space, tree: Tree) -> int:
+    return span_of(space.fanout, tree.height)
+
+
+def _clear(
+    space: Space, slots: bytes, height: int, owner: int, first: int, last: int
+) -> tuple[bytes, int]:
+    """(slots without leaves from `first` up to `last`, change of weight)"""
     if height == 0:
-        if lost:
-            space.replace_many(beyond, lost)
-        return trim(slots[: keep * SIZE]), -lost
-    for at in range(0, len(beyond), SIZE):
-        if beyond[at : at + SIZE] != NULL:
-            space.drop(beyond[at : at + SIZE], INDEX, height - 1, owner)
-    kept = slots[: keep * SIZE]
-    child = slots[keep * SIZE : keep * SIZE + SIZE] if inner else b""
-    if not child or child == NULL:
-        return trim(kept), -lost
-    below = _below(space, child, height - 1, owner)[HEADER_SIZE:]
-    below, delta = _cut(space, below, height - 1, owner, inner)
-    pointer, delta = _renewed(space, child, height - 1, owner, below, delta)
-    return trim(kept + pointer), delta - lost
+        gone = slots[first * SIZE : last * SIZE]
+        count = count_pointers(gone)
+        if not count:
+            return slots, 0
+        space.replace_many(gone, count)
+        return put_slots(slots, 0, [(first, bytes(len(gone)))]), -count
+    span, total = span_of(space.fanout, height), 0
+    changes = list[tuple[int, bytes]]()
+    last = min(last, len(slots) // SIZE * span)
+    while first < last:
+        top, inner = divmod(first, span)
+        here = min(last - first, span - inner)
+        child = slots[top * SIZE : top * SIZE + SIZE]
+        if child != NULL:
+            pointer, delta = _cleared(space, child, height - 1, owner, inner, here)
+            if pointer != child:
+                changes.append((top, pointer))
+                total += delta
+        first += here
+    return put_slots(slots, 0, changes) if changes else slots, total
+
+
+def _cleared(
+    space: Space, child: bytes, level: int, owner: int, first: int, count: int
+) -> tuple[bytes, int]:
+    """(pointer to a child without `count` leaves from `first` on, change of weight)"""
+    if count == span_of(space.fanout, level + 1):
+        space.drop(child, INDEX, level, owner)
+        return NULL, -weight_of(child)
+    before = _below(space, child, level, owner)[HEADER_SIZE:]
+    below, delta = _clear(space, before, level, owner, first, first + count)
+    if below == before:
+        return child, 0
+    return _renewed(space, child, level, owner, below, delta)

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable
-from contextlib import suppress
 from typing import Any, Final
 
 from ivshmemfs.engine import inode as inodes
@@ -21,7 +20,7 @@ from ivshmemfs.engine import radix
 from ivshmemfs.engine.clock import Clock
 from ivshmemfs.engine.inode import Inode
 from ivshmemfs.engine.radix import NULL, Tree
-from ivshmemfs.errors import Corrupt, FsError, NoSpace, Restart, StaleHandle
+from ivshmemfs.errors import Corrupt, FsError, NoSpace, StaleHandle
 from ivshmemfs.format import inode as fmt
 from ivshmemfs.format import node as node_format
 from ivshmemfs.format import words
@@ -120,6 +119,7 @@ class View:
             root.parsed = parse_root(root)
         self.root: Root = root.parsed
         self.known = known
+        self.tables: dict[bytes, Any] = {}  # of extended attributes that a plan has changed
 
     def inode(self, ino: int) -> Inode:
         """An inode; raises StaleHandle when there is none of that number."""
@@ -188,8 +188,9 @@ class Transaction(View):
         self.nodes = space
         self.removal = removal
         space.keep = 0 if removal else self._kept_free()
+        space.used = self.root.record.used
         self.clock = clock
-        clock.seen(self.root.record.time_ns)  # whoever committed it, unless its clock is ahead
+        clock.committed(self.root.record.time_ns)
         self.now = clock.now()
         self.next_ino = self.root.record.next_ino
         self.orphans = self.root.record.orphans
@@ -209,6 +210,8 @@ class Transaction(View):
         """The same as of the new root; after the commit."""
         known = super().hand_over()
         known.change(self._dirty)
+        for key, table in self.tables.items():
+            self.store.recent.put(key, table)
         return known
 
     # --- changes ---
@@ -323,42 +326,10 @@ class Transaction(View):
         """The number of this commit: fences, which make no root, count as well."""
         last = self.root.record.sequence
         fences = (words.split_commit(self.word)[0] - last) & words.SEQUENCE_MASK
-        return last + fences + 1
+        return words.next_sequence(last + fences)
 
     def _seal_inode(self, ino: int) -> bytes:
         inode = self._dirty[ino]
         if inode is None:
             return NULL
         return self.space.add_node(INODE, 0, ino, 0, inode.body(), 1, inode)
-
-    def release_dropped(self) -> None:
-        """After the commit: release the blocks of every dropped subtree.
-
-        The subtrees are unreachable, and only a collector may compete; what it took already is
-        skipped.
-        """
-        seen: set[bytes] = set()
-        for pointer, kind, level, owner in self.space.dropped:
-            with suppress(Corrupt, Restart, ValueError):
-                self._release(pointer, kind, level, owner, seen)
-
-    def _release(self, pointer: bytes, kind: int, level: int, owner: int, seen: set[bytes]) -> None:
-        """Release a subtree, each node once: a forged one reaches a node by endlessly many ways."""
-        if pointer in seen:
-            return
-        seen.add(pointer)
-        if kind != DIRLEAF:
-            pointers = self._children(self.nodes.node(pointer, kind, level, owner))
-            if kind == INDEX and level == 0:
-                self.space.release_cut(pointers)
-            else:
-                below = DIRLEAF if kind == DIRNODE and level == 1 else kind
-                for at in range(0, len(pointers), radix.SIZE):
-                    if pointers[at : at + radix.SIZE] != NULL:
-                        child = pointers[at : at + radix.SIZE]
-                        self._release(child, below, level - 1, owner, seen)
-        self.space.release_cut(pointer)
-
-    def _children(self, node: Node) -> bytes:
-        body = node.data[HEADER_SIZE:]
-        return body if node.kind == INDEX else body[8 * node.count :]

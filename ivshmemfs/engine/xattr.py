@@ -1,14 +1,23 @@
-"""Extended attributes: one string of bytes per inode, beside the payload or in own blocks."""
+"""Extended attributes: one string of bytes per inode, beside the payload or in own blocks.
+
+A string is decoded once, DECODED_AT_ONCE attributes in a turn, into a `Table`.  The tables that
+were used last stay known, by the pointer to their string, so that one attribute of thousands is
+found, set or removed without decoding the others again.  Tables of a plan are known once it is
+committed.
+"""
 
 from __future__ import annotations
 
 import errno
+from bisect import bisect_left
+from itertools import islice
+from typing import Final
 
 from ivshmemfs.engine import radix
 from ivshmemfs.engine.inode import Inode
 from ivshmemfs.engine.radix import NULL, SIZE, Tree
 from ivshmemfs.engine.transaction import Transaction, View
-from ivshmemfs.errors import Corrupt, FsError
+from ivshmemfs.errors import Corrupt, FsError, Unfinished
 from ivshmemfs.format import inode as fmt
 from ivshmemfs.format import xattr as encoding
 from ivshmemfs.format.node import INDEX
@@ -17,6 +26,8 @@ CREATE, REPLACE = 1, 2  # flags of setxattr(2)
 NAME_MAX = 255
 VALUE_MAX = 65536
 TOTAL_MAX = 4 * VALUE_MAX
+DECODED_AT_ONCE = 2048  # attributes that one turn decodes, in about 5 ms
+REMEMBERED = 1024  # bytes of attributes beside the payload from which on their table is kept
 # The kernel's own names, such as POSIX access lists, would have to be obeyed, not just stored:
 # a copying program that believes that they took effect leaves out the permissions.
 CAPABILITY = b"security.capability"
@@ -32,21 +43,116 @@ def check_namespace(name: bytes) -> None:
         raise FsError(errno.EINVAL)
 
 
+class Table:
+    """Attributes in order: names, and entries as they stand in the string.  Immutable."""
+
+    __slots__ = ("entries", "names", "size")
+
+    def __init__(self, names: list[bytes], entries: list[bytes], size: int) -> None:
+        self.names: Final = names
+        self.entries: Final = entries
+        self.size: Final = size  # of the string, in bytes
+
+    def find(self, name: bytes) -> int:
+        """The index of an attribute; -1 when there is none of that name."""
+        at = bisect_left(self.names, name)
+        return at if at < len(self.names) and self.names[at] == name else -1
+
+    def get(self, name: bytes) -> bytes | None:
+        """The value of an attribute, or None."""
+        at = self.find(name)
+        return encoding.value_of(name, self.entries[at]) if at >= 0 else None
+
+    def put(self, name: bytes, value: bytes) -> Table:
+        """The table with one attribute set; ValueError when it is too large."""
+        at = bisect_left(self.names, name)
+        there = at < len(self.names) and self.names[at] == name
+        return self._spliced(at, at + int(there), [name], [encoding.encode_one(name, value)])
+
+    def without(self, at: int) -> Table:
+        """The table without the attribute of that index."""
+        return self._spliced(at, at + 1, [], [])
+
+    def _spliced(self, at: int, end: int, names: list[bytes], entries: list[bytes]) -> Table:
+        gone = sum([len(entry) for entry in self.entries[at:end]])
+        come = sum([len(entry) for entry in entries])
+        return Table(
+            [*self.names[:at], *names, *self.names[end:]],
+            [*self.entries[:at], *entries, *self.entries[end:]],
+            self.size - gone + come,
+        )
+
+
+NO_ATTRIBUTES: Final = Table([], [], 0)
+
+
+class _Decoding:
+    """A string that is being decoded; it goes on where it stopped."""
+
+    def __init__(self, raw: bytes) -> None:
+        self._left = encoding.split(raw)
+        self._size = len(raw)
+        self._names: list[bytes] = []
+        self._entries: list[bytes] = []
+
+    def step(self) -> Table | None:
+        """The table, or None when it takes another turn; ValueError."""
+        before = len(self._names)
+        for name, entry in islice(self._left, DECODED_AT_ONCE):
+            self._names.append(name)
+            self._entries.append(entry)
+        if len(self._names) - before == DECODED_AT_ONCE:
+            return None
+        return Table(self._names, self._entries, self._size)
+
+
+def _key(inode: Inode) -> bytes:
+    """What tells the string of an inode from all others; empty for a short one."""
+    record = inode.record
+    if record.xattr_pointer == NULL:
+        return inode.xattr if len(inode.xattr) >= REMEMBERED else b""
+    sizes = record.xattr_size << 8 | record.xattr_height
+    return record.xattr_pointer + sizes.to_bytes(8, "little")
+
+
+def table(view: View, inode: Inode) -> Table:
+    """All extended attributes; raises Unfinished while there are more to decode."""
+    if not inode.record.xattr_size and not inode.xattr:
+        return NO_ATTRIBUTES
+    key = _key(inode)
+    known = view.tables.get(key) or (view.store.recent.get(key) if key else None)
+    if isinstance(known, Table):
+        return known
+    try:
+        decoding = known if known is not None else _Decoding(_string(view, inode))
+        found: Table | None = decoding.step()
+    except ValueError as error:
+        view.store.recent.drop(key)
+        raise Corrupt(f"inode {inode.ino}: extended attributes: {error}") from None
+    if key:
+        view.store.recent.put(key, found or decoding)
+    if found is None:
+        raise Unfinished("more attributes are to be decoded than one turn may decode")
+    return found
+
+
+def _string(view: View, inode: Inode) -> bytes:
+    record = inode.record
+    if record.xattr_pointer == NULL:
+        return bytes(inode.xattr)
+    if record.xattr_size > TOTAL_MAX:
+        raise Corrupt(f"inode {inode.ino}: {record.xattr_size} bytes of extended attributes")
+    count = -(-record.xattr_size // view.block_size)
+    tree = Tree(record.xattr_height, record.xattr_pointer)
+    pointers = radix.find_range(view.nodes, tree, inode.ino, 0, count)
+    return bytes(view.store.gather(pointers, 0, record.xattr_size))
+
+
 def load(view: View, inode: Inode) -> dict[bytes, bytes]:
     """All extended attributes by name."""
-    record = inode.record
-    raw = bytes(inode.xattr)
-    if record.xattr_pointer != NULL:
-        if record.xattr_size > TOTAL_MAX:
-            raise Corrupt(f"inode {inode.ino}: {record.xattr_size} bytes of extended attributes")
-        count = -(-record.xattr_size // view.block_size)
-        tree = Tree(record.xattr_height, record.xattr_pointer)
-        pointers = radix.find_range(view.nodes, tree, inode.ino, 0, count)
-        raw = bytes(view.store.gather(pointers, 0, record.xattr_size))
-    try:
-        return encoding.decode(raw) if raw else {}
-    except ValueError as error:
-        raise Corrupt(f"inode {inode.ino}: extended attributes: {error}") from None
+    found = table(view, inode)
+    pairs = zip(found.names, found.entries, strict=True)
+    return {name: encoding.value_of(name, entry) for name, entry in pairs}
 
 
 def set_value(tx: Transaction, inode: Inode, name: bytes, value: bytes, flags: int) -> Inode:
@@ -56,36 +162,46 @@ def set_value(tx: Transaction, inode: Inode, name: bytes, value: bytes, flags: i
     check_namespace(name)
     if len(value) > VALUE_MAX:
         raise FsError(errno.E2BIG)
-    values = load(tx, inode)
-    if flags & CREATE and name in values:
+    found = table(tx, inode)
+    there = found.find(name) >= 0
+    if flags & CREATE and there:
         raise FsError(errno.EEXIST)
-    if flags & REPLACE and name not in values:
+    if flags & REPLACE and not there:
         raise FsError(errno.ENODATA)
-    return save(tx, inode, {**values, name: value})
+    return _stored(tx, inode, found.put(name, value))
 
 
 def remove_value(tx: Transaction, inode: Inode, name: bytes) -> Inode:
     """The inode without an attribute; raises ENODATA."""
     check_namespace(name)
-    values = load(tx, inode)
-    if values.pop(name, None) is None:
+    found = table(tx, inode)
+    at = found.find(name)
+    if at < 0:
         raise FsError(errno.ENODATA)
-    return save(tx, inode, values)
+    return _stored(tx, inode, found.without(at))
 
 
 def without_capability(tx: Transaction, inode: Inode) -> Inode:
     """The inode without the capabilities that running it would give."""
-    values = load(tx, inode)
-    return save(tx, inode, values) if values.pop(CAPABILITY, None) is not None else inode
+    found = table(tx, inode)
+    at = found.find(CAPABILITY)
+    return _stored(tx, inode, found.without(at)) if at >= 0 else inode
 
 
 def save(
     tx: Transaction, inode: Inode, values: dict[bytes, bytes], *, silent: bool = False
 ) -> Inode:
     """The inode with these attributes and no others; `silent` leaves its ctime alone."""
-    if sum(encoding.XATTR.size + len(n) + len(v) for n, v in values.items()) > TOTAL_MAX:
+    names = sorted(values)
+    entries = [encoding.encode_one(name, values[name]) for name in names]
+    size = sum([len(entry) for entry in entries])
+    return _stored(tx, inode, Table(names, entries, size), silent=silent)
+
+
+def _stored(tx: Transaction, inode: Inode, new: Table, *, silent: bool = False) -> Inode:
+    if new.size > TOTAL_MAX:
         raise FsError(errno.ENOSPC)
-    raw = encoding.encode(values) if values else b""
+    raw = b"".join(new.entries)
     record, before = inode.record, tx.space.balance
     old = Tree(record.xattr_height, record.xattr_pointer)
     if old.slots != NULL:
@@ -102,7 +218,7 @@ def save(
         tree = radix.store(tx.space, Tree(0, b""), inode.ino, 0, pointers, 1)
         beside = b""
     assert len(tree.slots) == SIZE
-    return inode.evolve(
+    inode = inode.evolve(
         xattr=beside,
         xattr_size=len(raw),
         xattr_height=tree.height,
@@ -110,3 +226,7 @@ def save(
         blocks=record.blocks + tx.space.balance - before,
         ctime_ns=record.ctime_ns if silent else tx.now,
     )
+    key = _key(inode)
+    if key:
+        tx.tables[key] = new
+    return inode

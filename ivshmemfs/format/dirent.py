@@ -43,6 +43,7 @@ TYPE_SHIFT: Final = 56
 INO_MASK: Final = (1 << 56) - 1
 FIRST_KEY: Final = COLLISIONS  # keys below are free for readdir's own cookies
 LAST_KEY: Final = (1 << 63) - 1
+_DOTS: Final = (b".", b"..")
 _pack_word = struct.Struct("<Q").pack
 _unpack_word = struct.Struct("<Q").unpack_from
 
@@ -52,6 +53,13 @@ def name_key(name: bytes, secret: bytes) -> int:
     """The lowest key that `name` may have; `secret` (the UUID) keeps collisions from being made."""
     digest = hashlib.blake2b(name, digest_size=8, key=secret).digest()
     return max(int.from_bytes(digest, "little") >> 9, 1) << 8
+
+
+def is_name(name: bytes) -> bool:
+    """Whether these bytes may stand in a directory as a name."""
+    if not 1 <= len(name) <= NAME_MAX or name in _DOTS:
+        return False
+    return b"/" not in name and b"\0" not in name
 
 
 def column(raw: bytes = b"") -> "array[int]":
@@ -89,6 +97,23 @@ class Leaf:
     def names(self) -> bytes:
         """The fourth column."""
         return self.raw[ENTRY_FIXED * self.count :]
+
+    def unfit(self) -> bytes:
+        """The first name that is none (see `is_name`); b"" if all are names.
+
+        Entries without any name are the business of `decode_leaf`.
+        """
+        raw, sizes, start = self.raw, 2 * WORD * self.count, ENTRY_FIXED * self.count
+        short = raw.find(b"\1", sizes, start) >= 0 or raw.find(b"\2", sizes, start) >= 0
+        dots = short and raw.find(b".", start) >= 0
+        if not dots and raw.find(b"/", start) < 0 and raw.find(b"\0", start) < 0:
+            return b""  # as nearly always; the rest looks at each name
+        for size in self.sizes:
+            name = raw[start : start + size]
+            if not is_name(name):
+                return name
+            start += size
+        return b""
 
     def lower(self, key: int) -> int:
         """Index of the first entry whose key is not below `key`."""

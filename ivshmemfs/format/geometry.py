@@ -4,6 +4,7 @@
     1024   commit word, alone in its cache lines
     1152   hint word, alone in its cache lines
     1280   scratch words, which mean nothing: a mount tries one before it trusts the mapping
+    3584   repair slot: slot 0, before the peer table (`repair`)
     4096   peer table: peer_count slots of 512 bytes
     ...    block tags: one word per block
     ...    blocks, the first aligned to the block size
@@ -20,6 +21,7 @@ HINT_OFFSET: Final = 1152
 SCRATCH_OFFSET: Final = 1280
 SCRATCH_SIZE: Final = 768
 PEERS_OFFSET: Final = 4096
+REPAIR_OFFSET: Final = PEERS_OFFSET - peer.SLOT_SIZE
 CONTROL_SIGNATURE = f"commit@{COMMIT_OFFSET} hint@{HINT_OFFSET} peers@{PEERS_OFFSET}"
 
 MIN_BLOCK_SIZE = 1024

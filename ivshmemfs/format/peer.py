@@ -1,7 +1,7 @@
 """A peer's slot: one per mount, stored to by its owner alone.
 
-The first line is hot (state, heartbeat, intent), the identity is written once after joining, and
-the open filter changes when files are opened and closed.  `shm/peers.py` says in which order.
+The first line is hot (state, heartbeat, intent, nonce), the identity is written once after joining,
+and the open filter changes when files are opened and closed.  `shm/peers.py` says in which order.
 """
 
 from collections.abc import Iterator
@@ -10,15 +10,25 @@ from typing import Annotated, Final, NamedTuple
 from ivshmemfs.format import words
 from ivshmemfs.format.record import At, Buffer, Layout
 from ivshmemfs.native import crc32c
+from ivshmemfs.printing import shown
 
 SLOT_SIZE: Final = 512
 STATE_OFFSET: Final = 0
 HEARTBEAT_OFFSET: Final = 8
 INTENT_OFFSET: Final = 16
+NONCE_OFFSET: Final = 24
 IDENTITY_OFFSET: Final = 64
 FILTER_OFFSET: Final = 256
 FILTER_WORDS: Final = 32
 HOST_SIZE: Final = 64
+
+# What of an identity may prove that its owner is gone (`shm/identity.py` says how).
+BOOT_PROVES: Final = 1  # boot id, pid and pid namespace: the boot id is the kernel's own
+MACHINE_PROVES: Final = 2  # the hardware UUID: no container's, and not known to be on two machines
+START_PROVES: Final = 4  # the start time: read from a /proc of its own pid namespace
+ALL_PROOFS: Final = BOOT_PROVES | MACHINE_PROVES | START_PROVES
+
+DOUBLED: Final = (1 << 64) - 1  # nonce of a slot in which two owners were found
 
 
 class SlotRecord(NamedTuple):
@@ -27,6 +37,7 @@ class SlotRecord(NamedTuple):
     state: Annotated[int, At(0, "Q", "state word: state, incarnation, counter")]
     heartbeat: Annotated[int, At(8, "Q", "grows while the mount lives; its pace means nothing")]
     intent: Annotated[int, At(16, "Q", "inode that the owner is about to free, or 0")]
+    nonce: Annotated[int, At(24, "Q", "random; its owner changes it at every sign of life")]
     incarnation: Annotated[int, At(64, "Q", "incarnation that the identity below speaks of")]
     pid: Annotated[int, At(72, "Q", "process id of the daemon in its pid namespace")]
     pid_start: Annotated[int, At(80, "Q", "start time of that process in ticks since boot")]
@@ -37,6 +48,8 @@ class SlotRecord(NamedTuple):
     joined_ns: Annotated[int, At(192, "q", "when it joined, ns since 1970 by its own clock")]
     capabilities: Annotated[int, At(200, "Q", "what this peer can do (none defined yet)")]
     version: Annotated[bytes, At(208, "16s", "version of the program, zero-padded")]
+    time_namespace: Annotated[int, At(224, "Q", "inode number of its time namespace, or 0")]
+    proofs: Annotated[int, At(232, "Q", "what proves its end: 1 boot, 2 machine, 4 start time")]
     crc: Annotated[int, At(252, "I", "CRC32C of bytes 64 to 251")]
 
 
@@ -66,27 +79,39 @@ class Occupant(NamedTuple):
     record: SlotRecord
     identity_valid: bool  # whole, and of the present incarnation
 
+    @property
+    def word(self) -> int:
+        """The state word."""
+        return self.record.state
+
+    @property
+    def version(self) -> str:
+        """The version of the program that it runs, as it says; empty when it does not."""
+        if not self.identity_valid:
+            return ""
+        return shown(self.record.version.rstrip(b"\0"))
+
     def describe(self) -> str:
         """One phrase for a message; nothing in it is taken on trust but the slot number."""
         state = words.STATE_NAMES[self.state] if self.state < len(words.STATE_NAMES) else "?"
         if not self.identity_valid:
             return f"slot {self.slot} ({state}, identity unknown)"
-        host = self.record.host.rstrip(b"\0").decode(errors="backslashreplace")
-        return f"slot {self.slot} ({state}, pid {self.record.pid} on {printable(host)})"
+        host = shown(self.record.host.rstrip(b"\0"))
+        return f"slot {self.slot} ({state}, pid {self.record.pid} on {host})"
 
 
-def printable(text: str) -> str:
-    """`text` with control characters escaped, so that a hostile region cannot drive a terminal."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+def occupant(slot: int, raw: Buffer) -> Occupant:
+    """What stands in `slot` (from 1), by its 512 bytes."""
+    record = SLOT.unpack(raw)
+    state, incarnation, counter = words.split_state(record.state)
+    valid = identity_valid(raw) and record.incarnation == incarnation
+    return Occupant(slot, state, incarnation, counter, record, valid)
 
 
 def occupants(table: Buffer, count: int) -> Iterator[Occupant]:
     """All slots in use among the first `count` of a copy of the peer table."""
     view = memoryview(table)
     for index in range(count):
-        raw = view[index * SLOT_SIZE : (index + 1) * SLOT_SIZE]
-        record = SLOT.unpack(raw)
-        state, incarnation, counter = words.split_state(record.state)
-        if state != words.FREE:
-            valid = identity_valid(raw) and record.incarnation == incarnation
-            yield Occupant(index + 1, state, incarnation, counter, record, valid)
+        found = occupant(index + 1, view[index * SLOT_SIZE : (index + 1) * SLOT_SIZE])
+        if found.state != words.FREE:
+            yield found

@@ -160,10 +160,18 @@ def decode(raw: Buffer, region_size: int | None = None) -> Superblock:
     record = SUPERBLOCK.unpack(raw)
     if record.magic != MAGIC:
         if not any(bytes(raw[: SUPERBLOCK.size])):
-            raise NotFormatted("no filesystem on the region: format it with mkfs.ivshmemfs")
+            raise NotFormatted(
+                "no filesystem on the region, which begins with zeros (mkfs.ivshmemfs makes one "
+                "where there is nothing)"
+            )
+        if not bytes(raw[: SUPERBLOCK.size]).strip(b"\xff"):
+            raise ForeignFormat(
+                "the region reads as nothing but ones: its device is switched off or gone, or "
+                "it was overwritten; look at it from another machine"
+            )
         raise ForeignFormat(
-            "the region carries something else than an ivshmemfs filesystem: "
-            "if it may be overwritten, format it with mkfs.ivshmemfs --force"
+            "the region carries something else than an ivshmemfs filesystem: is it the right "
+            "file or device? ('ivshmemfs list' shows what there is)"
         )
     if not crc_valid(raw):
         raise Corrupt("the superblock's checksum is wrong: run fsck.ivshmemfs -y on the region")
@@ -175,7 +183,7 @@ def decode(raw: Buffer, region_size: int | None = None) -> Superblock:
         relation = "smaller" if region_size < geometry.region_size else "larger"
         raise GeometryMismatch(
             f"the region has {region_size} bytes, {relation} than the {geometry.region_size} "
-            "bytes it was formatted with: give it its old size, or format it anew"
+            "bytes it was formatted with: give it its old size"
         )
     label = record.label.rstrip(b"\0").decode(errors="replace")
     read_only = bool(record.ro_compat & ~KNOWN_RO_COMPAT)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from ivshmemfs.format import inode, node, peer, superblock, words, xattr
+from ivshmemfs.format import inode, node, peer, repair, superblock, words, xattr
 from ivshmemfs.format.record import Layout
 
 LAYOUTS: dict[str, Layout[Any]] = {
     "superblock": superblock.SUPERBLOCK,
     "slot": peer.SLOT,
+    "repair": repair.REPAIR,
     "pointer": words.POINTER_LAYOUT,
     "header": node.HEADER,
     "root": node.ROOT_RECORD,

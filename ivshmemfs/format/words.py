@@ -2,6 +2,7 @@
 
     tag          slot 8 | incarnation 20 | counter 36      who claimed a block, in which transaction
     commit word  sequence 36 | root block 28               the one word that publishes a transaction
+                                                           (root block 2^28 - 1: under repair)
     state word   state 8 | incarnation 20 | counter 36     what a peer slot is doing
     hint word    slot 8 | need 8 | progress 48             who is about to commit (advice only)
     filter word  incarnation (low 16) | filter bits 48     which inodes a peer holds open
@@ -9,8 +10,8 @@
 A tag never comes back to the same block: the counter grows with each transaction of an
 incarnation and the incarnation with each mount that uses a slot.  Counters wrap after 2^36
 transactions (8 days at 100,000/s; the peer then rejoins with a new incarnation), incarnations
-after 2^20 mounts of one slot, the commit word after 2^36 commits (a peer would have to sleep for
-exactly that many, and the root would have to stand in the same block, for its stale
+after 2^20 mounts of one slot, the commit word after 2^36 - 1 commits (a peer would have to sleep
+for exactly that many, and the root would have to stand in the same block, for its stale
 compare-and-swap to succeed).
 """
 
@@ -32,7 +33,9 @@ COUNTER_MASK: Final = (1 << 36) - 1
 BLOCK_BITS: Final = 28
 BLOCK_MASK: Final = (1 << BLOCK_BITS) - 1
 SEQUENCE_MASK: Final = (1 << 36) - 1
-MAX_BLOCKS: Final = 1 << BLOCK_BITS
+#: In place of the root block while a repair shuts everybody else out; no region has that many.
+UNDER_REPAIR: Final = BLOCK_MASK
+MAX_BLOCKS: Final = BLOCK_MASK
 
 NEED_SHIFT: Final = 48
 NEED_MASK: Final = (1 << 8) - 1
@@ -69,9 +72,24 @@ def make_commit(sequence: int, block: int) -> int:
     return (sequence & SEQUENCE_MASK) << BLOCK_BITS | block
 
 
+def next_sequence(sequence: int) -> int:
+    """The number of the next commit.
+
+    Those whose low 36 bits are 0 are left out: the commit word of block 0 would be 0, which says
+    that there is no filesystem.
+    """
+    after = sequence + 1
+    return after if after & SEQUENCE_MASK else after + 1
+
+
 def split_commit(word: int) -> tuple[int, int]:
     """(sequence, root block)"""
     return word >> BLOCK_BITS, word & BLOCK_MASK
+
+
+def under_repair(word: int) -> bool:
+    """Whether a commit word says that the region is being repaired."""
+    return word & BLOCK_MASK == UNDER_REPAIR
 
 
 def make_state(state: int, incarnation: int, counter: int) -> int:

@@ -34,45 +34,51 @@ def _check(name: bytes, value_size: int) -> None:
         raise ValueError(f"extended attribute {name[:40]!r} has a value of {value_size} bytes")
 
 
+def encode_one(name: bytes, value: bytes) -> bytes:
+    """One entry of the string; ValueError when it is too large."""
+    _check(name, len(value))
+    return XATTR.pack(XattrRecord(len(value), len(name), _ZERO)) + name + value
+
+
 def encode(attributes: Mapping[bytes, bytes]) -> bytes:
     """The string of all `attributes`; ValueError when one of them, or their sum, is too large."""
-    parts: list[bytes] = []
-    for name in sorted(attributes):
-        value = attributes[name]
-        _check(name, len(value))
-        parts += (XATTR.pack(XattrRecord(len(value), len(name), _ZERO)), name, bytes(value))
-    blob = b"".join(parts)
+    blob = b"".join([encode_one(name, bytes(attributes[name])) for name in sorted(attributes)])
     if len(blob) > BLOB_MAX:
         raise ValueError(f"extended attributes of {len(blob)} bytes; {BLOB_MAX} fit")
     return blob
 
 
-def _entries(raw: bytes) -> Iterator[tuple[bytes, bytes]]:
-    at = 0
+def split(raw: bytes) -> Iterator[tuple[bytes, bytes]]:
+    """(name, entry with its header) of all attributes, in order.
+
+    One at a time, so that a reader can go on later.  ValueError says how the bytes contradict
+    themselves.
+    """
+    if len(raw) > BLOB_MAX:
+        raise ValueError(f"extended attributes of {len(raw)} bytes; {BLOB_MAX} fit")
+    at, last = 0, b""
     while at < len(raw):
         start = at + XATTR.size
         if start > len(raw):
             raise ValueError(f"extended attribute at byte {at} is cut off")
-        record = XATTR.unpack(raw, at)
-        middle = start + record.name_size
-        end = middle + record.value_size
-        if end > len(raw) or record.zero != _ZERO:
+        value_size, name_size, zero = XATTR.unpack(raw, at)
+        middle = start + name_size
+        end = middle + value_size
+        if end > len(raw) or zero != _ZERO:
             raise ValueError(f"extended attribute at byte {at} runs to {end} of {len(raw)}")
         name = raw[start:middle]
-        _check(name, record.value_size)
-        yield name, raw[middle:end]
-        at = end
+        _check(name, value_size)
+        if name <= last:
+            raise ValueError(f"extended attributes are not in order at {name[:40]!r}")
+        yield name, raw[at:end]
+        at, last = end, name
+
+
+def value_of(name: bytes, entry: bytes) -> bytes:
+    """The value in an entry of that name."""
+    return entry[XATTR.size + len(name) :]
 
 
 def decode(raw: Buffer) -> dict[bytes, bytes]:
     """Attributes by name, in order; ValueError says how the bytes contradict themselves."""
-    if len(raw) > BLOB_MAX:
-        raise ValueError(f"extended attributes of {len(raw)} bytes; {BLOB_MAX} fit")
-    attributes: dict[bytes, bytes] = {}
-    last = b""
-    for name, value in _entries(bytes(raw)):
-        if name <= last:
-            raise ValueError(f"extended attributes are not in order at {name[:40]!r}")
-        attributes[name] = value
-        last = name
-    return attributes
+    return {name: value_of(name, entry) for name, entry in split(bytes(raw))}

@@ -1,5 +1,5 @@
 """`python -m ivshmemfs.fsck`"""
 
-from ivshmemfs.fsck.main import main
+from ivshmemfs.__main__ import fsck
 
-main(prog_name="fsck.ivshmemfs")
+fsck()

@@ -18,7 +18,7 @@ def check(region: Region | Memory) -> Report:
 
     Peers may go on working meanwhile: what was found on a state that they have replaced does not
     count, and the check starts again.  Raises FormatError (or Corrupt) when the region carries no
-    filesystem that could be looked at, Busy when it changes too fast.
+    filesystem that could be looked at, Busy when it changes too fast, UnderRepair.
     """
     memory = region if isinstance(region, Memory) else region.memory
     found = read_superblocks(memory)
@@ -32,9 +32,13 @@ def check(region: Region | Memory) -> Report:
 
 def check_once(memory: Memory, found: Superblocks) -> Report:
     """One pass over the present state; raises Overtaken when another peer commits meanwhile."""
+    return check_image(Image(memory, found.usable), found)
+
+
+def check_image(image: Image, found: Superblocks) -> Report:
+    """The same of an image that is open already."""
     report = Report()
-    check_superblocks(found, memory.length, report)
-    image = Image(memory, found.usable)
+    check_superblocks(found, image.memory.length, report)
 
     def guard() -> None:
         if image.moved:

@@ -17,13 +17,15 @@ from ivshmemfs.errors import (
     GeometryMismatch,
     IvshmemfsError,
     NotFormatted,
+    UnderRepair,
     UnsupportedVersion,
 )
 from ivshmemfs.format import node as node_format
-from ivshmemfs.format import peer, superblock, words
-from ivshmemfs.format.geometry import COMMIT_OFFSET, Geometry
+from ivshmemfs.format import peer, repair, superblock, words
+from ivshmemfs.format.geometry import COMMIT_OFFSET, REPAIR_OFFSET, Geometry
 from ivshmemfs.format.superblock import SUPERBLOCK, Superblock
 from ivshmemfs.region import Memory
+from ivshmemfs.shm.repair import Turn, abandoned, describe
 
 
 class Overtaken(Exception):
@@ -75,7 +77,7 @@ def _damaged_twice(error: IvshmemfsError) -> IvshmemfsError:
 def _leads_to_root(memory: Memory, candidate: Superblock) -> bool:
     """Whether the commit word leads to a root of this very filesystem."""
     geometry = candidate.geometry
-    _, block = words.split_commit(memory.load(COMMIT_OFFSET))
+    _, block = words.split_commit(stands_for(memory))
     if block >= geometry.block_count:
         return False
     data = memory.read(
@@ -85,31 +87,51 @@ def _leads_to_root(memory: Memory, candidate: Superblock) -> bool:
     return record.fsid == candidate.fsid
 
 
-class Image:
-    """The region as of one commit word."""
+def stands_for(memory: Memory) -> int:
+    """The commit word; that from before a repair where one is under way, or died."""
+    word = memory.load(COMMIT_OFFSET)
+    if words.under_repair(word):
+        return memory.load(REPAIR_OFFSET + repair.FORMER_OFFSET)
+    return word
 
-    def __init__(self, memory: Memory, usable: Superblock) -> None:
+
+class Image:
+    """The region as of one commit word.
+
+    The present one, or for a repair, which has put its mark `turn.marked` there, `commit`.
+    """
+
+    def __init__(
+        self, memory: Memory, usable: Superblock, commit: int = 0, turn: Turn | None = None
+    ) -> None:
         self.memory = memory
         self.superblock = usable
         self.geometry: Geometry = usable.geometry
         self.block_size = self.geometry.block_size
         self.block_count = self.geometry.block_count
         self.fanout = node_format.index_fanout(self.block_size)
-        self.commit = memory.load(COMMIT_OFFSET)
+        self._turn = turn
+        self._word = memory.load(COMMIT_OFFSET) if turn is None else turn.marked
+        if turn is None and words.under_repair(self._word) and not abandoned(memory):
+            raise UnderRepair(describe(memory))
+        self.commit = self._word if turn is None else commit
+        self.sequence = words.split_commit(self._word)[0]
         self.tags: array[int] = array("Q")
         self.tags.frombytes(memory.read(self.geometry.tags_offset, self.block_count * words.WORD))
-        self.states = tuple(
-            memory.load(self.geometry.peers_offset + slot * peer.SLOT_SIZE)
-            for slot in range(self.geometry.peer_count)
+        self.states = tuple(  # by slot number; slot 0 is that of repairs
+            memory.load(REPAIR_OFFSET + slot * peer.SLOT_SIZE)
+            for slot in range(1 + self.geometry.peer_count)
         )
 
     @property
     def moved(self) -> bool:
         """Whether another peer committed since the image was opened."""
-        return self.memory.load(COMMIT_OFFSET) != self.commit
+        return self.memory.load(COMMIT_OFFSET) != self._word
 
     def block(self, number: int) -> bytes:
         """A whole block, read once; the caller has checked that `number` is in range."""
+        if self._turn is not None:
+            self._turn.beat()
         at = self.geometry.data_offset + number * self.block_size
         return self.memory.read(at, self.block_size)
 

@@ -405,12 +405,12 @@ def check_slot(state: int, identity_valid: bool) -> Iterator[str]:
 
 @_invariant(28)
 def check_tag_past(tag: int, states: tuple[int, ...]) -> Iterator[str]:
-    """A tag is of a slot that exists, and of a transaction that has been."""
+    """A tag is of a slot that exists (0: of a repair), and of a transaction that has been."""
     slot, incarnation, counter = words.split_tag(tag)
-    if not 1 <= slot <= len(states):
-        yield f"its tag {tag:#x} is of slot {slot}; there are {len(states)}"
+    if slot >= len(states):
+        yield f"its tag {tag:#x} is of slot {slot}; there are {len(states) - 1}"
         return
-    _, now, reached = words.split_state(states[slot - 1])
+    _, now, reached = words.split_state(states[slot])
     ahead = (incarnation - now) & words.INCARNATION_MASK
     if 0 < ahead < FUTURE:
         yield f"its tag {tag:#x} is {ahead} incarnations ahead of slot {slot}"

@@ -1,28 +1,33 @@
 """fsck.ivshmemfs: the command.
 
-Exit codes as in fsck(8): 0 clean, 1 corrected, 4 errors left, 8 operational error, 16 usage.
+Exit codes as in fsck(8): 0 clean, 1 corrected, 4 errors left, 8 operational error, 16 usage,
+32 interrupted.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Iterable
+from typing import NoReturn
 
 import click
 
-from ivshmemfs.errors import IvshmemfsError, UsageError
+from ivshmemfs import __version__
+from ivshmemfs import command as shared
 from ivshmemfs.format.superblock import identify
 from ivshmemfs.fsck.checking import check
 from ivshmemfs.fsck.repairing import repair
 from ivshmemfs.fsck.report import Report
+from ivshmemfs.printing import say
 from ivshmemfs.region import open_region
 
-CLEAN, CORRECTED, UNCORRECTED, OPERATIONAL, USAGE = 0, 1, 4, 8, 16
+CLEAN, CORRECTED, UNCORRECTED, OPERATIONAL, USAGE, CANCELLED = 0, 1, 4, 8, 16, 32
+EXITS = shared.Exits(usage=USAGE, system=OPERATIONAL, interrupted=CANCELLED, internal=OPERATIONAL)
 
 
 def _echo(lines: Iterable[str]) -> None:
     for line in lines:
-        click.echo(line)
+        say(line)
 
 
 def _tell(report: Report, spec: str) -> None:
@@ -32,7 +37,7 @@ def _tell(report: Report, spec: str) -> None:
     _echo(report.lines())
     many = "" if report.errors == 1 else "s"
     verdict = "clean" if report.clean else f"{report.errors} contradiction{many}"
-    click.echo(f"{spec}: {verdict}; {report.summary}")
+    say(f"{spec}: {verdict}; {report.summary}")
 
 
 def _run(spec: str, change: bool, force: bool) -> int:
@@ -51,13 +56,15 @@ def _run(spec: str, change: bool, force: bool) -> int:
 @click.option("-p", "-a", "preen", is_flag=True, help="The same as -y, as fsck(8) calls it.")
 @click.option("-f", "_always", is_flag=True, help="Accepted and ignored: it always checks.")
 @click.option("--force", is_flag=True, help="Repair although peers may be using the region.")
+@click.version_option(__version__, "-V", "--version", prog_name="fsck.ivshmemfs")
 @click.argument("region")
 def command(
     check_only: bool, change: bool, preen: bool, _always: bool, force: bool, region: str
 ) -> int:
     """Check the filesystem on REGION, and repair it with -y.
 
-    Checking is possible at any time.  Repairing needs a region that nobody has mounted.
+    Checking is possible at any time.  Repairing needs a region that nobody has mounted; whoever
+    mounts it meanwhile waits until the repair is over.
     """
     change = change or preen
     if check_only and change:
@@ -65,19 +72,11 @@ def command(
     return _run(region, change, force)
 
 
-def main(args: list[str] | None = None, prog_name: str = "fsck.ivshmemfs") -> None:
-    """Entry point; leaves by SystemExit with an exit code of fsck(8)."""
-    try:
-        sys.exit(command.main(args, prog_name=prog_name, standalone_mode=False))
-    except click.ClickException as error:
-        text = " ".join(error.format_message().rstrip(".").split())
-        click.echo(f"{prog_name}: {text} (see '{prog_name} --help')", err=True)
-        sys.exit(USAGE)
-    except click.Abort:
-        sys.exit(OPERATIONAL)
-    except UsageError as error:
-        click.echo(f"{prog_name}: {error}", err=True)
-        sys.exit(USAGE)
-    except (IvshmemfsError, OSError) as error:
-        click.echo(f"{prog_name}: {error}", err=True)
-        sys.exit(OPERATIONAL)
+def main(args: list[str] | None = None, prog_name: str = "fsck.ivshmemfs") -> NoReturn:
+    """Run the command; leaves by SystemExit with an exit code of fsck(8)."""
+
+    def run() -> int:
+        result: int = command.main(args, prog_name=prog_name, standalone_mode=False)
+        return result
+
+    sys.exit(shared.run(prog_name, run, EXITS))

@@ -1,8 +1,13 @@
-"""Storing a repaired filesystem: new blocks first, then the commit word, then the tag table.
+"""Storing a repaired filesystem: claims, new blocks, the caller's commit, then what it replaced.
 
 What can stay, stays where it is.  What cannot is written anew into free blocks, so that a repair
 that is interrupted before the commit word changes has changed nothing but tags, and can be run
 again.  Only on a region that is too full for that are blocks of what is replaced written over.
+
+A block never gets other contents under the tag that it bore, since mounts keep what they read by
+block and tag.  Peers that live keep their slots, and what they have claimed in a transaction that
+has not ended; whatever else a repair stores to tags and slots is a compare-and-swap from what the
+survey saw, and a peer that was faster starts the survey again.
 """
 
 from __future__ import annotations
@@ -18,20 +23,21 @@ from typing import NamedTuple
 from ivshmemfs.errors import NoSpace
 from ivshmemfs.format import inode as ino_format
 from ivshmemfs.format import node as node_format
-from ivshmemfs.format import words, xattr
+from ivshmemfs.format import repair, words, xattr
 from ivshmemfs.format.dirent import COLLISIONS, ENTRY_FIXED, NODE_ENTRY, TYPE_SHIFT
-from ivshmemfs.format.geometry import COMMIT_OFFSET, HINT_OFFSET
+from ivshmemfs.format.geometry import REPAIR_OFFSET
 from ivshmemfs.format.inode import InodeRecord
 from ivshmemfs.format.node import HEADER, HEADER_SIZE, ROOT_RECORD, HeaderRecord, RootRecord
 from ivshmemfs.format.peer import INTENT_OFFSET, SLOT_SIZE
 from ivshmemfs.fsck import invariants as inv
 from ivshmemfs.fsck.graph import DIRECTORY, ORPHANS, Entry, Graph
+from ivshmemfs.fsck.image import Overtaken
 from ivshmemfs.fsck.mend import Mended
 from ivshmemfs.fsck.survey import SIZE, pointers_in
 from ivshmemfs.region import crc32c
+from ivshmemfs.shm.repair import Turn
 
 _POINTER = words.POINTER
-_SLOT = 1  # whose tags the blocks bear that a repair writes
 
 
 class Packed(NamedTuple):
@@ -58,8 +64,10 @@ def weigh(slots: bytes) -> int:
 class Builder:
     """One repair of one surveyed region."""
 
-    def __init__(self, graph: Graph) -> None:
+    def __init__(self, graph: Graph, turn: Turn, living: frozenset[int]) -> None:
         self.graph = graph
+        self._turn = turn
+        self._living = living | {repair.SLOT}  # slots that keep their state
         self.survey = graph.survey
         self.image = graph.survey.image
         self.log = graph.survey.log
@@ -67,12 +75,13 @@ class Builder:
         self.nodes: dict[int, bytes] = {}  # new nodes by block
         self.tails: list[tuple[int, int, int]] = []  # (inode, block, bytes that stay)
         self._past: set[int] = set()  # (slot, incarnation) of tags that can be kept
+        self._reached: dict[int, int] = {}  # by the same, of living peers: the last counter
         self.slots = self._slot_words()
-        self.tag = words.make_tag(_SLOT, words.split_state(self.slots[0])[1], 1)
-        self.slots[0] = self._later(self.slots[0])
+        self.tag = turn.tag
+        self._in_flight = self._claims_in_flight()
         self._done = bytearray(self.image.block_count)
         self._room = self.survey.owners.count(0)
-        self._free = (b for b, owner in enumerate(self.survey.owners) if not owner)
+        self._free = self._unused()
         self._retired: list[int] = []
         self.crowded = False
         self._leaf_at: dict[int, int] = {}
@@ -86,22 +95,32 @@ class Builder:
         return words.make_state(words.FREE, incarnation, 0)
 
     def _slot_words(self) -> list[int]:
-        """State words that make every slot free, and the tags that are kept ones of the past."""
-        states = [self._later(state) for state in self.image.states]
+        """State words, by slot, that make every other slot free, and kept tags ones of the past."""
+        states = [
+            state if slot in self._living else self._later(state)
+            for slot, state in enumerate(self.image.states)
+        ]
+        for slot in self._living:
+            _, incarnation, counter = words.split_state(states[slot])
+            self._reached[slot << 20 | incarnation] = counter
         pairs = zip(self.survey.tags, self.survey.owners, strict=True)
         kept = Counter(tag >> words.INCARNATION_SHIFT for tag, owner in pairs if owner)
         past: dict[int, set[int]] = {}
         for both, _ in kept.most_common():  # what most blocks say is right most likely
             slot, incarnation = both >> 20, both & words.INCARNATION_MASK
-            if not 1 <= slot <= len(states):
+            if slot >= len(states):
                 continue
-            now = words.split_state(states[slot - 1])[1]
+            now = words.split_state(states[slot])[1]
+            if slot in self._living:
+                if not 0 < _ahead(incarnation, now) < inv.FUTURE:
+                    self._past.add(both)
+                continue
             later = (incarnation + 1) & words.INCARNATION_MASK
             before = past.setdefault(slot, set())
             if _ahead(incarnation, now) < inv.FUTURE:
                 if any(0 < _ahead(other, later) < inv.FUTURE for other in before):
                     continue
-                states[slot - 1] = words.make_state(words.FREE, later, 0)
+                states[slot] = words.make_state(words.FREE, later, 0)
             before.add(incarnation)
             self._past.add(both)
         return states
@@ -110,7 +129,28 @@ class Builder:
 
     def _impossible(self, tag: int) -> bool:
         """Whether a tag is of no slot of this region, or cannot have been yet."""
-        return tag >> words.INCARNATION_SHIFT not in self._past
+        both = tag >> words.INCARNATION_SHIFT
+        reached = self._reached.get(both, words.COUNTER_MASK)
+        return both not in self._past or tag & words.COUNTER_MASK > reached
+
+    def _claims_in_flight(self) -> frozenset[int]:
+        """Tags of what living peers have claimed and neither published nor released."""
+        return frozenset(
+            words.make_tag(slot, *words.split_state(self.image.states[slot])[1:])
+            for slot in self._living
+            if slot and self.image.states[slot] >> words.SLOT_SHIFT == words.ACTIVE
+        )
+
+    def _unused(self) -> Iterator[int]:
+        """Blocks to write to: free ones, and only then those that are claimed for nothing.
+
+        The latter may belong to the tree from before the repair.
+        """
+        owners, tags = self.survey.owners, self.image.tags
+        yield from (b for b, owner in enumerate(owners) if not owner and not tags[b])
+        for block, owner in enumerate(owners):
+            if not owner and tags[block] and tags[block] not in self._in_flight:
+                yield block
 
     def _mine(self, block: int, tag: int, owner: int) -> bool:
         """Whether a pointer is followed; each block once."""
@@ -434,7 +474,7 @@ class Builder:
         old, commit = self.survey.root, self.image.commit
         used = sum(1 for tag in self.final if tag) + 1
         orphans = self._orphans()
-        sequence = (words.split_commit(commit)[0] + 1) & words.SEQUENCE_MASK
+        sequence = words.next_sequence(self.image.sequence) & words.SEQUENCE_MASK
         record = RootRecord(
             fsid=self.image.superblock.fsid,
             sequence=sequence,
@@ -448,7 +488,7 @@ class Builder:
         )
         if old is not None:
             same = record._replace(sequence=old.record.sequence, time_ns=old.record.time_ns)
-            ahead = (old.record.sequence - words.split_commit(commit)[0]) & words.SEQUENCE_MASK
+            ahead = (old.record.sequence - sequence) & words.SEQUENCE_MASK
             sound = old.tag == self.image.tags[old.block] and not self._impossible(old.tag)
             leads = words.split_commit(commit)[1] == old.block and commit
             past = ahead == 0 or ahead >= words.SEQUENCE_MASK // 2
@@ -468,50 +508,60 @@ class Builder:
 
     # --- storing ---
 
-    def store(self, commit: int) -> None:
-        """Make it so."""
+    def store(self) -> None:
+        """Claim and write everything; nobody reaches it yet.
+
+        Raises Overtaken when a peer was faster at a tag or a slot: survey again.
+        """
+        self._claim()
+        self._free_slots()
         memory, geometry = self.image.memory, self.image.geometry
         for block, raw in self.nodes.items():
+            self._turn.check()
             memory.write(geometry.data_offset + block * geometry.block_size, raw)
-        mended = 0
-        for block, tag in enumerate(self.final):
-            if tag and tag != self.image.tags[block]:
-                memory.store(geometry.tags_offset + block * words.WORD, tag)
-                mended += block not in self.nodes
-        if mended:
-            self.log.add(f"{mended} entries of the tag table are corrected")
-        self._store_slots()
-        memory.store(HINT_OFFSET, 0)
-        memory.fence()
-        memory.store(COMMIT_OFFSET, commit)
-        memory.fence()
         for ino, block, kept in self.tails:
+            self._turn.check()
             at = geometry.data_offset + block * geometry.block_size
             memory.zero(at + kept, geometry.block_size - kept)
             self.log.add(f"inode {ino}: the bytes beyond its end are zeros again")
-        freed = self._release()
-        if freed:
-            self.log.add(f"{freed} claimed blocks that nobody reached are free again")
+        memory.fence()
 
-    def _release(self) -> int:
-        memory, base, freed = self.image.memory, self.image.geometry.tags_offset, 0
-        for block, tag in enumerate(self.image.tags):
-            if tag and not self.final[block]:
-                memory.store(base + block * words.WORD, 0)
-                freed += not self.survey.owners[block]
-        return freed
+    def _swap(self, offset: int, old: int, new: int) -> None:
+        if old != new and self.image.memory.cas(offset, old, new) != old:
+            raise Overtaken
 
-    def _store_slots(self) -> None:
-        memory, base = self.image.memory, self.image.geometry.peers_offset
-        for slot, (old, new) in enumerate(zip(self.image.states, self.slots, strict=True), 1):
-            at = base + (slot - 1) * SLOT_SIZE
+    def _claim(self) -> None:
+        base, mended = self.image.geometry.tags_offset, 0
+        for block, tag in enumerate(self.final):
+            if tag and tag != self.image.tags[block]:
+                self._turn.check()
+                self._swap(base + block * words.WORD, self.image.tags[block], tag)
+                mended += block not in self.nodes
+        if mended:
+            self.log.add(f"{mended} entries of the tag table are corrected")
+
+    def _free_slots(self) -> None:
+        memory = self.image.memory
+        for slot, (old, new) in enumerate(zip(self.image.states, self.slots, strict=True)):
+            if slot in self._living:
+                continue
+            at = REPAIR_OFFSET + slot * SLOT_SIZE
             ahead = _ahead(words.split_state(new)[1], words.split_state(old)[1])
+            self._swap(at, old, new)
             if old >> words.SLOT_SHIFT != words.FREE:
                 self.log.add(f"peer slot {slot} is free again")
-            elif ahead > 2:  # more than a repair takes for itself
+            elif ahead > 1:  # more than every repair moves it on
                 self.log.add(f"peer slot {slot} moves {ahead} incarnations on, past the tags")
-            memory.store(at + INTENT_OFFSET, 0)
-            memory.store(at, new)
+            memory.cas(at + INTENT_OFFSET, memory.load(at + INTENT_OFFSET), 0)
+
+    def release(self) -> int:
+        """After the commit: free what it does not reach; returns how many blocks had leaked."""
+        memory, base, freed = self.image.memory, self.image.geometry.tags_offset, 0
+        for block, tag in enumerate(self.image.tags):
+            if tag and not self.final[block] and tag not in self._in_flight:
+                gone = memory.cas(base + block * words.WORD, tag, 0) == tag
+                freed += gone and not self.survey.owners[block] and tag != self.tag
+        return freed
 
 
 def _ahead(incarnation: int, now: int) -> int:

@@ -1,34 +1,44 @@
-"""Repairing a region that nobody uses: survey, decide, build, store, and check again."""
+"""Repairing a region: shut everybody else out, survey, decide, build, store, publish, check again.
+
+`shm/repair.py` says how others are shut out, and what becomes of a repair that dies.  All rounds
+work under one mark, each on what the one before built; one compare-and-swap publishes the last.
+"""
 
 from __future__ import annotations
 
-from ivshmemfs.errors import InUse, UnsupportedVersion
-from ivshmemfs.format import peer, superblock
-from ivshmemfs.fsck.checking import check_once
+import time
+
+from ivshmemfs.errors import Busy, InUse, IvshmemfsError, UnsupportedVersion
+from ivshmemfs.format import peer, superblock, words
+from ivshmemfs.fsck.checking import check, check_image
 from ivshmemfs.fsck.graph import Graph
-from ivshmemfs.fsck.image import Image, Superblocks, read_superblocks
+from ivshmemfs.fsck.image import Image, Overtaken, Superblocks, read_superblocks
 from ivshmemfs.fsck.rebuild import Builder
 from ivshmemfs.fsck.report import Report
 from ivshmemfs.fsck.survey import Log, Survey
 from ivshmemfs.fsck.walk import Walker
 from ivshmemfs.region import Memory, Region
-from ivshmemfs.shm import identity
+from ivshmemfs.shm.repair import Turn
+from ivshmemfs.shm.watch import Watch
 
 ROUNDS = 3  # a repair may bring to light what hid behind the damage
+ATTEMPTS = 50  # surveys of one round, when peers claim and release blocks meanwhile
+GRACE = 1.0  # seconds that transactions under way get to end
 
 
-def live_peers(image: Image) -> list[peer.Occupant]:
-    """Peers that are not surely gone."""
-    return [p for p in image.occupants() if not (p.identity_valid and identity.gone(p.record))]
+def _joined(watch: Watch) -> list[peer.Occupant]:
+    """Peers that keep their slots: they are not surely gone, and say who they are."""
+    states = (words.IDLE, words.ACTIVE)
+    return [p for p in watch.decide() if p.identity_valid and p.state in states]
 
 
 def repair(region: Region | Memory, *, force: bool = False) -> Report:
     """Make the filesystem consistent; the report is of the check afterwards.
 
     Its `before` has what was found at first; its `repairs` tell what was done, and are empty when
-    there was nothing to do.  Raises InUse when peers
-    may be alive (unless `force`), NoSpace when the region is too full, FormatError or Corrupt
-    when there is no filesystem to be seen.
+    there was nothing to do.  Raises InUse when peers, or another repair, may be alive (unless
+    `force`), NoSpace when the region is too full, FormatError or Corrupt when there is no
+    filesystem to be seen, Busy.
     """
     memory = region if isinstance(region, Memory) else region.memory
     found = read_superblocks(memory)
@@ -37,26 +47,142 @@ def repair(region: Region | Memory, *, force: bool = False) -> Report:
             "the filesystem has features that this program may not write: repair it with a newer "
             "version of ivshmemfs"
         )
-    image = Image(memory, found.usable)
-    live = live_peers(image)
-    if live and not force:
+    turn = Turn(memory, found.usable.geometry)
+    watch = Watch(memory, found.usable.geometry)
+    before: Report | None = None
+    if not turn.marks:
+        if not force:
+            _refuse_live(watch)
+        before = _look(memory)
+        occupied = Image(memory, found.usable).occupants()
+        if before is not None and not (before.errors or before.notes):
+            kept = {p.slot for p in _joined(watch)} if occupied else set()
+            if all(p.slot in kept for p in occupied):
+                before.before = before
+                return before
+    turn.take(force=force)
+    work = _Repair(memory, found, turn, watch)
+    try:
+        if not force:
+            _refuse_live(watch)  # who has joined before the mark was there
+        report = work.run(before)
+        turn.publish(work.root_block)
+    except (IvshmemfsError, OSError, KeyboardInterrupt):
+        if not work.spoils:  # else the former root is not fit to be given back
+            turn.give_up()
+        raise
+    work.release()
+    after = _look(memory)
+    if after is not None:  # else mounts are at work already
+        after.before, after.repairs = report.before, work.log.text()
+        return after
+    report.repairs = work.log.text()
+    return report
+
+
+def _refuse_live(watch: Watch) -> None:
+    if live := watch.decide():
         peers = ", ".join(p.describe() for p in live)
         raise InUse(
             f"the region is in use by {len(live)} peer(s): {peers}; unmount it there first, or let "
             "go of a machine that is gone with ivshmemfs evict (--force repairs it under them)"
         )
-    log = Log()
-    before = report = check_once(memory, found)
-    for _ in range(ROUNDS):
-        if not (report.errors or report.notes or image.occupants()):
-            break
-        _repair_superblocks(memory, found, log)
-        _repair_once(image, log)
-        found = read_superblocks(memory)
-        image = Image(memory, found.usable)
-        report = check_once(memory, found)
-    report.before, report.repairs = before, log.text()
-    return report
+
+
+def _look(memory: Memory) -> Report | None:
+    """A check; None when the region changes too fast for it, or another has begun to repair it."""
+    try:
+        return check(memory)
+    except Busy:
+        return None
+
+
+class _Repair:
+    """What happens between the mark and the commit."""
+
+    def __init__(self, memory: Memory, found: Superblocks, turn: Turn, watch: Watch) -> None:
+        self._memory = memory
+        self._found = found
+        self._turn = turn
+        self._watch = watch
+        self._builder: Builder | None = None  # of the last round
+        self._commit = turn.former
+        self.spoils = False  # whether blocks of the former root are being written over
+        self.log = Log()
+
+    @property
+    def root_block(self) -> int:
+        """The block of the root that is to be published."""
+        return words.split_commit(self._commit)[1]
+
+    def run(self, before: Report | None) -> Report:
+        """Build a root without contradictions; the report is of the check of it."""
+        if self._turn.inherited:
+            self.log.add("a repair that did not come to its end is done with")
+        self._wait_for_transactions()
+        report = check_image(self._image(), self._found)
+        before = before or report
+        first = True
+        for _ in range(ROUNDS):
+            if not (report.errors or first):
+                break
+            first = False
+            _repair_superblocks(self._memory, self._found, self.log)
+            self._found = read_superblocks(self._memory)
+            self._round()
+            report = check_image(self._image(), self._found)
+        report.before = before
+        return report
+
+    def release(self) -> None:
+        """After the commit: free all that it does not reach."""
+        freed = self._builder.release() if self._builder is not None else 0
+        if freed:
+            self.log.add(f"{freed} claimed blocks that nobody reached are free again")
+
+    def _image(self) -> Image:
+        return Image(self._memory, self._found.usable, self._commit, self._turn)
+
+    def _wait_for_transactions(self) -> None:
+        """None can be published any more; peers that end theirs release what they claimed."""
+        until = time.monotonic() + GRACE
+        while time.monotonic() < until:
+            if not any(p.state == words.ACTIVE for p in _joined(self._watch)):
+                return
+            self._turn.beat()
+            time.sleep(0.01)
+
+    def _round(self) -> None:
+        for _ in range(ATTEMPTS):
+            log = Log()
+            try:
+                builder, commit = self._build(log)
+                self.spoils |= builder.crowded
+                builder.store()
+            except Overtaken:
+                self._turn.beat()
+                continue
+            for line in log.text():
+                self.log.add(line)
+            self._commit = commit
+            self._builder = builder
+            return
+        raise Busy("other peers claim and release blocks too fast: try again when it is quieter")
+
+    def _build(self, log: Log) -> tuple[Builder, int]:
+        image = self._image()
+        living = frozenset(p.slot for p in _joined(self._watch))
+        walker = Walker(image, Report())
+        walker.run()
+        survey = Survey(image, walker.refs, log)
+        survey.run()
+        graph = Graph(survey)
+        graph.run()
+        builder = Builder(graph, self._turn, living)
+        commit = builder.build()
+        if builder.crowded:
+            log.add("the region is so full that replaced blocks were written over")
+        return builder, commit
 
 
 def _repair_superblocks(memory: Memory, found: Superblocks, log: Log) -> None:
@@ -67,18 +193,3 @@ def _repair_superblocks(memory: Memory, found: Superblocks, log: Log) -> None:
         memory.write(superblock.COPY_OFFSET, found.good)
         log.add("the copy of the superblock is made anew")
     memory.fence()
-
-
-def _repair_once(image: Image, log: Log) -> None:
-    scratch = Report()
-    walker = Walker(image, scratch)
-    walker.run()
-    survey = Survey(image, walker.refs, log)
-    survey.run()
-    graph = Graph(survey)
-    graph.run()
-    builder = Builder(graph)
-    commit = builder.build()
-    if builder.crowded:
-        log.add("the region is so full that replaced blocks were written over")
-    builder.store(commit)

@@ -493,7 +493,7 @@ class Walker:
         states, refs, leaked = self.image.states, self.refs, 0
         flying = {
             words.make_tag(slot, *words.split_state(state)[1:])
-            for slot, state in enumerate(states, 1)
+            for slot, state in enumerate(states)
             if state >> words.SLOT_SHIFT in (words.ACTIVE, words.DEAD)
         }
         sound: set[int] = set()  # incarnations of slots whose tags are all in the past

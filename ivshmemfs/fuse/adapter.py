@@ -22,6 +22,7 @@ from pyfuse3 import EntryAttributes, FileInfo, FUSEError, RequestContext, Setatt
 from ivshmemfs.engine import Attr, Context
 from ivshmemfs.errors import Busy
 from ivshmemfs.format.inode import MAX_INO
+from ivshmemfs.fuse.rights import ENTER, READ, WRITE
 from ivshmemfs.fuse.served import Entry, Served, failure
 
 #: Replies with attributes that are kept for when the same attributes are asked for again.  This is
@@ -48,7 +49,7 @@ def request(
 def request_by_number(
     call: Callable[Concatenate[Adapter, P], R],
 ) -> Callable[Concatenate[Adapter, P], Coroutine[Any, Any, R]]:
-    """`request` for a handler that must know by which number the kernel names a directory."""
+    """`request` for a handler that must know by which number the kernel names an inode."""
     return _handler(call, numbers=True)
 
 
@@ -62,14 +63,15 @@ def _handler(
         first = args[0]
         try:
             if first.__class__ is int and first > MAX_INO and not numbers:
-                # A directory that has another number since another machine moved it: see `nodes`.
+                # It has another number since another machine moved it: see `nodes`.
                 args = (self.served.inode_of(first), *args[1:])  # type: ignore[assignment]
             return call(self, *args, **kwargs)
-        except Busy:
-            pass
+        except Busy as error:
+            busy = error
         except Exception as error:
             raise failure(operation, error) from None
-        return await self.served.again(operation, lambda: call(self, *args, **kwargs))
+        again: R = await self.served.again(operation, lambda: call(self, *args, **kwargs), busy)
+        return again
 
     return handle
 
@@ -136,8 +138,8 @@ class Adapter(pyfuse3.Operations):
     # --- names ----------------------------------------------------------------------------
 
     @request_by_number
-    def lookup(self, parent: int, name: bytes, _ctx: RequestContext) -> EntryAttributes:
-        found = self.served.lookup(parent, name)
+    def lookup(self, parent: int, name: bytes, ctx: RequestContext) -> EntryAttributes:
+        found = self.served.lookup(parent, name, _context(ctx))
         if found is None:
             raise FUSEError(errno.ENOENT)
         return self._found(found)
@@ -150,7 +152,9 @@ class Adapter(pyfuse3.Operations):
     def mknod(
         self, parent: int, name: bytes, mode: int, rdev: int, ctx: RequestContext
     ) -> EntryAttributes:
-        return self._reply(self._fs.mknod(parent, name, mode, rdev, _context(ctx)))
+        asks = _context(ctx)
+        self.served.rights.need(parent, asks, ENTER)
+        return self._reply(self._fs.mknod(parent, name, mode, rdev, asks))
 
     @request_by_number
     def mkdir(self, parent: int, name: bytes, mode: int, ctx: RequestContext) -> EntryAttributes:
@@ -160,7 +164,9 @@ class Adapter(pyfuse3.Operations):
     def symlink(
         self, parent: int, name: bytes, target: bytes, ctx: RequestContext
     ) -> EntryAttributes:
-        return self._reply(self._fs.symlink(parent, name, target, _context(ctx)))
+        asks = _context(ctx)
+        self.served.rights.need(parent, asks, ENTER)
+        return self._reply(self._fs.symlink(parent, name, target, asks))
 
     @request
     def readlink(self, inode: int, _ctx: RequestContext) -> bytes:
@@ -168,15 +174,17 @@ class Adapter(pyfuse3.Operations):
 
     @request
     def link(self, inode: int, parent: int, name: bytes, ctx: RequestContext) -> EntryAttributes:
-        return self._reply(self._fs.link(inode, self.served.inode_of(parent), name, _context(ctx)))
+        asks, folder = _context(ctx), self.served.inode_of(parent)
+        self.served.rights.need(folder, asks, ENTER)
+        return self._reply(self._fs.link(inode, folder, name, asks))
 
     @request
     def unlink(self, parent: int, name: bytes, ctx: RequestContext) -> None:
-        self._fs.unlink(parent, name, _context(ctx))
+        self.served.unlink(parent, name, _context(ctx))
 
     @request
     def rmdir(self, parent: int, name: bytes, ctx: RequestContext) -> None:
-        self._fs.rmdir(parent, name, _context(ctx))
+        self.served.rmdir(parent, name, _context(ctx))
 
     @request_by_number
     def rename(
@@ -202,7 +210,7 @@ class Adapter(pyfuse3.Operations):
         inode: int,
         attr: EntryAttributes,
         fields: SetattrFields,
-        _fh: int | None,
+        fh: int | None,
         ctx: RequestContext,
     ) -> EntryAttributes:
         # UTIME_NOW has become the time of the request already.
@@ -217,7 +225,9 @@ class Adapter(pyfuse3.Operations):
             changes["atime_ns"] = attr.st_atime_ns
         if fields.update_mtime:
             changes["mtime_ns"] = attr.st_mtime_ns
-        return self._reply(self._fs.setattr(inode, _context(ctx), **changes))
+        asks = _context(ctx)
+        self.served.rights.need_change(inode, asks, changes, opened=fh is not None)
+        return self._reply(self._fs.setattr(inode, asks, **changes))
 
     @request
     def statfs(self, _ctx: RequestContext) -> pyfuse3.StatvfsData:
@@ -242,6 +252,7 @@ class Adapter(pyfuse3.Operations):
 
     @request
     def getxattr(self, inode: int, name: bytes, ctx: RequestContext) -> bytes:
+        self.served.rights.need_attribute(inode, name, _context(ctx), READ)
         self._xattr_probe = (ctx, _XATTR_CREATE)
         value = bytes(self._fs.getxattr(inode, name))
         self._xattr_probe = (ctx, _XATTR_REPLACE)
@@ -251,6 +262,7 @@ class Adapter(pyfuse3.Operations):
     def setxattr(self, inode: int, name: bytes, value: bytes, ctx: RequestContext) -> None:
         probe = self._xattr_probe
         flags = probe[1] if probe is not None and probe[0] is ctx else 0
+        self.served.rights.need_attribute(inode, name, _context(ctx), WRITE)
         self._fs.setxattr(inode, name, value, flags, _context(ctx))
 
     @request
@@ -259,6 +271,7 @@ class Adapter(pyfuse3.Operations):
 
     @request
     def removexattr(self, inode: int, name: bytes, ctx: RequestContext) -> None:
+        self.served.rights.need_attribute(inode, name, _context(ctx), WRITE)
         self._fs.removexattr(inode, name, _context(ctx))
 
     # --- files ----------------------------------------------------------------------------
@@ -267,13 +280,15 @@ class Adapter(pyfuse3.Operations):
     def create(
         self, parent: int, name: bytes, mode: int, flags: int, ctx: RequestContext
     ) -> tuple[FileInfo, EntryAttributes]:
-        handle, attr = self._fs.create(parent, name, mode, flags, _context(ctx))
+        asks = _context(ctx)
+        self.served.rights.need(parent, asks, ENTER)
+        handle, attr = self._fs.create(parent, name, mode, flags, asks)
         reply = self._reply(attr)
         return self._opened(self.served.keep(handle)), reply
 
-    @request
+    @request_by_number
     def open(self, inode: int, flags: int, ctx: RequestContext) -> FileInfo:
-        return self._opened(self.served.keep(self._fs.open(inode, flags, _context(ctx))))
+        return self._opened(self.served.open(inode, flags, _context(ctx)))
 
     @request
     def read(self, fh: int, offset: int, size: int) -> Any:
@@ -299,8 +314,8 @@ class Adapter(pyfuse3.Operations):
     # --- directories ----------------------------------------------------------------------
 
     @request_by_number
-    def opendir(self, inode: int, _ctx: RequestContext) -> int:
-        return self.served.opendir(inode)
+    def opendir(self, inode: int, ctx: RequestContext) -> int:
+        return self.served.opendir(inode, _context(ctx))
 
     @request
     def readdir(self, fh: int, cookie: int, token: pyfuse3.ReaddirToken) -> None:

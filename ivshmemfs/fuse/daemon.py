@@ -14,22 +14,28 @@ from __future__ import annotations
 import faulthandler
 import logging
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
-from ivshmemfs.errors import IvshmemfsError, MountError
+from ivshmemfs.errors import Interrupted, IvshmemfsError, MountError, UsageError
 from ivshmemfs.fuse import logs, mountpoint
-from ivshmemfs.fuse.options import MountOptions
+from ivshmemfs.fuse.options import MountOptions, remount_flags
 
 if TYPE_CHECKING:
     from ivshmemfs.engine import Filesystem
+    from ivshmemfs.fuse.session import Session
 
 log = logging.getLogger(__name__)
 
+EXIT_SYSTEM = 2
 EXIT_INTERNAL = 4
+EXIT_INTERRUPTED = 8
+#: As pyproject.toml says it.  3.2 answers EIO to everything, with 3.4.0 the first request hangs.
+PYFUSE3_NEEDED = (3, 4, 2)
 
 
 class Attached(NamedTuple):
@@ -66,7 +72,7 @@ def mount(
     target = mountpoint.check(path)
     mountpoint.check_fuse_device()
     if options.log is not None:
-        options.log = os.path.abspath(options.log)
+        options.log = mountpoint.absolute(options.log, "log file")
     if foreground:
         logs.configure(options.log, foreground=True)
         try:
@@ -91,7 +97,7 @@ def _in_background(attach: Attach, target: str, options: MountOptions) -> str:
     try:
         with os.fdopen(receiving, "rb") as pipe:
             report = pipe.read().decode(errors="surrogateescape")
-    except KeyboardInterrupt:
+    except BaseException:  # whoever mounts has changed his mind
         os.kill(child, signal.SIGTERM)
         raise
     if not report:
@@ -104,8 +110,13 @@ def _in_background(attach: Attach, target: str, options: MountOptions) -> str:
 
 
 def _bug(target: str, error: BaseException) -> DaemonError:
-    """Log the traceback of what nobody expected to end the daemon."""
+    """Log the traceback of an error that ends the daemon; returns what to tell the user."""
     log.critical("%s: the daemon ends", target, exc_info=error)
+    if isinstance(error, MemoryError):
+        return DaemonError(EXIT_SYSTEM, "the daemon ran out of memory")
+    if isinstance(error, OSError) and error.strerror:  # a limit of this system
+        name = f"{os.fsdecode(error.filename)}: " if error.filename else ""
+        return DaemonError(EXIT_SYSTEM, f"the daemon cannot go on: {name}{error.strerror}")
     return DaemonError(EXIT_INTERNAL, f"internal error: {type(error).__name__}: {error}")
 
 
@@ -140,10 +151,15 @@ def _be_daemon(attach: Attach, target: str, options: MountOptions, pipe: int) ->
         code = error.exit_code
         log.error("%s: %s", target, error)
         report(code, str(error) or type(error).__name__)
+    except (KeyboardInterrupt, Interrupted):  # before the session watches signals
+        code = EXIT_INTERRUPTED
+        report(code, "interrupted")
     except BaseException as error:
-        code = EXIT_INTERNAL
-        report(code, str(_bug(target, error)))
+        wrong = _bug(target, error)
+        code = wrong.exit_code
+        report(code, str(wrong))
     finally:
+        logging.shutdown()  # which writes what was only counted so far
         os._exit(code)
 
 
@@ -161,17 +177,16 @@ def _serve(
     attach: Attach, target: str, options: MountOptions, on_ready: Callable[[str], None]
 ) -> None:
     """Enter the region, mount, serve, leave; *on_ready* gets the notice for the user."""
-    # Imported here: trio and pyfuse3 take longer to load than everything else together, and the
-    # parent process of a background mount never needs them.
-    from ivshmemfs.fuse.session import Session
-
+    session_of = _load_session()
     faulthandler.enable()
     with attach() as attached:
         os.chdir("/")
         if attached.notice:
             log.warning("%s: %s", target, attached.notice)
-        session = Session(attached.fs, target, attached.source, options)
+        session = session_of(attached.fs, target, attached.source, options)
         lifeline = mountpoint.hold_lifeline(session.device or "")
+        if lifeline is not None:
+            session.hold(lifeline)
         try:
             session.run(lambda: on_ready(attached.notice))
         except OSError as error:
@@ -181,27 +196,92 @@ def _serve(
         lifeline.close()
 
 
-def umount(path: str, *, lazy: bool = False, seconds: float = 30.0) -> None:
-    """Unmount *path* and wait until its daemon has left the region.
+def _load_session() -> type[Session]:
+    """The class of a mount's session; raises MountError where pyfuse3 or libfuse3 does not do.
 
-    A mount whose daemon is dead is detached.  Raises MountError.
+    trio and pyfuse3 take longer to load than everything else together, and the parent process of a
+    background mount never needs them.
     """
-    target = mountpoint.resolve(path)
-    entry = mountpoint.find(target)
+    try:
+        import pyfuse3
+    except ImportError as error:
+        missing = "libfuse3" if "libfuse3" in str(error) else "pyfuse3"
+        package = {"libfuse3": "fuse3", "pyfuse3": "pyfuse3"}[missing]
+        raise MountError(
+            f"{missing} cannot be loaded ({error}): install {package}, or use 'ivshmemfs get' and "
+            "'ivshmemfs put', which need no mount"
+        ) from None
+    version = str(getattr(pyfuse3, "__version__", "0"))
+    if _numbers(version) < PYFUSE3_NEEDED:
+        needed = ".".join(str(number) for number in PYFUSE3_NEEDED)
+        raise MountError(
+            f"pyfuse3 {version} is too old, {needed} or newer is needed: "
+            "install it in the environment of ivshmemfs"
+        )
+    from ivshmemfs.fuse.session import Session
+
+    return Session
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    """The leading numbers of a version."""
+    return tuple(int(number) for number in re.findall(r"[0-9]+", version)[:3])
+
+
+def remount(path: str, options: MountOptions) -> None:
+    """Give the mount *path* the options of the kernel's mount in *options*.
+
+    The daemon goes on as it was mounted.  Raises MountError, UsageError.
+    """
+    if os.geteuid() != 0:
+        raise UsageError("mount option 'remount' is for root alone: unmount and mount again")
+    entry = _ours(path)
+    mountpoint.refuse_hung(entry)
+    mountpoint.remount(entry.path, remount_flags(options))
+    if not options.readonly and mountpoint.refuses_changes(entry.path):
+        options.readonly = True
+        mountpoint.remount(entry.path, remount_flags(options))
+        raise MountError(
+            f"{path} was mounted read-only and has no place among the peers that write: "
+            "unmount it and mount it again"
+        )
+
+
+def _ours(path: str) -> mountpoint.MountEntry:
+    """The mount of this filesystem whose mount point is *path*; raises MountError."""
+    entry = mountpoint.find(mountpoint.resolve(path))
     if entry is None:
         raise MountError(f"{path} is not mounted")
     if entry.fstype != mountpoint.FSTYPE:
         raise MountError(f"{path} is not an ivshmemfs mount but {entry.fstype}")
+    return entry
+
+
+def umount(path: str, *, lazy: bool = False, seconds: float = 30.0) -> None:
+    """Unmount *path* and wait until its daemon has left the region.
+
+    A mount whose daemon is dead or stopped is detached.  Raises MountError.
+    """
+    entry = _ours(path)
     grip = mountpoint.grasp_lifeline(entry.device)
     with grip or nullcontext():
+        server = mountpoint.serving(grip) if grip is not None else None
+        stopped = server is not None and server.stopped
         try:
-            mountpoint.unmount(target, lazy=lazy or grip is None)
+            mountpoint.unmount(entry.path, lazy=lazy or grip is None or stopped)
         except mountpoint.BusyMount:
             raise mountpoint.BusyMount(
                 f"{path} is in use: end what uses it ('fuser -vm {path}' tells), "
                 f"or detach it now with 'ivshmemfs umount --lazy {path}'"
             ) from None
-        if grip is not None and not lazy and not mountpoint.wait_for_end(grip, seconds):
+        if grip is None or lazy:
+            return
+        if server is not None and stopped:
+            raise MountError(
+                f"{path} is unmounted, but its daemon (process {server.pid}) is stopped and still "
+                f"in the region: 'kill -CONT {server.pid}' lets it leave"
+            )
+        if not mountpoint.wait_for_end(grip, seconds):
             raise MountError(
                 f"{path} is unmounted, but its daemon has not ended yet: a container or service "
                 "that was started meanwhile may still have it mounted; "

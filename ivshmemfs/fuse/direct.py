@@ -21,25 +21,28 @@ import errno
 import mmap
 import os
 from collections.abc import Awaitable, Callable
-from contextlib import suppress
 from typing import NamedTuple
 
 import pyfuse3
 import trio
 
-from ivshmemfs.engine import NOW, Attr, Context, Handle
-from ivshmemfs.errors import Busy, FsError
+from ivshmemfs.engine import NOW, Attr, Context
+from ivshmemfs.errors import Busy, FsError, Unfinished
 from ivshmemfs.fuse import wire
 from ivshmemfs.fuse.handshake import Relay
+from ivshmemfs.fuse.rights import ENTER
 from ivshmemfs.fuse.served import Served, failure
 
 LARGEST = 1 << 20  # bytes that one request reads or writes
 LARGEST_LISTING = 1 << 17
+LOOKS = 32  # pieces of a directory that one request lists: up to 4,096 names
 _HUGE = 1 << 21
 _HEADERS = wire.IN_HEADER.size + wire.WRITE_IN.size
 _BODY = wire.IN_HEADER.size
 _BILLION = 10**9
 _BLOCK = 4096  # what stat(2) shows as the best size for reading
+#: Inodes that the kernel forgets at once (when it drops its caches); others follow a turn later.
+FORGOTTEN_AT_ONCE = 512
 #: Packed attributes that are kept for when the same attributes are asked for again.
 PACKED_KEPT = 4000
 
@@ -78,11 +81,22 @@ class Waiting(NamedTuple):
         return self.handler(self.node, self.ctx, self.request, len(self.request))
 
 
+def _answered(call: Callable[[], object], answer: Answer) -> Answer:
+    """Make an engine call that may go on for several turns, and answer so in the end."""
+    try:
+        call()
+    except Unfinished as turn:
+        go_on = turn.go_on
+        if go_on is not None:
+            turn.go_on = lambda: _answered(go_on, answer)
+        raise
+    return answer
+
+
 class Direct:
     """Reads and answers requests of one *connection*.
 
-    *spawn* starts a task.  With *root_only* the kernel checks no permissions, because only root may
-    use the mount, and what little it would have forbidden root is forbidden here.
+    *spawn* starts a task.
     """
 
     def __init__(
@@ -92,7 +106,6 @@ class Direct:
         spawn: Callable[[Callable[[], Awaitable[None]]], None],
         *,
         page_cache: bool,
-        root_only: bool,
     ) -> None:
         self._served = served
         self._fs = served.fs
@@ -102,7 +115,7 @@ class Direct:
         self._unwanted = connection.unwanted
         self._spawn = spawn
         self._open_flags = 0 if page_cache else wire.FOPEN_DIRECT_IO
-        self._root_only = root_only
+        self._rights = served.rights
         # What is written starts at a page of the buffer, which makes copying it faster.
         area = memoryview(_huge(2 * _HUGE))
         self._request = area[mmap.PAGESIZE - _HEADERS :]
@@ -139,7 +152,7 @@ class Direct:
             (wire.RELEASEDIR, self._releasedir),
         ):
             table[opcode] = handler
-        if self._root_only:
+        if self._rights.enforced:
             table[wire.ACCESS] = self._access
         return table
 
@@ -148,8 +161,8 @@ class Direct:
     def serve(self) -> memoryview | None:
         """Read one request and answer it; returns it when it is not one of those known here.
 
-        Raises OSError: ENODEV when the file system is unmounted; EAGAIN, ENOENT when there is no
-        request to be read after all.
+        Raises OSError: one of `wire.ENDED` when the connection has ended; EAGAIN, ENOENT when there
+        is no request to be read after all.
         """
         size = os.readv(self._device, self._into)
         request = self._request
@@ -160,38 +173,48 @@ class Direct:
         ctx = Context(uid, gid, pid)
         try:
             answer = handler(node, ctx, request, size)
-        except Busy:
-            self._soon(Waiting(handler.__name__[1:], handler, unique, node, ctx, request[:size]))
+        except Busy as busy:
+            waiting = Waiting(handler.__name__[1:], handler, unique, node, ctx, request[:size])
+            self._soon(waiting, busy)
         except Exception as error:
             self._say(unique, failure(handler.__name__[1:], error).errno)
         else:
             self._answer(unique, answer)
         return None
 
-    def _soon(self, waiting: Waiting) -> None:
-        """Try again for a moment; then let a task wait, so that others are served meanwhile."""
-        try:
-            for _ in self._served.moments():
-                with suppress(Busy):
-                    self._answer(waiting.unique, waiting.call())
-                    return
-        except Exception as error:
-            self._say(waiting.unique, failure(waiting.operation, error).errno)
-        else:
-            self._wait(waiting._replace(request=bytes(waiting.request)))
+    def _soon(self, waiting: Waiting, busy: Busy) -> None:
+        """Try again for a moment; then let a task wait, so that others are served meanwhile.
+
+        Whoever has used up its turn waits at once.
+        """
+        moments = iter(()) if isinstance(busy, Unfinished) else self._served.moments()
+        for _ in moments:
+            try:
+                self._answer(waiting.unique, waiting.call())
+                return
+            except Busy as error:
+                busy = error
+                if isinstance(busy, Unfinished):
+                    break
+            except Exception as error:
+                self._say(waiting.unique, failure(waiting.operation, error).errno)
+                return
+        self._wait(waiting._replace(request=bytes(waiting.request)), busy)
 
     def _answer(self, unique: int, answer: Answer | None) -> None:
         if answer is None:
             self._say(unique, errno.ENOENT)
             return
-        header = _out(_OUT_SIZE + len(answer), 0, unique)
         try:
+            header = _out(_OUT_SIZE + len(answer), 0, unique)
             if answer.__class__ is bytes:
                 os.write(self._device, header + answer)
             else:
                 os.writev(self._device, (header, answer))
         except OSError as error:
             self._unwanted(error)
+        except Exception as error:  # nothing may escape, and somebody waits for an answer
+            self._say(unique, failure("answer", error).errno)
 
     def _say(self, unique: int, code: int) -> None:
         try:
@@ -206,8 +229,7 @@ class Direct:
             self._forget(node, wire.FORGET_IN.unpack_from(request, _BODY)[0])
         elif opcode == wire.BATCH_FORGET:
             start = _BODY + wire.BATCH_FORGET_IN.size
-            for one, times in wire.FORGET_ONE.iter_unpack(request[start:size]):
-                self._forget(one, times)
+            self._forget_all(bytes(request[start:size]))
         elif opcode == wire.INTERRUPT:
             scope = self._waiting.get(wire.INTERRUPT_IN.unpack_from(request, _BODY)[0])
             if scope is not None:
@@ -216,18 +238,31 @@ class Direct:
             return False
         return True
 
+    def _forget_all(self, batch: bytes) -> None:
+        """Forget what a batch names; the rest of a large one by and by, for nobody waits for it."""
+        most = FORGOTTEN_AT_ONCE * wire.FORGET_ONE.size
+        for one, times in wire.FORGET_ONE.iter_unpack(batch[:most]):
+            self._forget(one, times)
+        if len(batch) > most:
+
+            async def forget_on() -> None:
+                await trio.lowlevel.checkpoint()
+                self._forget_all(batch[most:])
+
+            self._spawn(forget_on)
+
     def _forget(self, node: int, times: int) -> None:
         self._packed.pop(node, None)
         self._served.forget(node, times)
 
     # --- waiting ----------------------------------------------------------------------------
 
-    def _wait(self, waiting: Waiting) -> None:
+    def _wait(self, waiting: Waiting, busy: Busy) -> None:
         async def answer_later() -> None:
             with trio.CancelScope() as scope:
                 self._waiting[waiting.unique] = scope
                 try:
-                    await self._again(waiting)
+                    await self._again(waiting, busy)
                 finally:
                     del self._waiting[waiting.unique]
             if scope.cancelled_caught:
@@ -235,9 +270,9 @@ class Direct:
 
         self._spawn(answer_later)
 
-    async def _again(self, waiting: Waiting) -> None:
+    async def _again(self, waiting: Waiting, busy: Busy) -> None:
         try:
-            answer = await self._served.again(waiting.operation, waiting.call)
+            answer = await self._served.again(waiting.operation, waiting.call, busy)
         except pyfuse3.FUSEError as error:
             self._say(waiting.unique, error.errno)
         else:
@@ -246,12 +281,14 @@ class Direct:
     # --- parts of answers -------------------------------------------------------------------
 
     def _entry(self, node: int, attr: Attr) -> bytes:
-        """An entry: its number, and its attributes, which show that number too."""
+        """An entry: its number, and its attributes, which show the number of a directory too."""
         known = self._packed.get(attr.ino)
         entry = known[1] if known is not None and known[0] is attr else self._pack(attr)
         if node == attr.ino:
             return entry
         number = wire.INO.pack(node)
+        if attr.mode & 0o170000 != 0o040000:
+            return number + entry[len(number) :]
         return number + entry[len(number) : _ATTR_AT] + number + entry[_ATTR_AT + len(number) :]
 
     def _attr(self, attr: Attr) -> bytes:
@@ -273,12 +310,6 @@ class Direct:
         self._packed[attr.ino] = attr, entry
         return entry
 
-    def _inode(self, node: int, ctx: Context) -> int:
-        """The inode that *node* means; raises EACCES for whoever may not use this mount."""
-        if self._root_only and ctx.uid:
-            raise FsError(errno.EACCES)
-        return self._served.inode_of(node)
-
     @staticmethod
     def _name(request: Buffer, start: int, end: int) -> bytes:
         return bytes(request[start : end - 1])
@@ -291,23 +322,21 @@ class Direct:
     # --- names ------------------------------------------------------------------------------
 
     def _lookup(self, node: int, ctx: Context, request: Buffer, end: int) -> Answer | None:
-        self._inode(node, ctx)
-        found = self._served.lookup(node, bytes(request[_BODY : end - 1]))
+        found = self._served.lookup(node, bytes(request[_BODY : end - 1]), ctx)
         return None if found is None else self._entry(*found)
 
     def _mkdir(self, node: int, ctx: Context, request: Buffer, end: int) -> Answer:
-        self._inode(node, ctx)
         (mode,) = wire.MKDIR_IN.unpack_from(request, _BODY)
         name = self._name(request, _BODY + wire.MKDIR_IN.size, end)
         found = self._served.mkdir(node, name, mode, ctx)
         return self._entry(*found)
 
     def _unlink(self, node: int, ctx: Context, request: Buffer, end: int) -> Answer:
-        self._fs.unlink(self._inode(node, ctx), self._name(request, _BODY, end), ctx)
+        self._served.unlink(self._served.inode_of(node), self._name(request, _BODY, end), ctx)
         return _NOTHING
 
     def _rmdir(self, node: int, ctx: Context, request: Buffer, end: int) -> Answer:
-        self._fs.rmdir(self._inode(node, ctx), self._name(request, _BODY, end), ctx)
+        self._served.rmdir(self._served.inode_of(node), self._name(request, _BODY, end), ctx)
         return _NOTHING
 
     def _rename(self, node: int, ctx: Context, request: Buffer, end: int) -> Answer:
@@ -323,7 +352,6 @@ class Direct:
     def _move(
         self, node: int, new: int, names: tuple[bytes, bytes], flags: int, ctx: Context
     ) -> Answer:
-        self._inode(node, ctx)
         self._served.rename(node, names[0], new, names[1], flags, ctx)
         return _NOTHING
 
@@ -345,7 +373,7 @@ class Direct:
         )  # fmt: skip
 
     def _setattr(self, node: int, ctx: Context, request: Buffer, _end: int) -> Answer:
-        ino = self._inode(node, ctx)
+        ino = self._served.inode_of(node)
         valid, _fh, size, atime, mtime, atime_ns, mtime_ns, mode, uid, gid = (
             wire.SETATTR_IN.unpack_from(request, _BODY)
         )
@@ -362,39 +390,38 @@ class Direct:
         if valid & wire.SET_MTIME:
             now = valid & wire.SET_MTIME_NOW
             changes["mtime_ns"] = NOW if now else mtime * _BILLION + mtime_ns
+        self._rights.need_change(ino, ctx, changes, opened=bool(valid & wire.SET_FH))
         return self._attr(self._fs.setattr(ino, ctx, **changes))
 
     def _access(self, node: int, ctx: Context, request: Buffer, _end: int) -> Answer:
-        """access(2) by root, who may do everything but run what nobody may run."""
-        attr = self._fs.getattr(self._inode(node, ctx))
+        """access(2) and chdir(2)."""
         (mask,) = wire.ACCESS_IN.unpack_from(request, _BODY)
-        mode = self._served.presented(attr).mode
-        if mask & os.X_OK and not mode & 0o111 and mode & 0o170000 != 0o040000:
-            raise FsError(errno.EACCES)
+        self._rights.need(self._served.inode_of(node), ctx, mask & 7)
         return _NOTHING
 
     # --- files ------------------------------------------------------------------------------
 
     def _open(self, node: int, ctx: Context, request: Buffer, _end: int) -> Answer:
         (flags,) = wire.OPEN_IN.unpack_from(request, _BODY)
-        handle = self._fs.open(self._inode(node, ctx), flags, ctx)
-        return self._opened(handle)
+        return self._opened(self._served.open(node, flags, ctx))
 
-    def _opened(self, handle: Handle) -> bytes:
-        return wire.OPEN_OUT.pack(self._served.keep(handle), self._open_flags)
+    def _opened(self, number: int) -> bytes:
+        return wire.OPEN_OUT.pack(number, self._open_flags)
 
     def _create(self, node: int, ctx: Context, request: Buffer, end: int) -> Answer:
         flags, mode = wire.CREATE_IN.unpack_from(request, _BODY)
         name = self._name(request, _BODY + wire.CREATE_IN.size, end)
-        ino = self._inode(node, ctx)
+        ino = self._served.inode_of(node)
+        self._rights.need(ino, ctx, ENTER)
         handle, attr = self._fs.create(ino, name, mode, flags, ctx)
-        return self._entry(attr.ino, attr) + self._opened(handle)
+        return self._entry(attr.ino, attr) + self._opened(self._served.keep(handle))
 
     def _tmpfile(self, node: int, ctx: Context, request: Buffer, _end: int) -> Answer:
         flags, mode = wire.CREATE_IN.unpack_from(request, _BODY)
-        ino = self._inode(node, ctx)
+        ino = self._served.inode_of(node)
+        self._rights.need(ino, ctx, ENTER)
         handle, attr = self._fs.tmpfile(ino, mode, flags, ctx)
-        return self._entry(attr.ino, attr) + self._opened(handle)
+        return self._entry(attr.ino, attr) + self._opened(self._served.keep(handle))
 
     def _lseek(self, _node: int, _ctx: Context, request: Buffer, _end: int) -> Answer:
         fh, offset, whence = wire.LSEEK_IN.unpack_from(request, _BODY)
@@ -402,8 +429,8 @@ class Direct:
 
     def _fallocate(self, _node: int, _ctx: Context, request: Buffer, _end: int) -> Answer:
         fh, offset, length, mode = wire.FALLOCATE_IN.unpack_from(request, _BODY)
-        self._fs.fallocate(self._served.handles[fh], mode, offset, length)
-        return _NOTHING
+        handle = self._served.handles[fh]
+        return _answered(lambda: self._fs.fallocate(handle, mode, offset, length), _NOTHING)
 
     def _read(self, _node: int, _ctx: Context, request: Buffer, _end: int) -> Answer:
         fh, offset, size = wire.READ_IN.unpack_from(request, _BODY)
@@ -443,15 +470,14 @@ class Direct:
     # --- directories ------------------------------------------------------------------------
 
     def _opendir(self, node: int, ctx: Context, _request: Buffer, _end: int) -> Answer:
-        self._inode(node, ctx)
-        return wire.OPEN_OUT.pack(self._served.opendir(node), 0)
+        return wire.OPEN_OUT.pack(self._served.opendir(node, ctx), 0)
 
     def _readdir(self, _node: int, _ctx: Context, request: Buffer, _end: int) -> Answer:
         fh, cookie, size = wire.READ_IN.unpack_from(request, _BODY)
         parts: list[bytes] = []
         left = min(size, LARGEST_LISTING)
         try:
-            for entry in self._fs.entries(self._served.handles[fh], cookie):
+            for entry in self._fs.entries(self._served.handles[fh], cookie, LOOKS):
                 name = entry.name
                 length = len(name)
                 padded = (length + 7) & ~7

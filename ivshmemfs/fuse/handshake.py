@@ -89,7 +89,7 @@ class Relay:
     @staticmethod
     def unwanted(error: OSError) -> None:
         """An answer that the kernel did not take: nobody waits for it, or all is over."""
-        if error.errno not in (errno.ENOENT, errno.ENODEV):
+        if error.errno != errno.ENOENT and error.errno not in wire.ENDED:
             log.error("the kernel refused an answer: %s", error)
 
 

@@ -1,50 +1,123 @@
 """Where the daemon's log goes, and how it stays readable.
 
 In the foreground to stderr; in the background to a file when one is named, else to syslog, else
-(a guest without syslog) to the kernel's log.  A damaged region can make every request fail with
-the same line, so a line that repeats is written once a minute, with a count.
+(a guest without syslog) to the kernel's log.
+
+A damaged region, or a hostile peer, can make every request fail, each time with another name or
+number in the line.  So lines are limited by kind: lines that differ only in what is quoted and in
+numbers are one kind.
+
+    unseen      the next line of the kind is written          -> counting
+    counting    for REPEAT_SECONDS its lines are counted      -> unseen; the count is written
 """
 
 from __future__ import annotations
 
+import itertools
 import logging
 import logging.handlers
+import math
 import os
+import re
 import sys
 import time
+from dataclasses import dataclass
+from typing import Any
 
 from ivshmemfs.errors import MountError
+from ivshmemfs.printing import printable
 
 SYSLOG_SOCKET = "/dev/log"
 KERNEL_LOG = "/dev/kmsg"
-#: Seconds during which an identical line is only counted.
+#: Seconds during which further lines of one kind are only counted.
 REPEAT_SECONDS = 60.0
-#: Different lines remembered at once.
-REMEMBERED = 256
+#: Kinds that are counted at once; lines of more kinds are counted together.
+KINDS = 1000
+
+#: What differs between lines of one kind: bytes and text as repr() shows them, and numbers.
+_VARYING = re.compile(
+    r"""b?'(?:[^'\\]|\\.)*'|b?"(?:[^"\\]|\\.)*"|0x[0-9a-fA-F]+|[0-9a-fA-F]*[0-9][0-9a-fA-F]*"""
+)
 
 
-class Repeats(logging.Filter):
-    """Drops a record whose text has been written a short while ago; says later how many it was."""
+@dataclass
+class _Kind:
+    """One kind while it is counted: until when, what its first line was, how many came since."""
 
-    def __init__(self) -> None:
+    until: float
+    first: logging.LogRecord
+    more: int = 0
+
+
+class Limited(logging.Handler):
+    """Hands records on to another handler: one of each kind a minute, and how many it were."""
+
+    def __init__(self, target: logging.Handler) -> None:
         super().__init__()
-        self._seen: dict[str, tuple[float, int]] = {}
+        self._target = target
+        self._kinds: dict[tuple[str, int, str], _Kind] = {}  # by when they end
+        self._others: _Kind | None = None
 
-    def filter(self, record: logging.LogRecord) -> bool:
-        """Whether to write *record*."""
-        text = record.getMessage()
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write *record*, or count it."""
         now = time.monotonic()
-        since, dropped = self._seen.get(text, (-REPEAT_SECONDS, 0))
-        if now - since < REPEAT_SECONDS:
-            self._seen[text] = (since, dropped + 1)
-            return False
-        if len(self._seen) >= REMEMBERED:
-            self._seen.clear()
-        self._seen[text] = (now, 0)
-        if dropped:
-            record.msg = f"{text} (and {dropped} times more since)"
-            record.args = None
-        return True
+        self.tell(now)
+        key = record.name, record.levelno, _VARYING.sub("#", record.getMessage())
+        kind = self._kinds.get(key)
+        if kind is None and len(self._kinds) >= KINDS:
+            if self._others is None:
+                self._others = _Kind(now + REPEAT_SECONDS, record)
+            kind = self._others
+        if kind is not None:
+            kind.more += 1
+            return
+        self._kinds[key] = _Kind(now + REPEAT_SECONDS, record)
+        self._target.handle(record)
+
+    def tell(self, now: float) -> None:
+        """Write the counts of the kinds whose time is over."""
+        for key, kind in list(
+            itertools.takewhile(lambda k: k[1].until <= now, self._kinds.items())
+        ):
+            del self._kinds[key]
+            self._count(kind, "like it in the last %.0f s: ")
+        others = self._others
+        if others is not None and others.until <= now:
+            self._others = None
+            self._count(others, "of other kinds in the last %.0f s, such as: ")
+
+    def _count(self, kind: _Kind, what: str) -> None:
+        if kind.more:
+            first = kind.first
+            text = f"{kind.more} more {what % REPEAT_SECONDS}"
+            told = logging.makeLogRecord({"name": first.name, "levelno": first.levelno})
+            told.levelname, told.process = first.levelname, first.process
+            told.msg = text + first.getMessage()
+            self._target.handle(told)
+
+    def flush(self) -> None:
+        """Write all counts."""
+        self.tell(math.inf)
+        self._target.flush()
+
+
+def tell() -> None:
+    """Write what was only counted and is due; to be called about once a second."""
+    for handler in logging.getLogger().handlers:
+        if isinstance(handler, Limited):
+            handler.tell(time.monotonic())
+
+
+class Escaped(logging.Formatter):
+    """Escapes what a line must not contain: names, labels and messages come from a region."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        """Return the record as one line."""
+        return printable(super().formatMessage(record))
+
+    def formatException(self, ei: Any) -> str:
+        """Return the traceback, whose lines stay lines."""
+        return "\n".join(map(printable, super().formatException(ei).split("\n")))
 
 
 class KernelLog(logging.Handler):
@@ -66,18 +139,16 @@ class KernelLog(logging.Handler):
 
 def configure(path: str | None, *, foreground: bool) -> None:
     """Set up logging for the whole process.  Raises MountError when *path* cannot be written."""
-    handler = _handler(path, foreground)
-    handler.addFilter(Repeats())
     root = logging.getLogger()
-    root.handlers[:] = [handler]
+    root.handlers[:] = [Limited(_handler(path, foreground))]
     root.setLevel(logging.INFO)
     logging.raiseExceptions = False  # a full disk must not matter to the mount
 
 
 def _handler(path: str | None, foreground: bool) -> logging.Handler:
     handler: logging.Handler
-    timed = logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s")
-    named = logging.Formatter("ivshmemfs[%(process)d]: %(levelname)s: %(message)s")
+    timed = Escaped("%(asctime)s %(levelname)s %(name)s: %(message)s")
+    named = Escaped("ivshmemfs[%(process)d]: %(levelname)s: %(message)s")
     if path is not None:
         try:
             handler = logging.FileHandler(path, encoding="utf-8", errors="backslashreplace")

@@ -46,6 +46,7 @@ import pyfuse3
 import trio
 
 from ivshmemfs.errors import MountError
+from ivshmemfs.fuse import wire
 
 log = logging.getLogger(__name__)
 
@@ -266,7 +267,7 @@ class Loop:
     async def _wait_answering(self, _fd: int) -> None:
         """Answer requests until there is one for pyfuse3.
 
-        Raises ClosedResourceError, which ends the worker, when the file system is unmounted.
+        Raises ClosedResourceError, which ends the worker, when the connection has ended.
         """
         requests, gate, device = self._first, self._gate, self._fd
         assert requests is not None
@@ -279,7 +280,7 @@ class Loop:
             try:
                 request = requests.serve()
             except OSError as error:
-                if error.errno == errno.ENODEV:
+                if error.errno in wire.ENDED:
                     break
                 if not _withdrawn(error):
                     raise
@@ -346,6 +347,8 @@ class Workers:
                 except Exception as error:
                     if _withdrawn(error):
                         continue
+                    if isinstance(error, OSError) and error.errno in wire.ENDED:
+                        return
                     now = time.monotonic()
                     failures = failures + 1 if now - last_failure < 1.0 else 1
                     last_failure = now

@@ -1,30 +1,45 @@
 """Mount points: what may be mounted on, what is mounted there, and fusermount3.
 
-Mounting and unmounting go through fusermount3 for root and for ordinary users alike: it is the
-one program that may do it for a user, and it keeps nosuid and nodev on unless root asks otherwise.
+Mounting goes through fusermount3 for root and for ordinary users alike: it is the one program that
+may do it for a user, and it keeps nosuid and nodev on unless root asks otherwise.  Root unmounts
+by umount2(2).
 
-Nothing here touches a path that may be the root of a mount before /proc/self/mountinfo has been
-asked, because a mount whose daemon is stopped would block the caller for good.
+A mount whose daemon is stopped blocks every caller that looks at its root.  So nothing here passes
+a path to the kernel that is the root of a mount according to /proc/self/mountinfo, or that leads
+through the root of an ivshmemfs mount; `answers` is the exception, and it bounds its wait.
 """
 
 from __future__ import annotations
 
 import array
+import ctypes
 import errno
 import os
 import re
 import shutil
 import socket
 import stat
+import struct
 import subprocess
-from typing import NamedTuple
+import threading
+from contextlib import suppress
+from typing import TYPE_CHECKING, NamedTuple
 
 from ivshmemfs.errors import MountError
+
+if TYPE_CHECKING:
+    from ivshmemfs.region import Standing
 
 FSTYPE = "fuse.ivshmemfs"
 FUSE_DEVICE = "/dev/fuse"
 #: Seconds that fusermount3 may take; unmounting writes back what is mapped and modified.
 HELPER_SECONDS = 30.0
+#: Seconds that a mount has to answer a look.
+ANSWER_SECONDS = 5.0
+#: Symbolic links that are followed in one path, as the kernel does.
+MAX_LINKS = 40
+
+_MNT_DETACH, _UMOUNT_NOFOLLOW = 2, 8  # flags of umount2(2)
 
 
 class MountEntry(NamedTuple):
@@ -47,9 +62,14 @@ class BusyMount(MountError):
 
 
 def mounted(mountinfo: str = "/proc/self/mountinfo") -> list[MountEntry]:
-    """Everything that is mounted, in the order of mounting."""
-    with open(mountinfo, "rb") as lines:
-        return [_parse(line) for line in lines]
+    """Everything that is mounted, in the order of mounting.  Raises MountError without /proc."""
+    try:
+        with open(mountinfo, "rb") as lines:
+            return [_parse(line) for line in lines]
+    except FileNotFoundError:
+        raise MountError(
+            f"{mountinfo} is missing: mount /proc first ('mount -t proc proc /proc')"
+        ) from None
 
 
 def _parse(line: bytes) -> MountEntry:
@@ -75,12 +95,90 @@ def find(path: str) -> MountEntry | None:
     return next((entry for entry in reversed(mounted()) if entry.path == path), None)
 
 
+def ours() -> list[MountEntry]:
+    """The mounts of this filesystem, in the order of mounting."""
+    return [entry for entry in mounted() if entry.fstype == FSTYPE]
+
+
 def resolve(path: str) -> str:
-    """The absolute path without symbolic links, leaving the last component alone if mounted on."""
-    absolute = os.path.abspath(path)
-    parent, name = os.path.split(absolute)
-    candidate = os.path.join(os.path.realpath(parent), name)
-    return candidate if find(candidate) is not None else os.path.realpath(absolute)
+    """The absolute path of *path* without symbolic links.
+
+    The roots of mounts are directories, so they are not looked at.  Behind the root of an ivshmemfs
+    mount the rest of the path is taken as it is.  Raises MountError for a ring of links.
+    """
+    roots = {entry.path: entry.fstype for entry in mounted()}  # the topmost one counts
+    todo = _parts(absolute(path, "mount point"))
+    done, links = "/", 0
+    while todo:
+        name = todo.pop()
+        if name == "..":
+            done = os.path.dirname(done)
+            continue
+        here = os.path.join(done, name)
+        target = None if here in roots else _link(here)
+        if target is None:
+            done = here
+            if roots.get(here) == FSTYPE:
+                return os.path.normpath(os.path.join(done, *reversed(todo)))
+            continue
+        links += 1
+        if links > MAX_LINKS:
+            raise MountError(f"mount point {path} cannot be used: too many symbolic links")
+        todo += _parts(target)
+        if target.startswith("/"):
+            done = "/"
+    return done
+
+
+def absolute(path: str, what: str) -> str:
+    """The absolute form of *path*; raises MountError where there is no current directory."""
+    if path.startswith("/"):
+        return path
+    try:
+        return os.path.join(os.getcwd(), path)
+    except FileNotFoundError:
+        raise MountError(
+            f"{what} {path} cannot be found: the current directory was removed; give the whole path"
+        ) from None
+
+
+def _parts(path: str) -> list[str]:
+    """The components of a path, the first one last."""
+    return [name for name in reversed(path.split("/")) if name not in ("", ".")]
+
+
+def _link(path: str) -> str | None:
+    """Where the symbolic link *path* leads; None when it is none, or is not there."""
+    try:
+        return os.readlink(path)
+    except OSError:
+        return None
+
+
+def enclosing(path: str) -> MountEntry | None:
+    """The ivshmemfs mount on which *path* is; None when it is on none."""
+    target, found = resolve(path), None
+    for entry in mounted():  # the last one whose path is the longest covers the others
+        inside = target == entry.path or target.startswith(entry.path.rstrip("/") + "/")
+        if inside and (found is None or len(entry.path) >= len(found.path)):
+            found = entry
+    return found if found is not None and found.fstype == FSTYPE else None
+
+
+def answers(path: str, seconds: float = ANSWER_SECONDS) -> bool:
+    """Whether the mount *path* answers a look in time; also when it answers with an error.
+
+    The look is left to a thread, which the kernel ends together with the process.
+    """
+
+    def look() -> None:
+        with suppress(OSError):
+            os.stat(path)
+
+    thread = threading.Thread(target=look, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return not thread.is_alive()
 
 
 def check(path: str) -> str:
@@ -89,6 +187,9 @@ def check(path: str) -> str:
     entry = find(target)
     if entry is not None:
         raise MountError(_occupied(path, entry))
+    if (around := enclosing(target)) is not None:
+        refuse_hung(around)
+        target = os.path.realpath(target)
     try:
         mode = os.stat(target).st_mode
     except FileNotFoundError:
@@ -107,6 +208,24 @@ def _occupied(path: str, entry: MountEntry) -> str:
         f"mount point {path} is busy: {entry.source} is mounted there already; "
         f"'ivshmemfs umount {path}' ends that mount, also when its daemon is dead"
     )
+
+
+def refuse_hung(entry: MountEntry) -> None:
+    """Raise MountError when the daemon of a mount does not answer."""
+    grip = grasp_lifeline(entry.device)
+    if grip is not None:
+        with grip:
+            server = serving(grip)
+        if server.stopped:
+            raise MountError(
+                f"the mount at {entry.path} does not answer, because its daemon (process "
+                f"{server.pid}) is stopped: 'kill -CONT {server.pid}' continues it"
+            )
+    if not answers(entry.path):
+        raise MountError(
+            f"the mount at {entry.path} does not answer within {ANSWER_SECONDS:.0f} s: "
+            f"'ivshmemfs umount --lazy {entry.path}' detaches it"
+        )
 
 
 def check_fuse_device() -> None:
@@ -147,6 +266,26 @@ def open_mount(path: str, options: str) -> int:
         return _receive_descriptor(ours)
 
 
+def remount(path: str, flags: int) -> None:
+    """Change the flags of the mount *path*, as mount(2) takes them.  Raises MountError."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    target = ctypes.c_char_p(os.fsencode(path))
+    if libc.mount(b"none", target, None, ctypes.c_ulong(flags), None) != 0:
+        raise MountError(f"{path} cannot be remounted: {os.strerror(ctypes.get_errno())}")
+
+
+def refuses_changes(path: str) -> bool:
+    """Whether the daemon of the mount *path* refuses every change, as with ``ro``; changes nothing.
+
+    Looks at the mount.
+    """
+    try:
+        os.removexattr(path, "user.ivshmemfs.no such attribute")
+    except OSError as error:
+        return error.errno == errno.EROFS
+    return False
+
+
 def _receive_descriptor(channel: socket.socket) -> int:
     space = array.array("i", [-1])
     _data, ancillary, _flags, _address = channel.recvmsg(
@@ -162,14 +301,27 @@ def _receive_descriptor(channel: socket.socket) -> int:
 
 def unmount(path: str, *, lazy: bool = False) -> None:
     """Unmount *path*; *lazy* detaches it at once even when it is in use.  Raises MountError."""
-    command = helper()
+    if os.geteuid() == 0 and _umount2(path, lazy=lazy):
+        return
+    command = unmount_command(path, lazy=lazy)
     if command is None:
         raise MountError("fusermount3 is missing: install the package fuse3")
-    _run([command, "-u", *(["-z"] if lazy else []), "--", path])
+    _run(command)
+
+
+def _umount2(path: str, *, lazy: bool) -> bool:
+    """umount2(2), which looks at nothing; whether it did it.  Raises BusyMount."""
+    flags = _UMOUNT_NOFOLLOW | (_MNT_DETACH if lazy else 0)
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.umount2(ctypes.c_char_p(os.fsencode(path)), ctypes.c_int(flags)) == 0:
+        return True
+    if ctypes.get_errno() == errno.EBUSY:
+        raise BusyMount(f"{path}: {os.strerror(errno.EBUSY)}")
+    return False  # a container's root may lack the right; fusermount3 says what is wrong
 
 
 def unmount_command(path: str, *, lazy: bool) -> list[str] | None:
-    """The command that `unmount` would run, for a caller that must not block."""
+    """The command that unmounts *path*, for a caller that must not block; None without one."""
     command = helper()
     return None if command is None else [command, "-u", *(["-z"] if lazy else []), "--", path]
 
@@ -205,8 +357,11 @@ def _failure(stderr: str) -> MountError:
 # --- the end of a daemon ----------------------------------------------------------------------
 #
 # A daemon holds a listening socket, named after the device number of its mount, until its process
-# ends.  Whoever wants to know when that is connects, and waits for the connection to break.  The
-# daemon itself never looks at the socket, so a stopped or hung one cannot block anybody.
+# ends.  Whoever wants to know when that is connects, and waits for the connection to break; it gets
+# no answer, so a stopped or hung daemon cannot block it.
+#
+# When something happened to the region, the daemon binds a second name, with a word for it at its
+# end.  A look at who has that name asks nobody either.
 #
 # The kernel gives the device number away again as soon as a mount is gone, which may be long before
 # its daemon has ended.  So the names of one device number are counted up, and the highest that
@@ -214,9 +369,47 @@ def _failure(stderr: str) -> MountError:
 
 #: Daemons that can wait for their end at once with the same device number.
 LIFELINES = 16
+#: Connections that wait until the daemon tidies up; a stopped one does not.
+BACKLOG = 256
 
 
-def hold_lifeline(device: str) -> socket.socket | None:
+class Lifeline:
+    """The lifeline of one mount, and the sign beside it."""
+
+    def __init__(self, listening: socket.socket) -> None:
+        self._listening = listening
+        listening.setblocking(False)
+        self._callers: list[socket.socket] = []
+        self._sign: socket.socket | None = None
+
+    def tidy(self) -> None:
+        """Let go of the callers that have gone."""
+        with suppress(OSError):
+            while True:
+                self._callers.append(self._listening.accept()[0])
+        for caller in self._callers[:]:
+            with suppress(BlockingIOError):
+                if not caller.recv(1, socket.MSG_DONTWAIT):
+                    self._callers.remove(caller)
+                    caller.close()
+
+    def show(self, standing: Standing) -> None:
+        """Show what became of the region in place of what was shown; nothing for a sound one."""
+        if self._sign is not None:
+            self._sign.close()
+            self._sign = None
+        if standing.explained:
+            self._sign = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+            with suppress(OSError):
+                self._sign.bind(_sign_name(self._listening.getsockname(), standing))
+
+    def close(self) -> None:
+        """Let everybody who waits for the end go on."""
+        for one in (self._listening, *self._callers, *([self._sign] if self._sign else [])):
+            one.close()
+
+
+def hold_lifeline(device: str) -> Lifeline | None:
     """Bind the lifeline of the mount *device*; None when there are too many of the same number."""
     held = _highest_lifeline(device)
     if held is not None:
@@ -226,8 +419,8 @@ def hold_lifeline(device: str) -> socket.socket | None:
     try:
         if number < LIFELINES:
             lifeline.bind(_lifeline_name(device, number))
-            lifeline.listen(8)
-            return lifeline
+            lifeline.listen(BACKLOG)
+            return Lifeline(lifeline)
     except OSError:
         pass
     lifeline.close()
@@ -253,6 +446,25 @@ def _highest_lifeline(device: str) -> tuple[int, socket.socket] | None:
     return None
 
 
+class Serving(NamedTuple):
+    """The process that holds a lifeline; 0 when it is in a pid namespace that we do not see."""
+
+    pid: int
+    stopped: bool
+
+
+def serving(grip: socket.socket) -> Serving:
+    """Who is at the other end of *grip*."""
+    raw = grip.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
+    pid: int = struct.unpack("3i", raw)[0]
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            state = file.read().rpartition(b") ")[2][:1]
+    except OSError:
+        state = b""
+    return Serving(pid, state in (b"T", b"t"))
+
+
 def wait_for_end(grip: socket.socket, seconds: float) -> bool:
     """Wait until the process at the other end of *grip* is gone; False when it is still there."""
     grip.settimeout(seconds)
@@ -262,6 +474,33 @@ def wait_for_end(grip: socket.socket, seconds: float) -> bool:
         return False
     except OSError:
         return True
+
+
+def condition(entry: MountEntry) -> str:
+    """What is wrong with an ivshmemfs mount in a word or two, "" for nothing.
+
+    Asks neither the mount nor its daemon, which may be stopped.
+    """
+    from ivshmemfs.region import Standing
+
+    held = _highest_lifeline(entry.device)
+    if held is None:
+        return "daemon dead"
+    number, grip = held
+    with grip:
+        words = ["daemon stopped"] if serving(grip).stopped else []
+    lifeline = _lifeline_name(entry.device, number)
+    words += [standing.value for standing in Standing if _is_bound(_sign_name(lifeline, standing))]
+    return ", ".join(words)
+
+
+def _is_bound(name: bytes) -> bool:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as caller:
+        return caller.connect_ex(name) == 0
+
+
+def _sign_name(lifeline: bytes, standing: Standing) -> bytes:
+    return lifeline + b" " + standing.value.encode()
 
 
 def _lifeline_name(device: str, number: int) -> bytes:

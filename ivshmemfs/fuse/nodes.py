@@ -1,4 +1,4 @@
-"""The numbers by which the kernel knows inodes: the inode's own, but for directories that moved.
+"""The numbers by which the kernel knows inodes: the inode's own, but for what others moved.
 
 The kernel keeps one place in its tree of names for each directory.  When another machine moves a
 directory, a look-up finds it in a new place while the old one still stands, and the kernel tries
@@ -20,6 +20,11 @@ States of a directory, changed by what the kernel is told and by what it does:
     displaced   it moved, but what the kernel made of that is uncertain: next time, a new number
 
 Older numbers of a directory stay good until the kernel forgets them.
+
+A file has one more number at most, its *passing* one.  It is told in one case only, see `walks`: a
+thread that is told the file's own number for two names might take a rename for done.  The next
+look-up leads to the file's own number again, and `served` lets nobody open the passing one at
+first, because pages and locks follow what the kernel takes for an inode.
 """
 
 from __future__ import annotations
@@ -46,6 +51,7 @@ class Nodes:
         self._names: dict[tuple[int, bytes], int] = {}  # the inode told last, by parent and name
         self._told: dict[int, int] = {}  # by number: how often it was told, less what was forgotten
         self._inodes: dict[int, int] = {}  # by number, of those that are not the inode's own
+        self._passing: dict[int, int] = {}  # by inode: the other number of a file
         self._last = MAX_INO
 
     def inode_of(self, node: int) -> int:
@@ -55,24 +61,40 @@ class Nodes:
         try:
             return self._inodes[node]
         except KeyError:
-            raise StaleHandle("the kernel was never told of this directory") from None
+            raise StaleHandle("the kernel was never told of this number") from None
 
-    def found(self, ino: int, parent: int, name: bytes) -> int:
-        """The number of directory `ino`, looked up as `name` below the number `parent`."""
+    def found(self, ino: int, parent: int, name: bytes, avoided: int = 0) -> int:
+        """The number of directory `ino`, looked up as `name` below the number `parent`.
+
+        It is not `avoided`.
+        """
         place = self._places.get(ino)
-        if place is not None and place.parent in (parent, _ALONE[0]):
+        if place is not None and place.parent in (parent, _ALONE[0]) and place.node != avoided:
             node = place.node
             if place[1:] != (parent, name):
                 self._place(ino, node, parent, name)
         else:
-            node = ino if place is None and ino not in self._told else self._new_number(ino)
+            fresh = place is None and ino not in self._told and ino != avoided
+            node = ino if fresh else self._new_number(ino)
             self._place(ino, node, parent, name)
         self._told[node] = self._told.get(node, 0) + 1
         return node
 
-    def named(self, node: int) -> int:
-        """The number itself, by which the kernel asks for a directory: from a file handle."""
+    def passing(self, ino: int) -> int:
+        """The number of file `ino` that is not its own."""
+        node = self._passing.get(ino)
+        if node is None:
+            node = self._passing[ino] = self._new_number(ino)
+        self._told[node] = self._told.get(node, 0) + 1
+        return node
+
+    def named(self, node: int, *, file: bool = False) -> int:
+        """The number itself, by which the kernel asks for something: from a file handle."""
         ino = self.inode_of(node)
+        if file:
+            if node != ino:
+                self._told[node] = self._told.get(node, 0) + 1
+            return node
         if ino not in self._places:
             self._place(ino, node, *_ALONE)
         self._told[node] = self._told.get(node, 0) + 1
@@ -136,12 +158,15 @@ class Nodes:
         """The kernel forgets what it was told `times` times; whether it may not name it again."""
         left = self._told.get(node)
         if left is None:
-            return True  # no directory
+            return True  # the own number of a file
         if left > times:
             self._told[node] = left - times
             return False
         del self._told[node]
         ino = self._inodes.pop(node, node)
+        if self._passing.get(ino) == node:
+            del self._passing[ino]
+            return False
         if ino not in self._places or self._places[ino].node != node:
             return False
         self._leave(ino)

@@ -1,7 +1,10 @@
 """The ``-o`` options of a mount: what each means, and where it goes.
 
-Three kinds: options of the kernel's mount, handed to fusermount3 as they are; options of this
-filesystem; and words that only fstab and mount(8) care about, which are ignored.
+Four kinds: options of the kernel's mount, handed to fusermount3 as they are; options of this
+filesystem; words without effect here, which are ignored; and words that ask for what cannot be
+had, which are refused with the reason.  Ignored are all generic options of mount(8) that only fstab
+or mount(8) itself care about, those about access times (reading does not change them), and what
+/proc/mounts shows of a mount, so that its column of options can be given back.
 """
 
 from __future__ import annotations
@@ -16,20 +19,37 @@ from dataclasses import dataclass, field
 from ivshmemfs.errors import UsageError
 
 #: Handed to the kernel by fusermount3.
-_KERNEL_FLAGS = frozenset(
-    (
-        *("sync", "async", "dirsync", "exec", "noexec", "atime", "noatime", "diratime"),
-        *("nodiratime", "lazytime", "nolazytime", "relatime", "norelatime", "strictatime"),
-        "nostrictatime",
-    )
-)
-#: Always so, or meant for mount(8) and fstab.
+_KERNEL_FLAGS = frozenset(("sync", "async", "dirsync", "exec", "noexec", "atime", "noatime"))
+#: Without effect here: always so, or meant for mount(8) and fstab.
 _IGNORED = frozenset(
     (
-        *("defaults", "auto", "noauto", "user", "nouser", "users", "owner", "group", "nofail"),
-        *("_netdev", "nosuid", "nodev", "default_permissions", "silent", "loud"),
+        *("defaults", "auto", "noauto", "user", "nouser", "users", "nousers", "owner", "noowner"),
+        *("group", "nogroup", "nofail", "_netdev", "silent", "loud", "mand", "nomand"),
+        *("relatime", "norelatime", "strictatime", "nostrictatime", "lazytime", "nolazytime"),
+        *("diratime", "nodiratime", "iversion", "noiversion", "symfollow"),
+        *("default_permissions", "nonempty", "nosuid", "nodev"),
     )
 )
+#: The same with a value: a mount's source is always its region, its type always this one.
+_IGNORED_VALUES = frozenset(
+    (
+        *("fsname", "subtype", "comment", "uhelper", "helper"),
+        *("fd", "rootmode", "user_id", "group_id", "max_read", "blksize"),
+    )
+)
+_SELINUX = frozenset(("context", "fscontext", "defcontext", "rootcontext"))
+#: What cannot be had, and why.
+_REFUSED = {
+    "allow_root": "use allow_other",
+    "auto_unmount": "a dead daemon's mount is cleared by 'ivshmemfs umount'",
+    "nosymfollow": "fusermount3 does not know it",
+    "loop": "a region is a file already; how to wait for requests is loop=poll or loop=trio",
+}
+SELINUX = "/sys/fs/selinux"
+#: Flags of mount(2) by the words for them, for a remount.
+_MOUNT_FLAGS = {"nosuid": 2, "nodev": 4, "noexec": 8, "sync": 16, "dirsync": 128, "noatime": 1024}
+_OPPOSITES = {"exec": "noexec", "atime": "noatime", "async": "sync"}
+_MS_RDONLY, _MS_REMOUNT = 1, 32
 #: How the daemon waits for requests; see `loop`.
 LOOPS = ("poll", "trio")
 
@@ -51,15 +71,21 @@ class MountOptions:
     mmap: bool = False
     loop: str = "poll"
     log: str | None = None
+    #: Change a mount that is there.
+    remount: bool = False
     kernel_flags: list[str] = field(default_factory=list)
 
     @property
     def root_only(self) -> bool:
-        """Whether the kernel lets nobody but root use the mount, and so has nothing to check.
+        """Whether only root may use the mount, and the daemon checks permissions.
 
-        Checking permissions costs the kernel a request more for each look at a name.
+        It costs the kernel a request more for each look at a name.  See `rights`.
         """
-        return not self.allow_other and self.loop == "poll" and os.geteuid() == 0
+        if self.allow_other or self.loop != "poll" or os.geteuid() != 0:
+            return False
+        from ivshmemfs.fuse.callers import can_tell
+
+        return can_tell()
 
 
 def parse(groups: Iterable[str]) -> MountOptions:
@@ -77,15 +103,17 @@ def parse(groups: Iterable[str]) -> MountOptions:
 
 def _apply(options: MountOptions, word: str) -> None:
     name, equals, value = word.partition("=")
-    if equals:
-        if name.startswith(("x-", "X-", "comment")):
-            return
+    if _means_nothing(name, equals):
+        pass
+    elif equals:
         setter = _VALUED.get(name)
         if setter is None:
             raise UsageError(f"unknown mount option '{word}': see 'ivshmemfs mount --help'")
         if not value:
             raise UsageError(f"mount option '{name}' needs a value")
         setter(options, value)
+    elif name in _REFUSED:
+        raise UsageError(f"mount option '{name}' cannot be had: {_REFUSED[name]}")
     elif name in _VALUED:
         raise UsageError(f"mount option '{name}' needs a value: {name}=...")
     elif name in _FLAGS:
@@ -93,16 +121,39 @@ def _apply(options: MountOptions, word: str) -> None:
         setattr(options, attribute, flag)
     elif name in _KERNEL_FLAGS:
         options.kernel_flags.append(name)
-    elif name not in _IGNORED and not name.startswith(("x-", "X-")):
+    else:
         raise UsageError(f"unknown mount option '{word}': see 'ivshmemfs mount --help'")
     if name in ("nosuid", "nodev"):
         setattr(options, name.removeprefix("no"), False)
+
+
+def _means_nothing(name: str, equals: str) -> bool:
+    """Whether an option is without effect; raises UsageError where SELinux would need it."""
+    if name.startswith(("x-", "X-")):
+        return True
+    if name in _SELINUX and equals:
+        if os.path.isdir(SELINUX):
+            raise UsageError(
+                f"mount option '{name}' cannot be had: fusermount3 does not pass it on"
+            )
+        return True
+    return name in (_IGNORED_VALUES if equals else _IGNORED)
 
 
 def _check(options: MountOptions) -> None:
     for name in ("suid", "dev"):
         if getattr(options, name) and os.geteuid() != 0:
             raise UsageError(f"mount option '{name}' is for root alone")
+
+
+def remount_flags(options: MountOptions) -> int:
+    """The flags of mount(2) that give a mount these options."""
+    on = {f"no{name}" for name in ("suid", "dev") if not getattr(options, name)}
+    for word in options.kernel_flags:
+        on.discard(_OPPOSITES.get(word, ""))
+        on.add(word)
+    flags = _MS_REMOUNT | (_MS_RDONLY if options.readonly else 0)
+    return flags | sum(_MOUNT_FLAGS.get(word, 0) for word in on)
 
 
 def fusermount_options(options: MountOptions, source: str) -> str:
@@ -169,6 +220,7 @@ _FLAGS: dict[str, tuple[str, bool]] = {
     "suid": ("suid", True),
     "dev": ("dev", True),
     "mmap": ("mmap", True),
+    "remount": ("remount", True),
 }
 _VALUED: dict[str, Callable[[MountOptions, str], None]] = {
     "uid": _set_uid,

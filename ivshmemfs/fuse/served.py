@@ -3,9 +3,9 @@
 Requests come through pyfuse3 (`adapter`) or straight from the kernel (`direct`).  Both are mere
 translations; what lies between the kernel's idea of a file system and the engine's stands here:
 
-- the kernel's numbers of directories (`nodes`),
-- the table of open handles: opened -> (`let_go`) -> closed, or *unreleased* while the engine is
-  busy, until the upkeep has released it,
+- the kernel's numbers of inodes (`nodes`),
+- what each thread was told last (`walks`), and what callers may do (`rights`),
+- the table of open handles: opened -> closed, which is tried again while the engine is busy,
 - how owners and permissions are presented,
 - what errors mean to a caller, and how long a busy operation is tried again.
 
@@ -22,13 +22,25 @@ import os
 import random
 import time
 from collections.abc import Awaitable, Callable, Collection, Iterator
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 from pyfuse3 import FUSEError, get_sup_groups
 
 from ivshmemfs.engine import Attr, Context, Filesystem, Handle
-from ivshmemfs.errors import Busy, FsError, IvshmemfsError, StaleHandle
+from ivshmemfs.errors import (
+    Busy,
+    FsError,
+    IvshmemfsError,
+    StaleHandle,
+    UnderRepair,
+    Unfinished,
+)
+from ivshmemfs.format.inode import MAX_INO
+from ivshmemfs.fuse import wire
 from ivshmemfs.fuse.nodes import Nodes
+from ivshmemfs.fuse.rights import ENTER, EXECUTE, READ, Rights
+from ivshmemfs.fuse.walks import Step, Walks
+from ivshmemfs.region import Standing
 
 log = logging.getLogger(__name__)
 
@@ -48,11 +60,10 @@ PATIENCE = 10.0
 
 #: Errors of an operation that point to damage or a dead region, so that the log must name them.
 _ALARMING = frozenset((errno.EUCLEAN, errno.EIO, errno.EFAULT, errno.ENODEV))
+LOOKS = 2  # pieces of a directory that one request lists with attributes: up to 256 names
 _S_IFMT, _S_IFDIR = 0o170000, 0o040000
 
 _SHEDDING = {"uid", "gid", "size"}
-
-R = TypeVar("R")
 
 
 class Ownership(NamedTuple):
@@ -80,7 +91,7 @@ def failure(operation: str, error: Exception) -> FUSEError:
         code = error.errno
         if code in _ALARMING or not isinstance(error, FsError):
             log.error("%s: %s", operation, error)
-        if 0 < code < 1000:  # what the kernel takes; 0 would mean success
+        if 0 < code <= wire.MAX_ERRNO:  # 0 would mean success
             return FUSEError(code)
         log.error("%s: an error with the impossible errno %d", operation, code)
         return FUSEError(errno.EIO)
@@ -101,7 +112,10 @@ def _groups_of(pid: int) -> Collection[int]:
 
 
 class Served:
-    """One mounted engine.  *pause* sleeps for some seconds while other requests are served."""
+    """One mounted engine.  *pause* sleeps for some seconds while other requests are served.
+
+    With *root_only* the kernel checks no permissions, see `rights`.
+    """
 
     def __init__(
         self,
@@ -109,13 +123,20 @@ class Served:
         pause: Callable[[float], Awaitable[None]],
         *,
         ownership: Ownership | None = None,
+        root_only: bool = False,
     ) -> None:
         self.fs = fs
         fs.groups_of = _groups_of
+        #: What became of the region, as of the last upkeep; `on_standing` is told of each change.
+        self.standing = Standing.SOUND
+        self.on_standing: Callable[[Standing], None] = lambda _standing: None
+        fs.keeps_set_id = Rights.keeps_set_id
+        self.rights = Rights(fs, self.presented, enforced=root_only)
         #: Set when the mount is ending: operations that wait fail now.
         self.ending = False
         self.nodes = Nodes()
         self.inode_of = self.nodes.inode_of
+        self.walks = Walks()
         self.handles: dict[int, Handle] = {}
         self._pause = pause
         self._ownership = ownership or Ownership()
@@ -147,20 +168,32 @@ class Served:
             yield
             now = time.monotonic()
 
-    async def again(self, operation: str, call: Callable[[], R]) -> R:
-        """Try *call* again until the engine is no longer busy; raises FUSEError."""
+    async def again(self, operation: str, call: Callable[[], Any], busy: Busy) -> Any:
+        """Try *call*, which ended in *busy*, again until it succeeds; raises FUSEError.
+
+        An operation that has used up its turn goes on as soon as others had theirs, and gets
+        new patience, because it made progress.
+        """
         started = time.monotonic()
         delay = FIRST_DELAY
         while True:
-            await self._pause(delay * random.uniform(0.5, 1.5))
-            delay = min(delay * 1.5, LONGEST_DELAY)
+            if isinstance(busy, Unfinished):
+                call = busy.go_on or call
+                started, delay = time.monotonic(), FIRST_DELAY
+                await self._pause(0)
+            else:
+                await self._pause(delay * random.uniform(0.5, 1.5))
+                delay = min(delay * 1.5, LONGEST_DELAY)
             try:
                 return call()
             except Busy as error:
+                busy = error
                 if self.ending:
                     raise FUSEError(errno.EIO) from None
-                if time.monotonic() - started > PATIENCE:
-                    log.error("%s: still busy after %.0f s: %s", operation, PATIENCE, error)
+                turn = isinstance(busy, Unfinished)
+                if not turn and time.monotonic() - started > PATIENCE:
+                    if not isinstance(error, UnderRepair):  # of which the upkeep has told
+                        log.error("%s: still busy after %.0f s: %s", operation, PATIENCE, error)
                     raise FUSEError(errno.EIO) from None
             except Exception as error:
                 raise failure(operation, error) from None
@@ -202,29 +235,62 @@ class Served:
 
     # --- names ------------------------------------------------------------------------------
 
-    def _node(self, parent: int, name: bytes, attr: Attr) -> int:
-        """The number of a directory, told as an entry of the one with the number *parent*."""
+    def _node(self, parent: int, name: bytes, attr: Attr, avoided: int = 0) -> int:
+        """The number to tell for an entry of the directory with the number *parent*."""
+        file = attr.mode & _S_IFMT != _S_IFDIR
         if name == b".":  # somebody comes with a file handle (NFS)
-            return self.nodes.named(parent)
+            return self.nodes.named(parent, file=file)
+        if file:
+            return attr.ino if attr.ino != avoided else self.nodes.passing(attr.ino)
         if name == b"..":
             return self.nodes.above(attr.ino)
-        return self.nodes.found(attr.ino, parent, name)
+        return self.nodes.found(attr.ino, parent, name, avoided)
 
-    def lookup(self, parent: int, name: bytes) -> tuple[int, Attr] | None:
+    def lookup(self, parent: int, name: bytes, ctx: Context) -> tuple[int, Attr] | None:
         """(the number, the attributes) of an entry of the directory with the number *parent*.
 
         None when there is no such entry.
         """
-        ino = self.inode_of(parent)
+        ino, thread = self.inode_of(parent), ctx.pid
         attr = self.fs.numbered(ino) if name == b"." else self.fs.find(ino, name)
+        if self.rights.enforced and name != b".":
+            self.rights.need(ino, ctx, EXECUTE)
         if attr is None:
             return None
-        if attr.mode & _S_IFMT != _S_IFDIR:  # as most
-            return attr.ino, attr
-        return self._node(parent, name, attr), attr
+        found = attr.ino
+        source = self.walks.source(thread, parent, name, found)
+        avoided = 0
+        if source is not None and source[2] == found:
+            avoided = self._avoided(source, ino, name)
+        node = self._node(parent, name, attr, avoided)
+        self.walks.note(thread, (parent, name, found, node), source)
+        return node, attr
+
+    def _avoided(self, source: Step, parent: int, name: bytes) -> int:
+        """The number of *source*, unless its name and this one lead to its inode at one moment."""
+        folder, old_name, ino, node = source
+        try:
+            names = ((self.inode_of(folder), old_name), (parent, name))
+        except StaleHandle:
+            return node
+        return 0 if self.fs.bears(ino, names) else node
+
+    def open(self, node: int, flags: int, ctx: Context) -> int:
+        """The number of a new handle of a file.
+
+        Raises StaleHandle when the kernel names it by its passing number: the path is walked again.
+        Once only: a path that does not lead elsewhere, as /proc/self/fd, may open it so.
+        """
+        ino = self.inode_of(node)
+        if node > MAX_INO and self.walks.was_told(ctx.pid, ino, node):
+            self.walks.forget(ctx.pid, ino)
+            raise StaleHandle("another machine has just renamed this file")
+        self.rights.need_open(ino, ctx, flags)
+        return self.keep(self.fs.open(ino, flags, ctx))
 
     def mkdir(self, parent: int, name: bytes, mode: int, ctx: Context) -> tuple[int, Attr]:
         """The same for a new directory."""
+        self.rights.need(self.inode_of(parent), ctx, ENTER)
         attr = self.fs.mkdir(self.inode_of(parent), name, mode, ctx)
         return self._node(parent, name, attr), attr
 
@@ -232,9 +298,23 @@ class Served:
         self, parent: int, name: bytes, new_parent: int, new_name: bytes, flags: int, ctx: Context
     ) -> None:
         """Move an entry."""
+        self.walks.forget(ctx.pid)
         old, new = self.inode_of(parent), self.inode_of(new_parent)
+        self.rights.need_rename(old, name, new, new_name, ctx)
         moved, exchanged = self.fs.rename(old, name, new, new_name, flags, ctx)
+        self.walks.forget(ctx.pid, moved)
         self.nodes.moved((parent, name), (new_parent, new_name), moved, exchanged)
+
+    def unlink(self, parent: int, name: bytes, ctx: Context) -> None:
+        """Remove a name of the directory with the inode *parent*."""
+        self.walks.forget(ctx.pid)
+        self.rights.need_removal(parent, name, ctx)
+        self.fs.unlink(parent, name, ctx)
+
+    def rmdir(self, parent: int, name: bytes, ctx: Context) -> None:
+        """Remove an empty directory from the one with the inode *parent*."""
+        self.rights.need_removal(parent, name, ctx)
+        self.fs.rmdir(parent, name, ctx)
 
     def forget(self, node: int, times: int) -> None:
         """The kernel forgets what it was told *times* times.  Never raises; errors are logged."""
@@ -262,8 +342,9 @@ class Served:
 
     # --- directories ------------------------------------------------------------------------
 
-    def opendir(self, node: int) -> int:
+    def opendir(self, node: int, ctx: Context) -> int:
         """The number of a new handle of a directory."""
+        self.rights.need(self.inode_of(node), ctx, READ)
         number = self.keep(self.fs.opendir(self.inode_of(node)))
         self._folders[number] = node
         return number
@@ -282,7 +363,7 @@ class Served:
         taken = False
         folder = self._folders[number]
         try:
-            for name, attr, following in self.fs.readdir(self.handles[number], cookie):
+            for name, attr, following in self.fs.readdir(self.handles[number], cookie, LOOKS):
                 node = attr.ino
                 counts = attr.mode & _S_IFMT == _S_IFDIR and name not in (b".", b"..")
                 if counts:
@@ -298,11 +379,36 @@ class Served:
 
     # --- upkeep -----------------------------------------------------------------------------
 
-    def upkeep(self) -> None:
-        """What must be done about once a second.  Never raises; errors are logged."""
+    def upkeep(self) -> bool:
+        """What must be done about once a second.  Never raises; errors are logged.
+
+        Returns whether there is more to do, for which `work` is to be called soon.
+        """
+        self._kept(self._watch_region)
+        return self._kept(lambda: self.fs.tick())
+
+    def work(self) -> bool:
+        """Another piece of that; whether there is still more.  Never raises; errors are logged."""
+        return self._kept(lambda: self.fs.work())
+
+    def _kept(self, call: Callable[[], bool]) -> bool:
         try:
-            self.fs.tick()
+            return call()
         except Busy:
             pass  # next time
         except Exception as error:
-            failure("upkeep", error)
+            if self.standing is Standing.SOUND:  # else it has been said why
+                failure("upkeep", error)
+        return False
+
+    def _watch_region(self) -> bool:
+        """Log once what became of the region, and once when that is over; always False."""
+        before, self.standing = self.standing, self.fs.standing()
+        if self.standing is before:
+            return False
+        if self.standing is Standing.SOUND:
+            log.warning("the region is as it was mounted again; it was %s", before.value)
+        else:
+            log.error("%s", self.standing.explained)
+        self.on_standing(self.standing)
+        return False

@@ -25,7 +25,7 @@ import trio
 
 from ivshmemfs.engine import Filesystem
 from ivshmemfs.errors import MountError
-from ivshmemfs.fuse import mountpoint
+from ivshmemfs.fuse import logs, mountpoint
 from ivshmemfs.fuse.adapter import Adapter
 from ivshmemfs.fuse.direct import Direct
 from ivshmemfs.fuse.handshake import Handshake, Relay
@@ -37,6 +37,8 @@ log = logging.getLogger(__name__)
 
 #: Seconds between two calls of the engine's upkeep.
 UPKEEP_SECONDS = 0.7
+#: Seconds between two pieces of the work that the upkeep found.
+WORK_PAUSE = 0.005
 #: Workers at most; more than one matters only while handlers wait for a busy engine.
 MAX_WORKERS = 32
 #: What is cached lives long and holds no cycles, so that looking through it often (by default
@@ -57,8 +59,10 @@ class Session:
         self._device: str | None = None
         self.loop = Loop(self._before_wait, polling=options.loop == "poll")
         ownership = Ownership(options.uid, options.gid, options.umask)
-        self.served = Served(fs, self.loop.pause, ownership=ownership)
+        unchecked = options.root_only and mountpoint.helper() is not None
+        self.served = Served(fs, self.loop.pause, ownership=ownership, root_only=unchecked)
         self._options = options
+        self._lifeline: mountpoint.Lifeline | None = None
         self._mount(source, options)
 
     def _mount(self, source: str, options: MountOptions) -> None:
@@ -81,6 +85,11 @@ class Session:
     def device(self) -> str | None:
         """The device number of the mount, as in "0:45"."""
         return self._device
+
+    def hold(self, lifeline: mountpoint.Lifeline) -> None:
+        """Show on `lifeline` what becomes of the region."""
+        self._lifeline = lifeline
+        self.served.on_standing = lifeline.show
 
     @property
     def shared_mappings(self) -> bool:
@@ -112,7 +121,6 @@ class Session:
             connection,
             self.loop.spawn,
             page_cache=self._options.mmap,
-            root_only=self._options.root_only,
         )
         self.loop.answer_first(direct, connection.device)
 
@@ -141,10 +149,18 @@ class Session:
             nursery.cancel_scope.cancel()
 
     async def _keep_up(self) -> None:
+        next_time = trio.current_time() + UPKEEP_SECONDS
         while True:
-            await trio.sleep(UPKEEP_SECONDS)
-            self.served.upkeep()
+            await trio.sleep_until(next_time)
+            next_time = trio.current_time() + UPKEEP_SECONDS
+            more = self.served.upkeep()
             self.loop.adapt()
+            logs.tell()
+            if self._lifeline is not None:
+                self._lifeline.tidy()
+            while more and trio.current_time() < next_time:
+                await trio.sleep(WORK_PAUSE)
+                more = self.served.work()
 
     async def _watch_signals(self, everything: trio.CancelScope) -> None:
         watched = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)

@@ -6,7 +6,14 @@ byte order.  Only what `handshake` and `direct` need is declared; libfuse speaks
 
 from __future__ import annotations
 
+import errno
 import struct
+
+#: Errors of the FUSE descriptor that mean that the connection has ended: unmounted (ENODEV), or
+#: aborted, as /sys/fs/fuse/connections and an unmount under load do it.
+ENDED = frozenset((errno.ENODEV, errno.ECONNABORTED, errno.ENOTCONN))
+#: The kernel takes no larger errno in an answer; the request would never be answered.
+MAX_ERRNO = 511
 
 # --- operations -------------------------------------------------------------------------------
 
@@ -83,7 +90,7 @@ COPY_FILE_RANGE_IN = struct.Struct("=QQQQQQQ")
 LSEEK_IN = struct.Struct("=QQIxxxx")
 
 # Bits of SETATTR_IN's first field.
-SET_MODE, SET_UID, SET_GID, SET_SIZE, SET_ATIME, SET_MTIME = 1, 2, 4, 8, 16, 32
+SET_MODE, SET_UID, SET_GID, SET_SIZE, SET_ATIME, SET_MTIME, SET_FH = 1, 2, 4, 8, 16, 32, 64
 SET_ATIME_NOW, SET_MTIME_NOW = 1 << 7, 1 << 8
 #: In write_flags: written back from the page cache, with whatever handle there is.
 WRITE_CACHE = 1

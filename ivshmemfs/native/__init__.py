@@ -4,6 +4,7 @@ The lowest layer: format, region, shm and engine may import it.  It knows no pol
 of the format come from layout.h, which scripts/format-tables generates.
 """
 
+import ivshmemfs.native.machine  # noqa: F401  raises UnfitMachine before the extension is loaded
 from ivshmemfs.native._native import (
     DEVICE,
     NORMAL,

@@ -9,14 +9,17 @@
 #ifndef IVSHMEMFS_ACCESS_H
 #define IVSHMEMFS_ACCESS_H
 
+#if __SIZEOF_POINTER__ < 8
+#error "words in the region are 64 bits wide; a 32-bit program tears them"
+#endif
+#if __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
+#error "words in the region are little-endian; this machine is not"
+#endif
+
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
 #include <string.h>
-
-#if __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
-#error "words in the region are little-endian; this machine is not"
-#endif
 
 #if defined(__x86_64__)
 #include <emmintrin.h>

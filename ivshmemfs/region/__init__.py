@@ -7,12 +7,22 @@ what the bytes mean is the business of the layers above.
 from __future__ import annotations
 
 from ivshmemfs.native import DEVICE, NORMAL, WRITE_COMBINING, Blocks, Memory, crc32c
-from ivshmemfs.region.file import create_file
-from ivshmemfs.region.locate import Candidate, discover, identified, open_region
+from ivshmemfs.region.blank import Found, find_data
+from ivshmemfs.region.file import create_file, reserve
+from ivshmemfs.region.locate import (
+    Candidate,
+    Unreadable,
+    discover,
+    first_page,
+    identified,
+    open_region,
+)
 from ivshmemfs.region.mapped import Region
+from ivshmemfs.region.pci import no_device
 from ivshmemfs.region.probe import Probe, Scratch, probe, refuse_unfit
 from ivshmemfs.region.roots import Roots
 from ivshmemfs.region.sizes import exact_size, parse_size, readable_size
+from ivshmemfs.region.standing import Standing
 
 __all__ = [
     "DEVICE",
@@ -20,19 +30,26 @@ __all__ = [
     "WRITE_COMBINING",
     "Blocks",
     "Candidate",
+    "Found",
     "Memory",
     "Probe",
     "Region",
     "Roots",
     "Scratch",
+    "Standing",
+    "Unreadable",
     "crc32c",
     "create_file",
     "discover",
     "exact_size",
+    "find_data",
+    "first_page",
     "identified",
+    "no_device",
     "open_region",
     "parse_size",
     "probe",
     "readable_size",
     "refuse_unfit",
+    "reserve",
 ]

@@ -1,26 +1,25 @@
 """Character devices whose mmap gives the shared memory: uio, kvmfr, device-dax, any driver.
 
-Each driver tells its size in another way, or not at all; then the user gives it, as PATH:SIZE or
-PATH:OFFSET:SIZE.
+The size is that of the ivshmem device's BAR2 where a driver of one made the node; else each driver
+tells it in another way, or not at all.  Then the user gives it, as PATH:SIZE or PATH:OFFSET:SIZE.
 """
 
 from __future__ import annotations
 
 import fcntl
 import os
-import stat
 from pathlib import Path
 from typing import NamedTuple
 
 from ivshmemfs.errors import RegionError, RegionSize
 from ivshmemfs.native import DEVICE, NORMAL, WRITE_COMBINING
+from ivshmemfs.region.driver import Survey, shared_map, survey, sysfs_directory, uio_maps
 from ivshmemfs.region.mapped import Region, look_at, map_descriptor, open_descriptor, shown
-from ivshmemfs.region.pci import bar_size
 from ivshmemfs.region.roots import HERE, Roots
 from ivshmemfs.region.sizes import exact_size
 
 PAGE = os.sysconf("SC_PAGE_SIZE")
-KVMFR_GETSIZE = 0x7544  # _IO('u', 0x44); answers with the size
+KVMFR_GETSIZE = 0x7544  # _IO('u', 0x44); answers with the size, as a C int
 
 
 class Extent(NamedTuple):
@@ -30,11 +29,6 @@ class Extent(NamedTuple):
     size: int
 
 
-def sysfs_directory(number: int, roots: Roots = HERE) -> Path:
-    """Where sysfs describes the character device with this device number."""
-    return roots.sys / f"dev/char/{os.major(number)}:{os.minor(number)}"
-
-
 def _value(path: Path) -> int:
     try:
         return int(path.read_text(encoding="ascii").strip(), 0)
@@ -42,23 +36,38 @@ def _value(path: Path) -> int:
         return 0
 
 
-def uio_extent(directory: Path) -> Extent | None:
-    """The largest map of a uio device: shared memory is larger than a set of registers."""
-    best: Extent | None = None
-    for entry in (directory / "maps").glob("map*"):
-        if not entry.name[3:].isdecimal():
-            continue
-        size = _value(entry / "size") - _value(entry / "offset")
-        if size > 0 and (best is None or size > best.size):
-            best = Extent(int(entry.name[3:]) * PAGE, size)
-    return best
+def _uio_extent(path: Path, directory: Path, found: Survey) -> Extent | None:
+    """The map of a uio device that is shared memory; raises RegionError if it has registers only.
+
+    Beside its memory an ivshmem device has registers, and other PCI devices may have nothing else.
+    Of devices that are not on the PCI bus nothing more is known: the largest map is taken.
+    """
+    parent = (directory / "device").resolve()
+    held = found.at(parent.name)
+    if held is not None:
+        shared = shared_map(directory, held.device)
+        if shared is None:
+            raise RegionError(
+                f"{shown(path)}: gives registers, not the shared memory (BAR2) of its device; use "
+                f"{held.device.spec}, or another driver"
+            )
+        return Extent(shared[0] * PAGE, shared[1])
+    if (parent / "vendor").exists():
+        raise RegionError(
+            f"{shown(path)}: is of PCI device {parent.name}, which is not an ivshmem device; if "
+            f"it is shared memory all the same, name its place: {shown(path)}:OFFSET:SIZE"
+        )
+    largest = max(uio_maps(directory), key=lambda one: one[2], default=(0, 0, 0))
+    return Extent(largest[0] * PAGE, largest[2]) if largest[2] > 0 else None
 
 
-def described_extent(directory: Path) -> Extent | None:
-    """What sysfs tells without opening the device: uio maps, a size, or its PCI device's BAR2."""
-    if extent := uio_extent(directory):
-        return extent
-    size = _value(directory / "size") or bar_size(directory / "device")
+def _known_extent(path: Path, number: str, roots: Roots) -> Extent | None:
+    """What sysfs tells without opening the device: uio maps, its PCI device's BAR2, or a size."""
+    directory, found = sysfs_directory(number, roots), survey(roots)
+    if (directory / "maps").is_dir():
+        return _uio_extent(path, directory, found)
+    sizes = {device.size for device in found.behind(number)}
+    size = sizes.pop() if len(sizes) == 1 else _value(directory / "size")
     return Extent(0, size) if size else None
 
 
@@ -66,7 +75,8 @@ def _asked_size(descriptor: int, name: str) -> int:
     """What the device itself answers, 0 if nothing."""
     if name.startswith("kvmfr"):
         try:
-            return fcntl.ioctl(descriptor, KVMFR_GETSIZE) & 0xFFFFFFFF
+            # 0 for 4 GiB, and negative (an OSError) for 2 GiB: then nothing was answered.
+            return max(0, fcntl.ioctl(descriptor, KVMFR_GETSIZE))
         except OSError:
             return 0
     try:
@@ -75,8 +85,8 @@ def _asked_size(descriptor: int, name: str) -> int:
         return 0
 
 
-def _find_extent(descriptor: int, path: Path, directory: Path) -> Extent:
-    extent = described_extent(directory)
+def _find_extent(descriptor: int, path: Path, number: str, roots: Roots) -> Extent:
+    extent = _known_extent(path, number, roots)
     if extent is None and (size := _asked_size(descriptor, path.name)):
         extent = Extent(0, size)
     if extent is None:
@@ -103,11 +113,6 @@ def _narrowed(found: Extent | None, given: int, path: Path) -> Extent:
     return Extent(found.offset if found else 0, given)
 
 
-def is_character_device(mode: int) -> bool:
-    """As stat.S_ISCHR, by a name that tests can replace."""
-    return stat.S_ISCHR(mode)
-
-
 def open_chardev(
     path: Path,
     *,
@@ -118,26 +123,26 @@ def open_chardev(
 ) -> Region:
     """Map a character device; raises a RegionError.
 
-    Without `size` the device or sysfs must tell it; without `offset` it is where the driver puts
-    its (largest) memory.
+    Without `size` sysfs or the device must tell it; without `offset` it is where the driver puts
+    the shared memory.
     """
-    status = look_at(path)
-    if not is_character_device(status.st_mode):
+    look_at(path)
+    number = roots.device_number(path)
+    if number is None:
         raise RegionError(f"{shown(path)}: is not a character device; leave out offset and size")
-    directory = sysfs_directory(status.st_rdev, roots)
     descriptor = open_descriptor(path, readonly=readonly)
     try:
         if size is None:
-            extent = _find_extent(descriptor, path, directory)
+            extent = _find_extent(descriptor, path, number, roots)
         elif offset is None:
-            extent = _narrowed(described_extent(directory), size, path)
+            extent = _narrowed(_known_extent(path, number, roots), size, path)
         else:
             extent = Extent(offset, size)
     except RegionError:
         os.close(descriptor)
         raise
     whole = path.absolute()
-    memory = map_descriptor(
+    memory, anchor = map_descriptor(
         descriptor,
         extent.size,
         extent.offset,
@@ -145,7 +150,8 @@ def open_chardev(
         readonly=readonly,
         access=_access(path.name, roots),
     )
-    return Region(memory=memory, spec=_spec(whole, offset, size), path=whole, kind="device")
+    spec = _spec(whole, offset, size)
+    return Region(memory=memory, spec=spec, path=whole, kind="device", anchor=anchor)
 
 
 def _spec(path: Path, offset: int | None, size: int | None) -> str:

@@ -7,23 +7,46 @@ import os
 import re
 from collections.abc import Iterator
 
-from ivshmemfs.errors import RegionDenied, RegionError, RegionMissing, RegionSize, UsageError
+from ivshmemfs.errors import (
+    RegionDenied,
+    RegionError,
+    RegionHeld,
+    RegionMissing,
+    RegionSize,
+    UsageError,
+)
 from ivshmemfs.native import DEVICE, WRITE_COMBINING, Memory
+from ivshmemfs.region.driver import Holding, Survey, named_nodes, survey
+from ivshmemfs.region.lockdown import locked_down
 from ivshmemfs.region.mapped import Region, open_descriptor, refuse_small, translate
 from ivshmemfs.region.roots import HERE, Roots
-from ivshmemfs.region.sizes import exact_size, parse_number, parse_size
+from ivshmemfs.region.sizes import exact_size, parse_size
 
 PAGE = os.sysconf("SC_PAGE_SIZE")
+_HEXADECIMAL = re.compile(r"(?:0x)?([0-9a-f]{1,16})", re.IGNORECASE | re.ASCII)
 _LINE = re.compile(r"\s*([0-9a-f]+)-([0-9a-f]+) : (.*)")
 
 
+def _parse_address(text: str) -> int:
+    """A physical address, in hexadecimal with or without 0x as lspci prints it."""
+    if re.fullmatch(r"[0-9]+", text, re.ASCII):
+        raise UsageError(
+            f"mem:{text}: the address may be decimal or hexadecimal; write 0x{text} for what lspci "
+            f"prints, or {int(text):#x} for the decimal number"
+        )
+    match = _HEXADECIMAL.fullmatch(text)
+    if match is None:
+        raise UsageError(f"{text!r} is not an address; write it like 0xfe000000 or fe000000")
+    return int(match[1], 16)
+
+
 def parse_place(text: str) -> tuple[int, int]:
-    """(address, size) from ``0xADDRESS:SIZE``; raises UsageError."""
+    """(address, size) from ``ADDRESS:SIZE``; raises UsageError."""
     address_text, colon, size_text = text.partition(":")
     if not colon:
         raise UsageError(f"'mem:{text}' lacks a size; write it like mem:0xfe000000:1M")
-    address, size = parse_number(address_text), parse_size(size_text)
-    if address < 0 or address % PAGE or address + size > 1 << 63:
+    address, size = _parse_address(address_text), parse_size(size_text)
+    if address % PAGE or address + size > 1 << 63:
         raise UsageError(f"{address_text} is not the address of a page ({PAGE} bytes)")
     return address, size
 
@@ -49,31 +72,63 @@ def _refuse_ram(address: int, size: int, roots: Roots) -> None:
             )
 
 
+def _holding(address: int, size: int, found: Survey) -> Holding | None:
+    """The ivshmem device in whose shared memory the range begins or ends."""
+    for held in found.holdings:
+        start, end = held.device.start, held.device.start + held.device.size
+        if address < end and start < address + size:
+            return held
+    return None
+
+
+def _refuse_beyond(address: int, size: int, held: Holding | None) -> None:
+    """Raise RegionSize when the range is more than the device's memory: registers, another BAR."""
+    if held is None:
+        return
+    start, end = held.device.start, held.device.start + held.device.size
+    if address < start or address + size > end:
+        raise RegionSize(
+            f"mem:{address:#x}:{exact_size(size)} is more than the shared memory of "
+            f"{held.device.spec}; that is mem:{start:#x}:{exact_size(end - start)}"
+        )
+
+
 def open_devmem(place: str, *, readonly: bool = False, roots: Roots = HERE) -> Region:
-    """Map a physical range, ``0xADDRESS:SIZE``; raises a RegionError or UsageError."""
+    """Map a physical range, ``ADDRESS:SIZE``; raises a RegionError or UsageError."""
     address, size = parse_place(place)
     spec = f"mem:{address:#x}:{exact_size(size)}"
     path = roots.dev / "mem"
     refuse_small(size, spec)
     _refuse_ram(address, size, roots)
+    held = _holding(address, size, survey(roots))
+    _refuse_beyond(address, size, held)
     try:
         descriptor = open_descriptor(path, readonly=readonly, extra_flags=os.O_SYNC)
     except RegionMissing:
         raise RegionMissing(
             f"{spec}: this kernel has no /dev/mem; use pci or a character device instead"
         ) from None
+    except RegionDenied:
+        if os.geteuid() != 0:
+            raise
+        raise locked_down(spec, roots) from None
     access = WRITE_COMBINING if roots.x86 else DEVICE
     try:
         memory = Memory(descriptor, size, address, writable=not readonly, access=access)
     except OSError as error:
-        raise _cannot_map(error, spec) from None
+        raise _cannot_map(error, spec, held) from None
     finally:
         os.close(descriptor)
     return Region(memory=memory, spec=spec, path=path, kind="physical memory")
 
 
-def _cannot_map(error: OSError, spec: str) -> RegionError:
+def _cannot_map(error: OSError, spec: str, held: Holding | None) -> RegionError:
     if error.errno in (errno.EPERM, errno.EACCES):
+        if held is not None and held.driver:
+            return RegionHeld(
+                f"{spec}: driver {held.driver} holds {held.device.spec}, and this kernel lets "
+                f"only the driver map it; use {named_nodes(held)}"
+            )
         return RegionDenied(
             f"{spec}: this kernel keeps the range from /dev/mem (strict devmem, or a driver has "
             "it); use pci or that driver's character device instead"

@@ -37,12 +37,13 @@ def open_file(path: Path, *, readonly: bool = False) -> Region:
     if size == 0:
         os.close(descriptor)
         raise RegionSize(
-            f"{shown(path)}: is empty; give it a size with: "
-            f"mkfs.ivshmemfs --force --size 1M {shown(path)}"
+            f"{shown(path)}: is an empty file, and a region has 1 MiB or more; is it the right one?"
         )
-    memory = map_descriptor(descriptor, size, 0, path=path, readonly=readonly, access=NORMAL)
+    memory, anchor = map_descriptor(
+        descriptor, size, 0, path=path, readonly=readonly, access=NORMAL
+    )
     whole = path.absolute()
-    return Region(memory=memory, spec=str(whole), path=whole, kind="file")
+    return Region(memory=memory, spec=str(whole), path=whole, kind="file", anchor=anchor)
 
 
 def create_file(path: str | os.PathLike[str], size: int, *, exist_ok: bool = False) -> None:
@@ -74,6 +75,43 @@ def create_file(path: str | os.PathLike[str], size: int, *, exist_ok: bool = Fal
         raise
     finally:
         os.close(descriptor)
+
+
+def reserve(region: Region) -> None:
+    """Give a file all the memory that it may need, so that no access finds its file system full.
+
+    What it holds stays.  Raises RegionSize with both sizes when that does not fit.
+    """
+    if region.kind != "file":
+        return
+    descriptor = open_descriptor(region.path, readonly=False)
+    try:
+        _refuse_tight(descriptor, region)
+        os.posix_fallocate(descriptor, 0, region.size)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.ENOMEM):
+            raise translate(error, region.path) from None
+        raise _too_large(descriptor, region) from None
+    finally:
+        os.close(descriptor)
+
+
+def _refuse_tight(descriptor: int, region: Region) -> None:
+    behind = os.fstatvfs(descriptor)
+    free = behind.f_bfree if os.geteuid() == 0 else behind.f_bavail
+    missing = region.size - os.fstat(descriptor).st_blocks * 512
+    if behind.f_blocks and missing > free * behind.f_frsize:
+        raise _too_large(descriptor, region)
+
+
+def _too_large(descriptor: int, region: Region) -> RegionSize:
+    behind = os.fstatvfs(descriptor)
+    total, free = (n * behind.f_frsize for n in (behind.f_blocks, behind.f_bfree))
+    return RegionSize(
+        f"{shown(region.path)}: {readable_size(region.size)} do not fit there; the file system "
+        f"has {readable_size(total)}, of which {readable_size(free)} are free: make room or use a "
+        "smaller size (--sparse takes memory only where it is written to)"
+    )
 
 
 def _cannot_create(error: OSError, target: Path) -> RegionError:

@@ -6,22 +6,34 @@ import contextlib
 import os
 import stat
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import NamedTuple
 
 from ivshmemfs.errors import (
     IvshmemfsError,
     RegionAmbiguous,
     RegionDenied,
+    RegionError,
+    RegionHeld,
     RegionMissing,
+    RegionUnfit,
     UsageError,
 )
-from ivshmemfs.region.chardev import described_extent, is_character_device, open_chardev
-from ivshmemfs.region.chardev import sysfs_directory as char_directory
+from ivshmemfs.native import NORMAL
+from ivshmemfs.region.chardev import open_chardev
 from ivshmemfs.region.devmem import open_devmem
+from ivshmemfs.region.driver import Holding, Node, Survey, named_nodes, survey
 from ivshmemfs.region.file import open_file
 from ivshmemfs.region.mapped import Region, look_at, shown
-from ivshmemfs.region.pci import find_devices, is_ivshmem, is_resource, open_pci, open_resource
+from ivshmemfs.region.pci import (
+    PciDevice,
+    is_resource,
+    no_device,
+    normal_address,
+    open_pci,
+    open_resource,
+)
 from ivshmemfs.region.roots import HERE, Roots
 from ivshmemfs.region.sizes import parse_number, parse_size, readable_size
 
@@ -36,37 +48,49 @@ class Candidate:
     spec: str
     description: str
     size: int
-    device: str = field(default="", compare=False)  # same text: the same memory by another way
+    device: str = field(default="", compare=False)  # the ivshmem device, or the node; "": a file
+
+
+class Unreadable(NamedTuple):
+    """A candidate that could not be read, and why: its contents are unknown."""
+
+    candidate: Candidate
+    error: IvshmemfsError | OSError
 
 
 # --- what there is --------------------------------------------------------------------------
 
 
-def _pci_candidates(roots: Roots) -> Iterator[Candidate]:
-    for device in find_devices(roots):
-        what = f"PCI device, {readable_size(device.size)}" if device.size else "PCI, no BAR2"
-        yield Candidate(device.spec, what, device.size, device.address)
+def _pci_candidate(held: Holding) -> Candidate:
+    device = held.device
+    what = f"PCI device, {readable_size(device.size) if device.size else 'BAR2 has no address'}"
+    if held.driver:
+        what += f", driver {held.driver}"
+        what += "".join(f", {shown(node.path)}" for node in held.nodes)
+    return Candidate(device.spec, what, device.size, device.address)
 
 
-def _chardev_candidates(roots: Roots) -> Iterator[Candidate]:
-    for pattern in ("kvmfr*", "uio*"):
-        for path in sorted(roots.dev.glob(pattern)):
-            try:
-                status = path.stat()
-            except OSError:
-                continue
-            if not is_character_device(status.st_mode):
-                continue
-            directory = char_directory(status.st_rdev, roots)
-            extent = described_extent(directory)
-            parent = directory / "device"
-            size = extent.size if extent else 0
-            yield Candidate(
-                str(path),
-                f"device, {readable_size(size)}" if size else "device, size unknown",
-                size,
-                parent.resolve().name if is_ivshmem(parent) else "",
-            )
+def _node_candidate(node: Node, devices: list[PciDevice]) -> Candidate:
+    sizes = {device.size for device in devices}
+    size = sizes.pop() if len(sizes) == 1 else 0
+    what = f"device, {readable_size(size)}" if size else "device, size unknown"
+    if devices:
+        what += f", {' or '.join(device.spec for device in devices)}"
+    return Candidate(str(node.path), what, size, str(node.path))
+
+
+def _device_candidates(found: Survey) -> Iterator[Candidate]:
+    """Each device once: the nodes of its driver are other ways to the same memory.
+
+    Where it is open which device a node is of, the nodes are listed in place of the devices.
+    """
+    unclear = [(node, devices) for node, devices in found.unclear if node.there]
+    for held in found.holdings:
+        meant = [devices for _node, devices in unclear if held.device in devices]
+        if not meant or len(meant) < len(meant[0]):  # some of the devices have no node
+            yield _pci_candidate(held)
+    for node, devices in unclear:
+        yield _node_candidate(node, devices)
 
 
 def _file_candidates(roots: Roots) -> Iterator[Candidate]:
@@ -83,61 +107,66 @@ def _file_candidates(roots: Roots) -> Iterator[Candidate]:
 
 
 def discover(roots: Roots = HERE) -> list[Candidate]:
-    """What could be a region here: ivshmem devices, /dev/kvmfr*, /dev/uio*, files in /dev/shm.
+    """What could be a region here: ivshmem devices, nodes of their drivers, files in /dev/shm.
 
     Opens nothing, so that it needs no permission.
     """
-    return [
-        *_pci_candidates(roots),
-        *_chardev_candidates(roots),
-        *_file_candidates(roots),
-    ]
+    return [*_device_candidates(survey(roots)), *_file_candidates(roots)]
 
 
 # --- finding one by what it carries ---------------------------------------------------------
 
 
-def _first_page(spec: str, roots: Roots) -> bytes:
-    with _open_named(spec, True, roots) as region:
-        return region.memory.read(0, min(FIRST_PAGE, region.size))
+def first_page(region: Region) -> bytes:
+    """The first bytes of a region; raises RegionUnfit when a device answers nothing but ones."""
+    page = region.memory.read(0, min(FIRST_PAGE, region.size))
+    if region.memory.access != NORMAL and not page.strip(b"\xff"):
+        raise RegionUnfit(
+            f"{region.spec}: every load gives ones: the device is switched off, or it is gone; "
+            "see: ivshmemfs list"
+        )
+    return page
 
 
 def identified(
     candidates: list[Candidate], identify: Identify, roots: Roots = HERE
-) -> tuple[list[tuple[Candidate, tuple[str, str]]], list[Candidate]]:
-    """Those that carry a filesystem with their (label, uuid), and those nobody let us read."""
-    found, denied, seen = [], [], set()
+) -> tuple[list[tuple[Candidate, tuple[str, str]]], list[Unreadable]]:
+    """Those that carry a filesystem with their (label, uuid), and those that cannot be read."""
+    found, unreadable = [], []
     for candidate in candidates:
-        if candidate.device and candidate.device in seen:
-            continue
         try:
-            names = identify(_first_page(candidate.spec, roots))
-        except RegionDenied:
-            denied.append(candidate)
-            continue
-        except (IvshmemfsError, OSError):
+            with _open_named(candidate.spec, True, roots) as region:
+                names = identify(first_page(region))
+        except (IvshmemfsError, OSError) as error:
+            unreadable.append(Unreadable(candidate, error))
             continue
         if names is not None:
-            seen.add(candidate.device)
             found.append((candidate, names))
-    return found, denied
+    return found, unreadable
 
 
 def _listing(candidates: list[Candidate]) -> str:
     return "; ".join(f"{shown(c.spec)} ({c.description})" for c in candidates)
 
 
-def _choose(matches: list[Candidate], denied: list[Candidate], wanted: str) -> str:
+def _choose(matches: list[Candidate], unreadable: list[Unreadable], wanted: str) -> str:
     if len(matches) == 1:
         return matches[0].spec
     if matches:
         raise RegionAmbiguous(
             f"{len(matches)} regions are {wanted}: {_listing(matches)}; name one of them"
         )
-    if denied:
+    denied = [one.candidate for one in unreadable if isinstance(one.error, RegionDenied)]
+    if denied and os.geteuid() != 0:
         raise RegionDenied(
             f"no region is {wanted} among those this user may read; try as root "
             f"({_listing(denied)})"
+        )
+    devices = [one for one in unreadable if one.candidate.device]
+    if devices:
+        raise RegionError(
+            f"no region is {wanted} among those that can be read; "
+            + "; ".join(str(one.error) for one in devices)
         )
     raise RegionMissing(f"no region is {wanted}; see: ivshmemfs list")
 
@@ -147,29 +176,26 @@ def _by_name(kind: str, value: str, identify: Identify | None, roots: Roots) -> 
         raise UsageError(f"{kind}= finds only what is formatted; name the file or device instead")
     if not value:
         raise UsageError(f"{kind}= lacks a value; write it like {kind}=...")
-    found, denied = identified(discover(roots), identify, roots)
+    found, unreadable = identified(discover(roots), identify, roots)
     position = 0 if kind == "label" else 1
     fold = str.lower if kind == "uuid" else str
     matches = [c for c, names in found if fold(names[position]) == fold(value)]
-    return _choose(matches, denied, f"{kind}={shown(value)}")
+    return _choose(matches, unreadable, f"{kind}={shown(value)}")
 
 
 def _only_pci(identify: Identify | None, roots: Roots) -> str:
     """The one ivshmem device; of several, the one that carries a filesystem."""
-    devices = list(_pci_candidates(roots))
+    devices = [_pci_candidate(held) for held in survey(roots).holdings]
     if len(devices) == 1:
         return devices[0].spec
     if not devices:
-        raise RegionMissing(
-            "no ivshmem device (PCI 1af4:1110) here; in a guest, give QEMU one (see README); on "
-            "the host, name the file in /dev/shm"
-        )
+        raise no_device(roots)
     if identify is None:
         return _choose(devices, [], "an ivshmem device")
-    found, denied = identified(devices, identify, roots)
-    if not found and not denied:
+    found, unreadable = identified(devices, identify, roots)
+    if not found and not unreadable:
         return _choose(devices, [], "an ivshmem device, none formatted")
-    return _choose([c for c, _ in found], denied, "a formatted ivshmem device")
+    return _choose([c for c, _ in found], unreadable, "a formatted ivshmem device")
 
 
 # --- opening --------------------------------------------------------------------------------
@@ -195,18 +221,81 @@ def _open_path(spec: str, readonly: bool, roots: Roots) -> Region:
     if "\0" in spec:
         raise RegionMissing(f"{shown(spec)}: no such file or device; see: ivshmemfs list")
     path, offset, size = _split_extent(spec)
-    if os.path.lexists(path) and is_character_device(look_at(path).st_mode):
-        return open_chardev(path, offset=offset, size=size, readonly=readonly, roots=roots)
+    if os.path.lexists(path):
+        look_at(path)
+        if roots.device_number(path) is not None:
+            return open_chardev(path, offset=offset, size=size, readonly=readonly, roots=roots)
     if size is not None:
         raise UsageError(f"{shown(path)}: only a character device takes an offset or size")
     if is_resource(path):
-        return open_resource(path, readonly=readonly, roots=roots)
+        return _open_resource(path, readonly, roots)
     return open_file(path, readonly=readonly)
+
+
+def _open_resource(path: Path, readonly: bool, roots: Roots) -> Region:
+    try:
+        return open_resource(path, readonly=readonly, roots=roots)
+    except RegionHeld:
+        held = survey(roots).at(path.absolute().parent.resolve().name)
+        if held is None or not held.driver:
+            raise
+        raise RegionHeld(
+            f"{shown(path)}: driver {held.driver} holds the device, and this kernel lets only "
+            f"the driver map it; use {named_nodes(held)}"
+        ) from None
+
+
+def _open_pci(address: str, readonly: bool, roots: Roots) -> Region:
+    """By sysfs; where that is refused, by a node of the driver that holds the device."""
+    try:
+        return open_pci(address, readonly=readonly, roots=roots)
+    except RegionError as refused:
+        found = survey(roots)
+        held = found.at(normal_address(address))
+        if held is None or not held.driver or not held.device.size:
+            raise
+        unclear = [node for node, devices in found.unclear if held.device in devices]
+        return _through_driver(held, unclear, refused, readonly, roots)
+
+
+def _through_driver(
+    held: Holding, unclear: list[Node], refused: RegionError, readonly: bool, roots: Roots
+) -> Region:
+    failed: RegionError | None = None
+    for node in held.nodes:
+        try:
+            region = _open_node(node, readonly, roots)
+        except RegionError as error:
+            failed = failed or error
+        else:
+            kind = f"PCI device, {region.path} of driver {held.driver}"
+            return replace(region, spec=held.device.spec, kind=kind)
+    spec, driver = held.device.spec, held.driver
+    if failed is not None:
+        raise type(failed)(f"{spec}: driver {driver} holds the device; {failed}") from None
+    if isinstance(refused, RegionHeld):
+        nodes = "that driver's character device"
+        nodes += f" ({' or '.join(shown(node.path) for node in unclear)})" if unclear else ""
+        release = f"echo {held.device.address} >{roots.sys}/bus/pci/drivers/{driver}/unbind"
+        raise RegionHeld(
+            f"{spec}: driver {driver} holds the device, and this kernel lets only the "
+            f"driver map it; name {nodes}, or release the device: {release}"
+        ) from None
+    raise refused
+
+
+def _open_node(node: Node, readonly: bool, roots: Roots) -> Region:
+    if not node.there:
+        raise RegionMissing(
+            f"its character device is not in {roots.dev} here; make it: "
+            f"mknod {shown(node.path)} c {node.number.replace(':', ' ')}"
+        )
+    return open_chardev(node.path, readonly=readonly, roots=roots)
 
 
 def _open_named(spec: str, readonly: bool, roots: Roots) -> Region:
     if spec.startswith("pci:"):
-        return open_pci(spec[4:], readonly=readonly, roots=roots)
+        return _open_pci(spec[4:], readonly, roots)
     if spec.startswith("mem:"):
         return open_devmem(spec[4:], readonly=readonly, roots=roots)
     return _open_path(spec, readonly, roots)
@@ -223,7 +312,8 @@ def open_region(
 
     `spec` is the path of a file or character device (there also PATH:SIZE or PATH:OFFSET:SIZE) or
     of a device's `resource2` or `resource2_wc` in sysfs,
-    ``pci``, ``pci:0000:00:04.0``, ``mem:0xADDRESS:SIZE``, ``label=L`` or ``uuid=U``.  `identify`
+    ``pci``, ``pci:0000:00:04.0``, ``mem:ADDRESS:SIZE``, ``label=L`` or ``uuid=U`` (as in fstab,
+    also ``LABEL=`` and ``UUID=``), or ``file:PATH``, which systemd takes for no device.  `identify`
     gets the first 4096 bytes of a region and tells the (label, uuid) of the filesystem on it, or
     None; ``label=`` and ``uuid=`` need it, and ``pci`` uses it to choose among several devices.
     Raises a RegionError, or UsageError for a text that means nothing.
@@ -232,7 +322,9 @@ def open_region(
         raise UsageError("the region has no name; see: ivshmemfs list")
     if spec == "pci":
         spec = _only_pci(identify, roots)
-    elif spec.startswith(("label=", "uuid=")) and not os.path.lexists(spec):
+    elif spec.startswith(("label=", "uuid=", "LABEL=", "UUID=")) and not os.path.lexists(spec):
         kind, _, value = spec.partition("=")
-        spec = _by_name(kind, value, identify, roots)
+        spec = _by_name(kind.lower(), value, identify, roots)
+    elif spec.startswith("file:") and not os.path.lexists(spec):
+        spec = spec.removeprefix("file:")
     return _open_named(spec, readonly, roots)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import os
 import stat
 from dataclasses import dataclass
@@ -12,16 +13,19 @@ from types import TracebackType
 
 from ivshmemfs.errors import RegionDenied, RegionError, RegionMissing, RegionSize, RegionUnfit
 from ivshmemfs.native import DEVICE, NORMAL, WRITE_COMBINING, Memory
+from ivshmemfs.printing import printable
 from ivshmemfs.region.sizes import readable_size
+from ivshmemfs.region.standing import Anchor, Standing
 
+SHORT = 256 << 10  # bytes: with less left, a file system counts as full
+_F_SEAL_FUTURE_WRITE = 16  # fcntl has it from Python 3.12 on
 MIN_SIZE = 4096  # whatever the format asks for, less than a page cannot be a region
 ACCESS_NAMES = {NORMAL: "cached", DEVICE: "device memory", WRITE_COMBINING: "write-combining"}
 
 
 def shown(path: str | os.PathLike[str]) -> str:
     """A path as one line of a message can show it."""
-    text = os.fspath(path)
-    return text if text.isprintable() else ascii(text)[1:-1]
+    return printable(os.fspath(path))
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,7 @@ class Region:
     spec: str  # canonical text that opens the same region again
     path: Path  # the file or device that is mapped
     kind: str  # for people: file, PCI device, ...
+    anchor: Anchor | None = None  # what is mapped, where that can be told
 
     @property
     def size(self) -> int:
@@ -49,9 +54,35 @@ class Region:
         mode = ", read-only" if self.readonly else ""
         return f"{self.kind}, {readable_size(self.size)}, {ACCESS_NAMES[self.memory.access]}{mode}"
 
+    def shortage(self) -> str:
+        """What made an access fail, if that is that the file system of its file is full; else "".
+
+        Memory that a sparse file has not got yet cannot be had then, and the access is a SIGBUS.
+        """
+        if self.kind != "file":
+            return ""
+        try:
+            there, behind = os.stat(self.path), os.statvfs(self.path)
+        except OSError:
+            return ""
+        total, free = (n * behind.f_frsize for n in (behind.f_blocks, behind.f_bfree))
+        if there.st_size < self.size or not total or free >= SHORT:
+            return ""
+        place = next(p for p in self.path.parents if os.path.ismount(p))
+        return (
+            f"the file system at {shown(place)} is full ({readable_size(total)} in all), so that "
+            f"{shown(self.path)} gets no more memory: make room there"
+        )
+
+    def standing(self) -> Standing:
+        """What became of the file or device since it was opened."""
+        return Standing.SOUND if self.anchor is None else self.anchor.standing(self.path)
+
     def close(self) -> None:
         """Unmap; closing twice is harmless."""
         self.memory.close()
+        if self.anchor is not None:
+            self.anchor.close()
 
     def __enter__(self) -> Region:
         return self
@@ -98,7 +129,26 @@ def open_descriptor(path: Path, *, readonly: bool, extra_flags: int = 0) -> int:
     try:
         return os.open(path, flags)
     except OSError as error:
+        if not readonly and error.errno in (errno.EACCES, errno.EPERM) and _may_read(path):
+            raise RegionDenied(_unwritable(error, path)) from None
         raise translate(error, path) from None
+
+
+def _may_read(path: Path) -> bool:
+    with contextlib.suppress(OSError):
+        os.close(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK))
+        return True
+    return False
+
+
+def _unwritable(error: OSError, path: Path) -> str:
+    """What to do with a file that this user may read only."""
+    if error.errno == errno.EPERM:
+        return f"{shown(path)}: must not be written (lsattr shows 'i' or 'a'?); mount it with -o ro"
+    return (
+        f"{shown(path)}: this user may only read it; mount it with -o ro, run as root, or give "
+        "this user access to it"
+    )
 
 
 def refuse_small(size: int, name: str) -> None:
@@ -108,19 +158,41 @@ def refuse_small(size: int, name: str) -> None:
 
 
 def map_descriptor(
-    descriptor: int, length: int, offset: int, *, path: Path, readonly: bool, access: int
-) -> Memory:
-    """Map and close `descriptor`; raises a RegionError."""
-    refuse_small(length, shown(path))
+    descriptor: int,
+    length: int,
+    offset: int,
+    *,
+    path: Path,
+    readonly: bool,
+    access: int,
+    device: bool = False,
+) -> tuple[Memory, Anchor]:
+    """Map and close `descriptor`, with `device` that of a file in sysfs; raises a RegionError."""
     try:
-        return Memory(descriptor, length, offset, writable=not readonly, access=access)
+        refuse_small(length, shown(path))
+        memory = Memory(descriptor, length, offset, writable=not readonly, access=access)
+        return memory, Anchor(descriptor, length, device=device)
     except ValueError as error:
         raise RegionSize(f"{shown(path)}: {error}") from None
     except OSError as error:
+        if error.errno == errno.EPERM and (sealed := _sealed(descriptor)):
+            raise RegionDenied(
+                f"{shown(path)}: is sealed against writing ({sealed}); mount it with -o ro"
+            ) from None
         raise _cannot_map(error, path, length) from None
     finally:
         with contextlib.suppress(OSError):
             os.close(descriptor)
+
+
+def _sealed(descriptor: int) -> str:
+    """The seals of a memfd that forbid a writable mapping."""
+    try:
+        seals = fcntl.fcntl(descriptor, fcntl.F_GET_SEALS)
+    except OSError:
+        return ""
+    names = {fcntl.F_SEAL_WRITE: "F_SEAL_WRITE", _F_SEAL_FUTURE_WRITE: "F_SEAL_FUTURE_WRITE"}
+    return ", ".join(name for seal, name in names.items() if seals & seal)
 
 
 def _cannot_map(error: OSError, path: Path, length: int) -> RegionError:

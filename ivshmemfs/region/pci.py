@@ -9,21 +9,40 @@ is for the probe to measure.
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from ivshmemfs.errors import RegionDenied, RegionError, RegionMissing, RegionSize, UsageError
+from ivshmemfs.errors import (
+    RegionDenied,
+    RegionError,
+    RegionHeld,
+    RegionMissing,
+    RegionSize,
+    UsageError,
+)
 from ivshmemfs.native import DEVICE, WRITE_COMBINING
-from ivshmemfs.region.mapped import Region, map_descriptor, open_descriptor, shown, translate
+from ivshmemfs.region.lockdown import locked_down
+from ivshmemfs.region.mapped import (
+    Region,
+    map_descriptor,
+    open_descriptor,
+    refuse_small,
+    shown,
+    translate,
+)
 from ivshmemfs.region.roots import HERE, Roots
 
 VENDOR = 0x1AF4
 DEVICE_ID = 0x1110
 SHARED_BAR = 2
 PLAIN, COMBINING = f"resource{SHARED_BAR}", f"resource{SHARED_BAR}_wc"
+UNSET = 0x20000000  # IORESOURCE_UNSET: the kernel found no address for the BAR
+CONFIG_BAR = 0x10 + 4 * SHARED_BAR  # offset of the BAR's register in the configuration space
+BRIDGE = 0x0604  # class and subclass of a bridge between two PCI buses
 _ADDRESS = re.compile(
     r"(?:([0-9a-f]{4,8}):)?([0-9a-f]{2}):([0-9a-f]{2})\.([0-7])", re.IGNORECASE | re.ASCII
 )
@@ -31,10 +50,11 @@ _ADDRESS = re.compile(
 
 @dataclass(frozen=True)
 class PciDevice:
-    """An ivshmem device; `size` is that of its shared memory, 0 when it has none."""
+    """An ivshmem device; `start` and `size` place its shared memory, both 0 without an address."""
 
     address: str
     directory: Path
+    start: int
     size: int
 
     @property
@@ -59,14 +79,16 @@ def _number(path: Path) -> int | None:
         return None
 
 
-def bar_size(directory: Path, bar: int = SHARED_BAR) -> int:
-    """Bytes of a PCI device's BAR as sysfs tells, 0 when it has none or tells nothing."""
+def bar_extent(directory: Path, bar: int = SHARED_BAR) -> tuple[int, int]:
+    """Return (physical address, bytes) of a PCI device's BAR; (0, 0) if it has no address."""
     try:
         line = (directory / "resource").read_text(encoding="ascii").splitlines()[bar]
-        start, end = (int(word, 16) for word in line.split()[:2])
+        start, end, flags = (int(word, 16) for word in line.split())
     except (OSError, ValueError, IndexError):
-        return 0
-    return end - start + 1 if end > start else 0
+        return 0, 0
+    if start == 0 or end <= start or flags & UNSET:
+        return 0, 0
+    return start, end - start + 1
 
 
 def is_ivshmem(directory: Path) -> bool:
@@ -83,7 +105,20 @@ def find_devices(roots: Roots = HERE) -> Iterator[PciDevice]:
         return
     for directory in directories:
         if is_ivshmem(directory):
-            yield PciDevice(directory.name, directory, bar_size(directory))
+            yield PciDevice(directory.name, directory, *bar_extent(directory))
+
+
+def no_device(roots: Roots = HERE) -> RegionMissing:
+    """The error when no ivshmem device is found."""
+    if not roots.has_sysfs:
+        return RegionMissing(
+            f"no ivshmem device is known: sysfs is not mounted on {roots.sys}; mount it, or name "
+            "a driver's character device, or mem:ADDRESS:SIZE"
+        )
+    return RegionMissing(
+        "no ivshmem device (PCI 1af4:1110) here; in a guest, give QEMU one (see README); on "
+        "the host, name the file in /dev/shm"
+    )
 
 
 def _refuse_missing(directory: Path, address: str) -> None:
@@ -108,23 +143,50 @@ def _enable(directory: Path, address: str) -> None:
             f"PCI device {address} is switched off and only root may enable it; run as root"
         ) from None
     except OSError as error:
+        if error.errno == errno.EROFS:
+            raise RegionDenied(
+                f"PCI device {address} is switched off and /sys is read-only here; enable it "
+                f"outside of this container: echo 1 >{shown(switch)}"
+            ) from None
         raise translate(error, switch) from None
+
+
+def _has_no_address(directory: Path, address: str) -> RegionSize:
+    """The error for a device of which sysfs tells no BAR2."""
+    try:
+        register = (directory / "config").read_bytes()[CONFIG_BAR : CONFIG_BAR + 4]
+    except OSError:
+        register = b""
+    if not any(register):  # a BAR that exists says there what kind it is, also without an address
+        return RegionSize(
+            f"PCI device {address} has no shared memory (BAR2); start QEMU with ivshmem-plain "
+            "and a memory backend with share=on"
+        )
+    above = directory.resolve().parent
+    if (_number(above / "class") or 0) >> 8 == BRIDGE:
+        return RegionSize(
+            f"the shared memory (BAR2) of PCI device {address} got no address: the port above it, "
+            f"{above.name}, has too little room; in QEMU, give that port "
+            "pref64-reserve=SIZE with at least the size of the memory"
+        )
+    return RegionSize(
+        f"the shared memory (BAR2) of PCI device {address} got no address: no room on its bus; "
+        "restart the guest with the device in place"
+    )
 
 
 def _shared_memory(directory: Path, address: str) -> int:
     """Bytes of the device's shared memory, which is switched on; raises a RegionError."""
     _refuse_missing(directory, address)
-    size = bar_size(directory)
+    _start, size = bar_extent(directory)
     if size == 0:
-        raise RegionSize(
-            f"PCI device {address} has no shared memory (BAR2); start QEMU with ivshmem-plain "
-            "and a memory backend with share=on"
-        )
+        raise _has_no_address(directory, address)
     _enable(directory, address)
     return size
 
 
-def _map(path: Path, size: int, *, readonly: bool, access: int, spec: str) -> Region:
+def _map(path: Path, size: int, *, readonly: bool, access: int, spec: str, roots: Roots) -> Region:
+    refuse_small(size, spec)
     descriptor = open_descriptor(path, readonly=readonly)
     available = os.fstat(descriptor).st_size
     if available < size:
@@ -133,24 +195,39 @@ def _map(path: Path, size: int, *, readonly: bool, access: int, spec: str) -> Re
             f"{shown(path)}: has {available} bytes where the device claims {size}; restart the "
             "guest if the device was replugged"
         )
-    memory = map_descriptor(descriptor, size, 0, path=path, readonly=readonly, access=access)
-    return Region(memory=memory, spec=spec, path=path, kind=f"PCI device, {path.name}")
+    try:
+        memory, anchor = map_descriptor(
+            descriptor, size, 0, path=path, readonly=readonly, access=access, device=True
+        )
+    except RegionSize:  # EINVAL, although the size is right: CONFIG_IO_STRICT_DEVMEM
+        raise RegionHeld(
+            f"{spec}: a driver holds the device, and this kernel lets only the driver map it; use "
+            "that driver's character device"
+        ) from None
+    except RegionDenied:  # EPERM, although opening was allowed
+        raise locked_down(spec, roots) from None
+    kind = f"PCI device, {path.name}"
+    return Region(memory=memory, spec=spec, path=path, kind=kind, anchor=anchor)
 
 
 def open_pci(address: str, *, readonly: bool = False, roots: Roots = HERE) -> Region:
     """Map the shared memory of the device at `address`; raises a RegionError or UsageError."""
     address = normal_address(address)
     directory = roots.sys / "bus/pci/devices" / address
+    if not roots.has_sysfs:
+        raise no_device(roots)
     size = _shared_memory(directory, address)
     spec = f"pci:{address}"
     combining = directory / COMBINING
     if combining.exists():
         try:
-            return _map(combining, size, readonly=readonly, access=WRITE_COMBINING, spec=spec)
+            return _map(
+                combining, size, readonly=readonly, access=WRITE_COMBINING, spec=spec, roots=roots
+            )
         except RegionError:
             pass  # the plain one then works, or its error is the one to show
     access = _plain_access(roots)
-    return _map(directory / PLAIN, size, readonly=readonly, access=access, spec=spec)
+    return _map(directory / PLAIN, size, readonly=readonly, access=access, spec=spec, roots=roots)
 
 
 def is_resource(path: Path) -> bool:
@@ -163,7 +240,7 @@ def open_resource(path: Path, *, readonly: bool = False, roots: Roots = HERE) ->
     whole = path.absolute()
     size = _shared_memory(whole.parent, whole.parent.resolve().name)
     access = WRITE_COMBINING if whole.name == COMBINING else _plain_access(roots)
-    return _map(whole, size, readonly=readonly, access=access, spec=str(whole))
+    return _map(whole, size, readonly=readonly, access=access, spec=str(whole), roots=roots)
 
 
 def _plain_access(roots: Roots) -> int:

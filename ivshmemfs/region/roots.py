@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import platform
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +22,18 @@ class Roots:
     def shm(self) -> Path:
         """Where regions that guests share usually stand on a host."""
         return self.dev / "shm"
+
+    @property
+    def has_sysfs(self) -> bool:
+        """Whether sysfs is mounted: without it no PCI device can be found."""
+        return (self.sys / "bus").is_dir()
+
+    def device_number(self, path: Path) -> str | None:
+        """Return "major:minor" of a character device, None for any other file; raises OSError."""
+        status = path.stat()
+        if not stat.S_ISCHR(status.st_mode):
+            return None
+        return f"{os.major(status.st_rdev)}:{os.minor(status.st_rdev)}"
 
     @property
     def x86(self) -> bool:

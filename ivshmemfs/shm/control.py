@@ -3,7 +3,8 @@
 The **commit word** (sequence, root block) is the whole truth: what is reachable from its root is
 the filesystem.  It changes by compare-and-swap only, from the value that a change was planned on,
 so of several planners one wins and the others plan again.  `fence` moves the sequence on without
-a new root: every commit planned before then fails, and nothing else happens.
+a new root: every commit planned before then fails, and nothing else happens.  A word that says
+"under repair" has failed them already, and only the repair replaces it (`repair`).
 
 The **hint word** is advice: 0 = nobody is committing, else (slot, need, progress) of who is.
 Writers take it before they plan so that they do not plan in vain.  It protects nothing.  A holder
@@ -39,13 +40,14 @@ class Control:
 
         Returns the new commit word, or 0 when somebody was faster.
         """
-        new = words.make_commit((planned_on >> words.BLOCK_BITS) + 1, root_block)
+        sequence = words.next_sequence(planned_on >> words.BLOCK_BITS)
+        new = words.make_commit(sequence, root_block)
         won = self._memory.cas(COMMIT_OFFSET, planned_on, new) == planned_on
         return new if won else 0
 
     def fence(self) -> None:
         """Let every commit that was planned before this call fail."""
-        while word := self.load():
+        while (word := self.load()) and not words.under_repair(word):
             if self.publish(word, word & words.BLOCK_MASK):
                 return
 

@@ -12,9 +12,13 @@ also carries incarnation and counter, so that nobody acts on a slot that has mov
     IDLE     -> JOINING   a newcomer takes the slot of a peer that is gone, or silent when the
                           table is full; safe at any time, since all claims of an idle peer are
                           settled and it cannot begin a transaction any more
+    IDLE     -> JOINING   its owner, with the next incarnation: its counter is used up
+    IDLE     -> FREE      anybody, when it is silent and was left to a second owner of its identity;
+                          safe, as above
     JOINING  -> FREE      anybody, when it stays so for seconds: its owner died before it could say
                           who it is, or will start again; safe, as above
-    ACTIVE   -> DEAD      whoever knows that the owner is gone, or was told so by an administrator
+    ACTIVE   -> DEAD      whoever knows that the owner is gone (`Watch.absent`), or was told so by
+                          an administrator
     DEAD     -> FREE      anybody, after a fence of the commit word: what the owner planned can no
                           longer be published, so its claims are settled and may be collected
 
@@ -23,7 +27,9 @@ older incarnation of their slot, a counter below the slot's, or any counter of a
 ACTIVE or DEAD.  A silent peer in ACTIVE keeps its claims (quarantine): it may still be writing.
 
 An owner that finds its state word changed was declared gone: `Fenced`.  It joins again, as a new
-incarnation, and goes on.
+incarnation, and goes on.  One that finds a word of its slot changed as only its owner may change it
+has a twin (its machine was cloned): it marks the slot, leaves it to the other, and joins again
+under an identity that proves nothing.  The other finds the mark and does the same.
 
 The open filter lists, coarsely, which inodes the owner holds open (a set bit may stand for
 several).  Opening: list, fence, look whether the inode still exists, and whether anybody intends
@@ -34,43 +40,42 @@ so at once sees the other.
 from __future__ import annotations
 
 import math
+import os
 import time
 from array import array
 from collections.abc import Iterator
 from contextlib import suppress
-from typing import Final, NamedTuple
+from typing import Final
 
 from ivshmemfs.errors import Busy, Fenced, TooManyPeers
 from ivshmemfs.format import peer, words
 from ivshmemfs.format.geometry import Geometry
+from ivshmemfs.format.peer import Occupant
 from ivshmemfs.format.words import ACTIVE, DEAD, FREE, IDLE, JOINING
 from ivshmemfs.region import Memory
-from ivshmemfs.shm import identity
+from ivshmemfs.shm import identity, watch
 from ivshmemfs.shm.control import Control
+from ivshmemfs.shm.watch import Watch
 
 _SLOT: Final = peer.SLOT_SIZE
+_NEVER: Final = (1 << 64) - 1  # no state word is ever this
 _NOT_FREE: Final = 1 << words.SLOT_SHIFT  # state words of free slots are smaller
 JOIN_ATTEMPTS = 20
-POLL = 0.05  # seconds between two looks at a full table
-SILENCE = 3.0  # seconds without a heartbeat after which an idle slot may be taken when none is free
 FILTER_SIZE = peer.FILTER_WORDS * words.FILTER_BITS
 
 
-class Peer(NamedTuple):
-    """One slot as somebody else sees it."""
+def _fresh_nonce() -> int:
+    """Anything but 0 and the mark, and hardly ever the same twice."""
+    return int.from_bytes(os.urandom(words.WORD), "little") % (peer.DOUBLED - 1) + 1
 
-    slot: int  # from 1
-    word: int
-    state: int
-    incarnation: int
-    counter: int
-    record: peer.SlotRecord
-    identity_valid: bool
 
-    @property
-    def gone(self) -> bool:
-        """Whether its owner is surely gone."""
-        return self.identity_valid and identity.gone(self.record)
+def _first_counter() -> int:
+    """Where an incarnation begins to count: anywhere in the first half.
+
+    The same incarnation comes back after 2^20 mounts of a slot.  Its tags do not, unless it counts
+    through the same places.
+    """
+    return int.from_bytes(os.urandom(words.WORD), "little") % (words.COUNTER_MASK // 2)
 
 
 class PeerTable:
@@ -80,6 +85,7 @@ class PeerTable:
         self.memory = memory
         self.control = control
         self.count = geometry.peer_count
+        self.watch = Watch(memory, geometry)
         self._base = geometry.peers_offset
 
     def offset(self, slot: int, field: int = 0) -> int:
@@ -94,15 +100,11 @@ class PeerTable:
         """Change a slot's state word if it is still `old`."""
         return self.memory.cas(self.offset(slot), old, new) == old
 
-    def peer(self, slot: int) -> Peer:
+    def peer(self, slot: int) -> Occupant:
         """What stands in a slot."""
-        raw = self.memory.read(self.offset(slot), peer.SLOT_SIZE)
-        record = peer.SLOT.unpack(raw)
-        state, incarnation, counter = words.split_state(record.state)
-        valid = peer.identity_valid(raw) and record.incarnation == incarnation
-        return Peer(slot, record.state, state, incarnation, counter, record, valid)
+        return peer.occupant(slot, self.memory.read(self.offset(slot), peer.SLOT_SIZE))
 
-    def peers(self) -> Iterator[Peer]:
+    def peers(self) -> Iterator[Occupant]:
         """All slots that are not free."""
         for slot in range(1, self.count + 1):
             if self.state(slot) >> words.SLOT_SHIFT != FREE:
@@ -113,9 +115,10 @@ class PeerTable:
 
         A word (incarnation, counter): claims of an older incarnation, or of this one with a lower
         counter, are settled; those of a newer incarnation are not (the slot moved on since).
+        Slot 0 is that of repairs, which claim as peers do.
         """
         limits = array("Q", bytes(256 * words.WORD))
-        for slot in range(1, self.count + 1):
+        for slot in range(self.count + 1):
             state, incarnation, counter = words.split_state(self.state(slot))
             settled = counter if state in (ACTIVE, DEAD) else counter + 1
             limits[slot] = words.make_state(state, incarnation, settled)
@@ -152,12 +155,32 @@ class PeerTable:
         return True
 
     def retire_gone(self, own: int = 0) -> bool:
-        """Retire all peers that are surely gone; whether there may be something to collect."""
-        found = False
-        for other in self.peers():
-            if other.slot != own and (other.state == DEAD or other.gone):
+        """Retire who is surely gone; whether there may be something to collect.
+
+        That takes somebody who looks again and again (`watch.look`): silence counts from the
+        first look.
+        """
+        found, silent = False, []
+        for slot in range(1, self.count + 1):
+            word = self.state(slot)
+            state = word >> words.SLOT_SHIFT
+            if state == DEAD:
+                found |= self.retire(slot, word)
+            elif state != FREE and slot != own and self.watch.silent(slot, word):
+                silent.append(self.peer(slot))  # which may have moved on meanwhile
+        here = identity.surroundings() if silent else None
+        for other in silent:
+            if self._is_left(other) or self.watch.absent(other, here):
                 found |= self.retire(other.slot, other.word)
         return found
+
+    def _is_left(self, other: Occupant) -> bool:
+        """Whether nobody needs a slot: it is silent without a claim under way, and its owner never
+        settled in, or left it to a second owner of its identity.
+        """
+        doubled = other.state == IDLE and other.record.nonce == peer.DOUBLED
+        left = other.state == JOINING or doubled
+        return left and self.watch.silent(other.slot, other.word)
 
     def lists(self, index: int, own: int) -> bool:
         """Whether any slot but `own` lists filter index `index` as open."""
@@ -196,19 +219,23 @@ class Membership:
         self._at = 0  # where the own slot, and so its state word, stands
         self._word = 0
         self._beat = 0
+        self._nonce = 0  # as we stored it last
+        self._proofs = peer.ALL_PROOFS  # what may prove our end
+        self._record: peer.SlotRecord | None = None
         self._own = b""  # identity as it stands in the slot
         self._filter = [0] * peer.FILTER_WORDS
         self._opens = [0] * FILTER_SIZE
         self._intent = 0
         self._waiting: tuple[float, dict[int, tuple[int, int]]] | None = None
         self.must_collect = False
+        self.doubled = False  # whether somebody else with our identity was met
 
     # --- joining and leaving ---
 
-    def join(self, wait: float = SILENCE) -> None:
+    def join(self, wait: float | None = None) -> None:
         """Take a slot; raises TooManyPeers when none falls free within `wait` seconds."""
         for _ in range(JOIN_ATTEMPTS):
-            self._take_slot(wait)
+            self._take_slot(watch.SILENCE if wait is None else wait)
             with suppress(Fenced):  # it took so long that somebody else has the slot now
                 self._settle_in()
                 return
@@ -238,8 +265,10 @@ class Membership:
         )
 
     def _join_at_once(self) -> bool:
-        if self._join_free():
-            return True
+        return self._join_free() or self._join_after_the_gone()
+
+    def _join_after_the_gone(self) -> bool:
+        self.table.watch.look()
         self.must_collect |= self.table.retire_gone()
         return self._join_free()
 
@@ -252,11 +281,12 @@ class Membership:
 
     def _join_silent(self, wait: float) -> bool:
         before = self.table.heartbeats()
-        for _ in range(math.ceil(wait / POLL)):
-            time.sleep(min(POLL, wait))
+        for _ in range(math.ceil(wait / watch.POLL)):
+            time.sleep(min(watch.POLL, wait))
+            self.table.watch.look()
             if self._join_free():
                 return True
-        return self._join_unchanged(before)
+        return self._join_after_the_gone() or self._join_unchanged(before)
 
     def _join_who_stays_silent(self) -> bool:
         """The same in many calls, of which none waits: Busy until it has taken long enough."""
@@ -264,7 +294,7 @@ class Membership:
         if self._waiting is None:
             self._waiting = now, self.table.heartbeats()
         since, before = self._waiting
-        if abs(now - since) < SILENCE:  # whichever way the clock goes
+        if abs(now - since) < watch.SILENCE:  # whichever way the clock goes
             raise Busy("all peer slots are taken; waiting for one whose owner is silent")
         self._waiting = None
         return self._join_unchanged(before)
@@ -285,18 +315,32 @@ class Membership:
         self.slot, self.incarnation, self.counter = slot, incarnation, 0
         self._at = self.table.offset(slot)
         self._word = joining
+        self._nonce = self.table.memory.load(self._at + peer.NONCE_OFFSET)
         return True
 
     def _settle_in(self) -> None:
-        self._own = peer.encode_identity(identity.current(self.incarnation))
+        self._identify(identity.current(self.incarnation))
         self._store(peer.IDENTITY_OFFSET, self._own)
+        nonce = _fresh_nonce()
+        self._store(peer.NONCE_OFFSET, nonce.to_bytes(words.WORD, "little"))
+        self._nonce = nonce
         self._store(peer.INTENT_OFFSET, bytes(words.WORD))
         self._intent = 0
         self._beat = self.table.memory.load(self.table.offset(self.slot, peer.HEARTBEAT_OFFSET))
         base = (self.incarnation & 0xFFFF) << words.FILTER_BITS
         self._filter = [base | word & words.FILTER_MASK for word in self._filter]
         self._store(peer.FILTER_OFFSET, array("Q", self._filter).tobytes())
-        self._move(IDLE, 0)
+        self._move(IDLE, _first_counter())
+
+    def _identify(self, record: peer.SlotRecord) -> None:
+        self._record = record._replace(proofs=record.proofs & self._proofs)
+        self._own = peer.encode_identity(self._record)
+
+    def doubt_machine(self, machine: bytes) -> None:
+        """Let nobody conclude anything from a UUID of ours that is not ours alone."""
+        if self._record is not None and self._record.machine == machine:
+            self._proofs &= ~peer.MACHINE_PROVES
+            self._identify(self._record)  # stored with the next beat
 
     def _store(self, field: int, content: bytes) -> None:
         """Store words of the own slot, but not over those of whoever took it meanwhile: a value
@@ -310,7 +354,7 @@ class Membership:
             seen = memory.load(at)
             while seen != word:
                 if self.table.state(self.slot) != self._word:
-                    raise Fenced("another peer took this mount's slot while it was silent")
+                    raise self._lost("another peer took this mount's slot while it was silent")
                 before, seen = seen, memory.cas(at, seen, word)
                 if seen == before:
                     break
@@ -319,8 +363,9 @@ class Membership:
     def leave(self) -> None:
         """Give the slot back; harmless when it was taken from us already."""
         if self.slot:
-            free = words.make_state(FREE, self.incarnation, self.counter)
-            self.table.swap(self.slot, self._word, free)
+            with suppress(Fenced):
+                self._sign()  # whoever has the same identity learns that we were here
+                self._move(FREE, self.counter)
             self.slot = 0
 
     # --- transactions ---
@@ -328,16 +373,34 @@ class Membership:
     def _move(self, state: int, counter: int) -> None:
         new = words.make_state(state, self.incarnation, counter)
         if self.table.memory.cas(self._at, self._word, new) != self._word:
-            raise Fenced("another peer declared this mount gone while it was silent")
+            raise self._lost("another peer declared this mount gone while it was silent")
         self._word, self.counter = new, counter
 
     def begin(self) -> int:
         """Start a transaction; returns the tag for its claims.  Raises Fenced, Busy."""
         if self.counter >= words.COUNTER_MASK - 1:
-            self.leave()
-            self.rejoin()
+            self._renew()
         self._move(ACTIVE, self.counter + 1)
+        if self.table.memory.load(self._at + peer.NONCE_OFFSET) != self._nonce:
+            self._move(IDLE, self.counter)
+            raise self._lost("another peer took this mount's slot while it was silent")
         return words.make_tag(self.slot, self.incarnation, self.counter)
+
+    def _renew(self) -> None:
+        """Become a new incarnation, because the counter is used up; Busy while that fails.
+
+        In another slot if one is free, so that what is open here is listed throughout.
+        """
+        slot, word = self.slot, self._word
+        if self._join_free():
+            try:
+                self._settle_in()
+            finally:
+                self.table.retire(slot, word)
+        elif self._claim(slot, word):
+            self._settle_in()
+        else:
+            raise self._lost("another peer took this mount's slot while it was silent")
 
     @property
     def stands(self) -> bool:
@@ -347,7 +410,7 @@ class Membership:
     def check(self) -> None:
         """Raise Fenced unless this incarnation still stands; after loading the commit word."""
         if not self.stands:
-            raise Fenced("another peer declared this mount gone in the middle of a transaction")
+            raise self._lost("another peer declared this mount gone in the middle of a transaction")
 
     def end(self) -> None:
         """Everything claimed under the tag is settled.  Raises Fenced."""
@@ -365,12 +428,62 @@ class Membership:
 
     def beat(self) -> None:
         """Show life.  Raises Fenced when the slot is no longer ours."""
-        at = self.table.offset(self.slot)
-        if self.table.state(self.slot) != self._word:
-            raise Fenced("another peer declared this mount gone while it was silent")
-        seen = self.table.memory.cas(at + peer.HEARTBEAT_OFFSET, self._beat, self._beat + 1)
+        self._sign()
+        if not self.stands:
+            raise self._lost("another peer declared this mount gone while it was silent")
+        at = self.table.offset(self.slot, peer.HEARTBEAT_OFFSET)
+        seen = self.table.memory.cas(at, self._beat, self._beat + 1)
         self._beat = seen + 1 if seen == self._beat else seen
         self._store(peer.IDENTITY_OFFSET, self._own)
+
+    # --- two owners of one identity ---
+
+    def _lost(self, text: str) -> Fenced:
+        """What to raise when a word of the own slot is not what was stored there last."""
+        if not self._has_twin():
+            return Fenced(text)
+        self._part()
+        return Fenced("another process goes by the identity of this mount")
+
+    def _sign(self) -> None:
+        """Store another nonce.  Raises Fenced if it is not ours that stands there.
+
+        A beat signs first and looks at the state word then, a transaction begins and looks at the
+        nonce then: of two owners that do so at once, one sees the other.
+        """
+        at, nonce = self._at + peer.NONCE_OFFSET, _fresh_nonce()
+        if self.table.memory.cas(at, self._nonce, nonce) != self._nonce:
+            raise self._lost("another peer declared this mount gone while it was silent")
+        self._nonce = nonce
+
+    def _has_twin(self) -> bool:
+        """Whether somebody changes the own slot as only its owner may.
+
+        Others end an incarnation as it stands; none of them begins a transaction in it, counts on,
+        or stores another nonce before it has taken the slot.
+        """
+        word = self.table.state(self.slot)
+        state, incarnation, counter = words.split_state(word)
+        if incarnation != self.incarnation:
+            return False
+        if word == self._word or state in (IDLE, ACTIVE) or counter != self.counter:
+            return True
+        nonce = self.table.memory.load(self._at + peer.NONCE_OFFSET)
+        return nonce != self._nonce and self.table.state(self.slot) == word
+
+    def _part(self) -> None:
+        """Leave the slot to the other one, and let nothing that we share with it prove our end.
+
+        It finds the mark at its next beat and does the same.
+        """
+        memory, at = self.table.memory, self._at + peer.NONCE_OFFSET
+        self.doubled, self._proofs = True, 0
+        self._word = _NEVER
+        while (seen := memory.load(at)) != peer.DOUBLED:  # the other may show life meanwhile
+            if words.split_state(self.table.state(self.slot))[1] != self.incarnation:
+                return
+            if memory.cas(at, seen, peer.DOUBLED) == seen:  # a newcomer stores its own over it
+                return
 
     # --- open inodes ---
 
@@ -404,20 +517,20 @@ class Membership:
     def _filter_word(self, place: int, new: int) -> None:
         at = self.table.offset(self.slot, peer.FILTER_OFFSET + place * words.WORD)
         old = self._filter[place]
-        if self.table.memory.cas(at, old, new) != old:
-            raise Fenced("another peer took this mount's slot while it was silent")
+        if self._word == _NEVER or self.table.memory.cas(at, old, new) != old:
+            raise self._lost("another peer took this mount's slot while it was silent")
         self._filter[place] = new
+        if not self.stands:
+            raise self._lost("another peer declared this mount gone while it was silent")
 
     def intend(self, ino: int) -> None:
-        """Announce that `ino` is about to be freed, then fence."""
-        memory = self.table.memory
+        """Announce that `ino` is about to be freed, then fence.  Raises Fenced."""
         if self._intent == ino:
             return
-        at = self.table.offset(self.slot, peer.INTENT_OFFSET)
-        if memory.cas(at, self._intent, ino) != self._intent:
-            raise Fenced("another peer took this mount's slot while it was silent")
+        # A former owner of the slot may have left its own there, before it noticed.
+        self._store(peer.INTENT_OFFSET, ino.to_bytes(words.WORD, "little"))
         self._intent = ino
-        memory.fence()
+        self.table.memory.fence()
 
     def withdraw(self) -> None:
         """Take back what was announced, if anything was."""

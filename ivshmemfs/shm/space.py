@@ -19,11 +19,13 @@ published, by what it did in the meantime.  So that word is looked at before blo
 from __future__ import annotations
 
 import errno
+import time
 from contextlib import suppress
 from typing import Any, Final
 
 from ivshmemfs.errors import Fenced, FsError, NoSpace
 from ivshmemfs.format import words
+from ivshmemfs.format.geometry import REPAIR_OFFSET
 from ivshmemfs.format.node import HEADER, HEADER_SIZE
 from ivshmemfs.shm.store import Node, Nodes, Store
 
@@ -36,6 +38,9 @@ FIRST_CLAIM: Final = 6  # blocks that an ordinary transaction needs
 SMALL_CLAIM: Final = 4
 _NOT_OURS = "another peer declared this mount gone in the middle of a transaction"
 BULK: Final = 8  # blocks from which on claims are kept packed, and together
+COUNTED_ALWAYS: Final = 1 << 16  # blocks of a region whose free ones are counted in 0.2 ms
+RECOUNT: Final = 0.5  # seconds for which a count is good enough to say that there is room
+FRESH: Final = 0.05  # seconds for which a count is good enough to say that there is none
 FEW_KEPT = 4096  # released blocks that are remembered
 BULK_KEPT = 16384
 
@@ -47,13 +52,24 @@ class Supply:
     touched yet must first be given memory.  Blocks of data that were released together stay
     together, so that copies of what is put into them go in long runs.  All this is a guess at
     which blocks are free: others may have claimed them.
+
+    A repair may have found a use for what a commit before it replaced.  So nothing is released any
+    more that a transaction left which began before the last repair; it is `owed`, and collected.
     """
 
     def __init__(self, store: Store, cursor: int = 0) -> None:
         self._store = store
+        self._repairs = store.memory.load(REPAIR_OFFSET)
+        self.owed = False  # whether something was left to a collection
         self._cursor = cursor
         self._few = bytearray()  # packed pointers, the last released at the end
         self._bulk = bytearray()
+        self._counted_at = float("-inf")
+        self._settled = 0  # blocks free when they were counted, and those in use by that commit
+
+    def begin(self) -> None:
+        """A transaction begins: before it loads the commit word."""
+        self._repairs = self._store.memory.load(REPAIR_OFFSET)
 
     def claim(self, count: int, tag: int) -> bytes:
         """Packed pointers to `count` blocks, or to as many as there are."""
@@ -70,8 +86,26 @@ class Supply:
             got += more
         return got
 
+    def free(self, used: int, age: float = FRESH) -> int:
+        """About how many blocks are free under a root that uses `used`.
+
+        Counting those of a large region takes longer than a commit: 8 ms for 16 GiB.  So the last
+        count serves for `age` seconds, corrected by what commits used or freed since; claims that
+        others hold for a moment are as they were then.
+        """
+        if self._store.geometry.block_count <= COUNTED_ALWAYS:
+            return self._store.blocks.free_count()
+        now = time.monotonic()
+        if not 0 <= now - self._counted_at <= age:
+            self._settled = self._store.blocks.free_count() + used
+            self._counted_at = now
+        return max(self._settled - used, 0)
+
     def release(self, pointers: bytes | bytearray, *, bulk: bool = False) -> None:
         """Free the blocks that still bear their pointers' tags; null pointers are skipped."""
+        if self._store.memory.load(REPAIR_OFFSET) != self._repairs:
+            self.owed = True
+            return
         try:
             self._store.blocks.release(pointers)
         except ValueError:  # a damaged tree led to a block that does not exist
@@ -112,6 +146,7 @@ class Space(Nodes):
         self._replaced_bulk = bytearray()
         self.replaced_count = 0
         self.keep = 0  # free blocks that must be left, where they are few
+        self.used = 0  # blocks in use by the root that the plan is based on
 
     # --- taking blocks ---
 
@@ -126,7 +161,10 @@ class Space(Nodes):
             self._pool.append(claims[at : at + SIZE])
 
     def _watch_room(self, want: int) -> None:
-        if self.keep and self._store.blocks.free_count() - want < self.keep:
+        if not self.keep:
+            return
+        need, supply = want + self.keep, self._supply
+        if supply.free(self.used, RECOUNT) < need and supply.free(self.used) < need:
             raise NoSpace("the region is full")
 
     def claim(self, count: int) -> bytes:
@@ -192,15 +230,29 @@ class Space(Nodes):
     def replace(self, pointer: bytes) -> None:
         """The new root will not reach this block (the block alone, not what it points at)."""
         tag = pointer[_TAG:]
-        if tag == self._mark:
+        if tag == self._mark and self._claimed(pointer):
             self._nodes.pop(pointer, None)
             self._pool.append(pointer[:4] + _ONE + tag)
         elif tag != _FREE:
             self._replaced.append(pointer)
             self.replaced_count += 1
 
+    def _claimed(self, pointer: bytes) -> bool:
+        """Whether it was this transaction that claimed a block with its tag.
+
+        Tags come back after 2^20 mounts of one slot, and the block may have been there since.
+        """
+        claim = pointer[:4] + _ONE + self._mark
+        for claims in (self._claims, self._bulk):
+            at = claims.find(claim)
+            while at >= 0 and at % SIZE:
+                at = claims.find(claim, at + 1)
+            if at >= 0:
+                return True
+        return False
+
     def drop(self, pointer: bytes, kind: int, level: int, owner: int) -> None:
-        """The new root will not reach a whole subtree; whoever commits releases `dropped`."""
+        """The new root will not reach a whole subtree; after the commit `dropped` is released."""
         self.dropped.append((pointer, kind, level, owner))
         self.replaced_count += weight_of(pointer)
 
@@ -294,7 +346,3 @@ class Space(Nodes):
         self._spare = b""
         self._replaced.clear()
         self._replaced_bulk.clear()
-
-    def release_cut(self, pointers: bytes) -> None:
-        """After the commit: free blocks of a subtree that the new root no longer reaches."""
-        self._supply.release(pointers, bulk=len(pointers) >= BULK * SIZE)

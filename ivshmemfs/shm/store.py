@@ -6,6 +6,11 @@ the commit word tells whether the root that a mount knows is the present one.
 
 Whatever contradicts itself raises Corrupt; what was merely overtaken by other peers raises
 Restart, and the operation starts again from the new root.
+
+Work is counted here, because every walk goes from node to node: a visit costs 1, a node that must
+be read from the region `READ_COST` more.  `begin_turn` says how much work one turn may do; then
+the walk raises Unfinished.  What it has read stays in the cache, so the next try gets further.  A
+turn that read nothing and still used up its work would never end: that is Corrupt.
 """
 
 from __future__ import annotations
@@ -13,15 +18,21 @@ from __future__ import annotations
 import errno
 from typing import Any, Final
 
-from ivshmemfs.errors import Corrupt, FsError, Restart, StaleHandle
+from ivshmemfs.errors import Corrupt, FsError, Restart, StaleHandle, UnderRepair, Unfinished
 from ivshmemfs.format import node as fmt
 from ivshmemfs.format import words
 from ivshmemfs.format.superblock import Superblock
 from ivshmemfs.region import Blocks, Memory
 from ivshmemfs.shm.control import Control
+from ivshmemfs.shm.repair import abandoned, describe
 
 CACHE_BYTES = 18 << 20  # so that a mount stays below 64 MiB
 PARSED_BYTES = 1600  # of the objects that a node is made into, about
+RECENT: Final = 8  # lists of extended attributes: up to 2 MiB of objects each
+READ_COST: Final = 15  # of a node that is read, in visits of one that is known
+TURN: Final = 4096  # work of one turn: 256 nodes read, or 4096 visited, in about 5 ms
+ENDLESS: Final = 1 << 60  # work that no turn does
+ROOT_TRIES: Final = 200  # roots that one snapshot reads while others commit
 _unpack_pointer = words.POINTER.unpack
 _unpack_header = fmt.HEADER.unpack
 
@@ -84,6 +95,32 @@ class NodeCache:
         self._young, self._old, self._size = {}, {}, 0
 
 
+class Recent:
+    """What a reader made of a few large things, by their pointers; the least recent goes first."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._made: dict[bytes, Any] = {}
+
+    def get(self, key: bytes) -> Any:
+        """What was made of it; None when that is not known."""
+        made = self._made.pop(key, None)
+        if made is not None:
+            self._made[key] = made
+        return made
+
+    def put(self, key: bytes, made: Any) -> None:
+        """Remember it."""
+        self._made.pop(key, None)
+        if len(self._made) >= self._most:
+            del self._made[next(iter(self._made))]
+        self._made[key] = made
+
+    def drop(self, key: bytes) -> None:
+        """Forget it."""
+        self._made.pop(key, None)
+
+
 class Nodes:
     """Where nodes come from: the region, or a transaction with nodes of its own beside it."""
 
@@ -117,18 +154,34 @@ class Store(Nodes):
             geometry.block_count,
         )
         self.cache = NodeCache()
+        self.recent = Recent(RECENT)
+        self.work = 0  # done so far
+        self.reads = 0  # nodes read so far
+        self._turn_ends = ENDLESS  # when `work` gets there
+        self._turn_reads = 0  # `reads` when the turn began
         self._word = 0
         self._root: Node | None = None
+
+    def begin_turn(self, most: int = TURN) -> None:
+        """Allow `most` work from now on."""
+        self._turn_ends = self.work + most
+        self._turn_reads = self.reads
+
+    def _end_turn(self) -> None:
+        if self.reads == self._turn_reads:
+            raise Corrupt(f"metadata leads on and on: {TURN} steps reach nothing new")
+        raise Unfinished("more is to be read than one turn may read")
 
     def snapshot(self) -> tuple[int, Node]:
         """(commit word, root node) of this moment.
 
-        Raises StaleHandle when the region was reformatted, Corrupt when the root makes no sense.
+        Raises StaleHandle when the region was reformatted, UnderRepair while it is being repaired,
+        Corrupt when the root makes no sense.
         """
         word = self.control.load()
         if word == self._word and self._root is not None:
             return word, self._root
-        for _ in range(1000):
+        for _ in range(ROOT_TRIES):
             root = self._read_root(word)
             if root is not None:
                 self._word, self._root = word, root
@@ -146,6 +199,13 @@ class Store(Nodes):
         if word == 0:
             raise StaleHandle("the region is being formatted")
         block = word & words.BLOCK_MASK
+        if block == words.UNDER_REPAIR:
+            if abandoned(self.memory) and self.control.load() == word:
+                raise Corrupt(
+                    "the commit word says that a repair is under way, and none is: run "
+                    "fsck.ivshmemfs -y on the region"
+                )
+            raise UnderRepair(describe(self.memory))
         if block >= self.geometry.block_count:
             raise Corrupt(f"the commit word {word:#x} leads past the end of the region")
         tag = self.blocks.tag(block)
@@ -172,6 +232,8 @@ class Store(Nodes):
 
     def _load(self, pointer: bytes, kind: int, level: int, owner: int | None) -> Node | None:
         block, _, tag = _unpack_pointer(pointer)
+        self.work += READ_COST
+        self.reads += 1
         try:
             data = self.blocks.read_node(block, tag)
         except ValueError as error:
@@ -196,6 +258,9 @@ class Store(Nodes):
 
     def node(self, pointer: bytes, kind: int, level: int, owner: int | None) -> Node:
         """The published node that a packed pointer leads to; see `Nodes`."""
+        self.work += 1
+        if self.work > self._turn_ends:
+            self._end_turn()
         node = self.cache.get(pointer)
         if node is None:
             node = self._load(pointer, kind, level, owner)

@@ -8,10 +8,15 @@ from pathlib import Path
 
 import pytest
 
+from ivshmemfs import __version__
+from ivshmemfs.cli.looking import listing
+from ivshmemfs.cli.mounting import the_one_device
+from ivshmemfs.errors import RegionError, RegionMissing
 from ivshmemfs.format import superblock, words
 from ivshmemfs.format.geometry import COMMIT_OFFSET
-from ivshmemfs.region import open_region
+from ivshmemfs.region import Roots, open_region
 from tests.cli.conftest import complains, ivshmemfs
+from tests.region.sysfs import ONE, FakeMachine, hold
 from tests.regions import ROOT, TestRegion, new_region, put
 
 
@@ -29,7 +34,7 @@ def test_list_shows_what_is_formatted_and_what_is_not(formatted: TestRegion) -> 
         plain.write_bytes(bytes(8192))
         os.link(formatted.path, linked)
         lines = shows("list").splitlines()
-        assert lines[0].split() == ["REGION", "WHAT", "LABEL", "UUID"]
+        assert lines[0].split() == ["REGION", "WHAT", "LABEL", "UUID", "MOUNTED", "ON"]
         found = {line.split()[0]: line for line in lines[1:]}
         assert "not formatted" in found[str(plain)]
         with open_region(str(formatted.path), readonly=True) as region:
@@ -63,21 +68,21 @@ def test_looking_changes_nothing(formatted: TestRegion) -> None:
 
 
 def test_peers(formatted: TestRegion) -> None:
-    assert shows("peers", formatted.path) == "nobody has it mounted\n"
+    assert shows("peers", formatted.path).startswith("nobody has it mounted for writing")
     fs = formatted.mount()
     lines = shows("peers", formatted.path).splitlines()
-    assert lines[0].split() == ["SLOT", "HOST", "PID", "SINCE", "DOING", "LIFE"]
+    assert lines[0].split() == ["SLOT", "HOST", "PID", "SINCE", "DOING", "LIFE", "VERSION"]
     fields = lines[1].split()
     assert fields[0] == "1"
     assert int(fields[2]) == os.getpid()
-    assert fields[-2:] == ["idle", "silent"]  # nobody calls tick() here
+    assert fields[-3:] == ["idle", "silent", __version__]  # nobody calls tick() here
     fs.unmount()
 
 
 def test_evict(formatted: TestRegion) -> None:
     fs = formatted.mount()
     assert "slot 1 is free" in shows("evict", formatted.path, 1)
-    assert shows("peers", formatted.path) == "nobody has it mounted\n"
+    assert shows("peers", formatted.path).startswith("nobody has it mounted for writing")
     fs.mkdir(1, b"d", 0o755, ROOT)  # it rejoins, and nothing is lost
     assert "idle" in shows("peers", formatted.path)
     fs.unmount()
@@ -100,6 +105,7 @@ def test_dump_of_the_parts(formatted: TestRegion) -> None:
     attr = put(fs, 1, b"f", b"some content")
     assert "sequence" in shows("dump", formatted.path, "words")
     assert "heartbeat" in shows("dump", formatted.path, "peers")
+    assert "former" in shows("dump", formatted.path, "repair")
     assert "claimed" in shows("dump", formatted.path, "tags")
     assert "next_ino" in shows("dump", formatted.path, "root")
     assert "mtime_ns" in shows("dump", formatted.path, f"inode:{attr.ino}")
@@ -168,3 +174,68 @@ def test_damage_is_reported_and_never_a_bug(seed: int) -> None:
             if result.returncode:
                 complains(result, result.returncode)
                 assert result.returncode in (1, 32)
+
+
+# --- devices that a driver holds ---------------------------------------------------------------
+
+
+@pytest.fixture
+def held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, formatted: TestRegion) -> FakeMachine:
+    """A formatted device that a driver without a node holds."""
+    machine = FakeMachine(tmp_path)
+    machine.device(size=formatted.path.stat().st_size)
+    for name in ("resource2", "resource2_wc"):
+        (machine.place(ONE) / name).unlink()
+        (machine.place(ONE) / name).write_bytes(formatted.path.read_bytes())
+    machine.bind(ONE, "my_driver")
+    hold(monkeypatch)
+    return machine
+
+
+def test_list_says_why_a_device_cannot_be_read(
+    held: FakeMachine, capsys: pytest.CaptureFixture[str]
+) -> None:
+    listing(held.roots)
+    shown = capsys.readouterr()
+    assert "my_driver" in shown.out
+    assert "cannot be read" in shown.out
+    assert "not formatted" not in shown.out
+    assert len(shown.err.splitlines()) == 1
+    assert "my_driver holds the device" in shown.err
+    assert "mkfs" not in shown.err
+
+
+def test_list_shows_a_device_with_its_node(
+    held: FakeMachine, capsys: pytest.CaptureFixture[str]
+) -> None:
+    held.node("ivshmem0", "240:0", ONE)
+    listing(held.roots)
+    shown = capsys.readouterr()
+    rows = [line for line in shown.out.splitlines() if str(held.roots.dev.parent) in line]
+    assert len(rows) == 1  # other mounts on this machine have rows, too
+    assert f"{held.roots.dev}/ivshmem0" in rows[0]
+    assert "cannot be read" not in shown.out
+    assert shown.err == ""
+
+
+def test_mount_without_a_region_advises_nobody_to_format_what_it_could_not_read(
+    held: FakeMachine,
+) -> None:
+    with pytest.raises(RegionError) as caught:
+        the_one_device(held.roots)
+    assert "my_driver holds the device" in str(caught.value)
+    assert "format" not in str(caught.value)
+    held.node("ivshmem0", "240:0", ONE)
+    assert the_one_device(held.roots) == f"pci:{ONE}"
+
+
+def test_mount_without_a_region_and_a_blank_device(tmp_path: Path) -> None:
+    machine = FakeMachine(tmp_path)
+    machine.device()
+    with pytest.raises(RegionMissing, match=f"no device here carries a filesystem.*pci:{ONE}"):
+        the_one_device(machine.roots)
+
+
+def test_mount_without_a_region_and_without_sysfs(tmp_path: Path) -> None:
+    with pytest.raises(RegionMissing, match="sysfs is not mounted"):
+        the_one_device(Roots(sys=tmp_path, dev=tmp_path))

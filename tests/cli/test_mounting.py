@@ -16,7 +16,7 @@ from ivshmemfs import __version__
 from ivshmemfs.format import superblock
 from ivshmemfs.region import open_region
 from tests.cli.conftest import complains, ivshmemfs
-from tests.fuse.mounts import PATIENCE, eventually, mount_lines, needs_fuse, run
+from tests.fuse.mounts import PATIENCE, eventually, mount_lines, needs_fuse, run, stop
 from tests.regions import TestRegion, new_region
 
 pytestmark = needs_fuse
@@ -123,7 +123,7 @@ def test_sixteen_gigabytes_with_a_name_of_255_bytes(place: Path) -> None:
     path = Path(f"/dev/shm/ivshmemfs-large-test-{os.getpid()}")
     name = os.fsencode(place) + b"/" + bytes(range(0x80, 0x100)) + b"n" * 127
     try:
-        made = run(sys.executable, "-m", "mkfs", "--size", "16G", path, timeout=60)
+        made = run(sys.executable, "-m", "mkfs", "--sparse", "--size", "16G", path, timeout=60)
         assert made.returncode == 0, made.stderr
         mounted(path, place)
         with open(name, "wb") as file:
@@ -184,7 +184,7 @@ def test_a_killed_daemon_is_cleared_and_its_slot_reused(place: Path) -> None:
     with new_region(1 << 20, peer_count=1) as region:
         mounted(region.path, place)
         (place / "f").write_text("kept")
-        pid = int(ivshmemfs("peers", region.path).stdout.splitlines()[1].split()[2])
+        pid = pid_of_the_daemon(region.path)
         os.kill(pid, signal.SIGKILL)
         assert eventually(lambda: not Path(f"/proc/{pid}").exists())
         assert "gone" in ivshmemfs("peers", region.path).stdout
@@ -205,6 +205,97 @@ def test_the_command_loads_nothing_that_only_the_daemon_needs(
     assert "ivshmemfs.fuse.daemon" in loaded
     assert not loaded & {"trio", "pyfuse3", "ivshmemfs.fuse.session"}
     unmounted(place)
+
+
+def pid_of_the_daemon(region: Path) -> int:
+    return int(ivshmemfs("peers", region).stdout.splitlines()[1].split()[2])
+
+
+@pytest.mark.parametrize("lazy", [False, True])
+def test_every_command_ends_while_the_daemon_is_stopped(
+    formatted: TestRegion, places: list[Path], tmp_path: Path, lazy: bool
+) -> None:
+    place, other, _ = places
+    (tmp_path / "link").symlink_to(place)
+    mounted(formatted.path, place)
+    pid = pid_of_the_daemon(formatted.path)
+    stop(pid)
+    try:
+        for target in (place, tmp_path / "link"):
+            complains(ivshmemfs("mount", formatted.path, target), 32, "is busy")
+            complains(ivshmemfs(formatted.path, target, "-o", "rw"), 32, "is busy")
+        complains(ivshmemfs("mount", formatted.path, place / "below"), 32, f"kill -CONT {pid}")
+        complains(ivshmemfs("mount", "-o", "remount,ro", place), 32, "is stopped")
+        complains(ivshmemfs("lock", place / "f", "--", "true"), 32, "is stopped")
+        assert ivshmemfs("info", place).returncode == 0
+        assert ivshmemfs("list").returncode == 0
+        mounted(formatted.path, other)
+        unmounted(other)
+        result = ivshmemfs("umount", *["--lazy"] * lazy, tmp_path / "link")
+        if lazy:
+            assert (result.returncode, result.stderr) == (0, "")
+        else:
+            complains(result, 32, "is unmounted", f"kill -CONT {pid}")
+        assert not mount_lines(place)
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    assert eventually(lambda: not Path(f"/proc/{pid}").exists())
+
+
+def test_the_column_of_options_can_be_given_back(formatted: TestRegion, place: Path) -> None:
+    mounted("-o", "allow_other,noexec", formatted.path, place)
+    lines = Path("/proc/mounts").read_text().splitlines()
+    shown = next(line.split()[3] for line in lines if line.split()[1] == str(place))
+    unmounted(place)
+    mounted("-o", shown, formatted.path, place)
+    assert shown in Path("/proc/mounts").read_text()
+    unmounted(place)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="remounting is for root")
+def test_remounting(formatted: TestRegion, places: list[Path]) -> None:
+    place, reader, _ = places
+    mounted(formatted.path, place)
+    mounted("-o", "remount,ro", place)
+    with pytest.raises(OSError, match="Read-only"):
+        (place / "f").touch()
+    mounted("-o", "remount,rw,noexec", formatted.path, place)
+    (place / "f").touch()
+    assert {"rw", "noexec", "nosuid", "nodev"} <= set(mount_lines(place)[0].split()[5].split(","))
+    unmounted(place)
+    mounted("-o", "ro", formatted.path, reader)
+    complains(ivshmemfs("mount", "-o", "remount,rw", reader), 32, "was mounted read-only")
+    assert mount_lines(reader)[0].split()[5].startswith("ro")
+    unmounted(reader)
+    complains(ivshmemfs("mount", "-o", "remount,rw", reader), 32, "is not mounted")
+
+
+def test_a_region_or_its_mount_point(formatted: TestRegion, places: list[Path]) -> None:
+    for path in places[:2]:
+        mounted(formatted.path, path)
+    for command in ("info", "peers", "dump"):
+        assert ivshmemfs(command, places[0]).returncode == 0
+    complains(ivshmemfs("umount", formatted.path), 1, "2 times", str(places[0]), str(places[1]))
+    unmounted(places[1])
+    result = ivshmemfs("umount", formatted.path)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert not mount_lines(places[0])
+    complains(ivshmemfs("umount", formatted.path), 32, "is not mounted")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root to become somebody else")
+def test_a_user_unmounts_what_shows_root_as_its_owner(formatted: TestRegion) -> None:
+    """The kernel lets this user not even look at the mount point."""
+    script = """
+mount -t tmpfs tmpfs /mnt && mknod -m 666 /mnt/fuse c 10 229 && mount --bind /mnt/fuse /dev/fuse
+mkdir /mnt/place && chown nobody /mnt/place "$1"
+as_user() { setpriv --reuid 65534 --regid 65534 --clear-groups "$PYTHON" -m ivshmemfs "$@"; }
+as_user mount -o uid=0,umask=077 "$1" /mnt/place && as_user umount /mnt/place
+"""
+    formatted.path.parent.chmod(0o755)
+    words = ["unshare", "--mount", "sh", "-c", script, "sh", formatted.path]
+    result = run(*words, env={"PYTHON": sys.executable})
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
 
 
 # --- what does not ----------------------------------------------------------------------------
@@ -330,6 +421,10 @@ def test_too_many_peers(places: list[Path]) -> None:
         (["mount", "-o", "bogus", "/dev/shm/x", "/tmp"], "bogus"),
         (["mount", "-o", "uid=nobody at all", "/dev/shm/x", "/tmp"], "nobody at all"),
         (["mount", "--bogus"], "--bogus"),
+        (["mount", "label=x"], "ivshmemfs mount label=x MOUNTPOINT"),
+        (["mount", "UUID=x"], "name the mount point too"),
+        (["mount", "pci"], "name the mount point too"),
+        (["mount", "/etc/passwd"], "name the mount point too"),
         (["mount", ""], "no name"),
         (["mount", "/dev/shm/x", ""], "no name"),
         (["mount", "", "/tmp"], "no name"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import stat
 import subprocess
 import sys
@@ -11,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.checks import assert_sound
+from tests.checks import assert_sound, unreachable
 from tests.cli.conftest import complains, ivshmemfs
+from tests.fuse.mounts import eventually, needs_fuse
 from tests.regions import ROOT, TestRegion, new_region, put, tree
 
 MIB = 1 << 20
@@ -66,7 +68,7 @@ def described(top: Path) -> dict[str, object]:
 
 def test_a_tree_there_and_back(region: TestRegion, local: Path, tmp_path: Path) -> None:
     done(ivshmemfs("put", "-r", region.path, local, "/"))
-    done(ivshmemfs("get", "-r", region.path, "tree", tmp_path / "back"))
+    done(ivshmemfs("get", "-r", "--devices", region.path, "tree", tmp_path / "back"))
     assert described(tmp_path / "back") == described(local)
     assert (tmp_path / "back" / "sparse").stat().st_blocks * 512 < 2 * MIB
 
@@ -182,3 +184,199 @@ def test_a_full_disk_is_said_and_leaves_nothing(region: TestRegion, tmp_path: Pa
         assert list(small.iterdir()) == []
     finally:
         subprocess.run(["umount", str(small)], check=True)
+
+
+# --- as cp(1) does --------------------------------------------------------------------------------
+
+
+def test_arguments_that_were_swapped(region: TestRegion, tmp_path: Path) -> None:
+    for content in (b"", b"some text", b"x" * 10_000, bytes(8192)):
+        (tmp_path / "f1").write_bytes(content)
+        for command, rest in (("put", "/x"), ("get", "x")):
+            result = ivshmemfs(command, tmp_path / "f1", region.path, rest)
+            complains(result, 32, "f1 is no region", f"ivshmemfs {command} REGION FILE")
+            assert "mkfs" not in result.stderr
+    assert (tmp_path / "f1").read_bytes() == bytes(8192)
+
+
+def test_standard_input_and_output(region: TestRegion) -> None:
+    content = os.urandom(3 * MIB + 7)
+    command = [sys.executable, "-m", "ivshmemfs.cli"]
+    for given in (content, b""):
+        for words in (["put", "--force", region.path, "-", "/f"], ["get", region.path, "/f", "-"]):
+            ran = subprocess.run(
+                [*command, *map(str, words)], input=given, capture_output=True, timeout=60
+            )
+            assert (ran.returncode, ran.stderr) == (0, b"")
+        assert ran.stdout == given
+    complains(ivshmemfs("put", region.path, "-", "/"), 1, "no name")
+    complains(ivshmemfs("get", region.path, "/", "-"), 1, "is a directory")
+    assert not Path("-").exists()
+
+
+def test_what_has_no_size_is_read_to_its_end(region: TestRegion, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    writer = subprocess.Popen(["sh", "-c", f"echo through a fifo > {tmp_path}/fifo"])
+    done(ivshmemfs("put", region.path, tmp_path / "fifo", "/proc/version", "/"))
+    assert writer.wait(10) == 0
+    version = Path("/proc/version").read_bytes()
+    assert tree(region.mount(readonly=True)) == {b"fifo": b"through a fifo\n", b"version": version}
+
+
+def test_an_endless_source_fills_nothing(tmp_path: Path) -> None:
+    with new_region(MIB) as made:
+        complains(
+            ivshmemfs("put", made.path, "/dev/zero", "/zeros"), 2, "/zeros: the region is full"
+        )
+        fs = made.mount()
+        assert tree(fs) == {}
+        assert unreachable(fs) == 0
+        assert fs.view().root.record.orphans == 0
+        fs.unmount()
+
+
+def test_links_named_alone_are_followed(region: TestRegion, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("content")
+    (tmp_path / "link").symlink_to("file")
+    (tmp_path / "dangling").symlink_to("nowhere")
+    done(ivshmemfs("put", region.path, tmp_path / "link", "/"))
+    complains(ivshmemfs("put", region.path, tmp_path / "dangling", "/"), 2, "dangling")
+    done(ivshmemfs("put", "-r", region.path, tmp_path / "link", "/kept"))
+    assert tree(region.mount(readonly=True)) == {b"link": b"content", b"kept": ("->", b"file")}
+
+
+def test_a_trailing_slash_asks_for_a_directory(region: TestRegion, tmp_path: Path) -> None:
+    (tmp_path / "f1").write_text("1")
+    (tmp_path / "dir").mkdir()
+    complains(ivshmemfs("put", region.path, tmp_path / "f1", "/new/"), 1, "/new/ is no directory")
+    done(ivshmemfs("put", "-r", region.path, tmp_path / "dir", "/new/"))
+    done(ivshmemfs("put", region.path, tmp_path / "f1", "/new/"))
+    complains(
+        ivshmemfs("get", region.path, "/new/f1", f"{tmp_path}/back/"), 1, "back/ is no directory"
+    )
+    done(ivshmemfs("get", "-r", region.path, "/new", f"{tmp_path}/back/"))
+    assert (tmp_path / "back" / "f1").read_text() == "1"
+
+
+def test_errors_name_what_the_user_named(region: TestRegion, tmp_path: Path) -> None:
+    (tmp_path / "tree" / "sub").mkdir(parents=True)
+    (tmp_path / "tree" / "sub" / "a").write_text("a")
+    done(ivshmemfs("put", "-r", region.path, tmp_path / "tree", "/"))
+    complains(ivshmemfs("put", "-r", region.path, tmp_path / "tree", "/"), 1, "/tree/sub/a exists")
+    done(ivshmemfs("put", "-r", "--force", region.path, tmp_path / "tree", "/"))
+    result = ivshmemfs("get", region.path, "/tree/sub/a", tmp_path / "none" / "x")
+    complains(result, 2, f"{tmp_path}/none: No such file or directory")
+    complains(ivshmemfs("put", region.path, tmp_path / "tree/sub/a", "/no/x"), 2, "/no: No such")
+    (tmp_path / "sub").write_text("a file where the region has a directory")
+    complains(ivshmemfs("put", "-f", region.path, tmp_path / "sub", "/tree"), 2, "/tree/sub: Is a")
+
+
+def test_hard_links_are_kept(region: TestRegion, tmp_path: Path) -> None:
+    top = tmp_path / "tree"
+    (top / "sub").mkdir(parents=True)
+    (top / "a").write_text("content")
+    (top / "sub" / "b").hardlink_to(top / "a")
+    (top / "link").symlink_to("a")
+    os.link(top / "link", top / "sub" / "link", follow_symlinks=False)
+    for _ in range(2):
+        done(ivshmemfs("put", "-r", "--force", region.path, top, "/"))
+        done(ivshmemfs("get", "-r", "--force", region.path, "tree", tmp_path / "back"))
+        back = tmp_path / "back"
+        assert (back / "a").stat().st_ino == (back / "sub" / "b").stat().st_ino
+        assert (back / "a").stat().st_nlink == 2
+        assert (back / "link").lstat().st_ino == (back / "sub" / "link").lstat().st_ino
+
+
+def test_local_trees_deeper_than_a_path(region: TestRegion, tmp_path: Path) -> None:
+    name, depth = "n" * 100, 100
+    (tmp_path / "deep").mkdir()
+    fd = os.open(tmp_path / "deep", os.O_RDONLY)
+    for _ in range(depth):
+        os.mkdir(name, dir_fd=fd)
+        below = os.open(name, os.O_RDONLY, dir_fd=fd)
+        os.close(fd)
+        fd = below
+    os.close(os.open("end", os.O_CREAT, dir_fd=fd))
+    os.close(fd)
+    done(ivshmemfs("put", "-r", region.path, tmp_path / "deep", "/"))
+    fs = region.mount(readonly=True)
+    ino = fs.lookup(1, b"deep").ino
+    for _ in range(depth):
+        ino = fs.lookup(ino, name.encode()).ino
+    assert fs.lookup(ino, b"end").size == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
+def test_whoever_ends_put_finds_nothing_left(
+    region: TestRegion, tmp_path: Path, number: int
+) -> None:
+    fs = region.mount()
+    used = fs.view().root.record.used
+    command = [sys.executable, "-m", "ivshmemfs.cli", "put", str(region.path), "-", "/file"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE) as running:
+        assert running.stdin is not None
+        assert running.stderr is not None
+        running.stdin.write(bytes(5 * MIB))
+        running.stdin.flush()
+        assert eventually(lambda: fs.view().root.record.orphans)
+        assert tree(fs) == {}
+        running.send_signal(number)
+        assert running.wait(20) == (8 if number != signal.SIGKILL else -9)
+        text = running.stderr.read().decode()
+    assert text == ("ivshmemfs: interrupted\n" if number != signal.SIGKILL else "")
+    assert tree(fs) == {}
+
+    def given_back() -> bool:
+        fs.tick()
+        return fs.view().root.record.used <= used + 1
+
+    if number == signal.SIGKILL:
+        assert eventually(given_back)
+    assert fs.view().root.record.used <= used + 1
+    fs.unmount()
+
+
+def test_a_copy_under_nohup_goes_on(region: TestRegion) -> None:
+    command = f"trap '' HUP; exec {sys.executable} -m ivshmemfs.cli put {region.path} - /file"
+    with subprocess.Popen(["sh", "-c", command], stdin=subprocess.PIPE) as running:
+        assert running.stdin is not None
+        fs = region.mount()
+        running.stdin.write(bytes(5 * MIB))
+        running.stdin.flush()
+        assert eventually(lambda: fs.view().root.record.orphans)
+        running.send_signal(signal.SIGHUP)
+        running.stdin.close()
+        assert running.wait(20) == 0
+    assert fs.lookup(1, b"file").size == 5 * MIB
+    fs.unmount()
+
+
+def test_get_ends_in_order(region: TestRegion, tmp_path: Path) -> None:
+    fs = region.mount()
+    handle, attr = fs.create(1, b"file", 0o644, os.O_WRONLY, ROOT)
+    fs.setattr(attr.ino, ROOT, size=1 << 50)
+    command = [sys.executable, "-m", "ivshmemfs.cli", "get", str(region.path), "/file", "-"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as running:
+        assert running.stdout is not None
+        assert running.stderr is not None
+        assert len(running.stdout.read(2 * MIB)) == 2 * MIB
+        running.send_signal(signal.SIGTERM)
+        assert running.wait(20) == 8
+        assert running.stderr.read() == b"ivshmemfs: interrupted\n"
+    fs.release(handle)
+    fs.unmount()
+
+
+@needs_fuse
+def test_a_tree_is_not_copied_into_itself(region: TestRegion, tmp_path: Path, place: Path) -> None:
+    """Through a mount of the region, a copy would find what it has just made, for ever."""
+    done(ivshmemfs("mount", region.path, place))
+    (place / "a" / "b").mkdir(parents=True)
+    for words in (["put", region.path, place / "a", "/a/b/new"],
+                  ["get", region.path, "/a", place / "a" / "b" / "got"]):  # fmt: skip
+        result = ivshmemfs(words[0], "-r", *words[1:])
+        complains(result, 64, "the copy itself")
+    assert [str(path.relative_to(place)) for path in place.glob("a/b/new/**/*")] == ["a/b/new/b"]
+    assert sorted(str(path.relative_to(place)) for path in place.glob("a/b/got/**/*")) == [
+        "a/b/got/b", "a/b/got/b/new", "a/b/got/b/new/b",
+    ]  # fmt: skip

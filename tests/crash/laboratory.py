@@ -2,7 +2,7 @@
 
 Every peer has a mapping of its own, on which a trap counts its stores, and a process id of its
 own that the test declares alive or dead.  Everything else is real: what decides that a peer is
-surely gone is `identity.gone`, which asks for the start time of that process.
+surely gone is `Watch.absent`, which asks whether that process exists.
 
 Time is made up, so that a loaded machine changes nothing: it passes when somebody waits, and each
 peer may have a clock that is wrong in its own way.
@@ -29,6 +29,7 @@ T = TypeVar("T")
 
 FIRST_PID = 1 << 40  # far above what Linux hands out
 STARTED = 7
+BOOT = b"boot of the tests"[:16]
 BLINK = 0.1  # seconds for which a dead or paused peer may delay others
 RETRY = 0.002  # seconds that the adapter waits after a Busy, about
 TICK = 1.0  # seconds between two ticks
@@ -71,8 +72,11 @@ class Fates:
         self.dead: set[int] = set()
         self._next = FIRST_PID
         self.acting = 0
-        self._own = identity.current(0)
-        self._boot = identity.boot_id()
+        self._own = identity.current(0)._replace(proofs=peer.ALL_PROOFS, boot=BOOT)
+        self._here = identity.surroundings()._replace(
+            proofs=peer.BOOT_PROVES | peer.START_PROVES, boot=BOOT
+        )
+        self._real_exists = identity.process_exists
         self._real_start = identity.start_time
 
     def new(self) -> int:
@@ -84,16 +88,17 @@ class Fates:
             return self._own._replace(incarnation=incarnation)
         return self._own._replace(incarnation=incarnation, pid=self.acting, pid_start=STARTED)
 
+    def exists(self, pid: int) -> bool | None:
+        return pid not in self.dead if pid >= FIRST_PID else self._real_exists(pid)
+
     def start_time(self, pid: int) -> int:
-        if pid < FIRST_PID:
-            return int(self._real_start(pid))
-        return 0 if pid in self.dead else STARTED
+        return STARTED if pid >= FIRST_PID else int(self._real_start(pid))
 
     def install(self, patch: pytest.MonkeyPatch) -> None:
         patch.setattr(identity, "current", self.current)
+        patch.setattr(identity, "process_exists", self.exists)
         patch.setattr(identity, "start_time", self.start_time)
-        patch.setattr(identity, "boot_id", lambda: self._boot)
-        patch.setattr(identity, "machine_id", lambda: bytes(16))
+        patch.setattr(identity, "surroundings", lambda: self._here)
         patch.setattr(filesystem, "CAREFUL", -1.0)  # what was looked up is not kept open
         for reading in ("monotonic", "monotonic_ns", "time_ns", "clock_gettime_ns", "sleep"):
             patch.setattr(time, reading, getattr(self.clock, reading))

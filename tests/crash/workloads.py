@@ -323,6 +323,13 @@ WORKLOADS["name-the-nameless"] = Workload(
     ),
     _nameless,
 )
+WORKLOADS["name-the-nameless-over"] = Workload(
+    "name-the-nameless-over",
+    lambda scene: scene.victim.run(
+        lambda fs: fs.link(scene.handles["it"].ino, ROOT_INO, b"b", ROOT, over=True)
+    ),
+    _nameless,
+)
 WORKLOADS["close-the-nameless"] = Workload(
     "close-the-nameless",
     lambda scene: scene.victim.run(lambda fs: fs.release(scene.handles["it"])),

@@ -9,9 +9,9 @@ from collections.abc import Callable
 import pytest
 
 from ivshmemfs.engine import ROOT_INO, Filesystem
-from ivshmemfs.engine.clock import Clock
+from ivshmemfs.engine.clock import TRUSTED_NS, Clock
 from ivshmemfs.engine.filesystem import KEEP_SIZE, PUNCH_HOLE
-from tests.regions import ROOT, put
+from tests.regions import ROOT, TestRegion, put
 
 
 def test_it_is_the_present() -> None:
@@ -69,3 +69,59 @@ def test_contents_that_change_within_a_step_of_the_clock_show_it(fs: Filesystem)
         seen.append(attr.mtime_ns)
     assert seen == sorted(set(seen))
     assert put(fs, ROOT_INO, b"next", b"").mtime_ns >= seen[-1]
+
+
+class Machines:
+    """Two mounts of one region whose machines' clocks differ; `now` is the second one's."""
+
+    def __init__(self, made: TestRegion, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._patch = monkeypatch
+        self.behind = made.mount()
+        self.other = made.mount()
+        self.now = time.time_ns()
+
+    def _at(self, moment: int) -> None:
+        self._patch.setattr(time, "time_ns", lambda: moment)
+        self._patch.setattr(time, "clock_gettime_ns", lambda _clock: moment)
+
+    def on_other(self, name: bytes) -> int:
+        """The time of a file that the machine with the good clock writes."""
+        self._at(self.now)
+        return put(self.other, ROOT_INO, name, b"x").mtime_ns
+
+    def on_behind(self, name: bytes, by: int) -> int:
+        """The time of a file that is written where the clock is so many ns behind."""
+        self._at(self.now - by)
+        return put(self.behind, ROOT_INO, name, b"y").mtime_ns
+
+
+@pytest.fixture
+def machines(made: TestRegion, monkeypatch: pytest.MonkeyPatch) -> Machines:
+    return Machines(made, monkeypatch)
+
+
+def test_an_edit_by_a_clock_that_is_behind_is_newer_all_the_same(machines: Machines) -> None:
+    """Or make(1) would call the product up to date."""
+    for by in (1, 2 * 10**9, TRUSTED_NS - 1000):
+        product = machines.on_other(b"product")
+        source = machines.on_behind(b"source", by)
+        assert product <= source <= product + 10
+        again = machines.on_behind(b"source", by)
+        assert source < again <= source + 10
+        assert machines.on_other(b"product") >= again
+        machines.now += 10**9
+
+
+def test_a_clock_that_is_far_ahead_drags_nobody_along(machines: Machines) -> None:
+    machines.on_other(b"a")
+    far = TRUSTED_NS + 1
+    assert 0 <= machines.on_behind(b"b", far) - (machines.now - far) < 10
+    for _ in range(100):  # each commit just as far ahead as the other one believes
+        machines.now = machines.on_behind(b"b", far) + TRUSTED_NS
+        machines.on_other(b"a")
+        assert machines.on_behind(b"b", TRUSTED_NS) <= machines.now + 10
+    start = machines.now
+    for _ in range(100):  # two that take over each other's times do not climb
+        machines.on_other(b"a")
+        machines.on_behind(b"b", 5 * 10**9)
+    assert machines.on_other(b"a") <= start + 1000

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import errno
 import os
+import time
 
 import pytest
 
 from ivshmemfs.engine import ROOT_INO, FileLock, Filesystem
 from ivshmemfs.engine import lock as engine
 from ivshmemfs.errors import FsError, LockLost
+from ivshmemfs.shm import identity, watch
+from ivshmemfs.shm.identity import Presence
 from tests.checks import assert_adds_up
 from tests.regions import ROOT, put
 
@@ -82,6 +85,73 @@ def test_a_holder_that_was_declared_gone(fs: Filesystem, other: Filesystem) -> N
     theirs.keep()
 
 
+class Seconds:
+    """A clock that is told to go on."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.now = 1000.0
+        patch.setattr(time, "monotonic", lambda: self.now)
+
+    def waits(self, lock: FileLock, seconds: float) -> bool:
+        """Whether it is still held for this one after some seconds of looking twice in each."""
+        for _ in range(int(seconds * 2)):
+            holder_of(lock)
+            self.now += 0.5
+        return holder_of(lock) is not None
+
+
+@pytest.mark.parametrize(
+    ("presence", "seconds"),
+    [
+        (Presence.ALIVE, engine.SILENT),
+        (Presence.UNKNOWN, engine.SILENT),
+        (Presence.GONE, watch.SILENCE),
+    ],
+)
+def test_how_long_a_holder_must_be_silent(
+    presence: Presence,
+    seconds: float,
+    fs: Filesystem,
+    other: Filesystem,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A process that is surely gone need not be waited for as long as one that may be paused."""
+    ino = put(fs, ROOT_INO, b"file", b"").ino
+    theirs = FileLock(other, ino)
+    assert FileLock(fs, ino).acquire(b"")
+    monkeypatch.setattr(identity, "presence", lambda *_: presence)
+    clock = Seconds(monkeypatch)
+    assert clock.waits(theirs, seconds - 1)
+    assert theirs.undecided(theirs.record()) == (presence is Presence.GONE)
+    assert not clock.waits(theirs, 2)
+
+
+def test_a_holder_that_beats_is_there(
+    fs: Filesystem, other: Filesystem, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever is said of its process: its machine may be a copy of another one."""
+    ino = put(fs, ROOT_INO, b"file", b"").ino
+    mine, theirs = FileLock(fs, ino), FileLock(other, ino)
+    assert mine.acquire(b"")
+    monkeypatch.setattr(identity, "presence", lambda *_: Presence.GONE)
+    clock = Seconds(monkeypatch)
+    for _ in range(5):
+        assert clock.waits(theirs, 2)
+        mine.keep()
+
+
+def test_a_watcher_that_was_stopped_itself_learns_nothing(
+    fs: Filesystem, other: Filesystem, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ino = put(fs, ROOT_INO, b"file", b"").ino
+    theirs = FileLock(other, ino)
+    assert FileLock(fs, ino).acquire(b"")
+    clock = Seconds(monkeypatch)
+    assert clock.waits(theirs, 1)
+    clock.now += 3600
+    assert clock.waits(theirs, 1)
+
+
 def test_a_silent_holder(
     fs: Filesystem, other: Filesystem, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -89,16 +159,11 @@ def test_a_silent_holder(
     ino = put(fs, ROOT_INO, b"file", b"").ino
     mine, theirs = FileLock(fs, ino), FileLock(other, ino)
     assert mine.acquire(b"")
-    now = 1000.0
-    monkeypatch.setattr(engine.time, "monotonic", lambda: now)  # type: ignore[attr-defined]
-    assert holder_of(theirs)
-    now += engine.SILENT - 1
-    assert holder_of(theirs)
+    clock = Seconds(monkeypatch)
+    assert clock.waits(theirs, engine.SILENT - 1)
     mine.keep()
-    now += engine.SILENT - 1
-    assert holder_of(theirs)
-    now += engine.SILENT + 1
-    assert holder_of(theirs) is None
+    assert clock.waits(theirs, engine.SILENT - 1)
+    assert not clock.waits(theirs, 3)
     assert theirs.acquire(theirs.record())
     with pytest.raises(LockLost, match="taken over"):
         mine.keep()

@@ -145,6 +145,49 @@ def test_symlink_limits(fs: Filesystem) -> None:
     fails(errno.EINVAL, lambda: fs.readlink(attr.ino))
 
 
+def test_linking_over_a_name_replaces_it(fs: Filesystem, other: Filesystem) -> None:
+    old = put(fs, ROOT_INO, b"name", b"old" * 1000)
+    fs.mkdir(ROOT_INO, b"dir", 0o755, ROOT)
+    open_there = other.open(old.ino, os.O_RDONLY, ROOT)
+    handle, new = fs.tmpfile(ROOT_INO, 0o600, os.O_WRONLY, ROOT)
+    fs.write(handle, 0, b"new")
+    fails(errno.EEXIST, lambda: fs.link(new.ino, ROOT_INO, b"name", ROOT))
+    fails(errno.EISDIR, lambda: fs.link(new.ino, ROOT_INO, b"dir", ROOT, over=True))
+    assert fs.link(new.ino, ROOT_INO, b"name", ROOT, over=True).nlink == 1
+    assert fs.link(new.ino, ROOT_INO, b"name", ROOT, over=True).nlink == 1  # itself
+    fs.release(handle)
+    assert get(other, ROOT_INO, b"name") == b"new"
+    assert bytes(other.read(open_there, 0, 3)) == b"old"
+    other.release(open_there)
+    for mount in (fs, other):
+        assert fs.link(put(fs, ROOT_INO, b"b", b"b").ino, ROOT_INO, b"name", ROOT, over=True)
+        assert mount.lookup(ROOT_INO, b"name").nlink == 2
+        mount.unlink(ROOT_INO, b"b", ROOT)
+        assert get(mount, ROOT_INO, b"name") == b"b"
+    assert fs.view().root.record.orphans == 0
+    assert_adds_up(fs)
+
+
+def test_what_is_made_without_a_name(fs: Filesystem, other: Filesystem) -> None:
+    made = fs.make_nameless(ROOT_INO, stat.S_IFLNK | 0o777, os.O_RDWR, ROOT, target=b"to" * 900)
+    fifo = fs.make_nameless(ROOT_INO, stat.S_IFIFO | 0o640, os.O_RDWR, ROOT)
+    node = fs.make_nameless(ROOT_INO, stat.S_IFCHR | 0o600, os.O_RDWR, ROOT, rdev=0x103)
+    assert names(other) == []
+    fs.link(made[1].ino, ROOT_INO, b"link", ROOT)
+    fs.link(node[1].ino, ROOT_INO, b"node", ROOT)
+    for handle, _ in (made, fifo, node):
+        fs.release(handle)
+    assert names(other) == [b"link", b"node"]
+    assert other.readlink(made[1].ino) == b"to" * 900
+    assert other.lookup(ROOT_INO, b"node").rdev == 0x103
+    assert fs.view().root.record.orphans == 0
+    fails(
+        errno.ENAMETOOLONG,
+        lambda: fs.make_nameless(ROOT_INO, stat.S_IFLNK, os.O_RDWR, ROOT, target=b"t" * 4096),
+    )
+    assert_adds_up(fs)
+
+
 def test_link(fs: Filesystem, other: Filesystem) -> None:
     attr = put(fs, ROOT_INO, b"one", b"shared")
     folder = fs.mkdir(ROOT_INO, b"dir", 0o755, ROOT)
@@ -385,3 +428,17 @@ def test_a_refused_operation_leaves_no_claims(fs: Filesystem) -> None:
     fails(errno.ENOENT, lambda: fs.unlink(ROOT_INO, b"none", ROOT))
     fails(errno.ENOENT, lambda: fs.rename(ROOT_INO, b"none", ROOT_INO, b"x", 0, ROOT))
     assert free_blocks(fs) == free
+
+
+def test_which_names_an_inode_bears_at_one_moment(fs: Filesystem, other: Filesystem) -> None:
+    ino = put(fs, ROOT_INO, b"a", b"").ino
+    folder = fs.mkdir(ROOT_INO, b"folder", 0o755, ROOT).ino
+    one, two = (ROOT_INO, b"a"), (folder, b"b")
+    assert not other.bears(ino, (one, two))
+    fs.link(ino, *two, ROOT)
+    assert other.bears(ino, (one, two))
+    assert not other.bears(folder, (one, two))
+    fs.rename(*two, ROOT_INO, b"c", 0, ROOT)
+    assert not other.bears(ino, (one, two))
+    assert not other.bears(ino, ((ino, b"in a file"), one))
+    assert not other.bears(ino, ((ino + 1000, b"in what is gone"), one))

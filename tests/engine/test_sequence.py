@@ -1,9 +1,21 @@
-"""The root's number is the low part of the commit word that published it, also after fences."""
+"""Numbers that wrap: that of commits, and the tags of claims."""
 
 from __future__ import annotations
 
+from ivshmemfs.engine import Filesystem
+from ivshmemfs.engine.transaction import Transaction
 from ivshmemfs.format import words
-from tests.regions import new_region, put
+from ivshmemfs.format.geometry import COMMIT_OFFSET
+from tests.checks import assert_adds_up, assert_clean
+from tests.fsck.damage import Knife
+from tests.regions import TestRegion, get, new_region, put
+
+
+def assert_numbered(fs: Filesystem) -> None:
+    """The root's number is the low part of the commit word that published it."""
+    view = fs.view()
+    number = words.split_commit(view.word)[0]
+    assert view.root.record.sequence & words.SEQUENCE_MASK == number
 
 
 def test_fences_count_as_commits() -> None:
@@ -12,6 +24,92 @@ def test_fences_count_as_commits() -> None:
         for _ in range(3):
             fs.store.control.fence()
             put(fs, 1, b"file", b"x")
-            view = fs.view()
-            word = words.split_commit(view.word)[0]
-            assert view.root.record.sequence & words.SEQUENCE_MASK == word
+            assert_numbered(fs)
+
+
+def at_the_last_number(made: TestRegion) -> None:
+    """Set the number of the commit to the last one before it wraps."""
+    memory = made.region().memory
+    knife = Knife(memory)
+    knife.edit_root(sequence=words.SEQUENCE_MASK)
+    memory.store(COMMIT_OFFSET, words.make_commit(words.SEQUENCE_MASK, knife.root))
+
+
+def test_the_commit_word_is_never_0() -> None:
+    """Which would say that there is no filesystem: the root of a new one is in block 0."""
+    with new_region() as made:
+        at_the_last_number(made)
+        fs = made.mount()
+        assert words.split_commit(fs.store.control.load()) == (words.SEQUENCE_MASK, 0)
+        fs.store.control.fence()
+        assert words.split_commit(fs.store.control.load()) == (1, 0)
+        put(fs, 1, b"file", b"x")
+        assert_numbered(fs)
+        assert_clean(made)
+
+
+def test_commits_go_on_when_their_number_wraps() -> None:
+    with new_region() as made:
+        at_the_last_number(made)
+        fs, other = made.mount(), made.mount()
+        for turn in range(5):
+            put(fs, 1, b"file", b"%d" % turn)
+            assert get(other, 1, b"file") == b"%d" % turn
+            assert_numbered(fs)
+        assert_clean(made)
+
+
+def go_back_to(fs: Filesystem, incarnation: int, counter: int) -> None:
+    """The next claims bear the tags of an earlier transaction, as after 2^20 mounts of the slot."""
+    member = fs._member
+    assert member is not None
+    member.incarnation, member.counter = incarnation, counter - 1
+    member._word = words.make_state(words.IDLE, incarnation, counter - 1)
+    fs.store.memory.store(fs.table.offset(member.slot), member._word)
+
+
+def replace_and_claim(tx: Transaction) -> None:
+    """Replace what was published, and own claims; the latter alone are used again."""
+    root = tx.root.pointer
+    tx.space.replace(root)
+    mine = tx.space.claim(1)
+    tx.space.replace(mine)
+    got = tx.space.claim(4)
+    blocks = [got[at : at + 4] for at in range(0, len(got), words.POINTER_SIZE)]
+    assert root[:4] not in blocks
+    assert mine[:4] in blocks
+
+
+def test_a_tag_that_came_back_is_no_claim() -> None:
+    """What was published under it is replaced; it is not written over before the commit."""
+    with new_region() as made:
+        fs = made.mount()
+        member = fs._member
+        assert member is not None
+        for name, value in (("small", b"s" * 100), ("large", b"l" * 9000), ("other", b"o" * 3000)):
+            put(fs, 1, name.encode(), value)
+        incarnation, counter = member.incarnation, member.counter
+        fs.unmount()
+        fs = made.mount()
+        assert fs.place[0] == 1
+        go_back_to(fs, incarnation, counter)
+        fs.change(replace_and_claim)
+        put(made.mount(), 1, b"between", b"b" * 5000)
+        assert_adds_up(fs)
+        assert get(made.mount(), 1, b"large") == b"l" * 9000
+        assert get(made.mount(), 1, b"small") == b"s" * 100
+        go_back_to(fs, incarnation, counter + 2)  # fsck takes a tag of the future for damage
+        fs.unmount()
+        assert_clean(made)
+
+
+def test_an_incarnation_begins_to_count_anywhere() -> None:
+    """So that one which comes back after 2^20 mounts does not bring back its tags."""
+    with new_region() as made:
+        starts = set()
+        for _ in range(20):
+            fs = made.mount()
+            starts.add(words.split_state(fs.table.state(1))[2])
+            fs.unmount()
+        assert len(starts) == 20
+        assert max(starts) < words.COUNTER_MASK // 2

@@ -5,12 +5,26 @@ from __future__ import annotations
 import errno
 import os
 import random
+from collections.abc import Iterator
+
+import pytest
 
 from ivshmemfs.engine import ROOT_INO, Filesystem
-from ivshmemfs.engine.xattr import CREATE, REPLACE
+from ivshmemfs.engine.xattr import (
+    CREATE,
+    DECODED_AT_ONCE,
+    REMEMBERED,
+    REPLACE,
+    Table,
+    _stored,
+    save,
+)
+from ivshmemfs.errors import Unfinished
+from ivshmemfs.format import xattr as encoding
 from tests.checks import assert_adds_up, free_blocks
 from tests.engine.test_names import fails, names
 from tests.regions import ROOT, TestRegion, get, put
+from tests.turns import finish
 
 
 def values(fs: Filesystem, ino: int) -> dict[bytes, bytes]:
@@ -132,3 +146,72 @@ def test_attributes_of_links_directories_and_nodes(fs: Filesystem) -> None:
     fs.rmdir(ROOT_INO, b"dir", ROOT)
     fs.unlink(ROOT_INO, b"fifo", ROOT)
     assert_adds_up(fs)
+
+
+def many(count: int) -> dict[bytes, bytes]:
+    return {b"user.%05d" % number: b"%d" % number for number in range(count)}
+
+
+def test_thousands_are_decoded_once(roomy: TestRegion, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However they are read, set and removed, and whatever else is committed meanwhile."""
+    fs, other = roomy.mount(), roomy.mount()
+    real, decoded = encoding.split, []
+
+    def split(raw: bytes) -> Iterator[tuple[bytes, bytes]]:
+        decoded.append(len(raw))
+        return real(raw)
+
+    monkeypatch.setattr(encoding, "split", split)
+    ino = put(fs, ROOT_INO, b"file", b"").ino
+    wanted = many(2000)
+    for name, value in wanted.items():
+        fs.setxattr(ino, name, value, 0, ROOT)
+    large = sum(1 for size in decoded if size > REMEMBERED)
+    assert large == 0, "what this mount has set it knows"
+    decoded.clear()
+    for at, (name, value) in enumerate(wanted.items()):
+        assert other.getxattr(ino, name) == value
+        if at % 100 == 0:
+            put(fs, ROOT_INO, b"another", b"%d" % at)
+    assert other.listxattr(ino) == list(wanted)
+    assert len(decoded) == 1
+    for name in list(wanted)[::2]:
+        other.removexattr(ino, name, ROOT)
+        del wanted[name]
+    assert len(decoded) == 1
+    assert values(other, ino) == wanted
+    assert values(fs, ino) == wanted
+
+
+def test_decoding_takes_several_turns(roomy: TestRegion, monkeypatch: pytest.MonkeyPatch) -> None:
+    fs, other = roomy.mount(), roomy.mount()
+    ino = put(fs, ROOT_INO, b"file", b"").ino
+    wanted = many(2 * DECODED_AT_ONCE + 5)
+    fs.change(lambda tx: tx.put(save(tx, tx.inode(ino), wanted)))
+    for _ in range(2):
+        with pytest.raises(Unfinished):
+            other.getxattr(ino, b"user.00007")
+    assert other.getxattr(ino, b"user.00007") == b"7"
+    assert values(other, ino) == wanted
+    third = roomy.mount()
+    for _ in range(2):
+        with pytest.raises(Unfinished):
+            third.setxattr(ino, b"user.new", b"", 0, ROOT)
+    third.setxattr(ino, b"user.new", b"", 0, ROOT)
+    assert finish(lambda: values(fs, ino)) == {**wanted, b"user.new": b""}
+
+
+def test_damage_behind_the_first_turn_is_found_each_time(roomy: TestRegion) -> None:
+    fs, other = roomy.mount(), roomy.mount()
+    ino = put(fs, ROOT_INO, b"file", b"").ino
+    names = [*many(DECODED_AT_ONCE), b"user.00000"]  # the last is not in order
+    entries = [encoding.encode_one(name, b"") for name in names]
+    table = Table(names, entries, sum(map(len, entries)))
+    fs.change(lambda tx: tx.put(_stored(tx, tx.inode(ino), table)))
+    with pytest.raises(Unfinished):
+        other.getxattr(ino, b"user.00000")
+    fails(errno.EUCLEAN, lambda: other.getxattr(ino, b"user.00000"))
+    with pytest.raises(Unfinished):
+        other.getxattr(ino, b"user.00000")
+    fails(errno.EUCLEAN, lambda: other.listxattr(ino))
+    fs.unlink(ROOT_INO, b"file", ROOT)

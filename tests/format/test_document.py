@@ -29,6 +29,7 @@ def test_the_numbers_in_the_text() -> None:
         (geometry.COMMIT_OFFSET, "| {} | 8 | commit word |"),
         (geometry.HINT_OFFSET, "| {} | 8 | hint word |"),
         (superblock.COPY_OFFSET, "| {} | 512 | copy of the superblock |"),
+        (geometry.REPAIR_OFFSET, "| {} | 512 | repair slot |"),
         (geometry.PEERS_OFFSET, "| {} = `peers_offset` |"),
         (geometry.MIN_BLOCKS, "at least {} and at most"),
         (node.ROOT_POINTERS, "inode table at byte {}"),
@@ -42,4 +43,4 @@ def test_the_numbers_in_the_text() -> None:
     ):
         assert phrase.format(number) in TEXT, phrase
     assert inode.MAX_INO == (1 << 56) - 1
-    assert words.MAX_BLOCKS == 1 << 28
+    assert words.MAX_BLOCKS == (1 << 28) - 1

@@ -14,6 +14,7 @@ from ivshmemfs.format.tables import LAYOUTS
 SIZES = {
     "superblock": 512,
     "slot": 512,
+    "repair": 512,
     "pointer": 16,
     "header": 32,
     "root": 96,
@@ -111,16 +112,18 @@ def test_golden_inode() -> None:
 
 def test_golden_slot() -> None:
     record = peer.SlotRecord(
-        state=words.make_state(words.IDLE, 3, 9), heartbeat=2, intent=0, incarnation=3, pid=4,
-        pid_start=5, pid_namespace=6, machine=b"m" * 16, boot=b"b" * 16, host=b"guest",
-        joined_ns=7, capabilities=0, version=b"0.1.0", crc=8,
+        state=words.make_state(words.IDLE, 3, 9), heartbeat=2, intent=0, nonce=1, incarnation=3,
+        pid=4, pid_start=5, pid_namespace=6, machine=b"m" * 16, boot=b"b" * 16, host=b"guest",
+        joined_ns=7, capabilities=0, version=b"0.1.0", time_namespace=9, proofs=7, crc=8,
     )  # fmt: skip
     raw = peer.SLOT.pack(record)
     assert raw[:24].hex() == "090000003000000202000000000000000000000000000000"
+    assert raw[24:32] == struct.pack("<Q", 1)
     assert raw[64:96] == struct.pack("<4Q", 3, 4, 5, 6)
     assert raw[96:133] == b"m" * 16 + b"b" * 16 + b"guest"
     assert raw[192:200] == struct.pack("<q", 7)
     assert raw[208:213] == b"0.1.0"
+    assert raw[224:240] == struct.pack("<2Q", 9, 7)
     assert raw[252:256] == struct.pack("<I", 8)
     assert not any(raw[256:])
 

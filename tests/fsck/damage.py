@@ -10,12 +10,13 @@ from functools import cache
 
 from ivshmemfs.engine import Filesystem
 from ivshmemfs.format import inode, node, peer, superblock, words
+from ivshmemfs.format.dirent import name_key
 from ivshmemfs.format.geometry import COMMIT_OFFSET
 from ivshmemfs.format.inode import InodeRecord
 from ivshmemfs.format.node import RootRecord
 from ivshmemfs.fsck.image import Image, read_superblocks
 from ivshmemfs.region import Memory, crc32c
-from mkfs.writer import live_peers
+from ivshmemfs.shm.watch import living
 from tests.regions import ROOT, TestRegion, new_region, put
 
 SIZE = 512 << 10
@@ -74,7 +75,7 @@ def sample() -> bytes:
         fill(fs, Names)
         fs.unmount()
         keep_an_orphan(made, Names)
-        assert not live_peers(made.region().memory, fs.superblock.geometry)
+        assert not living(made.region().memory, fs.superblock.geometry)
         return made.path.read_bytes()
 
 
@@ -256,6 +257,22 @@ class Knife:
         raw += bytes(len(e[2]) for e in entries) + b"".join(e[2] for e in entries)
         kind = inode.DIRLEAF if entries else inode.EMPTY
         self.set_payload(ino, raw, entries=len(entries), payload=kind)
+
+    def set_names(self, ino: int, names: list[tuple[bytes, int]]) -> None:
+        """Other (name, inode) pairs in a directory that stands in its inode block.
+
+        Names lead to what their inodes are, and are listed in the order given if they are alike.
+        """
+        entries = []
+        for name, target in names:
+            kind = self.record(target).mode >> 12
+            entries.append((name_key(name, self.uuid), kind << words.SLOT_SHIFT | target, name))
+        entries.sort(key=lambda entry: entry[0])
+        free = 0
+        for at, (key, both, name) in enumerate(entries):
+            free = max(key, free)
+            entries[at], free = (free, both, name), free + 1
+        self.set_entries(ino, entries)
 
     # --- superblock and peers ---
 

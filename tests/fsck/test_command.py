@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from ivshmemfs import __version__
 from ivshmemfs.format import words
+from ivshmemfs.format.geometry import COMMIT_OFFSET, REPAIR_OFFSET
+from ivshmemfs.format.repair import FORMER_OFFSET
+from ivshmemfs.fsck import checking
+from ivshmemfs.fsck.image import Overtaken, read_superblocks
 from ivshmemfs.fsck.main import main
 from ivshmemfs.region import open_region
+from ivshmemfs.shm.repair import Turn
 from tests.fsck.damage import Knife, Names
 from tests.regions import TestRegion, get, put
 
@@ -151,10 +159,12 @@ def test_live_peers_are_not_repaired_under(
     assert made.path.read_bytes() == before
     assert run("-n", made.path) == 4
     assert run("-y", "--force", made.path) == 1
-    assert "peer slot 1 is free again" in capsys.readouterr().out
+    assert "peer slot 1" not in capsys.readouterr().out
     assert run("-n", made.path) == 0
-    put(fs, 1, b"after", b"the mount has rejoined")
-    assert get(fs, 1, b"after") == b"the mount has rejoined"
+    place = fs.place
+    put(fs, 1, b"after", b"the mount goes on")
+    assert get(fs, 1, b"after") == b"the mount goes on"
+    assert fs.place == place
     fs.unmount()
     assert run("-n", made.path) == 0
 
@@ -167,6 +177,85 @@ def test_dead_peers_are_let_go_of(made: TestRegion, capsys: pytest.CaptureFixtur
     assert run("-n", made.path) == 0
     assert run("-y", "--force", made.path) == 1
     assert "peer slot 1 is free again" in capsys.readouterr().out
+
+
+def test_commits_during_the_check_are_8_when_they_do_not_end(
+    made: TestRegion, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def always(*_: object) -> None:
+        raise Overtaken
+
+    damage(made)
+    monkeypatch.setattr(checking, "check_once", always)
+    assert run("-n", made.path) == 8
+    said = capsys.readouterr().err
+    assert "changes faster than it can be checked" in said
+    assert said.count("\n") == 1
+    assert run("-y", made.path) == 1  # which shuts everybody else out
+    assert "nlink 9 becomes 171" in capsys.readouterr().out
+
+
+def test_a_bug_is_8(
+    made: TestRegion, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(checking, "check_once", lambda *_: 1 // 0)
+    assert run("-n", made.path) == 8
+    said = capsys.readouterr().err
+    assert said.startswith("fsck.ivshmemfs: internal error, please report it: ZeroDivisionError")
+    assert said.count("\n") == 1
+
+
+def test_a_region_that_another_repairs_is_8(
+    made: TestRegion, capsys: pytest.CaptureFixture[str]
+) -> None:
+    damage(made)
+    memory = made.region().memory
+    turn = Turn(memory, read_superblocks(memory).usable.geometry)
+    turn.take(force=False)
+    for option in ("-n", "-y"):
+        assert run(option, made.path) == 8
+        said = capsys.readouterr().err
+        assert f"is being repaired by pid {os.getpid()} on " in said
+        assert said.count("\n") == 1
+    assert run("-y", "--force", made.path) == 1
+    assert run("-n", made.path) == 0
+
+
+def hostile_former(k: Knife) -> None:
+    k.memory.store(REPAIR_OFFSET + FORMER_OFFSET, 0x1234567 << 28 | 99)
+
+
+def hostile_owner(k: Knife) -> None:
+    k.memory.write(REPAIR_OFFSET, os.urandom(512))
+    k.memory.store(REPAIR_OFFSET, words.make_state(words.ACTIVE, 77, 1))
+
+
+def hostile_state(k: Knife) -> None:
+    k.memory.store(REPAIR_OFFSET, words.make_state(200, 5, 9))
+
+
+@pytest.mark.parametrize("do", [hostile_former, hostile_owner, hostile_state])
+def test_a_hostile_repair_record_is_repaired(
+    do: Callable[[Knife], None], made: TestRegion, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with open_region(str(made.path)) as region:
+        knife = Knife(region.memory)
+        tree = knife.root_record()
+        do(knife)
+        word = region.memory.load(COMMIT_OFFSET)
+        region.memory.store(COMMIT_OFFSET, word | words.UNDER_REPAIR)
+        if do is hostile_owner:  # nobody can tell whether that one lives
+            assert run("-y", made.path) == 8
+            assert "use --force" in capsys.readouterr().err
+        assert run("-y", "--force", made.path) == 1
+        assert run("-n", made.path) == 0
+        assert Knife(region.memory).root_record().inodes == tree.inodes
+
+
+def test_versions(capsys: pytest.CaptureFixture[str]) -> None:
+    for option in ("-V", "--version"):
+        assert run(option) == 0
+        assert capsys.readouterr().out == f"fsck.ivshmemfs, version {__version__}\n"
 
 
 def test_as_a_module(made: TestRegion) -> None:

@@ -9,12 +9,15 @@ import pytest
 
 from ivshmemfs import fsck
 from ivshmemfs.engine import Filesystem
-from ivshmemfs.errors import NoSpace
+from ivshmemfs.errors import NoSpace, UnderRepair
 from ivshmemfs.format import inode, node, words
 from ivshmemfs.format.dirent import name_key
-from ivshmemfs.format.geometry import COMMIT_OFFSET
-from ivshmemfs.region import open_region
+from ivshmemfs.format.geometry import COMMIT_OFFSET, PEERS_OFFSET
+from ivshmemfs.fsck.rebuild import Builder
+from ivshmemfs.region import Region, open_region
+from ivshmemfs.shm import watch
 from tests.checks import detailed_tree
+from tests.conftest import Figures
 from tests.fsck.damage import BIG, LONG_NAMES, Knife, Names, names_in
 from tests.regions import ROOT, TestRegion, get, put
 
@@ -259,39 +262,94 @@ def test_what_does_not_fit_changes_nothing(made: TestRegion) -> None:
     with open_region(str(made.path)) as region:
         knife = Knife(region.memory)
         knife.set_entries(1, [e for e in knife.entries(1) if e[2] != b"near"])
-        before = made.path.read_bytes()
+        before, word = made.path.read_bytes(), region.memory.load(COMMIT_OFFSET)
         with pytest.raises(NoSpace, match="nothing was changed"):
             fsck.repair(region)  # /lost+found needs a block more than there are
-        assert made.path.read_bytes() == before
+        after = made.path.read_bytes()
+        assert after[:COMMIT_OFFSET] == before[:COMMIT_OFFSET]
+        assert after[PEERS_OFFSET:] == before[PEERS_OFFSET:]
+        assert words.split_commit(region.memory.load(COMMIT_OFFSET)) == (
+            words.split_commit(word)[0] + 2, words.split_commit(word)[1]
+        )  # fmt: skip
 
 
-class Stopped(Exception):
-    """The repair dies here."""
-
-
-def stop() -> None:
-    raise Stopped
-
-
-def test_an_interrupted_repair_is_run_again(made: TestRegion) -> None:
+def test_a_full_region_stays_shut_when_its_repair_is_interrupted(
+    made: TestRegion, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The former root is not given back once its blocks are written over."""
+    fill_up(made)
     with open_region(str(made.path)) as region:
         knife = Knife(region.memory)
         knife.edit_inode(Names.small, nlink=5)
-        knife.set_entries(1, [e for e in knife.entries(1) if e[2] != b"folder"])
-        for _ in range(5):
-            knife.set_tag(knife.free_block(), knife.tag(knife.root))
+        knife.edit_payload(Names.crowd, 0, b"\x01")
+
+    def interrupted(_: Builder) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, open_region(str(made.path)) as region:
+        patch.setattr(Builder, "_free_slots", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            fsck.repair(region)
+    with pytest.raises(UnderRepair):
+        made.mount()
+    with open_region(str(made.path)) as region:
+        assert fsck.repair(region, force=True).clean
+    assert names_in(made.mount(), Names.crowd) == set(LONG_NAMES)
+
+
+def repair_that_dies(region: Region, after: int) -> bool:
+    """A process that repairs the region and is gone before store `after`; whether it was done."""
+    child = os.fork()
+    if child == 0:
+        try:
+            region.memory.trap(after, lambda: os._exit(7))
+            fsck.repair(region)
+            os._exit(0)
+        finally:
+            os._exit(1)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert code in (0, 7)
+    return code == 0
+
+
+def names_and_leaks(knife: Knife) -> None:
+    knife.edit_inode(Names.small, nlink=5)
+    knife.set_entries(1, [e for e in knife.entries(1) if e[2] != b"folder"])
+    for _ in range(5):
+        knife.set_tag(knife.free_block(), knife.tag(knife.root))
+
+
+@pytest.mark.parametrize(
+    ("do", "step"),
+    [
+        (names_and_leaks, 1),
+        (lose_the_root, 3),
+        (lose_a_directory_node, 7),
+        (zero_tags, 31),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_an_interrupted_repair_is_run_again(
+    do: Callable[[Knife], None],
+    step: int,
+    made: TestRegion,
+    monkeypatch: pytest.MonkeyPatch,
+    long_run: bool,
+    figures: Figures,
+) -> None:
+    """It may die before any store, and so may the one that goes on."""
+    monkeypatch.setattr(watch, "SILENCE", 0.0)  # nobody is asked to wait for that of the dead
+    with open_region(str(made.path)) as region:
+        do(Knife(region.memory))
     damaged = made.path.read_bytes()
     expected: dict[bytes, object] | None = None
     points = 0
-    for after in range(10_000):
+    for after in range(0, 10_000, 1 if long_run else step):
         made.path.write_bytes(damaged)
         with open_region(str(made.path)) as region:
-            region.memory.trap(after, stop)
-            try:
-                fsck.repair(region)
-                finished = True
-            except Stopped:
-                finished = False
+            finished = repair_that_dies(region, after)
+            if after % 2:
+                repair_that_dies(region, after % 23)
         with open_region(str(made.path)) as region:
             report = fsck.repair(region)
             assert not report.findings, f"stopped before store {after}:\n{report}"
@@ -302,7 +360,8 @@ def test_an_interrupted_repair_is_run_again(made: TestRegion) -> None:
         points += 1
         if finished:
             break
-    assert points > 40
+    assert points > 5
+    figures.count("repairs that died", points, do.__name__)
 
 
 def test_a_repaired_region_needs_no_second_repair(made: TestRegion) -> None:

@@ -19,15 +19,16 @@ import stat
 import struct
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 from ivshmemfs.engine import NOW, ROOT_INO, Attr, Context, StatFs
 from ivshmemfs.engine.directory import Entry
-from ivshmemfs.errors import Busy, Corrupt, FsError, IvshmemfsError
+from ivshmemfs.errors import Busy, Corrupt, FsError, IvshmemfsError, Unfinished
 from ivshmemfs.format.dirent import TYPE_SHIFT
+from ivshmemfs.region import Standing
 
 BLOCK = 4096
 NAME_MAX = 255
@@ -42,6 +43,7 @@ EXCEPTIONS: dict[str, Callable[[], Exception]] = {
     "KeyError": lambda: KeyError("injected"),
     "MemoryError": lambda: MemoryError("injected"),
     "Busy": lambda: Busy("injected"),
+    "Unfinished": lambda: Unfinished("injected"),
     "Corrupt": lambda: Corrupt("injected: block 7 is torn"),
     "FsError": lambda: FsError(errno.EXDEV, "injected"),
     "zero": lambda: FsError(0, "injected: no error at all"),
@@ -157,6 +159,9 @@ class FakeFilesystem:
             if error.errno != errno.ENOENT:
                 raise
             return None
+
+    def bears(self, ino: int, places: Collection[tuple[int, bytes]]) -> bool:
+        return all(self._inode(parent).entries.get(name) == ino for parent, name in places)
 
     def mknod(self, parent: int, name: bytes, mode: int, rdev: int, ctx: Context) -> Attr:
         return self._new(parent, name, mode, ctx, rdev).attr()
@@ -363,7 +368,9 @@ class FakeFilesystem:
         self._inode(ino).opens += 1
         return FakeHandle(ino)
 
-    def readdir(self, handle: FakeHandle, cookie: int) -> Iterator[tuple[bytes, Attr, int]]:
+    def readdir(
+        self, handle: FakeHandle, cookie: int, _looks: int
+    ) -> Iterator[tuple[bytes, Attr, int]]:
         return self._listed(handle, cookie)
 
     def _listed(self, handle: FakeHandle, cookie: int) -> Iterator[tuple[bytes, Attr, int]]:
@@ -381,17 +388,24 @@ class FakeFilesystem:
             elif name in directory.entries:
                 yield name, self._inode(directory.entries[name]).attr(), position + 1
 
-    def entries(self, handle: FakeHandle, cookie: int) -> Iterator[Entry]:
+    def entries(self, handle: FakeHandle, cookie: int, _looks: int) -> Iterator[Entry]:
         for name, attr, following in self._listed(handle, cookie):
             yield Entry(following, attr.ino | attr.mode >> 12 << TYPE_SHIFT, name)
 
     def releasedir(self, handle: FakeHandle) -> None:
         self.release(handle)
 
-    def tick(self) -> None:
+    def standing(self) -> Standing:
+        return Standing.SOUND
+
+    def tick(self) -> bool:
         self.ticks += 1
         # Shown as an attribute of the root, so that a test can see that upkeep goes on.
         self._inodes[ROOT_INO].xattrs[b"user.ticks"] = str(self.ticks).encode()
+        return True
+
+    def work(self) -> bool:
+        return False
 
     def unmount(self) -> None:
         if self._faults is not None:

@@ -113,6 +113,12 @@ class FakeMount:
         release(self.path)
 
 
+def stop(pid: int) -> None:
+    """Stop a process, and wait until it is: on a busy machine that takes a while."""
+    os.kill(pid, signal.SIGSTOP)
+    assert eventually(lambda: b") T " in Path(f"/proc/{pid}/stat").read_bytes())
+
+
 def release(path: Path) -> None:
     """Detach whatever is mounted on *path*."""
     for _attempt in range(5):

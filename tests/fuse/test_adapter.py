@@ -310,7 +310,8 @@ def test_presented_owner_and_umask(mount: MountFactory) -> None:
 
 OPERATIONS: dict[str, Callable[[Path], object]] = {
     "find": lambda root: os.stat(root / "file"),
-    "getattr": lambda root: os.stat(root),
+    "bears": lambda root: _look_at_both(root, "file", "twin"),
+    "getattr": lambda root: os.stat(root.parent),  # the mount point: no look-up
     "setattr": lambda root: os.chmod(root / "file", 0o600),
     "readlink": lambda root: os.readlink(root / "link"),
     "mknod": lambda root: os.mkfifo(root / "new-fifo"),
@@ -343,7 +344,7 @@ if KERNEL >= (6, 2):
 if KERNEL >= (6, 6):
     OPERATIONS["born"] = lambda root: _statx(root / "file")
 #: The client is not told how these end.
-SILENT_OPERATIONS = ("release", "releasedir", "tick", "forget")
+SILENT_OPERATIONS = ("release", "releasedir", "tick", "work", "standing", "forget")
 #: Requests that pyfuse3 does not hand on.
 DIRECT_ONLY = ("seek", "fallocate", "tmpfile", "born", "entries")
 #: What only pyfuse3 asks for: it lists names with attributes.
@@ -351,6 +352,7 @@ PYFUSE3_ONLY = ("readdir",)
 #: How a handler is called in the log, where that is not what the engine calls the operation.
 HANDLERS = {
     "find": "lookup",
+    "bears": "lookup",
     "readdir-entry": "readdir",
     "entries": "readdir",
     "seek": "lseek",
@@ -397,6 +399,16 @@ def is_asked(operation: str, request: pytest.FixtureRequest) -> bool:
     return operation not in (DIRECT_ONLY if "trio" in request.node.callspec.id else PYFUSE3_ONLY)
 
 
+def _look_at_both(root: Path, *names: str) -> None:
+    """Look names up one after the other, and nothing in between."""
+    folder = os.open(root, os.O_PATH)
+    try:
+        for name in names:
+            os.stat(name, dir_fd=folder)
+    finally:
+        os.close(folder)
+
+
 def _fsync(path: Path) -> None:
     fd = os.open(path, os.O_RDWR)
     try:
@@ -409,6 +421,7 @@ def populate(root: Path) -> None:
     """Make what `OPERATIONS` work on."""
     (root / "file").write_bytes(b"content")
     os.setxattr(root / "file", "user.x", b"value")
+    os.link(root / "file", root / "twin")
     (root / "doomed").touch()
     (root / "link").symlink_to("file")
     (root / "doomed-dir").mkdir()
@@ -444,7 +457,7 @@ def test_every_exception_in_every_handler_is_an_errno(
     seen = {}
     for exception in expected:
         # More than once for a look-up: the kernel asks again about a name that it knows.
-        count = 3 if operation == "find" else 1
+        count = 3 if operation in ("find", "bears") else 1
         shared.fail(operation, exception, count)
         seen[exception] = error_of(lambda: OPERATIONS[operation](corner))
         assert shared.left() < count, f"{operation} was not called"
@@ -502,6 +515,21 @@ def test_a_busy_operation_does_not_stop_others(mnt: FakeMount) -> None:
     assert served == 20, "requests were not served while another one was waiting"
     waiting.join(20)
     assert slow == ["file"]
+
+
+def test_what_goes_on_for_many_turns_loses_no_patience(mount: MountFactory) -> None:
+    """Nor does it wait between them, and others are served."""
+    mnt = mount(FAKE_PATIENCE="0.05")
+    populate(mnt.path)
+    mnt.fail("readlink", "Unfinished", 2000)
+    ends: list[str] = []
+    waiting = threading.Thread(target=lambda: ends.append(os.readlink(mnt.path / "link")))
+    waiting.start()
+    for _ in range(20):
+        os.stat(mnt.path / "file")
+    assert mnt.left() > 0, "others waited until it had ended"
+    waiting.join(30)
+    assert ends == ["file"]
 
 
 def test_busy_for_ever_ends_in_an_error(mount: MountFactory) -> None:

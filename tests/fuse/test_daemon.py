@@ -25,6 +25,7 @@ from tests.fuse.mounts import (
     needs_fuse,
     release,
     run,
+    stop,
 )
 
 pytestmark = needs_fuse
@@ -314,15 +315,55 @@ def test_a_killed_daemon_leaves_a_mount_that_can_be_cleared(mnt: FakeMount) -> N
 
 
 def test_a_stopped_daemon_can_be_unmounted(mnt: FakeMount) -> None:
-    mnt.process.send_signal(signal.SIGSTOP)
+    stop(mnt.process.pid)
     started = time.monotonic()
-    with pytest.raises(MountError, match="has not ended yet"):
-        daemon.umount(str(mnt.path), seconds=0.5)
+    with pytest.raises(MountError, match=f"process {mnt.process.pid}.*is stopped.*kill -CONT"):
+        daemon.umount(str(mnt.path))
     assert time.monotonic() - started < 5
     assert not mount_lines(mnt.path)
     mnt.process.send_signal(signal.SIGCONT)
     assert mnt.process.wait(PATIENCE) == 0
     assert left(mnt.faults)
+
+
+def test_nothing_looks_at_a_mount_whose_daemon_is_stopped(mnt: FakeMount, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(mnt.path)
+    stop(mnt.process.pid)
+    for path in (mnt.path, tmp_path / "link", tmp_path / "link" / ".", mnt.path / ".." / "mnt"):
+        assert mountpoint.resolve(str(path)) == str(mnt.path)
+        with pytest.raises(MountError, match="is busy"):
+            mountpoint.check(str(path))
+    below = tmp_path / "link" / "below" / "it"
+    assert mountpoint.resolve(str(below)) == str(mnt.path / "below" / "it")
+    entry = mountpoint.enclosing(str(below))
+    assert entry is not None
+    assert entry.path == str(mnt.path)
+    with pytest.raises(MountError, match="is stopped"):
+        mountpoint.check(str(below))
+    assert not mountpoint.answers(entry.path, 0.2)
+    daemon.umount(str(tmp_path / "link"), lazy=True)
+    assert not mount_lines(mnt.path)
+
+
+def test_paths_are_resolved_as_the_kernel_does(tmp_path: Path) -> None:
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    (tmp_path / "to b").symlink_to("a/b")
+    (tmp_path / "a" / "up").symlink_to(tmp_path / "a" / "..")
+    for path in ("to b", "to b/..", "a/up/to b/.", "a//up/a/./b", "to b/none", "none/../a", "."):
+        assert mountpoint.resolve(f"{tmp_path}/{path}") == os.path.realpath(f"{tmp_path}/{path}")
+    assert mountpoint.resolve("/") == "/"
+    (tmp_path / "ring").symlink_to("ring")
+    with pytest.raises(MountError, match="too many symbolic links"):
+        mountpoint.resolve(f"{tmp_path}/ring")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may do without fusermount3")
+def test_unmounting_without_fusermount(mnt: FakeMount, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mountpoint, "helper", lambda: None)
+    with open(mnt.path / "f", "w"), pytest.raises(mountpoint.BusyMount):
+        mountpoint.unmount(str(mnt.path))
+    mountpoint.unmount(str(mnt.path))
+    assert not mount_lines(mnt.path)
 
 
 def test_a_daemon_that_lingers_does_not_hold_up_the_next_mount_of_its_number() -> None:
@@ -437,3 +478,31 @@ def test_foreground_logs_to_stderr(place: Path) -> None:
             assert b"mounted" in process.stderr.read()
         finally:
             process.kill()
+
+
+@pytest.fixture
+def connections(tmp_path: Path) -> Iterator[Path]:
+    """Where the kernel shows its FUSE connections."""
+    path = tmp_path / "connections"
+    path.mkdir()
+    if run("mount", "-t", "fusectl", "none", path).returncode:
+        pytest.skip("connections cannot be aborted here")
+    try:
+        yield path
+    finally:
+        run("umount", path)
+
+
+@pytest.mark.parametrize("loop", ["poll", "trio"])
+def test_an_aborted_connection_is_an_end(mount: MountFactory, connections: Path, loop: str) -> None:
+    """Of an administrator, or of a forced unmount: one mount less, and no failure."""
+    mnt = mount("-o", f"loop={loop}")
+    (mnt.path / "f").touch()
+    number = os.minor(os.stat(mnt.path).st_dev)
+    (connections / str(number) / "abort").write_text("1")
+    assert mnt.process.wait(PATIENCE) == 0
+    assert left(mnt.faults)
+    assert not mount_lines(mnt.path)
+    log = mnt.log_text()
+    assert "ERROR" not in log, log
+    assert "Traceback" not in log

@@ -7,14 +7,15 @@ import os
 import socket
 import struct
 from collections.abc import Awaitable, Callable, Iterator
+from typing import NoReturn
 
 import pytest
 import trio
 
 from ivshmemfs.engine import ROOT_INO
-from ivshmemfs.errors import Busy
-from ivshmemfs.fuse import wire
-from ivshmemfs.fuse.direct import Direct
+from ivshmemfs.errors import Busy, FsError, Unfinished
+from ivshmemfs.fuse import direct, wire
+from ivshmemfs.fuse.direct import FORGOTTEN_AT_ONCE, Direct
 from ivshmemfs.fuse.handshake import Relay
 from ivshmemfs.fuse.served import Ownership, Served
 from tests.fuse.fake_engine import FakeFilesystem
@@ -33,13 +34,12 @@ class Kernel:
         self._device = device
         device.setblocking(False)
         self.tasks: list[Callable[[], Awaitable[None]]] = []
-        self.served = Served(self.fs, trio.sleep, ownership=ownership)  # type: ignore[arg-type]
+        self.served = Served(self.fs, trio.sleep, ownership=ownership, root_only=root_only)  # type: ignore[arg-type]
         self.direct = Direct(
             self.served,
             Relay(device.fileno(), ours),
             self.tasks.append,
             page_cache=False,
-            root_only=root_only,
         )
         self._ours = ours
         self.mine.settimeout(10)
@@ -319,6 +319,86 @@ def test_a_commit_of_somebody_else_is_waited_for(
     make_busy(kernel, monkeypatch, 10**9)
     kernel.send(wire.WRITE, wire.WRITE_IN.pack(handle, 0, 3, 0, 0) + b"abc", node=ino)
     assert kernel.silent()
+
+
+def test_a_long_operation_goes_on_where_it_stopped(
+    kernel: Kernel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A turn ends at once: nothing is tried again before others had theirs."""
+    _, handle = kernel.create(b"f")
+    calls: list[str] = []
+
+    def last() -> None:
+        calls.append("last")
+
+    def second() -> None:
+        calls.append("second")
+        if calls.count("second") == 1:
+            raise Busy("another peer")  # which made no progress: the same again
+        raise Unfinished("injected", last)
+
+    def fallocate(*_: object) -> None:
+        calls.append("first")
+        raise Unfinished("injected", second)
+
+    monkeypatch.setattr(kernel.served.fs, "fallocate", fallocate)
+    kernel.send(wire.FALLOCATE, wire.FALLOCATE_IN.pack(handle, 0, 1 << 40, 0))
+    assert calls == ["first"]
+    assert kernel.silent()
+    kernel.run()
+    assert calls == ["first", "second", "second", "last"]
+    assert kernel.answer() == (0, b"")
+
+
+def test_a_long_list_of_what_is_forgotten_takes_several_turns(
+    kernel: Kernel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gone: list[int] = []
+    monkeypatch.setattr(kernel.served, "forget", lambda node, _times: gone.append(node))
+    many = range(10, 10 + 3 * FORGOTTEN_AT_ONCE)
+    batch = b"".join(wire.FORGET_ONE.pack(node, 1) for node in many)
+    kernel.send(wire.BATCH_FORGET, bytes(wire.BATCH_FORGET_IN.size) + batch)
+    assert len(gone) == FORGOTTEN_AT_ONCE
+    for _ in range(2):
+        del kernel.tasks[:-1]
+        kernel.run()
+    assert gone == list(many)
+    assert kernel.silent()
+
+
+def test_an_answer_that_cannot_be_made_is_an_error(
+    kernel: Kernel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever asked gets it, and the mount lives: nothing escapes from a task."""
+    ino, handle = kernel.create(b"f")
+    real, failures = direct._out, [MemoryError("no room")]
+
+    def out(length: int, code: int, unique: int) -> bytes:
+        if failures:
+            raise failures.pop()
+        return real(length, code, unique)
+
+    monkeypatch.setattr(direct, "_out", out)
+    assert kernel.send(wire.GETATTR, node=ino) is None
+    assert kernel.answer() == (errno.ENOMEM, b"")
+    failures.append(MemoryError("no room"))
+    make_busy(kernel, monkeypatch, 3)
+    kernel.send(wire.WRITE, wire.WRITE_IN.pack(handle, 0, 3, 0, 0) + b"abc", node=ino)
+    kernel.run()
+    assert kernel.answer() == (errno.ENOMEM, b"")
+
+
+def test_errors_that_the_kernel_would_not_take(
+    kernel: Kernel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A refused answer leaves the caller waiting for good."""
+
+    def fail(_ino: int) -> NoReturn:
+        raise FsError(512, "a number of the kernel's own")
+
+    monkeypatch.setattr(type(kernel.fs), "getattr", lambda _fs, ino: fail(ino))
+    kernel.send(wire.GETATTR)
+    assert kernel.answer() == (errno.EIO, b"")
 
 
 def test_who_stops_waiting_is_told_so(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ import trio
 
 from ivshmemfs.errors import MountError
 from ivshmemfs.fuse import loop as loop_module
+from ivshmemfs.fuse.handshake import Relay
 from ivshmemfs.fuse.loop import Gate, Loop, Workers
 
 
@@ -214,6 +215,58 @@ def test_a_withdrawn_request_is_no_event(caplog: pytest.LogCaptureFixture) -> No
     withdrawn: list[Exception | None] = [OSError(errno.EAGAIN, "fuse_session_receive_buf failed")]
     assert supervised(withdrawn * 300 + [None]) == 301
     assert caplog.text == ""
+
+
+ENDS = ["ENODEV", "ECONNABORTED", "ENOTCONN"]
+
+
+@pytest.mark.parametrize("name", ENDS)
+def test_the_end_of_the_connection_is_no_failure(
+    name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Unmounted, or aborted, while a worker reads."""
+    assert supervised([OSError(getattr(errno, name), "fuse_session_receive_buf failed")]) == 1
+    assert caplog.text == ""
+
+
+@pytest.mark.parametrize("name", ENDS)
+def test_the_end_of_the_connection_ends_whoever_answers_first(
+    name: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    ended: list[bool] = []
+    monkeypatch.setattr("pyfuse3.terminate", lambda: ended.append(True))
+
+    class Requests:
+        def serve(self) -> memoryview | None:
+            raise OSError(getattr(errno, name), "read")
+
+        def hand_on(self, request: memoryview) -> None: ...
+
+        def pump(self) -> None: ...
+
+    async def body() -> None:
+        receiving, sending = os.pipe()
+        os.write(sending, b"x")
+        loop = Loop(lambda _fd: True)
+        loop.answer_first(Requests(), receiving)
+        try:
+            with pytest.raises(trio.ClosedResourceError):
+                await loop.wait_readable(receiving)
+        finally:
+            os.close(receiving)
+            os.close(sending)
+
+    run(body)
+    assert ended == [True]
+    assert caplog.text == ""
+
+
+@pytest.mark.parametrize("name", [*ENDS, "ENOENT"])
+def test_an_answer_after_the_end_is_no_event(name: str, caplog: pytest.LogCaptureFixture) -> None:
+    Relay.unwanted(OSError(getattr(errno, name), "write"))
+    assert caplog.text == ""
+    Relay.unwanted(OSError(errno.EINVAL, "write"))
+    assert "refused an answer" in caplog.text
 
 
 def test_a_descriptor_that_fails_for_good_ends_the_loop() -> None:

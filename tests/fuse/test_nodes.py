@@ -1,4 +1,4 @@
-"""The numbers that the kernel gets for directories that other machines move."""
+"""The numbers that the kernel gets for what other machines move."""
 
 from __future__ import annotations
 
@@ -119,3 +119,28 @@ def test_a_directory_looked_up_by_itself() -> None:
     assert nodes.forget(moved, 3)
     with pytest.raises(StaleHandle):
         nodes.named(moved)
+
+
+def test_a_number_that_is_avoided() -> None:
+    nodes = Nodes()
+    assert nodes.found(7, 1, A) == 7
+    other = nodes.found(7, 1, B, avoided=7)
+    assert other > MAX_INO
+    assert nodes.found(7, 1, B, avoided=7) == nodes.found(7, 1, B) == other
+
+
+def test_the_passing_number_of_a_file() -> None:
+    nodes = Nodes()
+    passing = nodes.passing(7)
+    assert passing > MAX_INO
+    assert nodes.passing(7) == passing
+    assert nodes.inode_of(passing) == 7
+    assert nodes.named(passing, file=True) == passing
+    assert not nodes.forget(passing, 2)
+    assert nodes.inode_of(passing) == 7
+    assert not nodes.forget(passing, 1)
+    with pytest.raises(StaleHandle):
+        nodes.inode_of(passing)
+    assert nodes.passing(7) not in (7, passing)
+    assert nodes.named(7, file=True) == 7
+    assert nodes.forget(7, 1)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import pwd
+from pathlib import Path
 
 import pytest
 
 from ivshmemfs.errors import UsageError
+from ivshmemfs.fuse import options
 from ivshmemfs.fuse.options import MountOptions, fusermount_options, libfuse_options, parse
 
 
@@ -38,9 +40,39 @@ def test_names_instead_of_numbers() -> None:
     assert parse([f"uid={someone.pw_name}"]).uid == someone.pw_uid
 
 
-def test_words_of_fstab_mean_nothing_here() -> None:
-    words = "defaults,noauto,nofail,_netdev,x-systemd.automount,x-a=b,comment=c,user,nosuid,nodev"
+#: Every filesystem-independent option of mount(8) but those that have an effect here.
+GENERIC = (
+    "defaults,auto,noauto,user,nouser,users,owner,group,nofail,_netdev,nosuid,nodev,silent,loud,"
+    "relatime,norelatime,strictatime,nostrictatime,lazytime,nolazytime,diratime,nodiratime,"
+    "iversion,noiversion,mand,nomand,symfollow,comment=c,x-systemd.automount,x-a=b,X-mount.mkdir"
+)
+#: What mountinfo and /proc/mounts show of a mount.
+SHOWN = (
+    "fd=5,rootmode=40000,user_id=0,group_id=0,default_permissions,max_read=4096,blksize=4096,"
+    "fsname=/dev/shm/x,subtype=ivshmemfs,nonempty"
+)
+
+
+@pytest.mark.parametrize("words", [GENERIC, SHOWN])
+def test_words_without_effect(words: str) -> None:
     assert parse([words]) == MountOptions()
+    for word in words.split(","):
+        assert parse([word]) == MountOptions(), word
+
+
+def test_words_of_selinux(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(options, "SELINUX", str(tmp_path / "none"))
+    assert parse(["context=system_u:object_r:tmp_t:s0"]) == MountOptions()
+    monkeypatch.setattr(options, "SELINUX", str(tmp_path))
+    with pytest.raises(UsageError, match="'context' cannot be had"):
+        parse(["context=x"])
+
+
+def test_flags_of_a_remount() -> None:
+    always = 32 | 2 | 4  # MS_REMOUNT, MS_NOSUID, MS_NODEV
+    assert options.remount_flags(parse(["remount,rw"])) == always
+    assert options.remount_flags(parse(["remount,ro,noexec"])) == always | 1 | 8
+    assert options.remount_flags(parse(["noexec,exec,sync,noatime"])) == always | 16 | 1024
 
 
 def test_kernel_flags_are_passed_on() -> None:
@@ -63,7 +95,10 @@ def test_suid_and_dev() -> None:
     ("words", "named"),
     [
         ("frobnicate", "frobnicate"),
-        ("max_read=4096", "max_read"),
+        ("allow_root", "use allow_other"),
+        ("auto_unmount", "umount"),
+        ("nosymfollow", "nosymfollow"),
+        ("loop", "loop=poll"),
         ("uid", "uid"),
         ("uid=", "uid"),
         ("uid=no such user", "no such user"),

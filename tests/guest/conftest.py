@@ -10,7 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from tests.guest.harness import Guest, GuestError, arm_parts, make_recipe, missing_parts
+from tests.guest.harness import (
+    Guest,
+    GuestError,
+    Recipe,
+    arm_parts,
+    make_recipe,
+    missing_parts,
+)
 from tests.guest.machines import FSCK, IVSHMEMFS, MKFS, Host, Machine, Mount
 
 SIZES = (64 << 20, 1 << 20)
@@ -49,8 +56,13 @@ def regions() -> Iterator[list[Path]]:
 
 
 @pytest.fixture(scope="session")
-def pair(workplace: Path, regions: list[Path]) -> Iterator[list[Guest]]:
-    recipe = make_recipe(workplace)
+def recipe(workplace: Path) -> Recipe:
+    """How all guests boot."""
+    return make_recipe(workplace)
+
+
+@pytest.fixture(scope="session")
+def pair(workplace: Path, recipe: Recipe, regions: list[Path]) -> Iterator[list[Guest]]:
     modest = arm_parts() is None  # by hand, so that nobody else waits for the machine
     guests = [
         Guest(recipe, name, regions, workplace, modest=modest) for name in ("guest1", "guest2")

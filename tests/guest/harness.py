@@ -331,13 +331,13 @@ class Guest:
         assert self._qemu is not None
         os.kill(self._qemu.pid, number)
 
-    def qmp(self, command: str) -> dict[str, Any]:
+    def qmp(self, command: str, **arguments: str) -> dict[str, Any]:
         """Run one QMP command, such as "stop" and "cont", and return its answer."""
         with self._connect("qmp") as client, client.makefile("rw") as stream:
             client.settimeout(30)
             stream.readline()
-            for word in ("qmp_capabilities", command):
-                stream.write(json.dumps({"execute": word}) + "\n")
+            for word, given in (("qmp_capabilities", {}), (command, arguments)):
+                stream.write(json.dumps({"execute": word, "arguments": given}) + "\n")
                 stream.flush()
                 answer: dict[str, Any] = json.loads(stream.readline())
                 while "event" in answer:

@@ -1,4 +1,8 @@
-"""Every operation of the engine on a region that nobody can trust, each bounded in time."""
+"""Every operation of the engine on a region that nobody can trust, each turn of it bounded.
+
+The bound is the work that the store counts, so it holds on any machine.  What counts no work is
+bounded in time, more coarsely.
+"""
 
 from __future__ import annotations
 
@@ -8,17 +12,22 @@ import stat
 import time
 from collections.abc import Callable
 from itertools import islice
+from tempfile import TemporaryFile
 from typing import TypeVar
 
 from ivshmemfs.engine import Filesystem
-from ivshmemfs.errors import Busy, IvshmemfsError
+from ivshmemfs.engine.filesystem import KEEP_SIZE, PUNCH_HOLE, ZERO_RANGE
+from ivshmemfs.errors import Busy, IvshmemfsError, Unfinished
 from ivshmemfs.region import Region
+from ivshmemfs.shm.store import TURN
 from tests.fsck.damage import Names
 from tests.regions import ROOT
 
 T = TypeVar("T")
 
-SLOWEST = 5.0  # seconds of computing that one operation may take
+MOST_WORK = TURN  # of one turn of a request, though it may look several times
+MOST_TURNS = 200  # of one operation on so small a region
+SLOWEST = 1.0  # seconds of computing that one turn may take, on a machine that is slow
 HANGING = 60.0  # seconds on the clock after which it hangs, however busy the machine is
 PATIENCE = 0.2  # seconds of Busy after which a caller gives up; less once that was in vain
 FOLDERS, ENTRIES = 40, 1000  # walked at most
@@ -28,8 +37,18 @@ TOLERABLE = {
     errno.EIO, errno.EUCLEAN, errno.ESTALE, errno.ENOSPC, errno.ENOENT, errno.EEXIST, errno.EAGAIN,
     errno.ENOTEMPTY, errno.ENOTDIR, errno.EISDIR, errno.EINVAL, errno.ENODATA, errno.EFBIG,
     errno.EROFS, errno.EMLINK, errno.EUSERS, errno.E2BIG, errno.EPERM, errno.EBUSY,
-    errno.EPROTONOSUPPORT, errno.EOPNOTSUPP, errno.EACCES,
+    errno.EPROTONOSUPPORT, errno.EOPNOTSUPP, errno.EACCES, errno.ENXIO, errno.ENODEV,
 }  # fmt: skip
+
+
+#: Modes of fallocate, offsets and lengths.
+ALLOCATIONS = (
+    (PUNCH_HOLE | KEEP_SIZE, 1000, 3000),
+    (PUNCH_HOLE | KEEP_SIZE, 0, 1 << 61),
+    (ZERO_RANGE, 5, 1 << 40),
+    (0, 0, 20_000),
+    (KEEP_SIZE, 1 << 39, 1 << 20),
+)
 
 
 class Ledger:
@@ -39,15 +58,23 @@ class Ledger:
         self.done = 0
         self.refused = 0
         self.slowest = 0.0
+        self.most_work = 0
         self.patience = PATIENCE
+        self.fs: Filesystem | None = None  # whose work is counted
 
     def attempt(self, operation: Callable[[], T]) -> T | None:
         """Its result, or None for a tolerable refusal; anything else is a failure."""
-        end = time.monotonic() + self.patience
+        end, turns = time.monotonic() + self.patience, 0
         while True:
             began, computed = time.monotonic(), time.thread_time()
+            before = self._work()
             try:
                 result = operation()
+            except Unfinished as turn:
+                operation = turn.go_on or operation  # type: ignore[assignment]
+                turns += 1
+                assert turns < MOST_TURNS, "one operation goes on and on"
+                continue
             except Busy:
                 if time.monotonic() < end:
                     time.sleep(0.002)
@@ -63,10 +90,16 @@ class Ledger:
             finally:
                 taken, computed = time.monotonic() - began, time.thread_time() - computed
                 self.slowest = max(self.slowest, taken)
+                work = self._work() - before
+                self.most_work = max(self.most_work, work)
+                assert work <= MOST_WORK, f"one operation did {work} pieces of work in one turn"
                 assert computed < SLOWEST, f"one operation computed for {computed:.1f} s"
                 assert taken < HANGING, f"one operation took {taken:.1f} s"
             self.done += 1
             return result
+
+    def _work(self) -> int:
+        return self.fs.store.work if self.fs is not None else 0
 
 
 def walk(fs: Filesystem, ledger: Ledger) -> None:
@@ -107,6 +140,19 @@ def inspect(fs: Filesystem, ledger: Ledger, ino: int) -> None:
     size = attr.size if attr is not None else 0
     for offset in {0, 4096, max(size - 10, 0), (1 << 62)}:
         ledger.attempt(lambda at=offset: _content(fs, ino, at))  # type: ignore[misc]
+        for whence in (os.SEEK_DATA, os.SEEK_HOLE):
+            ledger.attempt(lambda at=offset, how=whence: _sought(fs, ino, at, how))  # type: ignore[misc]
+    ledger.attempt(lambda: fs.born(ino))
+    ledger.attempt(lambda: fs.numbered(ino))
+    ledger.attempt(lambda: [entry.key for entry in islice(fs.entries(fs.opendir(ino), 0), ENTRIES)])
+
+
+def _sought(fs: Filesystem, ino: int, offset: int, whence: int) -> int:
+    handle = fs.open(ino, os.O_RDONLY, ROOT)
+    try:
+        return fs.seek(handle, offset, whence)
+    finally:
+        fs.release(handle)
 
 
 def _content(fs: Filesystem, ino: int, offset: int) -> int:
@@ -125,6 +171,35 @@ def _stored(fs: Filesystem, ino: int, offset: int, flags: int = os.O_WRONLY) -> 
         fs.release(handle)
 
 
+def _allocated(fs: Filesystem, ino: int, mode: int, offset: int, length: int) -> None:
+    handle = fs.open(ino, os.O_RDWR, ROOT)
+    try:
+        fs.fallocate(handle, mode, offset, length)
+    finally:
+        fs.release(handle)
+
+
+def _copied(fs: Filesystem, ino: int) -> None:
+    """As `get`, `put` and copy_file_range do it."""
+    handle = fs.open(ino, os.O_RDWR, ROOT)
+    try:
+        with TemporaryFile() as file:
+            fs.read_to(handle, 0, 100_000, file.fileno())
+            fs.write_from(handle, 0, 100_000, file.fileno())
+        fs.write(handle, 30_000, bytes(fs.read(handle, 5, 70_000)))
+    finally:
+        fs.release(handle)
+
+
+def _nameless(fs: Filesystem) -> None:
+    handle, attr = fs.tmpfile(1, 0o644, os.O_RDWR, ROOT)
+    try:
+        fs.write(handle, 0, b"nameless" * 1000)
+        fs.link(attr.ino, 1, b"named", ROOT)
+    finally:
+        fs.release(handle)
+
+
 def _made(fs: Filesystem) -> None:
     handle, _ = fs.create(1, b"new", 0o644, os.O_RDWR, ROOT)
     try:
@@ -138,6 +213,7 @@ def changes(fs: Filesystem) -> list[Callable[[], object]]:
     n = Names
     ops: list[Callable[[], object]] = [
         lambda: _made(fs),
+        lambda: _nameless(fs),
         lambda: fs.mkdir(1, b"dir", 0o755, ROOT),
         lambda: fs.symlink(1, b"sym", b"target" * 20, ROOT),
         lambda: fs.mknod(n.inner, b"fifo", stat.S_IFIFO | 0o644, 0, ROOT),
@@ -145,7 +221,6 @@ def changes(fs: Filesystem) -> list[Callable[[], object]]:
         lambda: fs.rename(1, b"folder", n.inner, b"into itself", 0, ROOT),
         lambda: fs.rename(1, b"near", 1, b"far", 2, ROOT),
         lambda: fs.rename(n.folder, b"inner", 1, b"inner", 0, ROOT),
-        lambda: fs.collect(),
         lambda: fs.rmdir(1, b"dir", ROOT),
         lambda: fs.rmdir(1, b"folder", ROOT),
     ]
@@ -159,7 +234,13 @@ def changes(fs: Filesystem) -> list[Callable[[], object]]:
             lambda ino=ino: _stored(fs, ino, 2),  # type: ignore[misc]
             lambda ino=ino: _stored(fs, ino, 0, os.O_WRONLY | os.O_APPEND),  # type: ignore[misc]
             lambda ino=ino: fs.setattr(ino, ROOT, size=5000),  # type: ignore[misc]
+            lambda ino=ino: _copied(fs, ino),  # type: ignore[misc]
         ]
+        for mode, at, length in ALLOCATIONS:
+            ops.append(
+                lambda ino=ino, mode=mode, at=at, n=length: _allocated(fs, ino, mode, at, n)  # type: ignore[misc]
+            )
+        ops.append(lambda ino=ino: fs.setattr(ino, ROOT, size=1))  # type: ignore[misc]
     removed = [(n.folder, b"big"), (n.inner, b"sparse"), (n.inner, b"link"), (n.inner, b"device"),
                (1, b"small"), (1, b"near"), (1, b"far"), (1, b"sym")]  # fmt: skip
     for parent, name in removed:
@@ -175,14 +256,16 @@ def alter(fs: Filesystem, ledger: Ledger) -> None:
         ledger.attempt(lambda name=name: fs.unlink(Names.crowd, name, ROOT))  # type: ignore[misc]
     for _ in range(5):  # the fourth looks for peers that fell silent
         ledger.attempt(fs.tick)
-    ledger.attempt(fs.collect)
+        ledger.attempt(fs.work)
 
 
 def use(fs: Filesystem, ledger: Ledger) -> None:
     """Everything on one mount, which then leaves."""
-    ledger.patience = PATIENCE
+    ledger.patience, ledger.fs = PATIENCE, fs
     walk(fs, ledger)
     alter(fs, ledger)
+    ledger.fs = None  # what follows is done to the end, whatever it costs
+    ledger.attempt(fs.collect)
     ledger.attempt(fs.unmount)
 
 

@@ -6,7 +6,7 @@ import struct
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-from ivshmemfs.format import inode, node, peer, superblock, words
+from ivshmemfs.format import inode, node, peer, superblock, words, xattr
 from ivshmemfs.format.geometry import COMMIT_OFFSET, HINT_OFFSET
 from tests.fsck.damage import Knife, Names
 
@@ -96,8 +96,8 @@ def _free(k: Knife, count: int) -> list[int]:
     return [b for b in range(k.geometry.block_count) if not k.tag(b)][-count:]
 
 
-def _full_body(k: Knife, kind: int, target: int) -> tuple[bytes, int]:
-    pointer = words.POINTER.pack(target, 1, words.make_tag(1, 1, 1))
+def _full_body(k: Knife, kind: int, target: int, weight: int = 1) -> tuple[bytes, int]:
+    pointer = words.POINTER.pack(target, weight, words.make_tag(1, 1, 1))
     if kind == node.DIRNODE:
         count = (k.block_size - node.HEADER_SIZE) // 24
         return struct.pack(f"<{count}Q", *range(0, 256 * count, 256)) + pointer * count, count
@@ -131,6 +131,93 @@ def ladder(k: Knife, number: int, height: int) -> None:
     pointer = words.POINTER.pack(top, 1, words.make_tag(1, 1, 1))
     payload = (bytes(8) if folder else b"") + pointer
     k.set_payload(number, payload, height=height, size=k.record(number).size)
+
+
+def hollow(k: Knife, number: int, height: int, weight: int) -> None:
+    """A tree of endlessly many ways that lead to nothing: its last nodes have no pointers."""
+    rungs = _free(k, height)
+    owner = Place(0, 0, node.INDEX, 0, number)
+    for level, block in enumerate(rungs):
+        body = b"" if not level else _full_body(k, node.INDEX, rungs[level - 1], weight)[0]
+        forge(k, block, owner, level, body)
+    pointer = words.POINTER.pack(rungs[-1], weight, words.make_tag(1, 1, 1))
+    k.set_payload(number, pointer * 4, payload=inode.MAP, height=height, size=(1 << 62) - 1)
+
+
+def bounds(k: Knife, number: int, height: int) -> None:
+    """A directory tree whose many bounds lead to one leaf without names."""
+    tag = words.make_tag(1, 1, 1)
+    leaf, *rungs = _free(k, height + 8)
+    forge(k, leaf, Place(0, 0, node.DIRLEAF, 0, number), 0, b"")
+    below, step = leaf, 256
+    for level in range(1, height):
+        count = (k.block_size - node.HEADER_SIZE) // 24
+        keys = struct.pack(f"<{count}Q", *range(0, step * count, step))
+        body = keys + words.POINTER.pack(below, 1, tag) * count
+        forge(k, rungs[level], Place(0, 0, node.DIRNODE, 0, number), level, body, count)
+        below, step = rungs[level], step * count
+    keys = struct.pack("<20Q", *range(0, 20 * step, step))
+    k.set_payload(
+        number, keys + words.POINTER.pack(below, 1, tag) * 20, payload=inode.DIRTREE, height=height
+    )
+
+
+def attributes(k: Knife, count: int, *, sound: bool) -> None:
+    """As many extended attributes as there can be; with not `sound`, the last is out of order."""
+    names = [b"a%07d" % number for number in range(count)]
+    if not sound:
+        names[-1] = names[0]
+    raw = b"".join(xattr.encode_one(name, b"") for name in names)
+    blocks = _free(k, -(-len(raw) // k.block_size) + 8)
+    index, data = blocks[:8], blocks[8:]
+    tag, fanout = words.make_tag(1, 1, 1), node.index_fanout(k.block_size)
+    pointers = []
+    for at, block in enumerate(data):
+        k.set_tag(block, tag)
+        piece = raw[at * k.block_size : (at + 1) * k.block_size]
+        k.write(block, piece.ljust(k.block_size, b"\0"), seal=False)
+        pointers.append(words.POINTER.pack(block, 1, tag))
+    tops: list[bytes] = []
+    owner = Place(0, 0, node.INDEX, 0, Names.far)
+    for at in range(0, len(pointers), fanout):
+        part = pointers[at : at + fanout]
+        forge(k, index[len(tops)], owner, 0, b"".join(part))
+        tops.append(words.POINTER.pack(index[len(tops)], 1 + len(part), tag))
+    height, top = 1, tops[0]
+    if len(tops) > 1:
+        forge(k, index[-1], owner, 1, b"".join(tops))
+        height, top = 2, words.POINTER.pack(index[-1], 1 + len(tops) + len(pointers), tag)
+    k.edit_inode(
+        Names.far, xattr_size=len(raw), xattr_inline=0, xattr_height=height, xattr_pointer=top
+    )
+
+
+def endless() -> Iterator[tuple[str, Damage]]:
+    """What would take for ever to walk through, or very long."""
+    for height in (1, 2, 5, 12):
+        for weight in (1, 2, (1 << 32) - 1):
+            for who in ("big", "sparse"):
+                yield (
+                    f"{who} hollow, height {height}, weight {weight:#x}",
+                    lambda k, h=height, w=weight, who=who: hollow(k, getattr(Names, who), h, w),  # type: ignore[misc]
+                )
+    for height in (1, 2, 5):
+        for number in ("crowd", "2"):
+            yield (
+                f"{number}: bounds without names, height {height}",
+                lambda k, h=height, who=number: bounds(k, 2 if who == "2" else Names.crowd, h),  # type: ignore[misc]
+            )
+        yield f"orphans in a ladder of {height}", lambda k, h=height: _orphans(k, h)  # type: ignore[misc]
+    for sound in (True, False):
+        yield (
+            f"attributes without number, sound: {sound}",
+            lambda k, sound=sound: attributes(k, 5000, sound=sound),  # type: ignore[misc]
+        )
+
+
+def _orphans(k: Knife, height: int) -> None:
+    bounds(k, 2, height)
+    k.edit_root(orphans=1 << 40)
 
 
 def pointers() -> Iterator[tuple[str, Damage]]:

@@ -28,7 +28,7 @@ import pytest
 from tests.conftest import Figures
 
 HERE = Path(__file__).parent
-SOURCES = ("commit", "mark", "openlist", "slots")
+SOURCES = ("commit", "mark", "openlist", "slots", "twins")
 MEMORY_MB = 6000
 TIMEOUT_S = 3600
 DEPTH = 100_000
@@ -83,6 +83,7 @@ OPEN = Case("openlist", "PEERS=2 OPENS=2")
 SLOT = Case("slots", "JOINS=2 DEATHS=0 JUDGEMENTS=0")
 FREE = Case("slots", "FREERS JOINS=3 DEATHS=0 JUDGEMENTS=0")
 JUDGE = Case("slots", "JOINS=2 OPENS=0")
+TWINS = Case("twins", "STEPS=2")
 
 SHORT = [
     WRITE,
@@ -102,6 +103,7 @@ SHORT = [
     SLOT,
     FREE,
     JUDGE,
+    TWINS,
 ]
 
 LONG = [
@@ -119,6 +121,7 @@ LONG = [
     Case("openlist", "PEERS=3"),
     Case("slots", "JOINS=3"),
     Case("slots", "FREERS JOINS=5 DEATHS=1"),
+    Case("twins", "STEPS=4"),
 ]
 
 # What is broken, where it shows, and which property then fails.
@@ -187,6 +190,14 @@ BROKEN = [
     (FREE, "BREAK_CLEAR_BY_STORE", "P7"),
     (JUDGE, "BREAK_IDENTITY_UNSTAMPED", "P9"),
     (JUDGE, "BREAK_JUDGE_ANY_INCARNATION", "P9"),
+    (TWINS, "BREAK_STATE_BEFORE_NONCE", "P9"),
+    (TWINS, "BREAK_NONCE_BEFORE_BEGIN", "P9"),
+    (TWINS, "BREAK_BEGIN_IGNORES_NONCE", "P9"),
+    (TWINS, "BREAK_LEAVE_UNSIGNED", "P9"),
+    (TWINS, "BREAK_NO_MARK", "P9"),
+    (TWINS, "BREAK_MARK_ONCE", "P9"),
+    (TWINS, "BREAK_MARK_IGNORED", "P9"),
+    (TWINS, "BREAK_MARK_BEFORE_PROCESS", "P9"),
 ]
 
 
@@ -296,6 +307,7 @@ COVERING = {
     "mark": [MARK],
     "openlist": [OPEN],
     "slots": [SLOT, FREE, JUDGE],
+    "twins": [TWINS],
 }
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import itertools
+import mmap
 import os
 import random
 import shutil
@@ -20,10 +22,14 @@ import pytest
 from ivshmemfs.format.geometry import HINT_OFFSET
 from ivshmemfs.format.words import make_hint
 from ivshmemfs.region import open_region
+from tests.conftest import Figures
+from tests.posix.calls import CALLS
 from tests.posix.lab import Lab, needs_fuse, needs_root, new_lab
 from tests.posix.raising import fails
 
 pytestmark = [needs_fuse, needs_root]
+
+EXCHANGE = 2  # of renameat2(2)
 
 
 def in_processes(calls: Sequence[Callable[[], object]], seconds: float = 120) -> None:
@@ -277,7 +283,16 @@ def _renamed(path: Path) -> bool:
     return True
 
 
-@pytest.mark.parametrize("take", [_exclusive, _made, _linked, _renamed])
+def _renamed_alike(path: Path) -> bool:
+    """The same, with one new name for all."""
+    try:
+        os.rename(path.parent / "token", path)
+    except FileNotFoundError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("take", [_exclusive, _made, _linked, _renamed, _renamed_alike])
 def test_exactly_one_gets_a_lock(
     places: list[Path], take: Callable[[Path], bool], long_run: bool
 ) -> None:
@@ -297,6 +312,8 @@ def test_exactly_one_gets_a_lock(
             (place / "counter").write_text(str(value + 1))
             if take is _renamed:
                 os.rename(place / f"mine{os.getpid()}", place / "token")
+            elif take is _renamed_alike:
+                os.rename(lock, place / "token")
             elif take is _made:
                 lock.rmdir()
             else:
@@ -304,6 +321,150 @@ def test_exactly_one_gets_a_lock(
 
     in_processes([lambda place=place: contend(place) for place in places * 2])  # type: ignore[misc]
     assert counter.read_text() == str(6 * rounds)
+
+
+# --- claiming by renaming to one new name -----------------------------------------------------
+
+
+class Start:
+    """Lets processes begin each round at the same moment."""
+
+    def __init__(self, processes: int) -> None:
+        self._arrived = mmap.mmap(-1, 8 * processes)
+        self._processes = processes
+
+    def wait(self, who: int, number: int) -> None:
+        """Wait until all have come to round `number`, which is counted from 1."""
+        mine = slice(8 * who, 8 * who + 8)
+        self._arrived[mine] = number.to_bytes(8, "little")
+        while any(
+            int.from_bytes(self._arrived[8 * n : 8 * n + 8], "little") < number
+            for n in range(self._processes)
+        ):
+            os.sched_yield()
+
+
+CLAIMS = (
+    ("file", "y"),
+    ("file", "../cur/x"),
+    ("file", "over"),
+    ("file", "own"),
+    ("linked file", "y"),
+    ("directory", "y"),
+    ("directory", "../cur/x"),
+    ("directory", "own"),
+)
+
+
+@pytest.mark.parametrize(("kind", "to"), CLAIMS)
+def test_exactly_one_claims_by_renaming(
+    places: list[Path], kind: str, to: str, long_run: bool, figures: Figures
+) -> None:
+    """`new/x` becomes `cur/x`, as mail and job queues claim things; every machine tries it."""
+    seconds = 15 if long_run else 1.2
+    claimers = places[:2]
+    for folder in ("new", "cur", "other"):
+        (places[0] / folder).mkdir()
+    start, last = Start(len(claimers)), mmap.mmap(-1, 8)
+    won = mmap.mmap(-1, 1 << 20)  # by round, a byte for each process
+
+    def make(number: int) -> None:
+        source = places[0] / "new" / f"x{number}"
+        if kind == "directory":
+            source.mkdir()
+        else:
+            source.touch()
+        if kind == "linked file":
+            os.link(source, places[0] / "other" / f"x{number}")
+        if to == "over":
+            (places[0] / "new" / f"over{number}").touch()
+
+    def claim(place: Path, who: int) -> None:
+        end = time.monotonic() + seconds
+        new = place / "new"
+        for number in itertools.count(1):
+            if who == 0:
+                make(number)
+                over = time.monotonic() > end or (number + 2) * len(claimers) > len(won)
+                last[:] = (number if over else 0).to_bytes(8, "little")
+            target = new / f"{to}{number}{who if to == 'own' else ''}"
+            start.wait(who, number)
+            with suppress(FileNotFoundError):
+                os.rename(new / f"x{number}", target)
+                won[number * len(claimers) + who] = 1
+            if int.from_bytes(last[:], "little") == number:
+                return
+
+    in_processes([lambda w=w, place=place: claim(place, w) for w, place in enumerate(claimers)])  # type: ignore[misc]
+    rounds = int.from_bytes(last[:], "little")
+    each = [won[n * len(claimers) : (n + 1) * len(claimers)] for n in range(1, rounds + 1)]
+    wrong = sum(sum(one) != 1 for one in each)
+    figures.add(f"claims of a {kind} by renaming it to {to}: {rounds:,}, {wrong} wrong")
+    assert not wrong
+
+
+def test_two_machines_exchange_two_names(places: list[Path], long_run: bool) -> None:
+    """Each exchange takes effect, so two of them change nothing, and no kernel skips one."""
+    seconds, claimers = 15 if long_run else 1.5, places[:2]
+    (places[0] / "a").write_text("a")
+    (places[0] / "b").write_text("b")
+    start, last = Start(len(claimers)), mmap.mmap(-1, 8)
+
+    def exchange(place: Path, who: int) -> None:
+        end = time.monotonic() + seconds
+        for number in itertools.count(1):
+            if who == 0:
+                last[:] = (number if time.monotonic() > end else 0).to_bytes(8, "little")
+            start.wait(who, 2 * number - 1)
+            CALLS["rename2"](str(place / "a"), str(place / "b"), EXCHANGE)
+            start.wait(who, 2 * number)
+            assert (place / "a").read_text() == "a", number
+            if int.from_bytes(last[:], "little") == number:
+                return
+
+    in_processes([lambda w=w, place=place: exchange(place, w) for w, place in enumerate(claimers)])  # type: ignore[misc]
+
+
+def rename_in(folder: int, old: str, new: str) -> None:
+    """Rename within an open directory: two look-ups, and nothing else, by this thread."""
+    os.rename(old, new, src_dir_fd=folder, dst_dir_fd=folder)
+
+
+def test_a_file_renamed_elsewhere_between_two_looks(here: Path, there: Path) -> None:
+    """It is the same file to everything that one program does with both names."""
+    for number in range(20):
+        old, new = f"old{number}", f"new{number}"
+        (here / old).write_text(old)
+        locked = os.open(here / old, os.O_RDWR)
+        fcntl.flock(locked, fcntl.LOCK_EX)
+        folder = os.open(here, os.O_PATH)
+        before = os.stat(old, dir_fd=folder)
+        os.rename(there / old, there / new)
+        after = os.stat(new, dir_fd=folder)  # the very next look-up of this thread
+        assert (after.st_ino, after.st_dev) == (before.st_ino, before.st_dev)
+        again = os.open(new, os.O_RDWR, dir_fd=folder)
+        assert os.path.samestat(os.fstat(again), before)
+        fails(errno.EAGAIN, fcntl.flock, again, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fails(errno.ENOENT, rename_in, folder, old, new)
+        assert os.pread(again, 100, 0) == old.encode()
+        os.close(again)
+        os.close(locked)
+        os.close(folder)
+
+
+def test_hard_links_are_one_file_to_rename(here: Path, there: Path) -> None:
+    """Nothing is to be done for two names of one file, also when they come from elsewhere."""
+    (here / "a").write_text("1")
+    os.link(there / "a", there / "b")
+    assert os.stat(here / "a").st_ino == os.stat(here / "b").st_ino
+    os.rename(here / "a", here / "b")
+    assert sorted(os.listdir(there)) == ["a", "b"]
+    folder = os.open(here, os.O_PATH)
+    os.stat("a", dir_fd=folder)
+    os.unlink(there / "a")
+    fails(errno.ENOENT, rename_in, folder, "a", "b")
+    assert os.listdir(here) == ["b"]
+    os.close(folder)
 
 
 # --- appending --------------------------------------------------------------------------------

@@ -102,7 +102,17 @@ def harassed(mounts: int, size: int = 4 << 20) -> Iterator[Lab]:
 
 
 def _format(region: Path, size: int, *words: str) -> None:
-    command = [sys.executable, "-m", "mkfs", "--force", "--size", str(size), *words, str(region)]
+    command = [
+        sys.executable,
+        "-m",
+        "mkfs",
+        "--force",
+        "--force",
+        "--size",
+        str(size),
+        *words,
+        str(region),
+    ]
     subprocess.run(command, check=True, env=ENVIRONMENT, timeout=PATIENCE, capture_output=True)
 
 

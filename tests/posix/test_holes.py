@@ -8,6 +8,7 @@ import fcntl
 import os
 import random
 import subprocess
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -274,3 +275,36 @@ def test_set_user_id_goes_with_who_writes(here: Path, user: Actor) -> None:
 def test_a_lab_is_clean(lab: Lab) -> None:
     """So far: the rest of the check comes when the mounts of this module end."""
     assert all(mount.alive for mount in lab.mounts)
+
+
+def test_a_hole_of_a_terabyte_holds_up_nobody(here: Path, there: Path) -> None:
+    """Made in holes, in what is full, and filled again; the other calls do not wait for it."""
+    path = here / "sparse"
+    with path.open("w+b", buffering=0) as file:
+        fd = file.fileno()
+        os.truncate(path, 1 << 40)
+        os.pwrite(fd, b"x", (1 << 40) - 1)
+        fallocate(fd, 0, 0, 30 << 20)
+        fallocate(fd, PUNCH | KEEP, 0, 1 << 40)
+        assert os.fstat(fd).st_blocks == 0
+        fails(errno.ENXIO, os.lseek, fd, 0, os.SEEK_DATA)
+        fallocate(fd, ZERO | KEEP, 5, 1 << 39)
+        os.pwrite(fd, b"y", 1 << 39)
+        assert os.lseek(fd, 0, os.SEEK_DATA) == 1 << 39
+    os.unlink(path)
+    assert os.listdir(there) == []
+
+
+def test_others_are_served_while_a_file_is_filled(here: Path) -> None:
+    path, other = here / "filled", here / "other"
+    other.write_bytes(b"beside")
+    with path.open("w+b", buffering=0) as file:
+        filling = threading.Thread(target=fallocate, args=(file.fileno(), 0, 0, 40 << 20))
+        filling.start()
+        sizes = set()
+        while filling.is_alive():
+            assert other.read_bytes() == b"beside"
+            sizes.add(path.stat().st_size)
+        filling.join()
+        assert len(sizes) > 3, "nobody else was served before it was full"
+        assert path.stat().st_size == 40 << 20

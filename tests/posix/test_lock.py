@@ -130,6 +130,32 @@ def test_a_removed_file_stays_locked(here: Path, there: Path, start: Start) -> N
 def test_where_there_is_nothing_to_lock(here: Path, tmp_path: Path) -> None:
     assert lock(tmp_path / "file", "true") == 1
     assert lock(here / "none" / "file", "true") == 2
+    (here / "out").symlink_to(tmp_path / "made")
+    assert lock(here / "out", "true") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_fifo_is_locked_like_a_file(here: Path) -> None:
+    """Opening it waits for nobody."""
+    os.mkfifo(here / "fifo")
+    assert lock(here / "fifo", "--", "sh", "-c", "exit 5") == 5
+    assert lock(here, "--", "sh", "-c", "exit 6") == 6
+
+
+def test_a_region_that_was_renamed_under_its_mount(lab: Lab, here: Path) -> None:
+    renamed = lab.region.with_name("renamed")
+    lab.region.rename(renamed)
+    try:
+        result = subprocess.run(
+            [*PROGRAM, str(here / "new"), "true"], env=ENVIRONMENT, timeout=PATIENCE,
+            check=False, capture_output=True, text=True,
+        )  # fmt: skip
+    finally:
+        renamed.rename(lab.region)
+    assert result.returncode == 32
+    assert f"{lab.region}, which is mounted on {here.parent}, is not there" in result.stderr
+    assert "mkfs" not in result.stderr
+    assert not (here / "new").exists()
 
 
 def test_no_mount_is_needed_to_hold_it(lab: Lab, here: Path, there: Path, start: Start) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import os
 import socket
 from collections.abc import Callable, Iterator
@@ -23,6 +24,7 @@ from ivshmemfs.errors import (
 )
 from ivshmemfs.region import Roots, create_file, open_region
 from ivshmemfs.region import mapped as mapped_module
+from tests.region.sysfs import ONE, REGISTERS, START, FakeMachine
 from tests.region.test_backends import SIZE, make_mem, make_pci, make_uio
 
 
@@ -88,7 +90,7 @@ def test_an_empty_name() -> None:
 def test_an_empty_file(tmp_path: Path) -> None:
     path = tmp_path / "empty"
     path.touch()
-    assert "--size 1M" in refused(str(path), RegionSize)
+    assert "is it the right one" in refused(str(path), RegionSize)
     assert path.stat().st_size == 0
 
 
@@ -127,9 +129,43 @@ def test_a_file_of_another_user(roots_file: Path) -> None:
 def test_a_readonly_file_opens_readonly_only(roots_file: Path) -> None:
     roots_file.chmod(0o444)
     with as_nobody():
-        refused(str(roots_file), RegionDenied)
+        message = refused(str(roots_file), RegionDenied)
+        assert "mount it with -o ro" in message
+        assert "run as root" in message
         with open_region(str(roots_file), readonly=True) as region:
             assert region.readonly
+
+
+@pytest.mark.parametrize("seal", [fcntl.F_SEAL_WRITE, 16])
+def test_a_sealed_memfd(seal: int) -> None:
+    descriptor = os.memfd_create("region", os.MFD_ALLOW_SEALING)
+    try:
+        os.truncate(descriptor, SIZE)
+        fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, seal)
+        path = f"/proc/{os.getpid()}/fd/{descriptor}"
+        message = refused(path, RegionDenied)
+        assert "WRITE" in message
+        assert "-o ro" in message
+        with open_region(path, readonly=True) as region:
+            assert region.size == SIZE
+    finally:
+        os.close(descriptor)
+
+
+def test_a_file_that_even_root_must_not_write(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As chattr +i has it; not every filesystem here has the attribute."""
+    create_file(tmp_path / "region", SIZE)
+    real = os.open
+
+    def immutable(path: Path, flags: int, *words: int) -> int:
+        return raise_os(errno.EPERM) if flags & os.O_RDWR else real(path, flags, *words)
+
+    monkeypatch.setattr(os, "open", immutable)
+    message = refused(str(tmp_path / "region"), RegionDenied)
+    assert "lsattr" in message
+    assert "-o ro" in message
 
 
 @pytest.mark.parametrize(
@@ -219,9 +255,12 @@ def test_create_where_it_cannot(tmp_path: Path) -> None:
 
 
 def test_no_pci_device(tmp_path: Path) -> None:
-    roots = Roots(sys=tmp_path)
-    assert "no ivshmem device" in refused("pci", RegionMissing, roots=roots)
-    refused("pci:0000:00:04.0", RegionMissing, roots=roots)
+    roots = FakeMachine(tmp_path).roots
+    assert "(PCI 1af4:1110) here" in refused("pci", RegionMissing, roots=roots)
+    assert "no PCI device" in refused("pci:0000:00:04.0", RegionMissing, roots=roots)
+    bare = Roots(sys=tmp_path / "nothing")
+    for spec in ("pci", "pci:0000:00:04.0"):
+        assert "sysfs is not mounted" in refused(spec, RegionMissing, roots=bare)
 
 
 @pytest.mark.parametrize("text", ["", "4", "0000:00:04", "00:04.9", "../../x", "0000:00:04.0 "])
@@ -333,22 +372,15 @@ def test_a_label_that_two_regions_carry_is_refused(tmp_path: Path) -> None:
         open_region("label=same", identify=identify, roots=roots)
 
 
-def test_one_device_seen_in_two_ways_is_one_region(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    pci = make_pci(tmp_path, combining=True, machine="x86_64")
-    (tmp_path / "more").mkdir()
-    uio = make_uio(tmp_path / "more", monkeypatch)
-    pci.roots.dev.mkdir(exist_ok=True)
-    (pci.roots.dev / "uio0").symlink_to(uio.file)
-    described = pci.roots.sys / "dev/char/0:0"
-    described.parent.mkdir(parents=True)
-    described.symlink_to(uio.roots.sys / "dev/char/0:0")
-    (described / "device").symlink_to(pci.file.parent)
-    stamp(pci.spec, "twice", pci.roots)
-    stamp(str(pci.roots.dev / "uio0"), "twice", pci.roots)
-    with open_region("label=twice", identify=identify, roots=pci.roots) as region:
-        assert region.spec == pci.spec
+def test_one_device_seen_in_two_ways_is_one_region(tmp_path: Path) -> None:
+    machine = FakeMachine(tmp_path)
+    machine.device()
+    machine.bind(ONE, "uio_ivshmem")
+    machine.uio("245:0", ONE, [(REGISTERS, 256), (START, SIZE)])
+    stamp(f"pci:{ONE}", "twice", machine.roots)
+    stamp(f"{machine.roots.dev}/uio0", "twice", machine.roots)
+    with open_region("label=twice", identify=identify, roots=machine.roots) as region:
+        assert region.spec == f"pci:{ONE}"
 
 
 def test_unreadable_regions_are_mentioned(roots_file: Path) -> None:
@@ -362,7 +394,7 @@ def test_unreadable_regions_are_mentioned(roots_file: Path) -> None:
 
 @pytest.mark.parametrize(
     "text", ["", "0x1000", ":", "0x1000:", ":1M", "0x1001:1M", "zzz:1M", "0x1000:none", "-4096:1M",
-             "0x1000:0", "0x7ffffffffffff000:1M"]
+             "0x1000:0", "0x7ffffffffffff000:1M", "0x:1M", "0x00000000000001000:1M"]
 )  # fmt: skip
 def test_what_is_no_physical_range(text: str, tmp_path: Path) -> None:
     with pytest.raises(UsageError):
@@ -415,13 +447,13 @@ def test_a_device_that_cannot_be_mapped() -> None:
     assert "cannot be mapped" in refused("/dev/null:1M", RegionUnfit)
 
 
-def test_more_than_a_device_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    backend = make_uio(tmp_path, monkeypatch)
+def test_more_than_a_device_has(tmp_path: Path) -> None:
+    backend = make_uio(tmp_path)
     assert "has only 2M" in refused(f"{backend.spec}:3M", RegionSize, roots=backend.roots)
 
 
-def test_an_odd_offset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    backend = make_uio(tmp_path, monkeypatch)
+def test_an_odd_offset(tmp_path: Path) -> None:
+    backend = make_uio(tmp_path)
     message = refused(f"{backend.spec}:100:1M", RegionSize, roots=backend.roots)
     assert "check offset and size" in message
 

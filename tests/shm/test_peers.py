@@ -7,15 +7,17 @@ from collections.abc import Callable
 
 import pytest
 
+from ivshmemfs.engine import Filesystem
 from ivshmemfs.errors import Fenced, TooManyPeers
 from ivshmemfs.format import words
 from ivshmemfs.format.node import HEADER_SIZE, ROOT_RECORD
-from ivshmemfs.shm import identity
-from tests.crash.laboratory import FIRST_PID, Death, Fates
+from ivshmemfs.shm import watch
+from tests.crash.laboratory import Death, Fates
 from tests.regions import TestRegion, put
 from tests.shm.conftest import SLOTS, Member
 
 New = Callable[[], Member]
+Watching = Member | Filesystem
 
 
 def joined(new: New) -> Member:
@@ -111,14 +113,61 @@ def test_tags_never_come_back(new: New) -> None:
     assert len(tags) == 25
 
 
+def use_up(member: Member) -> None:
+    """As if the member had begun all transactions that an incarnation has."""
+    own = member.membership
+    own.counter = words.COUNTER_MASK - 1
+    own._word = words.make_state(words.IDLE, own.incarnation, own.counter)
+    member.memory.store(member.table.offset(own.slot), own._word)
+
+
 def test_counters_that_are_used_up(new: New) -> None:
-    member = joined(new)
-    before = member.membership.incarnation
-    member.membership.counter = words.COUNTER_MASK - 1
-    member.membership._word = words.make_state(words.IDLE, before, words.COUNTER_MASK - 1)
-    member.memory.store(member.table.offset(1), member.membership._word)
+    """The member goes on in another slot, and what it holds open is listed throughout."""
+    member, watcher = joined(new), joined(new)
+    member.membership.list_open(77)
+    use_up(member)
+    unlisted = []
+
+    def look() -> None:
+        unlisted.append(not watcher.membership.listed_elsewhere(77))
+
+    member.memory.trap(2, look)
     tag = member.membership.begin()
-    assert words.split_tag(tag) == (1, (before + 1) & words.INCARNATION_MASK, 1)
+    assert unlisted == [False]
+    assert words.split_tag(tag)[0] == 3
+    assert states(watcher) == [words.FREE, words.IDLE, words.ACTIVE]
+    member.membership.end()
+
+
+def test_counters_that_are_used_up_while_no_slot_is_free(new: New) -> None:
+    """The member goes on in its own slot: it never has none."""
+    members = [joined(new) for _ in range(SLOTS)]
+    member = members[0]
+    before = member.membership.incarnation
+    member.membership.list_open(77)
+    use_up(member)
+    tag = member.membership.begin()
+    assert words.split_tag(tag)[:2] == (1, (before + 1) & words.INCARNATION_MASK)
+    assert members[1].membership.listed_elsewhere(77)
+    member.membership.end()
+    member.membership.beat()
+
+
+def test_counters_that_are_used_up_in_a_slot_that_was_taken_away(new: New) -> None:
+    members = [joined(new) for _ in range(SLOTS)]
+    member = members[0]
+    use_up(member)
+    members[1].table.retire(1, member.table.state(1))
+    late = joined(new)
+    assert late.membership.slot == 1
+    with pytest.raises(Fenced):
+        member.membership.begin()
+    assert member.membership.slot == 1
+    with pytest.raises(Fenced):
+        member.membership.beat()
+    with pytest.raises(Fenced):
+        member.membership.list_open(77)
+    assert not members[1].membership.listed_elsewhere(77)
 
 
 def test_limits_tell_what_is_settled(new: New) -> None:
@@ -188,34 +237,36 @@ def test_retiring_an_idle_peer_leaves_commits_alone(new: New) -> None:
 # --- surely gone ----------------------------------------------------------------------------
 
 
-def test_gone_means_that_the_process_ended(new: New, fates: Fates) -> None:
+def tick(fs: Filesystem, fates: Fates, times: int) -> None:
+    """What a mount does each second."""
+    for _ in range(times):
+        fates.clock.sleep(1)
+        fs.tick()
+
+
+def look_for(member: Watching, fates: Fates, seconds: float) -> None:
+    """Look at all slots for some seconds of the member's own clock."""
+    for _ in range(round(seconds / 0.5) + 1):
+        member.table.watch.look()
+        fates.clock.sleep(0.5)
+
+
+def test_gone_means_that_the_process_ended_and_silence(new: New, fates: Fates) -> None:
     pid = fates.new()
     with fates.speaking(pid):
         two = joined(new)
     one = joined(new)
     two.membership.begin()
+    look_for(one, fates, watch.SILENCE)
     assert not one.table.retire_gone()
     fates.dead.add(pid)
-    assert one.table.peer(1).gone
+    assert one.table.watch.absent(one.table.peer(1))
+    three = new()
+    look_for(three, fates, watch.SILENCE - 1)
+    assert three.table.watch.vanished(three.table.peer(1))
+    assert not three.table.watch.absent(three.table.peer(1))
     assert one.table.retire_gone()
     assert states(one)[0] == words.FREE
-
-
-def test_what_proves_that_a_peer_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
-    own = identity.current(1)
-    other_boot, machine = b"o" * 16, b"m" * 16
-    assert not identity.gone(own)
-    assert identity.gone(own._replace(pid_start=own.pid_start + 1))
-    assert identity.gone(own._replace(pid=FIRST_PID))
-    assert not identity.gone(own._replace(pid=FIRST_PID, pid_namespace=own.pid_namespace + 1))
-    assert not identity.gone(own._replace(pid=FIRST_PID, pid_namespace=0))
-    assert not identity.gone(own._replace(pid=FIRST_PID, boot=other_boot, machine=machine))
-    monkeypatch.setattr(identity, "machine_id", lambda: machine)
-    assert identity.gone(own._replace(boot=other_boot, machine=machine))
-    assert not identity.gone(own._replace(boot=other_boot, machine=bytes(16)))
-    assert not identity.gone(own._replace(boot=bytes(16), machine=machine, pid=FIRST_PID))
-    monkeypatch.setattr(identity, "boot_id", lambda: bytes(16))
-    assert not identity.gone(own._replace(pid=FIRST_PID))
 
 
 def test_an_identity_of_before_proves_nothing(new: New, fates: Fates) -> None:
@@ -234,13 +285,13 @@ def test_an_identity_of_before_proves_nothing(new: New, fates: Fates) -> None:
     late.memory.trap(1, die)
     with pytest.raises(Death):
         late.membership.join(wait=0)
+    look_for(one, fates, watch.SILENCE)
     assert states(one)[1] == words.JOINING
-    assert not one.table.peer(2).gone
-    assert not one.table.retire_gone()
+    assert not one.table.watch.absent(one.table.peer(2))
 
 
 def test_a_newcomer_that_dies_while_it_joins_leaves_no_slot_behind(
-    made: TestRegion, new: New
+    made: TestRegion, new: New, fates: Fates
 ) -> None:
     watcher = new()
     fs = made.mount()
@@ -258,8 +309,7 @@ def test_a_newcomer_that_dies_while_it_joins_leaves_no_slot_behind(
             point += 1
         else:
             break
-        for _ in range(9):
-            fs.tick()
+        tick(fs, fates, 9)
         assert states(watcher)[1] == words.FREE
     assert point > 20
 
@@ -381,6 +431,10 @@ def test_who_retires_and_leaves_collects_first(made: TestRegion, new: New, fates
     watcher = new()
     assert not whole(watcher)
     fs = made.mount()
+    look_for(fs, fates, watch.SILENCE)
+    assert fs._member is not None
+    fs._member.must_collect |= fs.table.retire_gone(fs.place[0])
+    assert not whole(watcher)
     fs.unmount()
     assert whole(watcher)
 
@@ -393,12 +447,13 @@ def test_who_retires_and_dies_leaves_the_debt_to_others(
     watcher = new()
     pid = fates.new()
     with fates.speaking(pid):
-        made.mount()  # retires the first
+        second = made.mount()
+        look_for(second, fates, watch.SILENCE)
+        second.table.retire_gone()
     assert states(watcher) == [words.IDLE, words.FREE, words.IDLE]
     assert not whole(watcher)
     fates.dead.add(pid)
-    for _ in range(12):
-        fs.tick()
+    tick(fs, fates, 12)
     assert whole(watcher)
 
 
@@ -407,7 +462,8 @@ def test_a_leak_that_nobody_owes_is_collected_by_a_newcomer(
 ) -> None:
     leak_by_death(made, fates)
     watcher = new()
-    watcher.table.retire_gone()  # as `ivshmemfs evict` does
+    look_for(watcher, fates, watch.SILENCE)
+    assert watcher.table.retire_gone()  # as `ivshmemfs evict` does
     assert not whole(watcher)
     fs = made.mount()
     fs.tick()

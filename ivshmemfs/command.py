@@ -1,0 +1,220 @@
+"""What all commands share: their start, their standard streams, and how they end.
+
+Every entry point calls `begin` before it imports anything else, then `run`:
+
+    state       SIGINT, SIGTERM or SIGHUP                       who changes it
+    loading     one line, and the process ends at once          `begin`
+    running     Interrupted is raised: the command cleans up    `run`
+
+`run` turns every exception into one line on standard error and an exit code.  This module imports
+next to nothing, so that the time before `begin` is as short as it can be.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from types import FrameType
+from typing import NamedTuple, NoReturn
+
+from ivshmemfs.errors import Interrupted, IvshmemfsError, OutputError, UsageError
+from ivshmemfs.printing import say
+
+_ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+class Exits(NamedTuple):
+    """Exit codes of a command; an error's own code counts where `own` is True."""
+
+    usage: int
+    system: int
+    interrupted: int
+    internal: int
+    own: bool = False
+
+    def of(self, error: IvshmemfsError) -> int:
+        """The exit code for `error`."""
+        if self.own:
+            return error.exit_code
+        return self.usage if isinstance(error, UsageError) else self.system
+
+
+# --- the start ------------------------------------------------------------------------------
+
+
+def begin(name: str, interrupted: int) -> None:
+    """Open the standard streams that are closed, and let a signal end the process in one line."""
+    open_streams()
+
+    def end(_number: int, _frame: FrameType | None) -> NoReturn:
+        with suppress(OSError):
+            os.write(2, f"{name}: interrupted\n".encode())
+        os._exit(interrupted)
+
+    _handle_signals(end)
+
+
+@contextmanager
+def loading(name: str, failed: int) -> Iterator[None]:
+    """Import a command; one line and the exit code `failed` where this machine cannot run it."""
+    try:
+        yield
+    except (IvshmemfsError, ImportError) as error:
+        complain(name, str(error))
+        sys.exit(failed)
+
+
+def _handle_signals(handler: Callable[[int, FrameType | None], NoReturn]) -> None:
+    for number in _ENDING:
+        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup(1) and a shell's & leave it
+            signal.signal(number, handler)
+
+
+def _interrupt(_number: int, _frame: FrameType | None) -> NoReturn:
+    raise Interrupted
+
+
+def open_streams() -> None:
+    """Open /dev/null for each standard descriptor that is closed.
+
+    Otherwise the region or the FUSE connection would get its number, and what is printed would go
+    there.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            _open_null(number)
+    if sys.stdout is None:
+        sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
+    if sys.stderr is None:
+        sys.stderr = open(2, "w", closefd=False, errors="backslashreplace")  # noqa: SIM115
+
+
+def _open_null(number: int) -> None:
+    try:
+        got = os.open(os.devnull, os.O_RDWR)
+    except OSError:  # a container without devices
+        got = os.memfd_create("null")
+    if got != number:
+        os.dup2(got, number)
+        os.close(got)
+    os.set_inheritable(number, True)
+
+
+class _Output(io.FileIO):
+    """Standard output; a failure to write it is told from the failures of everything else."""
+
+    def write(self, data: object) -> int | None:  # type: ignore[override]
+        try:
+            return super().write(data)  # type: ignore[arg-type]
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            raise OutputError(f"write error: standard output: {error.strerror}") from None
+
+
+def _name_output_errors() -> None:
+    """Let a failure to print raise OutputError, unless a test has put its own stream there."""
+    if sys.stdout is sys.__stdout__ and isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.flush()
+        sys.stdout = io.TextIOWrapper(
+            io.BufferedWriter(_Output(1, "w", closefd=False)),
+            encoding=sys.stdout.encoding,
+            errors="backslashreplace",
+            line_buffering=sys.stdout.line_buffering,
+        )
+
+
+# --- the end --------------------------------------------------------------------------------
+
+
+def run(name: str, command: Callable[[], int | None], exits: Exits) -> int:
+    """Run `command`; returns the exit code: what it returns, or the error's."""
+    with suppress(ValueError):  # not in the main thread
+        if signal.getsignal(signal.SIGTERM) not in (signal.SIG_DFL, signal.SIG_IGN, None):
+            _handle_signals(_interrupt)
+    try:
+        _name_output_errors()
+        result = command()
+        sys.stdout.flush()
+        return result if isinstance(result, int) else 0
+    except BaseException as error:
+        return _failed(name, error, exits)
+
+
+def _failed(name: str, error: BaseException, exits: Exits) -> int:
+    """Complain about `error` in one line; returns the exit code."""
+    if isinstance(error, SystemExit):
+        raise error
+    if isinstance(error, (KeyboardInterrupt, Interrupted)):
+        complain(name, "interrupted")
+        return exits.interrupted
+    if isinstance(error, BrokenPipeError):  # the reader has seen enough, as `head` has
+        _abandon_output()
+        return exits.system
+    if isinstance(error, OutputError):
+        _abandon_output()
+    if isinstance(error, IvshmemfsError):
+        complain(name, str(error) or type(error).__name__)
+        return exits.of(error)
+    if isinstance(error, OSError):
+        complain(name, _plain(error))
+        return exits.system
+    if isinstance(error, MemoryError):
+        complain(name, "out of memory")
+        return exits.system
+    return _refused(name, error, exits)
+
+
+def _refused(name: str, error: BaseException, exits: Exits) -> int:
+    """The same for click's exceptions, and for bugs."""
+    import click
+
+    if isinstance(error, getattr(click.exceptions, "NoArgsIsHelpError", ())):  # click 8.2
+        for line in error.format_message().splitlines():  # type: ignore[attr-defined]
+            say(line, err=True)
+        return exits.usage
+    if isinstance(error, click.UsageError):
+        command = error.ctx.command_path if error.ctx is not None else name
+        complain(name, f"{error.format_message().rstrip('.')} (see '{command} --help')")
+        return exits.usage
+    if isinstance(error, click.ClickException):
+        complain(name, error.format_message())
+        return exits.usage
+    if isinstance(error, click.Abort):
+        complain(name, "interrupted")
+        return exits.interrupted
+    if os.environ.get("IVSHMEMFS_DEBUG"):
+        import traceback
+
+        traceback.print_exception(error)
+    complain(name, f"internal error, please report it: {type(error).__name__}: {error}")
+    return exits.internal
+
+
+def _plain(error: OSError) -> str:
+    """What an OSError says, without its number."""
+    if error.strerror is None:
+        return str(error)
+    if error.filename is None:
+        return error.strerror
+    return f"{os.fsdecode(error.filename)}: {error.strerror}"
+
+
+def _abandon_output() -> None:
+    """Let what is still buffered for standard output go nowhere, in silence."""
+    with suppress(OSError):
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, 1)
+        os.close(null)
+
+
+def complain(name: str, text: str) -> None:
+    """Print one line on standard error, if it can be written at all; escapes control characters."""
+    with suppress(OSError, ValueError):
+        say(f"{name}: {' '.join(text.split())}", err=True)

@@ -1,0 +1,102 @@
+"""Whether what is mapped is still what its name leads to.
+
+A mapping outlives its file: the file may be removed and made anew, renamed or cut, and a device may
+be unplugged, while the memory stays mapped.  A `Region` keeps a descriptor of what it has mapped to
+compare with.  The layers above add what only they can see in the bytes.
+"""
+
+from __future__ import annotations
+
+import enum
+import os
+import stat
+from pathlib import Path
+
+
+class Standing(enum.Enum):
+    """What became of a region since it was opened; the value is the word for it."""
+
+    SOUND = "sound"
+    DELETED = "deleted"
+    RENAMED = "renamed"
+    REPLACED = "replaced"
+    CUT = "cut"
+    UNPLUGGED = "unplugged"
+    # What the layers above see:
+    ONES = "all ones"
+    REFORMATTED = "formatted anew"
+    OVERWRITTEN = "overwritten"
+    UNREADABLE = "unreadable"
+
+    @property
+    def explained(self) -> str:
+        """What happened, and what to do; "" for a sound region."""
+        return _EXPLAINED[self]
+
+
+_EXPLAINED = {
+    Standing.SOUND: "",
+    Standing.DELETED: (
+        "the region's file was deleted; this mount goes on in memory that nobody can open any "
+        "more: copy what you need, then unmount it"
+    ),
+    Standing.RENAMED: (
+        "the region's file is not at its path any more, it was renamed or another mount hides it; "
+        "this mount goes on: give the file its name back"
+    ),
+    Standing.REPLACED: (
+        "another file or device has taken the region's place; this mount goes on in the old "
+        "memory, apart from peers that open the new one: copy what you need, then mount it again"
+    ),
+    Standing.CUT: (
+        "the region's file was cut; what lay behind its end is lost and fails with EIO: "
+        "unmount it and give the file its size back"
+    ),
+    Standing.UNPLUGGED: "the region's device was unplugged: unmount it",
+    Standing.ONES: ("the region reads as ones, as a device does that was unplugged: unmount it"),
+    Standing.REFORMATTED: "the region was formatted anew: unmount it and mount it again",
+    Standing.OVERWRITTEN: (
+        "the region no longer carries this filesystem: unmount it and check it with fsck.ivshmemfs"
+    ),
+    Standing.UNREADABLE: "the region cannot be accessed any more: unmount it",
+}
+
+
+class Anchor:
+    """A descriptor of the file or device that is mapped; `length` bytes of it are."""
+
+    def __init__(self, descriptor: int, length: int, *, device: bool) -> None:
+        """Duplicates `descriptor`; with `device` it is a device's file in sysfs."""
+        self._descriptor = os.dup(descriptor)
+        self._length = length
+        self._is_file = stat.S_ISREG(os.fstat(descriptor).st_mode) and not device
+
+    def close(self) -> None:
+        """Let go of it; closing twice is harmless."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+    def standing(self, path: Path) -> Standing:
+        """Compare with what is at `path` now; what cannot be looked at counts as sound."""
+        held = os.fstat(self._descriptor)
+        try:
+            there = path.stat()
+        except (FileNotFoundError, NotADirectoryError):
+            if not self._is_file:
+                return Standing.UNPLUGGED
+            return Standing.DELETED if held.st_nlink == 0 else Standing.RENAMED
+        except OSError:
+            return Standing.SOUND
+        if _identity(there) != _identity(held):
+            return Standing.REPLACED
+        if self._is_file and held.st_size < self._length:
+            return Standing.CUT
+        return Standing.SOUND
+
+
+def _identity(status: os.stat_result) -> tuple[int, ...]:
+    """What tells one file, or one device whatever node leads to it, from all others."""
+    if stat.S_ISCHR(status.st_mode):
+        return (status.st_rdev,)
+    return status.st_dev, status.st_ino

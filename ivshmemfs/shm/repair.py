@@ -1,0 +1,215 @@
+"""A repair shuts everybody else out, in the region itself.
+
+The commit word is what every peer loads first, so a repair puts a mark there in place of the root
+block: a number that no region has.  Whoever loads it gets `UnderRepair`, and every transaction
+planned before loses its compare-and-swap.  Who repairs, and from which commit word, stands in the
+repair slot, which is slot 0 of the peer table and is used as mounts use theirs.
+
+States of one turn, and of the region meanwhile:
+
+    FREE     -> (take) -> JOINING   slot 0 is ours by compare-and-swap, with the next incarnation;
+                                    our identity and the former commit word are stored
+    JOINING  -> (mark) -> ACTIVE    the commit word bears the mark; claims bear counter 1
+    ACTIVE   -> (publish) -> FREE   the mark is replaced by the new root, or by the former one
+
+A turn in JOINING that has not said yet who it is may be taken over at once: it looks at slot 0
+after it has loaded the commit word that it marks, so of two that start at once one goes on.
+
+A turn that dies before the mark has changed nothing.  One that dies after it leaves the mark, and
+the next repair takes slot 0 over, marks again with the next sequence, so that the dead one could
+not publish even if it woke up, and starts from the same former commit word: no block that is
+reachable from there was stored to, unless the region was too full for anything else.
+"""
+
+from __future__ import annotations
+
+import time
+
+from ivshmemfs.errors import InUse
+from ivshmemfs.format import peer, repair, words
+from ivshmemfs.format.geometry import COMMIT_OFFSET, REPAIR_OFFSET, Geometry
+from ivshmemfs.format.peer import Occupant
+from ivshmemfs.printing import shown
+from ivshmemfs.region import Memory
+from ivshmemfs.shm import identity
+from ivshmemfs.shm.control import Control
+from ivshmemfs.shm.peers import PeerTable
+from ivshmemfs.shm.watch import POLL, Watch
+
+COUNTER = 1  # of all claims of one repair
+PULSE = 1.0  # seconds between two signs of life
+MARK_ATTEMPTS = 10_000  # commits of others that may come between
+
+
+def repairing(page: bytes) -> bool:
+    """Whether the first page of a region says that it is being repaired."""
+    word = page[COMMIT_OFFSET : COMMIT_OFFSET + words.WORD]
+    return words.under_repair(int.from_bytes(word, "little"))
+
+
+def abandoned(memory: Memory) -> bool:
+    """Whether there is no repair, while a mark says so: nothing but damage leads to that.
+
+    A repair has slot 0 before it marks and until the mark is gone, so whoever finds the same mark
+    again afterwards knows.
+    """
+    state, _, _ = words.split_state(memory.load(REPAIR_OFFSET))
+    return not words.FREE < state <= words.DEAD
+
+
+def describe(memory: Memory) -> str:
+    """What those are told whom a repair shuts out."""
+    who = _named(memory.read(REPAIR_OFFSET, peer.SLOT_SIZE))
+    return (
+        f"the region is being repaired{who}: wait for it, or run fsck.ivshmemfs -y again if that "
+        "process is gone"
+    )
+
+
+def _named(raw: bytes) -> str:
+    if not peer.identity_valid(raw):
+        return ""
+    record = peer.SLOT.unpack(raw)
+    host = shown(record.host.rstrip(b"\0"))
+    try:
+        since = time.strftime(" since %H:%M:%S", time.localtime(record.joined_ns // 10**9))
+    except (OverflowError, ValueError, OSError):
+        since = ""
+    return f" by pid {record.pid} on {host}{since}"
+
+
+class Turn:
+    """One repair's possession of a region.  Not thread-safe."""
+
+    def __init__(self, memory: Memory, geometry: Geometry) -> None:
+        self._memory = memory
+        self._control = Control(memory)
+        self._geometry = geometry
+        self._table = PeerTable(memory, geometry, self._control)
+        self._word = 0  # of slot 0, while it is ours
+        self._beaten = 0.0
+        self.former = 0  # the commit word before the repair
+        self.marked = 0  # the commit word that bears our mark
+        self.tag = 0  # of our claims
+        self.inherited = False  # whether the mark of another was there already
+
+    @property
+    def marks(self) -> bool:
+        """Whether anybody's mark is on the region."""
+        return words.under_repair(self._control.load())
+
+    @property
+    def contested(self) -> bool:
+        """Whether another repair may be under way; takes as long as silence does if it is dead."""
+        return self._may_live(self._table.peer(repair.SLOT))
+
+    def take(self, *, force: bool) -> None:
+        """Take slot 0 and mark the commit word.  Raises InUse when another repair may be alive."""
+        self._join(self._table.peer(repair.SLOT), force)
+        self._store(peer.IDENTITY_OFFSET, self._identity())
+        self._mark()
+        self._move(words.ACTIVE, COUNTER)
+
+    def _join(self, other: Occupant, force: bool) -> None:
+        if not force and self._may_live(other):
+            who = _named(self._memory.read(REPAIR_OFFSET, peer.SLOT_SIZE))
+            raise InUse(
+                f"the region is being repaired{who}: wait for it; if that process is gone and "
+                "cannot come back, use --force"
+            )
+        incarnation = (other.incarnation + 1) & words.INCARNATION_MASK
+        joining = words.make_state(words.JOINING, incarnation, 0)
+        if not self._table.swap(repair.SLOT, other.word, joining):
+            raise InUse("another repair has just begun: wait for it")
+        self._word = joining
+        self.tag = words.make_tag(repair.SLOT, incarnation, COUNTER)
+
+    def _may_live(self, other: Occupant) -> bool:
+        if not words.FREE < other.state <= words.DEAD:
+            return False
+        if other.state == words.JOINING and not other.identity_valid:
+            return False
+        return not self._absent()
+
+    def _absent(self) -> bool:
+        """Whether who has slot 0 is surely gone; takes as long as silence does."""
+        watch = Watch(self._memory, self._geometry)
+        while True:
+            watch.see(repair.SLOT)
+            other = watch.occupant(repair.SLOT)
+            if not watch.vanished(other) or watch.beats(repair.SLOT):
+                return False
+            if watch.absent(other):
+                return True
+            time.sleep(POLL)
+
+    def _identity(self) -> bytes:
+        _, incarnation, _ = words.split_state(self._word)
+        return peer.encode_identity(identity.current(incarnation))
+
+    def _mark(self) -> None:
+        """Swap the mark in, and note what stood there before: that first."""
+        for _ in range(MARK_ATTEMPTS):
+            word = self._control.load()
+            self.inherited = words.under_repair(word)
+            if self.inherited:
+                self.former = self._memory.load(REPAIR_OFFSET + repair.FORMER_OFFSET)
+            else:
+                self.former = word
+                self._store(repair.FORMER_OFFSET, word.to_bytes(words.WORD, "little"))
+            self._memory.fence()
+            self.check()
+            self.marked = self._control.publish(word, words.UNDER_REPAIR)
+            if self.marked:
+                if words.under_repair(self.former):
+                    self.former = 0  # what stood there means nothing
+                return
+        self._free()
+        raise InUse("other peers commit too fast: try again when it is quieter")
+
+    def _store(self, field: int, content: bytes) -> None:
+        self.check()
+        self._memory.write(REPAIR_OFFSET + field, content)
+
+    def _move(self, state: int, counter: int) -> None:
+        _, incarnation, _ = words.split_state(self._word)
+        new = words.make_state(state, incarnation, counter)
+        if not self._table.swap(repair.SLOT, self._word, new):
+            raise InUse("another repair took over from this one")
+        self._word = new
+
+    def check(self) -> None:
+        """Raise InUse unless the repair is still ours; before anything is stored."""
+        if self._table.state(repair.SLOT) != self._word:
+            raise InUse("another repair took over from this one")
+
+    def beat(self) -> None:
+        """Show life, once a second.  Raises InUse when the repair is no longer ours."""
+        now = time.monotonic()
+        if abs(now - self._beaten) > PULSE:
+            self._beaten = now
+            self.check()
+            at = REPAIR_OFFSET + peer.HEARTBEAT_OFFSET
+            self._memory.store(at, self._memory.load(at) + 1 & (1 << 64) - 1)
+
+    def publish(self, root_block: int) -> None:
+        """Replace the mark by a root, and let everybody in again."""
+        self.check()
+        self._memory.fence()
+        if not self._control.publish(self.marked, root_block):
+            raise InUse("the region was formatted, or repaired by another, meanwhile")
+        self._free()
+
+    def give_up(self) -> None:
+        """Leave all as it was: the former root, under a later sequence.  Never raises."""
+        if self.former:
+            self._control.publish(self.marked, words.split_commit(self.former)[1])
+        elif self.marked:
+            self._memory.cas(COMMIT_OFFSET, self.marked, 0)
+        self._free()
+
+    def _free(self) -> None:
+        _, incarnation, counter = words.split_state(self._word)
+        self._table.swap(
+            repair.SLOT, self._word, words.make_state(words.FREE, incarnation, counter)
+        )

@@ -1,0 +1,192 @@
+"""Who shows life, who is silent, and who is surely gone: what every layer asks.
+
+A slot shows life when its state word, its heartbeat or its nonce changes.  Silence is measured by
+who watches, with its own clock; between two looks at most `LOOK` seconds count, because a watcher
+that was stopped itself has learnt nothing.
+
+`Watch.absent` is the only way by which anybody is taken for dead: its process is gone
+(`identity.presence`) *and* it has been silent for `SILENCE`.  A mount asks at its ticks; a command
+waits until it is decided (`living`), and only if there is somebody whose process is gone.
+"""
+
+from __future__ import annotations
+
+import time
+import uuid as _uuid
+
+from ivshmemfs.format import peer, words
+from ivshmemfs.format.geometry import Geometry
+from ivshmemfs.format.peer import MACHINE_PROVES, Occupant
+from ivshmemfs.region import Memory
+from ivshmemfs.shm import identity
+from ivshmemfs.shm.identity import Here, Presence
+
+SILENCE = 3.0  # seconds without a sign of life; a living mount shows one each second
+LOOK = 1.0  # seconds between two looks that count at most
+MACHINES = 1024  # hardware UUIDs that are remembered
+BOOTS = 4  # boots of each
+POLL = 0.05  # seconds between two looks of who waits
+
+Sign = tuple[int, int, int]  # state word, heartbeat, nonce
+
+
+class Machines:
+    """Hardware UUIDs that were seen on two machines at once, so that they prove nothing.
+
+    A boot id never comes back.  Signs of life under one UUID from one boot, then another, then the
+    first again come from two kernels that run.
+    """
+
+    def __init__(self) -> None:
+        self.shared: set[bytes] = set()
+        self._boots: dict[bytes, list[bytes]] = {}
+
+    def alive(self, machine: bytes, boot: bytes) -> None:
+        """A sign of life came from there just now."""
+        boots = self._boots.setdefault(machine, [])
+        if boot in boots[:-1] and len(self.shared) < MACHINES:
+            self.shared.add(machine)
+        elif boot not in boots:
+            boots.append(boot)
+            del boots[:-BOOTS]
+        while len(self._boots) > MACHINES:  # the region may say anything
+            del self._boots[next(iter(self._boots))]
+
+    @staticmethod
+    def name(machine: bytes) -> str:
+        """A hardware UUID as text."""
+        return str(_uuid.UUID(bytes=machine))
+
+
+class Watch:
+    """What one process has seen of the slots of one region.  Not thread-safe."""
+
+    def __init__(self, memory: Memory, geometry: Geometry) -> None:
+        self.machines = Machines()
+        self._memory = memory
+        self._base, self._count = geometry.peers_offset, geometry.peer_count
+        self._signs: dict[int, Sign] = {}
+        self._looked: dict[int, float] = {}
+        self._silence: dict[int, float] = {}
+        self._beating: set[int] = set()  # in the present incarnation
+        self._known: dict[int, tuple[int, bytes, bytes]] = {}  # incarnation, machine, boot
+        self._here: Here | None = None
+
+    # --- looking --------------------------------------------------------------------------
+
+    def look(self) -> None:
+        """Look at all slots."""
+        columns = [
+            self._memory.load_column(self._base + at, peer.SLOT_SIZE, self._count)
+            for at in (peer.STATE_OFFSET, peer.HEARTBEAT_OFFSET, peer.NONCE_OFFSET)
+        ]
+        for slot, sign in enumerate(zip(*columns, strict=True), 1):
+            self._note(slot, sign)
+
+    def see(self, slot: int) -> None:
+        """Look at one."""
+        at = self._base + (slot - 1) * peer.SLOT_SIZE
+        sign = (
+            self._memory.load(at + peer.STATE_OFFSET),
+            self._memory.load(at + peer.HEARTBEAT_OFFSET),
+            self._memory.load(at + peer.NONCE_OFFSET),
+        )
+        self._note(slot, sign)
+
+    def _note(self, slot: int, sign: Sign) -> None:
+        before, now = self._signs.get(slot), time.monotonic()
+        if sign != before:
+            self._signs[slot], self._silence[slot] = sign, 0.0
+            self._note_change(slot, before, sign)
+        else:  # whichever way the clock goes
+            self._silence[slot] += min(abs(now - self._looked[slot]), LOOK)
+        self._looked[slot] = now
+
+    def _note_change(self, slot: int, before: Sign | None, now: Sign) -> None:
+        state, incarnation, _ = words.split_state(now[0])
+        same = before is not None and words.split_state(before[0])[1] == incarnation
+        if not same or state not in (words.IDLE, words.ACTIVE):
+            self._beating.discard(slot)
+            return
+        self._beating.add(slot)
+        known = self._known.get(slot)
+        if known is None or known[0] != incarnation:
+            known = self._known[slot] = (incarnation, *self._machine_of(slot, incarnation))
+        if known[1]:
+            self._note_here()
+            self.machines.alive(known[1], known[2])
+            self._note_here()
+
+    def _machine_of(self, slot: int, incarnation: int) -> tuple[bytes, bytes]:
+        found = self.occupant(slot)
+        proves = found.identity_valid and found.record.proofs & MACHINE_PROVES
+        if found.incarnation != incarnation or not proves:
+            return b"", b""
+        return found.record.machine, found.record.boot
+
+    def _note_here(self) -> None:
+        """This machine shows life by looking."""
+        if self._here is None:
+            self._here = identity.surroundings()
+        if self._here.proofs & MACHINE_PROVES:
+            self.machines.alive(self._here.machine, self._here.boot)
+
+    def occupant(self, slot: int) -> Occupant:
+        """What stands in a slot now."""
+        at = self._base + (slot - 1) * peer.SLOT_SIZE
+        return peer.occupant(slot, self._memory.read(at, peer.SLOT_SIZE))
+
+    # --- what was seen --------------------------------------------------------------------
+
+    def beats(self, slot: int) -> bool:
+        """Whether the owner of a slot was seen to show life since this watch began."""
+        return slot in self._beating
+
+    def silence(self, slot: int, word: int) -> float:
+        """Seconds for which a slot has been seen unchanged in state `word`."""
+        seen = self._signs.get(slot)
+        return self._silence[slot] if seen is not None and seen[0] == word else 0.0
+
+    def silent(self, slot: int, word: int) -> bool:
+        """Whether that is as long as it takes."""
+        seen = self._signs.get(slot)
+        return seen is not None and seen[0] == word and self._silence[slot] >= SILENCE
+
+    def absent(self, other: Occupant, here: Here | None = None) -> bool:
+        """Whether the owner of a slot is surely gone: the one rule by which this is decided."""
+        if not self.silent(other.slot, other.word) or not self.vanished(other, here):
+            return False
+        self.see(other.slot)  # before its end it may have said that somebody else goes by its name
+        return self.silent(other.slot, other.word)
+
+    def vanished(self, other: Occupant, here: Here | None = None) -> bool:
+        """Whether its process is gone, so that silence is all that is missing for `absent`."""
+        if not other.identity_valid:
+            return False
+        return identity.presence(other.record, here, self.machines.shared) is Presence.GONE
+
+    # --- for commands ---------------------------------------------------------------------
+
+    def decide(self) -> list[Occupant]:
+        """All slots in use whose owner is not surely gone.
+
+        Takes as long as silence does if there is somebody of whom nothing else is missing.
+        """
+        self.look()
+        while True:
+            here = identity.surroundings()
+            found = [self.occupant(slot) for slot in range(1, self._count + 1)]
+            used = [other for other in found if other.state != words.FREE]
+            gone = [other for other in used if self.vanished(other, here)]
+            absent = [other.slot for other in gone if self.absent(other, here)]
+            if len(absent) == len(gone) or all(
+                self.beats(other.slot) for other in gone if other.slot not in absent
+            ):
+                return [other for other in used if other.slot not in absent]
+            time.sleep(POLL)
+            self.look()
+
+
+def living(memory: Memory, geometry: Geometry) -> tuple[Occupant, ...]:
+    """All peers that are not surely gone, for commands; see `Watch.decide`."""
+    return tuple(Watch(memory, geometry).decide())

@@ -1,0 +1,151 @@
+"""What all commands share: closed and full standard streams, signals at any time, old libraries."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.cli.conftest import complains, ivshmemfs
+from tests.fuse.mounts import ENVIRONMENT, TOP, mount_lines, needs_fuse, release, run
+from tests.regions import TestRegion
+
+COMMANDS = {
+    "ivshmemfs": ["-m", "ivshmemfs", "info"],
+    "fsck.ivshmemfs": ["-m", "ivshmemfs.fsck"],
+    "mkfs.ivshmemfs": ["-m", "mkfs", "--force"],
+}
+EVERY = pytest.mark.parametrize("name", COMMANDS)
+
+
+def through_shell(name: str, region: Path, redirected: str) -> subprocess.CompletedProcess[str]:
+    """Run a command with its streams redirected as a shell does it."""
+    return run("sh", "-c", f'"$0" "$@" {redirected}', sys.executable, *COMMANDS[name], region)
+
+
+@EVERY
+def test_a_full_standard_output_is_named(formatted: TestRegion, name: str) -> None:
+    result = through_shell(name, formatted.path, ">/dev/full")
+    assert result.returncode in (1, 2, 8)
+    assert result.stderr == f"{name}: write error: standard output: No space left on device\n"
+
+
+@EVERY
+def test_a_full_standard_error_changes_no_exit_code(name: str) -> None:
+    loud = through_shell(name, Path("/none/such"), "")
+    silent = through_shell(name, Path("/none/such"), "2>/dev/full")
+    assert loud.stderr.count("\n") == 1
+    assert (silent.returncode, silent.stdout, silent.stderr) == (loud.returncode, "", "")
+
+
+@EVERY
+def test_a_reader_that_goes_away_is_no_error_to_tell(formatted: TestRegion, name: str) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing) as pipe:
+        result = subprocess.run(
+            [sys.executable, *COMMANDS[name], str(formatted.path)],
+            stdout=pipe, stderr=subprocess.PIPE, check=False, env=ENVIRONMENT, timeout=60,
+        )  # fmt: skip
+    assert result.stderr == b""
+
+
+@EVERY
+@pytest.mark.parametrize("closed", ["1>&-", "2>&-", "0<&-", "0<&- 1>&- 2>&-"])
+def test_closed_streams(formatted: TestRegion, name: str, closed: str) -> None:
+    result = through_shell(name, formatted.path, closed)
+    assert (result.returncode, result.stderr) == (0, "")
+
+
+@needs_fuse
+@pytest.mark.parametrize("closed", ["1>&-", "2>&-", "0<&-", "0<&- 1>&- 2>&-"])
+def test_mounting_with_closed_streams(formatted: TestRegion, place: Path, closed: str) -> None:
+    words = [sys.executable, "-m", "ivshmemfs", "mount", formatted.path, place]
+    result = run("sh", "-c", f'"$0" "$@" {closed}', *words)
+    try:
+        assert (result.returncode, result.stderr) == (0, "")
+        (place / "f").write_text("served")
+        assert (place / "f").read_text() == "served"
+    finally:
+        assert ivshmemfs("umount", place).returncode == 0
+
+
+STARTED = """
+import os, sys
+from importlib.abc import MetaPathFinder
+class Sender(MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name == {module!r}:
+            os.kill(os.getpid(), {number})
+sys.meta_path.insert(0, Sender())
+import ivshmemfs.__main__ as start
+sys.argv = {words!r}
+start.{function}()
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize(
+    ("function", "module", "code"),
+    [
+        ("ivshmemfs", "click", 8),
+        ("ivshmemfs", "ivshmemfs.cli.looking", 8),
+        ("mkfs", "click", 1),
+        ("mkfs", "mkfs.main", 1),
+        ("fsck", "click", 32),
+    ],
+)
+def test_a_signal_while_the_command_is_loaded(
+    number: int, function: str, module: str, code: int
+) -> None:
+    script = STARTED.format(
+        module=module, number=int(number), function=function, words=["", "list"]
+    )
+    result = run(sys.executable, "-c", script)
+    name = function if function == "ivshmemfs" else f"{function}.ivshmemfs"
+    assert (result.returncode, result.stderr) == (code, f"{name}: interrupted\n")
+
+
+@pytest.mark.parametrize(("function", "code"), [("ivshmemfs", 2), ("mkfs", 1), ("fsck", 8)])
+def test_what_cannot_be_loaded_is_one_line(tmp_path: Path, function: str, code: int) -> None:
+    (tmp_path / "click.py").write_text("raise ImportError('no click here')\n")
+    script = f"from ivshmemfs.__main__ import {function}; {function}()"
+    result = run(sys.executable, "-c", script, env={"PYTHONPATH": f"{tmp_path}:{TOP}"})
+    name = function if function == "ivshmemfs" else f"{function}.ivshmemfs"
+    assert (result.returncode, result.stderr) == (code, f"{name}: no click here\n")
+
+
+def test_a_signal_that_was_ignored_stays_ignored() -> None:
+    script = STARTED.format(
+        module="click", number=int(signal.SIGHUP), function="ivshmemfs", words=["", "--version"]
+    )
+    result = run("sh", "-c", 'trap \'\' HUP; exec "$0" "$@"', sys.executable, "-c", script)
+    assert (result.returncode, result.stderr) == (0, "")
+
+
+@needs_fuse
+def test_a_signal_while_the_daemon_starts(formatted: TestRegion, place: Path) -> None:
+    script = STARTED.format(
+        module="pyfuse3", number=int(signal.SIGTERM), function="ivshmemfs",
+        words=["", "mount", str(formatted.path), str(place)],
+    )  # fmt: skip
+    try:
+        complains(run(sys.executable, "-c", script), 8, "interrupted")
+        assert not mount_lines(place)
+    finally:
+        release(place)
+    assert "nobody" in ivshmemfs("peers", formatted.path).stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "code"),
+    [(["-m", "ivshmemfs", "--version"], 0), (["-m", "ivshmemfs.cli", "--version"], 0)],
+)
+def test_as_modules(words: list[str], code: int) -> None:
+    result = run(sys.executable, *words)
+    assert result.returncode == code
+    assert "version" in result.stdout

@@ -1,0 +1,121 @@
+"""What happens to a region under a mount is said: once in the log, in `list` and in `peers`."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from ivshmemfs.region import Standing, open_region
+from tests.cli.conftest import complains, ivshmemfs
+from tests.fuse.mounts import eventually, mount_lines, needs_fuse, run, stop
+from tests.regions import TestRegion
+
+pytestmark = needs_fuse
+
+
+def make_anew(path: Path) -> None:
+    path.unlink()
+    assert run(sys.executable, "-m", "mkfs", "--size", "1M", path).returncode == 0
+
+
+def format_anew(path: Path) -> None:
+    assert run(sys.executable, "-m", "mkfs", "--force", "--force", path).returncode == 0
+
+
+def fill(path: Path, byte: bytes) -> None:
+    with open_region(str(path)) as region:
+        region.memory.write(0, byte * region.size)
+
+
+ACTS: list[tuple[Standing, Callable[[Path], object], bool]] = [
+    (Standing.DELETED, Path.unlink, False),
+    (Standing.RENAMED, lambda path: path.rename(path.with_name("other")), False),
+    (Standing.REPLACED, make_anew, False),
+    (Standing.CUT, lambda path: os.truncate(path, 4096), False),
+    (Standing.ONES, lambda path: fill(path, b"\xff"), False),
+    (Standing.OVERWRITTEN, lambda path: fill(path, b"x"), False),
+    (Standing.REFORMATTED, format_anew, False),
+    (Standing.REFORMATTED, format_anew, True),
+    (Standing.REPLACED, make_anew, True),
+]
+
+
+@pytest.mark.parametrize(
+    ("standing", "act", "readonly"),
+    ACTS,
+    ids=[f"{told.name}{'-readonly' * readonly}" for told, _act, readonly in ACTS],
+)
+def test_what_happens_to_a_region_is_said_once(
+    formatted: TestRegion,
+    place: Path,
+    tmp_path: Path,
+    standing: Standing,
+    act: Callable[[Path], object],
+    readonly: bool,
+) -> None:
+    log = tmp_path / "log"
+    options = f"log={log}{',ro' * readonly}"
+    assert ivshmemfs("mount", "-o", options, formatted.path, place).returncode == 0
+
+    def lines() -> list[str]:
+        return [line for line in log.read_text().splitlines() if standing.explained in line]
+
+    assert f"{place}\n" in ivshmemfs("list").stdout
+    act(formatted.path)
+    assert eventually(lines)
+    condition = f"{place} ({standing.value})"
+    assert condition in ivshmemfs("list").stdout
+    told = ivshmemfs("peers", formatted.path).stderr
+    assert condition in told or f"mount {place}: {standing.value}" in told
+    run("ls", place)
+    if not formatted.path.exists():
+        complains(ivshmemfs("info", formatted.path), 32, "not there any more", condition)
+        complains(ivshmemfs("info", place), 32, "not there any more", condition)
+    ivshmemfs("umount", place)
+    assert not mount_lines(place)
+    assert len(lines()) == 1
+    assert "Traceback" not in log.read_text()
+    trouble = [line for line in log.read_text().splitlines() if " ERROR " in line]
+    assert len([line for line in trouble if "served" in line and "upkeep" in line]) == 0
+
+
+def test_that_it_is_over_is_said_too(formatted: TestRegion, place: Path, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    assert ivshmemfs("mount", "-o", f"log={log}", formatted.path, place).returncode == 0
+    away = formatted.path.with_name("away")
+    formatted.path.rename(away)
+    assert eventually(lambda: f"({Standing.RENAMED.value})" in ivshmemfs("list").stdout)
+    away.rename(formatted.path)
+    assert eventually(lambda: "as it was mounted again; it was renamed" in log.read_text())
+    assert f"{place}\n" in ivshmemfs("list").stdout
+    (place / "f").write_text("goes on")
+    ivshmemfs("umount", place)
+
+
+def test_a_daemon_that_is_stopped_or_dead_is_shown(formatted: TestRegion, place: Path) -> None:
+    assert ivshmemfs("mount", formatted.path, place).returncode == 0
+    pid = int(ivshmemfs("peers", formatted.path).stdout.splitlines()[1].split()[2])
+    stop(pid)
+    assert f"{place} (daemon stopped)\n" in ivshmemfs("list").stdout
+    os.kill(pid, 9)
+    assert eventually(lambda: f"{place} (daemon dead)\n" in ivshmemfs("list").stdout)
+    ivshmemfs("umount", place)
+
+
+def test_many_looks_do_not_hide_the_daemon(formatted: TestRegion, place: Path) -> None:
+    from ivshmemfs.fuse import mountpoint
+
+    assert ivshmemfs("mount", formatted.path, place).returncode == 0
+    entry = mountpoint.find(str(place))
+    assert entry is not None
+    for _ in range(3):
+        assert all(mountpoint.condition(entry) == "" for _ in range(mountpoint.BACKLOG // 2))
+        grip = mountpoint.grasp_lifeline(entry.device)
+        assert grip is not None
+        with grip:
+            assert not mountpoint.wait_for_end(grip, 2)
+    assert ivshmemfs("umount", place).returncode == 0

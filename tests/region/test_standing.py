@@ -1,0 +1,82 @@
+"""What became of a region since it was opened: told for files, and for devices in sysfs."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from ivshmemfs.region import Standing, create_file, open_region
+from tests.region.test_backends import SIZE, make_pci
+
+
+def replace(path: Path) -> None:
+    create_file(path.with_name("new"), SIZE)
+    path.with_name("new").rename(path)
+
+
+@pytest.mark.parametrize(
+    ("act", "told"),
+    [
+        (lambda path: path.touch(), Standing.SOUND),
+        (lambda path: os.truncate(path, SIZE * 2), Standing.SOUND),
+        (Path.unlink, Standing.DELETED),
+        (lambda path: path.rename(path.with_name("other")), Standing.RENAMED),
+        (replace, Standing.REPLACED),
+        (lambda path: os.truncate(path, SIZE - 1), Standing.CUT),
+    ],
+    ids=["touched", "grown", "deleted", "renamed", "replaced", "cut"],
+)
+@pytest.mark.parametrize("readonly", [False, True])
+def test_files(
+    tmp_path: Path, act: Callable[[Path], object], told: Standing, readonly: bool
+) -> None:
+    path = tmp_path / "region"
+    create_file(path, SIZE)
+    with open_region(str(path), readonly=readonly) as region:
+        assert region.standing() is Standing.SOUND
+        act(path)
+        assert region.standing() is told
+
+
+def test_what_ends_again(tmp_path: Path) -> None:
+    path = tmp_path / "region"
+    create_file(path, SIZE)
+    with open_region(str(path)) as region:
+        path.rename(tmp_path / "away")
+        assert region.standing() is Standing.RENAMED
+        (tmp_path / "away").rename(path)
+        os.truncate(path, 0)
+        assert region.standing() is Standing.CUT
+        os.truncate(path, SIZE)
+        assert region.standing() is Standing.SOUND
+
+
+def test_a_path_that_cannot_be_looked_at_counts_as_sound(tmp_path: Path) -> None:
+    (tmp_path / "to").symlink_to("region")
+    create_file(tmp_path / "region", SIZE)
+    with open_region(f"{tmp_path}/to") as region:
+        (tmp_path / "to").unlink()
+        (tmp_path / "to").symlink_to("to")
+        assert region.standing() is Standing.SOUND
+
+
+def test_a_device_that_is_unplugged_and_plugged_in_again(tmp_path: Path) -> None:
+    device = make_pci(tmp_path, combining=False, machine="x86_64")
+    with open_region("pci", roots=device.roots) as region:
+        assert region.standing() is Standing.SOUND
+        device.file.parent.rename(tmp_path / "gone")
+        assert region.standing() is Standing.UNPLUGGED
+        make_pci(tmp_path, combining=False, machine="x86_64")
+        assert region.standing() is Standing.REPLACED
+
+
+def test_the_descriptor_is_let_go_of(tmp_path: Path) -> None:
+    create_file(tmp_path / "region", SIZE)
+    before = len(os.listdir("/proc/self/fd"))
+    region = open_region(f"{tmp_path}/region")
+    region.close()
+    region.close()
+    assert len(os.listdir("/proc/self/fd")) == before
