@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 import pytest
 
+from ivshmemfs.format.words import MAX_BLOCKS
 from ivshmemfs.region import Blocks, Memory
 from tests.region.conftest import BLOCK, COUNT, DATA, SIZE, TAGS, Place
 from tests.region.contract import PAGE, RUNS, BlocksContract
@@ -381,8 +382,8 @@ def test_wrong_tables_and_ranges_are_refused(blocks: Blocks) -> None:
         ((TAGS, DATA, 33, COUNT), "block_size"),
         ((TAGS, DATA, -512, COUNT), "block_size"),
         ((TAGS, DATA, BLOCK, 0), "block_count"),
-        ((TAGS, DATA, BLOCK, 2**32 + 1), "block_count"),
-        ((TAGS, DATA, BLOCK, 2**32), "tags_offset"),
+        ((TAGS, DATA, BLOCK, MAX_BLOCKS + 1), "block_count"),
+        ((TAGS, DATA, BLOCK, MAX_BLOCKS), "tags_offset"),
         ((TAGS, DATA, BLOCK, 2**64), "block_count"),
     ],
 )

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from ivshmemfs.native import _native
 from ivshmemfs.region import DEVICE, NORMAL, Memory
 from tests.region.conftest import SIZE, Place
 from tests.region.contract import MemoryContract
@@ -55,13 +56,13 @@ def test_words_take_keywords_like_any_function(memory: Memory) -> None:
     memory.store(value=3, offset=8)
     assert memory.cas(8, new=4, expected=3) == 3
     assert memory.load(offset=8) == 4
-    with pytest.raises(TypeError, match="two values for 'offset'"):
+    with pytest.raises(TypeError, match=r"multiple values for.* 'offset'"):
         memory.load(8, offset=8)  # type: ignore[misc]
-    with pytest.raises(TypeError, match="no argument 'where'"):
+    with pytest.raises(TypeError, match="unexpected keyword argument 'where'"):
         memory.load(where=8)  # type: ignore[call-arg]
-    with pytest.raises(TypeError, match="misses its argument 'new'"):
+    with pytest.raises(TypeError, match=r"3 positional arguments \(2 given\)"):
         memory.cas(8, 4)  # type: ignore[call-arg]
-    with pytest.raises(TypeError, match="takes 1 arguments"):
+    with pytest.raises(TypeError, match=r"1 positional argument \(2 given\)"):
         memory.load(8, 9)  # type: ignore[call-arg]
 
 
@@ -250,8 +251,9 @@ def test_closing_while_threads_copy_waits_for_them(place: Place) -> None:
 def test_types_cannot_be_tampered_with(memory: Memory) -> None:
     with pytest.raises(TypeError):
         type("Sub", (Memory,), {})
-    with pytest.raises(TypeError):
-        Memory.load = None  # type: ignore[assignment, method-assign]
+    if ".abi3." not in str(_native.__file__):  # the limited API has no immutable types
+        with pytest.raises(TypeError):
+            Memory.load = None  # type: ignore[assignment, method-assign]
     with pytest.raises(AttributeError):
         memory.other = 1  # type: ignore[attr-defined]
 
