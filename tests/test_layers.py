@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -85,3 +87,15 @@ def test_every_line_is_printed_by_say(path: Path) -> None:
         called = {ast.unparse(n.func) for n in nodes if isinstance(n, ast.Call)}
         assert not called & {"print", "click.echo", "click.secho", "echo", "sys.stdout.write"}
         assert not called & {"sys.stderr.write", "logging.Formatter"} or path.name == "logs.py"
+
+
+def test_what_is_compiled_can_be_read_where_only_build_requirements_are_installed() -> None:
+    """mypyc reads the compiled layers and all that they import, with the settings of mypy."""
+    settings = tomllib.loads((TOP / "pyproject.toml").read_text())["tool"]["mypy"]
+    ignored = {name for row in settings["overrides"] for name in row["module"]}
+    below = LAYERS[LAYERS.index("engine") :]
+    for path in SOURCES:
+        if _layer(path) in below:
+            packages = {name.split(".")[0] for name in _imports(path)} - sys.stdlib_module_names
+            missing = {f"{name}.*" for name in packages - {"ivshmemfs"}} - ignored
+            assert not missing, f"{path} imports {missing}"
