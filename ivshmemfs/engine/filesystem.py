@@ -94,7 +94,8 @@ class Filesystem(Mount):
 
     def tick(self) -> bool:
         """Show life and do a bounded piece of housekeeping; see `Mount.tick`.  Raises Busy."""
-        self._unpin(time.monotonic())
+        with suppress(Busy, FsError):  # neither of which may keep it from showing life
+            self._unpin(time.monotonic())
         return super().tick()
 
     # --- what vanishes between two calls ------------------------------------------------------
@@ -184,7 +185,8 @@ class Filesystem(Mount):
 
     def _pinnable(self) -> int:
         """Blocks that may be kept by pins."""
-        free = self.superblock.geometry.block_count - self.view().root.record.used
+        used = self.look(lambda view: view.root.record.used)
+        free = self.superblock.geometry.block_count - used
         return max(free, 0) // PINNED_SHARE
 
     # --- looking ----------------------------------------------------------------------------

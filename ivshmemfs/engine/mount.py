@@ -156,17 +156,22 @@ class Mount:
             return
         with suppress(IvshmemfsError, OSError):  # the region may be gone, or another filesystem
             self._check_identity()
-            for ino in list(self._open):
-                for _ in range(self._open.pop(ino)):
-                    member.unlist_open(ino)
-            with suppress(Busy):  # what is left, another peer's next tick frees
-                self.reap()
-            self._release_dropped()
-            member.must_collect |= self._supply.owed
-            if member.must_collect or self._collector is not None:  # nobody else knows of it
-                self.collect()
+            with suppress(IvshmemfsError, OSError):  # it may be damaged, or under repair
+                self._give_back(member)
             member.leave()
         self._member = None
+
+    def _give_back(self, member: Membership) -> None:
+        """Free all that this mount alone keeps from being free."""
+        for ino in list(self._open):
+            for _ in range(self._open.pop(ino)):
+                member.unlist_open(ino)
+        with suppress(Busy):  # what is left, another peer's next tick frees
+            self.reap()
+        self._release_dropped()
+        member.must_collect |= self._supply.owed
+        if member.must_collect or self._collector is not None:  # nobody else knows of it
+            self.collect()
 
     @property
     def place(self) -> tuple[int, int]:
@@ -221,9 +226,10 @@ class Mount:
             try:
                 return self._transact(member, plan, removal)
             except NoSpace:
+                releasing = self._dropped.pending
                 if not self._make_room(member):
                     raise
-                return self._transact_again(member, plan, removal)
+                return self._transact_again(member, plan, removal, releasing)
             finally:
                 member.withdraw()
                 self._hint.give()
@@ -243,14 +249,18 @@ class Mount:
         return self._member
 
     def _transact_again(
-        self, member: Membership, plan: Callable[[Transaction], T], removal: bool
+        self, member: Membership, plan: Callable[[Transaction], T], removal: bool, releasing: bool
     ) -> T:
-        """After some room was made; Unfinished while there is more to be made."""
+        """After some room was made.
+
+        Unfinished if that was done by `releasing` what was dropped: there may be more of it, or
+        something to be collected.
+        """
         self.store.begin_turn()
         try:
             return self._transact(member, plan, removal)
         except NoSpace:
-            if not self._dropped.pending:
+            if not releasing:
                 raise
             raise Unfinished("blocks of what was removed are being released") from None
 
@@ -273,6 +283,9 @@ class Mount:
                 except Restart as overtaken:
                     if self.store.control.load() == word:
                         raise Corrupt(f"the present root leads astray: {overtaken}") from None
+                except Unfinished:
+                    self._view = View(self.store, word, root, tx.known)
+                    raise
                 else:
                     space.store_nodes()
                     if new_word := space.publish(word, new_root):
@@ -295,10 +308,10 @@ class Mount:
         return view.hand_over() if view is not None and view.word == word else Known()
 
     def _begin(self, member: Membership) -> int:
-        if self.table.state(repair.SLOT) != self._repairs:
-            self._repairs = self.table.state(repair.SLOT)
+        repairs = self._supply.begin()
+        if repairs != self._repairs:
+            self._repairs = repairs
             member.must_collect |= self._dropped.leave()
-        self._supply.begin()
         try:
             tag = member.begin()
         except Fenced:
@@ -424,7 +437,12 @@ class Mount:
         """Go on with a collection; whether it gave anything back.  Unfinished until it ends."""
         collector, self._collector = self._collector, None
         assert collector is not None
-        if not collector.step(COLLECTED_AT_ONCE):
+        try:
+            done = collector.step(COLLECTED_AT_ONCE)
+        except Busy:  # a repair; the collection starts anew after it
+            self._collector = collector
+            raise
+        if not done:
             self._collector = collector
             raise Unfinished("lost blocks are being collected")
         self._collected_at = time.monotonic()
@@ -455,12 +473,10 @@ class Mount:
 
         Returns whether there is more to do, for which `work` is to be called soon.
         """
-        member = self._member
-        if member is None:
-            return False
         self._ticks += 1
         try:
-            self._keep_alive(member)
+            if self._member is not None:
+                self._keep_alive(self._member)
             self._look_for_repair()
         except (*_UPSET, OSError, Corrupt) as error:
             raise self._contained(error) from error

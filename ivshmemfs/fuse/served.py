@@ -263,17 +263,19 @@ class Served:
         if source is not None and source[2] == found:
             avoided = self._avoided(source, ino, name)
         node = self._node(parent, name, attr, avoided)
-        self.walks.note(thread, (parent, name, found, node), source)
+        self.walks.note(thread, (parent, name, found, node, self.walks.changes), source)
         return node, attr
 
     def _avoided(self, source: Step, parent: int, name: bytes) -> int:
         """The number of *source*, unless its name and this one lead to its inode at one moment."""
-        folder, old_name, ino, node = source
+        _, old_name, ino, node, _ = source
         try:
-            names = ((self.inode_of(folder), old_name), (parent, name))
+            folder = self.inode_of(source[0])
         except StaleHandle:
             return node
-        return 0 if self.fs.bears(ino, names) else node
+        if self.fs.bears(ino, ((folder, old_name), (parent, name))):
+            return 0
+        return 0 if self.walks.is_changed(folder, source) else node
 
     def open(self, node: int, flags: int, ctx: Context) -> int:
         """The number of a new handle of a file.
@@ -303,6 +305,8 @@ class Served:
         self.rights.need_rename(old, name, new, new_name, ctx)
         moved, exchanged = self.fs.rename(old, name, new, new_name, flags, ctx)
         self.walks.forget(ctx.pid, moved)
+        self.walks.change(old, name)
+        self.walks.change(new, new_name)
         self.nodes.moved((parent, name), (new_parent, new_name), moved, exchanged)
 
     def unlink(self, parent: int, name: bytes, ctx: Context) -> None:
@@ -310,6 +314,7 @@ class Served:
         self.walks.forget(ctx.pid)
         self.rights.need_removal(parent, name, ctx)
         self.fs.unlink(parent, name, ctx)
+        self.walks.change(parent, name)
 
     def rmdir(self, parent: int, name: bytes, ctx: Context) -> None:
         """Remove an empty directory from the one with the inode *parent*."""

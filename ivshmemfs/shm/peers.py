@@ -58,7 +58,7 @@ from ivshmemfs.shm.control import Control
 from ivshmemfs.shm.watch import Watch
 
 _SLOT: Final = peer.SLOT_SIZE
-_NEVER: Final = (1 << 64) - 1  # no state word is ever this
+_NEVER: Final = (1 << 64) - 1  # all bits of a word; no state word is ever this
 _NOT_FREE: Final = 1 << words.SLOT_SHIFT  # state words of free slots are smaller
 JOIN_ATTEMPTS = 20
 FILTER_SIZE = peer.FILTER_WORDS * words.FILTER_BITS
@@ -408,12 +408,16 @@ class Membership:
         return self.table.memory.load(self._at) == self._word
 
     def check(self) -> None:
-        """Raise Fenced unless this incarnation still stands; after loading the commit word."""
-        if not self.stands:
+        """Raise Fenced unless the transaction is still under way; after loading the commit word."""
+        if not (self.active and self.stands):
             raise self._lost("another peer declared this mount gone in the middle of a transaction")
 
     def end(self) -> None:
-        """Everything claimed under the tag is settled.  Raises Fenced."""
+        """Everything claimed under the tag is settled.  Raises Fenced, also when this mount has
+        joined again since: it was not us who ended that transaction.
+        """
+        if not self.active:
+            raise Fenced("this mount was declared gone in the middle of a transaction")
         self._move(IDLE, self.counter)
 
     @property
@@ -432,8 +436,9 @@ class Membership:
         if not self.stands:
             raise self._lost("another peer declared this mount gone while it was silent")
         at = self.table.offset(self.slot, peer.HEARTBEAT_OFFSET)
-        seen = self.table.memory.cas(at, self._beat, self._beat + 1)
-        self._beat = seen + 1 if seen == self._beat else seen
+        after = self._beat + 1 & _NEVER  # the region may say anything
+        seen = self.table.memory.cas(at, self._beat, after)
+        self._beat = after if seen == self._beat else seen
         self._store(peer.IDENTITY_OFFSET, self._own)
 
     # --- two owners of one identity ---

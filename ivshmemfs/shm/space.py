@@ -67,9 +67,14 @@ class Supply:
         self._counted_at = float("-inf")
         self._settled = 0  # blocks free when they were counted, and those in use by that commit
 
-    def begin(self) -> None:
-        """A transaction begins: before it loads the commit word."""
+    def begin(self) -> int:
+        """A transaction begins: before it loads the commit word.
+
+        Returns the state word of the repair slot; what commits before another one left must not be
+        released any more.
+        """
         self._repairs = self._store.memory.load(REPAIR_OFFSET)
+        return self._repairs
 
     def claim(self, count: int, tag: int) -> bytes:
         """Packed pointers to `count` blocks, or to as many as there are."""

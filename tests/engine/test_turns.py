@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import pytest
 
-from ivshmemfs.engine import ROOT_INO, Filesystem
+from ivshmemfs.engine import COMPILED, ROOT_INO, Filesystem
 from ivshmemfs.engine.collect import Collector
 from ivshmemfs.engine.dropped import RELEASED_AT_ONCE
 from ivshmemfs.engine.filesystem import KEEP_SIZE, PUNCH_HOLE, UNPINNED_AT_ONCE, ZERO_RANGE
@@ -21,7 +21,8 @@ from ivshmemfs.engine.mount import COLLECTED_AT_ONCE, FREED_AT_ONCE
 from ivshmemfs.engine.names import DEPTH_MAX, RENAME_EXCHANGE
 from ivshmemfs.engine.xattr import save
 from ivshmemfs.errors import Busy, FsError, NoSpace, Unfinished
-from ivshmemfs.shm.store import READ_COST, TURN
+from ivshmemfs.shm import store
+from ivshmemfs.shm.store import KNOWN_TURNS, READ_COST, TURN, NodeCache
 from tests.support.checks import assert_adds_up, assert_clean, unreachable
 from tests.support.figures import Figures
 from tests.support.regions import ROOT, TestRegion, get, new_region, put
@@ -347,6 +348,24 @@ def test_collecting_for_want_of_room_takes_turns(roomy: TestRegion) -> None:
     assert_adds_up(other)
 
 
+def test_what_is_lost_is_looked_for_when_what_was_removed_is_not_enough(
+    roomy: TestRegion,
+) -> None:
+    fs, other = roomy.mount(), roomy.mount()
+    Scene._full(fs, b"full")
+    fs.unlink(ROOT_INO, b"full", ROOT)
+    assert fs._dropped.pending
+    assert other._member is not None
+    tag = other._member.begin()
+    assert len(other.store.blocks.claim(40 * 1024, tag, 0)[0]) == 40 * 1024 * 16
+    assert fs.table.retire(other.place[0], fs.table.state(other.place[0]))
+    ino = put(fs, ROOT_INO, b"next", b"").ino
+    handle = fs.open(ino, os.O_RDWR, ROOT)
+    assert cost_of(fs, lambda: fs.fallocate(handle, 0, 0, 50 * MIB)).result is None
+    fs.release(handle)
+    assert_adds_up(fs)
+
+
 def test_orphans_of_a_dead_peer_are_freed_some_at_a_time(roomy: TestRegion) -> None:
     fs, other = roomy.mount(), roomy.mount()
     for number in range(ORPHANS):
@@ -373,6 +392,25 @@ def test_a_piece_of_a_collection_is_bounded(scene: Scene, cold: Filesystem) -> N
         most, steps = max(most, cold.store.work - before), steps + 1
     assert steps > 3
     assert most <= (COLLECTED_AT_ONCE + 12) * NODE
+
+
+@pytest.mark.skipif(COMPILED, reason="the limit is compiled in")
+def test_a_collection_that_found_no_root_is_not_over(
+    roomy: TestRegion, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Others may commit faster than it can read: it tries again."""
+    fs = roomy.mount()
+    assert fs._member is not None
+    tag = fs._member.begin()
+    fs.store.blocks.claim(3, tag, 0)
+    fs._member.end()
+    collector = Collector(fs.store, fs.table)
+    fs.store._root = None  # as before the first look
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "ROOT_TRIES", 0)
+        assert not collector.step(3)
+    assert collector.step()
+    assert collector.released == 3
 
 
 def test_filling_goes_on_beside_a_writer(roomy: TestRegion) -> None:
@@ -422,6 +460,39 @@ def test_moving_below_very_many_directories(roomy: TestRegion) -> None:
     above = fs.lookup(deep, b"..").ino
     finish(lambda: fs.rename(ROOT_INO, b"moved", above, b"moved", 0, ROOT))
     finish(lambda: fs.rename(ROOT_INO, b"file", deep, b"file", 0, ROOT))
+
+
+@pytest.mark.parametrize("warm", [False, True])
+def test_exchanging_below_very_many_directories(roomy: TestRegion, warm: bool) -> None:
+    """It visits more nodes than any other operation, and reads none of them again."""
+    fs = roomy.mount()
+    places = []
+    for top in (b"one", b"other"):
+        ino = fs.mkdir(ROOT_INO, top, 0o755, ROOT).ino
+        for _ in range(DEPTH_MAX - 2):
+            ino = fs.mkdir(ino, b"d", 0o755, ROOT).ino
+        fs.mkdir(ino, b"moved", 0o755, ROOT)
+        places.append(ino)
+    one, other = places
+    mount = fs if warm else roomy.mount()
+    for _ in range(2):
+        cost = cost_of(
+            mount, lambda: mount.rename(one, b"moved", other, b"moved", RENAME_EXCHANGE, ROOT)
+        )
+        assert isinstance(cost.result, tuple)
+        assert cost.work <= KNOWN_TURNS * TURN
+
+
+def test_a_cache_that_is_too_small_for_an_operation(roomy: TestRegion) -> None:
+    """A change that needs several turns still gets further in each."""
+    fs = roomy.mount()
+    deep = Scene._deep(fs, DEPTH_MAX - 10)
+    fs.mkdir(ROOT_INO, b"moved", 0o755, ROOT)
+    cold = roomy.mount()
+    cold.store.cache = NodeCache(1 << 20)
+    cost = cost_of(cold, lambda: cold.rename(ROOT_INO, b"moved", deep, b"moved", 0, ROOT))
+    assert isinstance(cost.result, tuple)
+    assert 1 < cost.turns < 20
 
 
 # --- by the clock -------------------------------------------------------------------------------
