@@ -8,17 +8,21 @@ import os
 import stat
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
+from functools import partial
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 
 from ivshmemfs.engine import ROOT_INO, Filesystem
 from ivshmemfs.engine.collect import Collector
+from ivshmemfs.engine.data import Buffer
 from ivshmemfs.engine.dropped import RELEASED_AT_ONCE
 from ivshmemfs.engine.filesystem import KEEP_SIZE, PUNCH_HOLE, UNPINNED_AT_ONCE, ZERO_RANGE
 from ivshmemfs.engine.mount import COLLECTED_AT_ONCE, FREED_AT_ONCE
 from ivshmemfs.engine.names import DEPTH_MAX, RENAME_EXCHANGE
+from ivshmemfs.engine.pieces import PIECES_AT_ONCE, Pieces
 from ivshmemfs.engine.xattr import save
 from ivshmemfs.errors import Busy, FsError, NoSpace, Unfinished
 from ivshmemfs.shm.store import READ_COST, TURN
@@ -154,6 +158,7 @@ TABLE = [
     Row("readlink", LOOK, 1, lambda fs, s: fs.readlink(s.link)),
     Row("lookup", 2 * LOOK, 1, lambda fs, s: fs.lookup(s.crowd, b"2345")),
     Row("find", 2 * LOOK, 1, lambda fs, s: fs.find(s.crowd, b"none")),
+    Row("bears", 2 * LOOK, 1, lambda fs, s: fs.bears(s.child, [(s.crowd, b"2345")])),
     Row("statfs", LOOK, 1, lambda fs, s: fs.statfs()),
     Row("forget", 0, 1, lambda fs, s: fs.forget(s.child)),
     Row("setattr", CHANGE, 1, lambda fs, s: fs.setattr(s.child, ROOT, mode=0o600)),
@@ -175,6 +180,8 @@ TABLE = [
     Row("release", 2 * LOOK, 1, lambda fs, s: fs.release(fs.open(s.child, os.O_RDONLY, ROOT))),
     Row("create", CHANGE, 1, lambda fs, s: fs.create(s.crowd, b"c", 0o644, os.O_RDWR, ROOT)[1]),
     Row("tmpfile", 2 * CHANGE, 1, lambda fs, s: fs.release(fs.tmpfile(s.crowd, 0o644, 2, ROOT)[0])),
+    Row("make_nameless", 2 * CHANGE, 1,
+        lambda fs, s: fs.release(fs.make_nameless(s.crowd, stat.S_IFIFO | 0o644, 2, ROOT)[0])),
     Row("read", DATA, 1, lambda fs, s: opened(fs, s.full, lambda h: fs.read(h, 99, MIB))),
     Row("read", DATA, 1, lambda fs, s: opened(fs, s.sparse, lambda h: fs.read(h, 1 << 50, MIB))),
     Row("write", DATA, 1, lambda fs, s: opened(fs, s.full, lambda h: fs.write(h, 99, bytes(MIB)))),
@@ -199,6 +206,7 @@ TABLE = [
     Row("listxattr", DATA, 2, lambda fs, s: len(fs.listxattr(s.named))),
     Row("setxattr", DATA, 2, lambda fs, s: fs.setxattr(s.named, PATH % 78, b"", 0, ROOT)),
     Row("removexattr", DATA, 2, lambda fs, s: fs.removexattr(s.named, PATH % 79, ROOT)),
+    Row("standing", 0, 1, lambda fs, s: fs.standing()),
     Row("tick", CHANGE, 1, lambda fs, s: fs.tick()),
     Row("work", CHANGE, 1, lambda fs, s: fs.work()),
 ]  # fmt: skip
@@ -256,6 +264,90 @@ def roomy() -> Iterator[TestRegion]:
     with new_region(64 * MIB, block_size=1024) as made:
         yield made
         assert_clean(made)
+
+
+@pytest.fixture
+def tight() -> Iterator[Filesystem]:
+    """A mount of a region that is full but for some blocks, most of them one file's."""
+    with new_region(4 * MIB, block_size=1024) as made:
+        fs = made.mount()
+        handle, _ = fs.create(ROOT_INO, b"full", 0o644, os.O_RDWR, ROOT)
+        done = 0
+        with suppress(NoSpace):
+            while True:
+                done += finish(lambda: fs.write(handle, done, bytes(MIB)))  # noqa: B023
+        fs.release(handle)
+        yield fs
+        pieces(fs)
+        assert_adds_up(fs)
+        fs.unmount()
+        assert_clean(made)
+
+
+def _commits(fs: Filesystem) -> int:
+    return fs.view().root.record.sequence
+
+
+def test_overwriting_with_little_room_takes_turns(tight: Filesystem) -> None:
+    fs, content = tight, os.urandom(MIB)
+    handle = fs.open(fs.lookup(ROOT_INO, b"full").ino, os.O_RDWR, ROOT)
+    began, turns = _commits(fs), [0]
+    request = bytearray(content)
+    call: Callable[[], object] | None = partial(fs.write, handle, 5, memoryview(request))
+    while call is not None:
+        before, work = _commits(fs), fs.store.work
+        call, so_far = _one_turn(call)
+        assert _commits(fs) - before <= PIECES_AT_ONCE
+        assert fs.store.work - work <= PIECES_AT_ONCE * DATA
+        assert get(fs, ROOT_INO, b"full")[5 : 5 + so_far] == content[:so_far]
+        assert so_far > turns[-1]
+        turns.append(so_far)
+        request[:] = bytes(MIB)  # another request comes in the same place
+    assert turns[-1] == MIB
+    assert len(turns) > 3
+    assert _commits(fs) - began <= PIECES_AT_ONCE * len(turns)
+    fs.release(handle)
+
+
+def _one_turn(call: Callable[[], Any]) -> tuple[Callable[[], object] | None, Any]:
+    """How a write goes on after a turn, None when it has ended, and how much is written."""
+    try:
+        return None, call()
+    except Unfinished as turn:
+        return turn.go_on, turn.so_far
+
+
+def test_a_write_that_was_begun_is_short_when_the_rest_fails(tight: Filesystem) -> None:
+    fs = tight
+    handle = fs.open(fs.lookup(ROOT_INO, b"full").ino, os.O_RDWR, ROOT)
+    with pytest.raises(Unfinished) as turn:
+        fs.write(handle, 0, b"x" * MIB)
+    fs.unlink(ROOT_INO, b"full", ROOT)
+    fs.release(handle)
+    assert turn.value.go_on is not None
+    assert turn.value.go_on() == turn.value.so_far
+
+
+def test_a_write_that_was_begun_waits_for_others() -> None:
+    """Who is told Busy in the middle neither writes anything twice nor ends early."""
+    stored, busy = list[bytes](), [False, True, False, True, True, False]
+
+    def store(_at: int, piece: Buffer) -> None:
+        if len(piece) > 10:
+            raise NoSpace()
+        if busy and busy.pop(0):
+            raise Busy("another peer")
+        stored.append(bytes(piece))
+
+    pieces = Pieces(store, 0, bytes(range(40)), 1, appending=False)
+    told = list[int | None]()
+    while not told or told[-1] != 40:
+        try:
+            told.append(_one_turn(pieces.turn)[1])
+        except Busy:
+            told.append(None)
+    assert told == [10, 20, None, 40]
+    assert b"".join(stored) == bytes(range(40))
 
 
 def test_a_large_file_is_released_in_pieces(roomy: TestRegion) -> None:
