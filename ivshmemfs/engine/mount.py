@@ -138,7 +138,7 @@ class Mount:
             member.join()
             self.table.watch.look()
             try:
-                member.must_collect |= self._leaking()
+                member.must_collect |= self._leaks()
             except BaseException:
                 member.leave()
                 raise
@@ -395,10 +395,10 @@ class Mount:
         """
         if self._dropped.pending:
             return self._release_piece()
-        if not self._leaking():
-            return False
         if self._collector is not None and self._collect_piece():
             return True
+        if not self._leaking():
+            return False
         member.must_collect |= self.table.retire_gone(member.slot)
         now = time.monotonic()
         if member.must_collect or now - self._collected_at > COLLECT_PAUSE:
@@ -416,9 +416,17 @@ class Mount:
         return False
 
     def _leaking(self) -> bool:
-        """Whether blocks are neither free nor reachable: lost, or claimed at this moment."""
-        used = self.view().root.record.used
-        return self._supply.free(used) < self.superblock.geometry.block_count - used
+        """Whether blocks are neither free nor reachable: lost, or claimed at this moment.
+
+        Raises Unfinished while they are being counted.
+        """
+        return self._supply.lacking(self.view().root.record.used)
+
+    def _leaks(self) -> bool:
+        """The same, counted to the end."""
+        while True:
+            with suppress(Unfinished):
+                return self._leaking()
 
     def _collect_piece(self) -> bool:
         """Go on with a collection; whether it gave anything back.  Unfinished until it ends."""
@@ -427,8 +435,13 @@ class Mount:
         if not collector.step(COLLECTED_AT_ONCE):
             self._collector = collector
             raise Unfinished("lost blocks are being collected")
-        self._collected_at = time.monotonic()
+        self._note_collection(collector)
         return collector.released > 0
+
+    def _note_collection(self, collector: Collector) -> None:
+        self._collected_at = time.monotonic()
+        if collector.released:
+            self._supply.recount()
 
     def _release_piece(self) -> bool:
         """Release some blocks of what was dropped; whether there were any."""
@@ -475,8 +488,8 @@ class Mount:
                 self._check_identity()
                 self._release_piece()
             elif self._collector is not None and self._collector.step(COLLECTED_AT_ONCE):
+                self._note_collection(self._collector)
                 self._collector = None
-                self._collected_at = time.monotonic()
             orphans = self.view().root.record.orphans
         except (*_UPSET, OSError, Corrupt) as error:
             self._collector = None

@@ -1540,10 +1540,10 @@ static PyObject *blocks_tag(PyObject *self, PyObject *const *args, Py_ssize_t co
 
 struct scan {
     const Blocks *blocks;
-    const unsigned char *marks; /* sweep only, as are the next four */
-    const unsigned char *limits;
     uint64_t start;
     uint64_t stop;
+    const unsigned char *marks; /* sweep only, as are the next two */
+    const unsigned char *limits;
     unsigned char *pointers;
     uint64_t found;
 };
@@ -1551,23 +1551,33 @@ struct scan {
 static void free_count_body(void *argument)
 {
     struct scan *scan = argument;
-    const unsigned char *address = tag_address(scan->blocks, 0);
+    const unsigned char *address = tag_address(scan->blocks, scan->start);
 
-    for (uint64_t block = 0; block < scan->blocks->block_count; block++, address += 8)
+    for (uint64_t block = scan->start; block < scan->stop; block++, address += 8)
         scan->found += word_peek(address) == 0;
 }
 
-static PyObject *blocks_free_count(PyObject *self, PyObject *unused)
+static const signature free_count_signature = {"free_count", {"start", "stop"}, 0, 2};
+
+static PyObject *blocks_free_count(PyObject *self, PyObject *const *args, Py_ssize_t count,
+                                   PyObject *keywords)
 {
     Blocks *blocks = (Blocks *)self;
-    struct scan scan = {.blocks = blocks};
-    PyObject *result = NULL;
+    struct scan scan = {.blocks = blocks, .stop = blocks->block_count};
+    PyObject *given[2], *result = NULL;
 
-    (void)unused;
+    if (take_args(&free_count_signature, args, count, keywords, given) < 0 ||
+        (given[0] != NULL && take_u64(given[0], "start", &scan.start) < 0) ||
+        (given[1] != NULL && take_u64(given[1], "stop", &scan.stop) < 0))
+        return NULL;
+    if (scan.start > scan.stop || scan.stop > blocks->block_count)
+        return PyErr_Format(PyExc_ValueError, "blocks from %llu to %llu: the region has %llu",
+                            (unsigned long long)scan.start, (unsigned long long)scan.stop,
+                            (unsigned long long)blocks->block_count);
     if (use(blocks->memory) < 0)
         return NULL;
     if (load_event(blocks->memory) == 0 &&
-        perform(blocks->memory, free_count_body, &scan, 8 * blocks->block_count) == 0)
+        perform(blocks->memory, free_count_body, &scan, 8 * (scan.stop - scan.start)) == 0)
         result = from_u64(scan.found);
     unuse(blocks->memory);
     return result;
@@ -2464,8 +2474,9 @@ static PyMethodDef blocks_methods[] = {
     {"write_nodes", FAST(blocks_write_nodes),
      "write_nodes($self, pointers, nodes)\n--\n\n"
      "The same for a list of packed pointers and one of nodes, in order."},
-    {"free_count", blocks_free_count, METH_NOARGS,
-     "free_count($self)\n--\n\nHow many blocks are free."},
+    {"free_count", FAST(blocks_free_count),
+     "free_count($self, start=0, stop=None)\n--\n\n"
+     "How many blocks are free, of all or of those from start to before stop."},
     {"mark", FAST(blocks_mark),
      "mark($self, pointers, marks)\n--\n\nmarks[block] = tag for each pointer that is not null."},
     {"sweep", FAST(blocks_sweep),

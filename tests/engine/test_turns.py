@@ -25,6 +25,7 @@ from ivshmemfs.engine.names import DEPTH_MAX, RENAME_EXCHANGE
 from ivshmemfs.engine.pieces import PIECES_AT_ONCE, Pieces
 from ivshmemfs.engine.xattr import save
 from ivshmemfs.errors import Busy, FsError, NoSpace, Unfinished
+from ivshmemfs.shm.space import COUNTED_AT_ONCE, COUNTED_COST
 from ivshmemfs.shm.store import READ_COST, TURN
 from tests.checks import assert_adds_up, assert_clean, unreachable
 from tests.conftest import Figures
@@ -348,6 +349,71 @@ def test_a_write_that_was_begun_waits_for_others() -> None:
             told.append(None)
     assert told == [10, 20, None, 40]
     assert b"".join(stored) == bytes(range(40))
+
+
+# --- counting free blocks ---------------------------------------------------------------------
+
+
+@pytest.fixture
+def large() -> Iterator[TestRegion]:
+    """More blocks than one turn counts."""
+    with new_region(192 * MIB, block_size=1024) as made:
+        yield made
+
+
+def _claim_all_but(fs: Filesystem, left: int) -> bytes:
+    """Claims of nobody's, under a tag that is not settled, as those of a silent peer are."""
+    blocks = fs.store.blocks
+    claims, _ = blocks.claim(blocks.free_count() - left, fs._joined().begin(), 0)
+    return claims
+
+
+def test_free_blocks_are_counted_in_turns(large: TestRegion) -> None:
+    fs, other = large.mount(), large.mount()
+    put(fs, ROOT_INO, b"file", b"x" * 9000)
+    count = fs.superblock.geometry.block_count
+    assert count > 2 * COUNTED_AT_ONCE
+    _claim_all_but(other, 5000)
+    used = fs.view().root.record.used
+    cost = cost_of(fs, lambda: fs._supply.free(used))
+    assert cost == Cost(-(-count // COUNTED_AT_ONCE), COUNTED_COST, 5000)
+    assert cost_of(fs, lambda: fs._supply.free(used - 7)) == Cost(1, 0, 5007)
+    assert fs._supply.lacking(used)
+    fs._supply.recount()
+    assert cost_of(fs, lambda: fs._supply.free(used)).turns == cost.turns
+
+
+def test_a_count_hides_no_block_that_is_freed_meanwhile(large: TestRegion) -> None:
+    """Whichever turn it is in: what looks full because of the past would be a wrong ENOSPC."""
+    fs, other = large.mount(), large.mount()
+    claims = _claim_all_but(other, 5000)
+    used, size = fs.view().root.record.used, 16 * 3000
+    for at in (0, len(claims) - size):
+        fs._supply.recount()
+        with pytest.raises(Unfinished):
+            fs._supply.free(used)
+        fs.store.blocks.release(claims[at : at + size])
+        free = finish(partial(fs._supply.free, used - 3000))
+        assert free >= fs.store.blocks.free_count()
+        assert fs._supply.lacking(used - 3000), "who is not sure looks for lost blocks"
+        used -= 3000
+
+
+def test_a_full_large_region_is_full_in_turns(large: TestRegion) -> None:
+    """Each turn is bounded while a write finds out that there is no room."""
+    fs, other = large.mount(), large.mount()
+    handle, _ = fs.create(ROOT_INO, b"file", 0o644, os.O_RDWR, ROOT)
+    fs.write(handle, 0, bytes(4 * 1024))
+    _claim_all_but(other, 2)
+    costs = [cost_of(fs, lambda: fs.write(handle, 0, bytes(MIB)))]
+    while not isinstance(costs[-1].result, NoSpace):
+        assert isinstance(costs[-1].result, Busy), "the other may give its blocks back"
+        costs.append(cost_of(fs, lambda: fs.write(handle, 0, bytes(MIB))))
+    assert costs[0].turns > 2
+    assert (
+        max(cost.work for cost in costs)
+        <= PIECES_AT_ONCE * DATA + COLLECTED_AT_ONCE * NODE + COUNTED_COST
+    )
 
 
 def test_a_large_file_is_released_in_pieces(roomy: TestRegion) -> None:
