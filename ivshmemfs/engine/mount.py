@@ -60,7 +60,7 @@ from ivshmemfs.format.inode import ORPHANS_INO
 from ivshmemfs.region.probe import Scratch, cas_works, probe, refuse_unfit
 from ivshmemfs.region.standing import Standing
 from ivshmemfs.shm.control import Hint
-from ivshmemfs.shm.peers import Membership, PeerTable
+from ivshmemfs.shm.peers import Membership, PeerTable, Retirement
 from ivshmemfs.shm.space import Space, Supply
 from ivshmemfs.shm.store import ENDLESS, Store
 
@@ -118,6 +118,8 @@ class Mount:
         self._collector: Collector | None = None
         self._collected_at = float("-inf")
         self._tight_since = 0.0
+        self._retirement = Retirement(self.table)
+        self._decide_soon = False  # who is gone: at the next tick
         self._ticks = 0
         self._short_at = float("-inf")  # when the log last told that memory is short
         self._shut_out = False  # by a repair, as the log says
@@ -399,7 +401,7 @@ class Mount:
             return True
         if not self._leaking():
             return False
-        member.must_collect |= self.table.retire_gone(member.slot)
+        self._decide_soon = True  # a dead peer may hold some; the upkeep finds out
         now = time.monotonic()
         if member.must_collect or now - self._collected_at > COLLECT_PAUSE:
             member.must_collect = False
@@ -408,8 +410,8 @@ class Mount:
             if self._collect_piece():
                 return True
         at_work = any(
-            self.table.state(slot) >> words.SLOT_SHIFT == words.ACTIVE and slot != member.slot
-            for slot in range(1, self.table.count + 1)
+            word >> words.SLOT_SHIFT == words.ACTIVE and slot != member.slot
+            for slot, word in enumerate(self.table.states(), 1)
         )
         if at_work and now - self._tight_since < TIGHT:
             raise Busy("other peers hold the last free blocks")
@@ -481,21 +483,35 @@ class Mount:
 
     def work(self) -> bool:
         """Do a bounded piece of housekeeping; whether there is more to do.  Raises Busy."""
-        if self._member is None:
+        member = self._member
+        if member is None:
             return False
         try:
-            if self._dropped.pending:
-                self._check_identity()
-                self._release_piece()
-            elif self._collector is not None and self._collector.step(COLLECTED_AT_ONCE):
-                self._note_collection(self._collector)
-                self._collector = None
+            self._work_piece(member)
             orphans = self.view().root.record.orphans
         except (*_UPSET, OSError, Corrupt) as error:
             self._collector = None
             raise self._contained(error) from error
         freed = self._reap_piece() if orphans else 0
-        return freed > 0 or self._dropped.pending or self._collector is not None
+        if freed or self._retirement.pending or self._dropped.pending:
+            return True
+        return self._collector is not None or member.must_collect
+
+    def _work_piece(self, member: Membership) -> None:
+        """The next piece of what is most urgent: who is gone, what is to be released, what lost."""
+        if self._retirement.pending:
+            self._check_identity()
+            member.must_collect |= self._retirement.step()
+        elif self._dropped.pending:
+            self._check_identity()
+            self._release_piece()
+        elif self._collector is not None or member.must_collect:
+            if self._collector is None:
+                self._collector = Collector(self.store, self.table)
+                member.must_collect = False
+            if self._collector.step(COLLECTED_AT_ONCE):
+                self._note_collection(self._collector)
+                self._collector = None
 
     def _look_for_repair(self) -> None:
         """Log that a repair shuts this mount out, and that it is over; raises UnderRepair."""
@@ -516,13 +532,11 @@ class Mount:
         except Fenced:
             self._rejoin(member)
         self._watch_others(member)
-        if self._ticks % RETIRE_TICKS == 0:
-            member.must_collect |= self.table.retire_gone(member.slot)
+        if self._ticks % RETIRE_TICKS == 0 or self._decide_soon:
+            self._retirement.begin(member.slot)
+            self._decide_soon = False
         member.must_collect |= self._supply.owed
         self._supply.owed = False
-        if member.must_collect and self._collector is None:
-            self._collector = Collector(self.store, self.table)
-            member.must_collect = False
 
     def _watch_others(self, member: Membership) -> None:
         watch = self.table.watch

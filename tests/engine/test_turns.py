@@ -20,11 +20,16 @@ from ivshmemfs.engine.collect import Collector
 from ivshmemfs.engine.data import Buffer
 from ivshmemfs.engine.dropped import RELEASED_AT_ONCE
 from ivshmemfs.engine.filesystem import KEEP_SIZE, PUNCH_HOLE, UNPINNED_AT_ONCE, ZERO_RANGE
-from ivshmemfs.engine.mount import COLLECTED_AT_ONCE, FREED_AT_ONCE
+from ivshmemfs.engine.mount import COLLECTED_AT_ONCE, FREED_AT_ONCE, RETIRE_TICKS
 from ivshmemfs.engine.names import DEPTH_MAX, RENAME_EXCHANGE
 from ivshmemfs.engine.pieces import PIECES_AT_ONCE, Pieces
 from ivshmemfs.engine.xattr import save
 from ivshmemfs.errors import Busy, FsError, NoSpace, Unfinished
+from ivshmemfs.format.peer import SlotRecord
+from ivshmemfs.format.words import FREE, SLOT_SHIFT
+from ivshmemfs.shm import identity
+from ivshmemfs.shm.identity import Presence
+from ivshmemfs.shm.peers import DECIDED_AT_ONCE, Membership
 from ivshmemfs.shm.space import COUNTED_AT_ONCE, COUNTED_COST
 from ivshmemfs.shm.store import READ_COST, TURN
 from tests.checks import assert_adds_up, assert_clean, unreachable
@@ -39,7 +44,7 @@ DATA = CHANGE + 24 * NODE  # 1 MiB in blocks of 1 KiB has 17 index nodes
 PIECE = RELEASED_AT_ONCE * NODE  # released after the commit; blocks of data are not nodes
 MIB = 1 << 20
 HUGE = 1 << 60  # bytes of a file
-CROWD, ATTRIBUTES, ORPHANS = 3000, 3000, 40
+CROWD, ATTRIBUTES, ORPHANS, SILENT = 3000, 3000, 40, 40
 PATH = b"user.%04d"
 
 #: Done to the end by whoever has nobody waiting for it: a command, a daemon that ends, a test.
@@ -558,6 +563,72 @@ def test_pins_are_let_go_some_at_a_time(roomy: TestRegion) -> None:
     before = len(fs._pins)
     fs.tick()
     assert len(fs._pins) == before - UNPINNED_AT_ONCE
+
+
+# --- a table that is full of silent peers ------------------------------------------------------
+
+
+class Crowd:
+    """A mount beside many silent peers, and how often one of them was looked for."""
+
+    def __init__(self, made: TestRegion, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.fs = made.mount()
+        self.looked_for: list[int] = []
+        self.members = [Membership(self.fs.table) for _ in range(SILENT)]
+        for member in self.members:
+            member.join()
+        self.fs.table.watch.look()
+        for slot in self.fs.table.watch._silence:
+            self.fs.table.watch._silence[slot] = 60.0
+        self.gone: set[int] = set()
+
+        def presence(record: SlotRecord, *_: object) -> Presence:
+            slot = next(at for at, nonce in self.nonces.items() if nonce == record.nonce)
+            self.looked_for.append(slot)
+            return Presence.GONE if slot in self.gone else Presence.UNKNOWN
+
+        self.nonces = {at.slot: self.fs.table.peer(at.slot).record.nonce for at in self.members}
+        monkeypatch.setattr(identity, "presence", presence)
+
+
+@pytest.fixture
+def crowded(monkeypatch: pytest.MonkeyPatch) -> Iterator[Crowd]:
+    with new_region(64 * MIB, block_size=1024, peer_count=255) as made:
+        yield Crowd(made, monkeypatch)
+
+
+def test_who_is_gone_is_decided_some_at_a_time(crowded: Crowd) -> None:
+    """All have their turn within one round, also the one that is asked last."""
+    fs = crowded.fs
+    crowded.gone = {min(crowded.nonces), max(crowded.nonces)}
+    for _ in range(RETIRE_TICKS):
+        more = fs.tick()
+    decided = [len(crowded.looked_for)]
+    while more:
+        before = len(crowded.looked_for)
+        more = fs.work()
+        decided.append(len(crowded.looked_for) - before)
+    assert max(decided) == DECIDED_AT_ONCE
+    assert sorted(crowded.looked_for) == sorted(crowded.nonces)
+    states = fs.table.states()
+    assert [states[slot - 1] >> SLOT_SHIFT for slot in crowded.gone] == [FREE, FREE]
+    assert fs.tick() is False, "the next round is some ticks away"
+
+
+def test_a_request_looks_for_nobody(crowded: Crowd) -> None:
+    """It asks the upkeep to, which does so at its next tick."""
+    fs = crowded.fs
+    dead = crowded.members[0]
+    fs.store.blocks.claim(fs.store.blocks.free_count() - 1, dead.begin(), 0)
+    fs.table.watch.look()
+    fs.table.watch._silence[dead.slot] = 60.0
+    crowded.gone = {dead.slot}
+    failed = cost_of(fs, lambda: fs.mkdir(ROOT_INO, b"new", 0o755, ROOT))
+    assert isinstance(failed.result, NoSpace | Busy)
+    assert not crowded.looked_for
+    pieces(fs)
+    assert crowded.looked_for
+    fs.mkdir(ROOT_INO, b"new", 0o755, ROOT)
 
 
 # --- a place that is too deep ------------------------------------------------------------------
