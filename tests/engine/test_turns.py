@@ -32,10 +32,10 @@ from ivshmemfs.shm.identity import Presence
 from ivshmemfs.shm.peers import DECIDED_AT_ONCE, Membership
 from ivshmemfs.shm.space import COUNTED_AT_ONCE, COUNTED_COST
 from ivshmemfs.shm.store import READ_COST, TURN
-from tests.checks import assert_adds_up, assert_clean, unreachable
-from tests.conftest import Figures
-from tests.regions import ROOT, TestRegion, get, new_region, put
-from tests.turns import Cost, cost_of, finish
+from tests.support.checks import assert_adds_up, assert_clean, unreachable
+from tests.support.figures import Figures
+from tests.support.regions import ROOT, TestRegion, get, new_region, put
+from tests.support.turns import Cost, cost_of, finish
 
 NODE = 1 + READ_COST  # of a node that is read
 LOOK = 12 * NODE  # the way to an inode, and through a directory of three levels
@@ -164,7 +164,6 @@ TABLE = [
     Row("readlink", LOOK, 1, lambda fs, s: fs.readlink(s.link)),
     Row("lookup", 2 * LOOK, 1, lambda fs, s: fs.lookup(s.crowd, b"2345")),
     Row("find", 2 * LOOK, 1, lambda fs, s: fs.find(s.crowd, b"none")),
-    Row("bears", 2 * LOOK, 1, lambda fs, s: fs.bears(s.child, [(s.crowd, b"2345")])),
     Row("statfs", LOOK, 1, lambda fs, s: fs.statfs()),
     Row("forget", 0, 1, lambda fs, s: fs.forget(s.child)),
     Row("setattr", CHANGE, 1, lambda fs, s: fs.setattr(s.child, ROOT, mode=0o600)),
@@ -187,7 +186,10 @@ TABLE = [
     Row("create", CHANGE, 1, lambda fs, s: fs.create(s.crowd, b"c", 0o644, os.O_RDWR, ROOT)[1]),
     Row("tmpfile", 2 * CHANGE, 1, lambda fs, s: fs.release(fs.tmpfile(s.crowd, 0o644, 2, ROOT)[0])),
     Row("make_nameless", 2 * CHANGE, 1,
-        lambda fs, s: fs.release(fs.make_nameless(s.crowd, stat.S_IFIFO | 0o644, 2, ROOT)[0])),
+        lambda fs, s: fs.release(fs.make_nameless(s.crowd, stat.S_IFIFO | 0o600, 0, ROOT)[0])),
+    Row("bears", 4 * LOOK, 1,
+        lambda fs, s: fs.bears(s.child, ((s.crowd, b"2345"), (s.crowd, b"none")))),
+    Row("standing", 0, 1, lambda fs, s: fs.standing()),
     Row("read", DATA, 1, lambda fs, s: opened(fs, s.full, lambda h: fs.read(h, 99, MIB))),
     Row("read", DATA, 1, lambda fs, s: opened(fs, s.sparse, lambda h: fs.read(h, 1 << 50, MIB))),
     Row("write", DATA, 1, lambda fs, s: opened(fs, s.full, lambda h: fs.write(h, 99, bytes(MIB)))),
@@ -212,7 +214,6 @@ TABLE = [
     Row("listxattr", DATA, 2, lambda fs, s: len(fs.listxattr(s.named))),
     Row("setxattr", DATA, 2, lambda fs, s: fs.setxattr(s.named, PATH % 78, b"", 0, ROOT)),
     Row("removexattr", DATA, 2, lambda fs, s: fs.removexattr(s.named, PATH % 79, ROOT)),
-    Row("standing", 0, 1, lambda fs, s: fs.standing()),
     Row("tick", CHANGE, 1, lambda fs, s: fs.tick()),
     Row("work", CHANGE, 1, lambda fs, s: fs.work()),
 ]  # fmt: skip

@@ -19,7 +19,8 @@ from ivshmemfs.fuse.direct import FORGOTTEN_AT_ONCE, Direct
 from ivshmemfs.fuse.handshake import Relay
 from ivshmemfs.fuse.served import Ownership, Served
 from tests.fuse.fake_engine import FakeFilesystem
-from tests.fuse.mounts import FakeMount, needs_fuse
+from tests.fuse.fake_mount import FakeMount
+from tests.support.mounts import needs_fuse
 
 UNIQUE = 77
 
