@@ -60,7 +60,7 @@ from ivshmemfs.format.inode import ORPHANS_INO
 from ivshmemfs.region.probe import Scratch, cas_works, probe, refuse_unfit
 from ivshmemfs.region.standing import Standing
 from ivshmemfs.shm.control import Hint
-from ivshmemfs.shm.peers import Membership, PeerTable
+from ivshmemfs.shm.peers import Membership, PeerTable, Retirement
 from ivshmemfs.shm.space import Space, Supply
 from ivshmemfs.shm.store import ENDLESS, Store
 
@@ -118,6 +118,8 @@ class Mount:
         self._collector: Collector | None = None
         self._collected_at = float("-inf")
         self._tight_since = 0.0
+        self._retirement = Retirement(self.table)
+        self._decide_soon = False  # who is gone: at the next tick
         self._ticks = 0
         self._short_at = float("-inf")  # when the log last told that memory is short
         self._shut_out = False  # by a repair, as the log says
@@ -138,7 +140,7 @@ class Mount:
             member.join()
             self.table.watch.look()
             try:
-                member.must_collect |= self._leaking()
+                member.must_collect |= self._leaks()
             except BaseException:
                 member.leave()
                 raise
@@ -408,11 +410,11 @@ class Mount:
         """
         if self._dropped.pending:
             return self._release_piece()
-        if not self._leaking():
-            return False
         if self._collector is not None and self._collect_piece():
             return True
-        member.must_collect |= self.table.retire_gone(member.slot)
+        if not self._leaking():
+            return False
+        self._decide_soon = True  # a dead peer may hold some; the upkeep finds out
         now = time.monotonic()
         if member.must_collect or now - self._collected_at > COLLECT_PAUSE:
             member.must_collect = False
@@ -421,17 +423,25 @@ class Mount:
             if self._collect_piece():
                 return True
         at_work = any(
-            self.table.state(slot) >> words.SLOT_SHIFT == words.ACTIVE and slot != member.slot
-            for slot in range(1, self.table.count + 1)
+            word >> words.SLOT_SHIFT == words.ACTIVE and slot != member.slot
+            for slot, word in enumerate(self.table.states(), 1)
         )
         if at_work and now - self._tight_since < TIGHT:
             raise Busy("other peers hold the last free blocks")
         return False
 
     def _leaking(self) -> bool:
-        """Whether blocks are neither free nor reachable: lost, or claimed at this moment."""
-        used = self.view().root.record.used
-        return self._supply.free(used) < self.superblock.geometry.block_count - used
+        """Whether blocks are neither free nor reachable: lost, or claimed at this moment.
+
+        Raises Unfinished while they are being counted.
+        """
+        return self._supply.lacking(self.view().root.record.used)
+
+    def _leaks(self) -> bool:
+        """The same, counted to the end."""
+        while True:
+            with suppress(Unfinished):
+                return self._leaking()
 
     def _collect_piece(self) -> bool:
         """Go on with a collection; whether it gave anything back.  Unfinished until it ends."""
@@ -445,8 +455,13 @@ class Mount:
         if not done:
             self._collector = collector
             raise Unfinished("lost blocks are being collected")
-        self._collected_at = time.monotonic()
+        self._note_collection(collector)
         return collector.released > 0
+
+    def _note_collection(self, collector: Collector) -> None:
+        self._collected_at = time.monotonic()
+        if collector.released:
+            self._supply.recount()
 
     def _release_piece(self) -> bool:
         """Release some blocks of what was dropped; whether there were any."""
@@ -484,21 +499,35 @@ class Mount:
 
     def work(self) -> bool:
         """Do a bounded piece of housekeeping; whether there is more to do.  Raises Busy."""
-        if self._member is None:
+        member = self._member
+        if member is None:
             return False
         try:
-            if self._dropped.pending:
-                self._check_identity()
-                self._release_piece()
-            elif self._collector is not None and self._collector.step(COLLECTED_AT_ONCE):
-                self._collector = None
-                self._collected_at = time.monotonic()
+            self._work_piece(member)
             orphans = self.view().root.record.orphans
         except (*_UPSET, OSError, Corrupt) as error:
             self._collector = None
             raise self._contained(error) from error
         freed = self._reap_piece() if orphans else 0
-        return freed > 0 or self._dropped.pending or self._collector is not None
+        if freed or self._retirement.pending or self._dropped.pending:
+            return True
+        return self._collector is not None or member.must_collect
+
+    def _work_piece(self, member: Membership) -> None:
+        """The next piece of what is most urgent: who is gone, what is to be released, what lost."""
+        if self._retirement.pending:
+            self._check_identity()
+            member.must_collect |= self._retirement.step()
+        elif self._dropped.pending:
+            self._check_identity()
+            self._release_piece()
+        elif self._collector is not None or member.must_collect:
+            if self._collector is None:
+                self._collector = Collector(self.store, self.table)
+                member.must_collect = False
+            if self._collector.step(COLLECTED_AT_ONCE):
+                self._note_collection(self._collector)
+                self._collector = None
 
     def _look_for_repair(self) -> None:
         """Log that a repair shuts this mount out, and that it is over; raises UnderRepair."""
@@ -519,13 +548,11 @@ class Mount:
         except Fenced:
             self._rejoin(member)
         self._watch_others(member)
-        if self._ticks % RETIRE_TICKS == 0:
-            member.must_collect |= self.table.retire_gone(member.slot)
+        if self._ticks % RETIRE_TICKS == 0 or self._decide_soon:
+            self._retirement.begin(member.slot)
+            self._decide_soon = False
         member.must_collect |= self._supply.owed
         self._supply.owed = False
-        if member.must_collect and self._collector is None:
-            self._collector = Collector(self.store, self.table)
-            member.must_collect = False
 
     def _watch_others(self, member: Membership) -> None:
         watch = self.table.watch

@@ -24,6 +24,7 @@ import time
 from collections.abc import Awaitable, Callable, Collection, Iterator
 from typing import Any, NamedTuple
 
+import trio
 from pyfuse3 import FUSEError, get_sup_groups
 
 from ivshmemfs.engine import Attr, Context, Filesystem, Handle
@@ -172,26 +173,35 @@ class Served:
         """Try *call*, which ended in *busy*, again until it succeeds; raises FUSEError.
 
         An operation that has used up its turn goes on as soon as others had theirs, and gets
-        new patience, because it made progress.
+        new patience, because it made progress.  Where it ends early, what it did so far is its
+        result, if that is one: also for a caller that is interrupted.
         """
         started = time.monotonic()
         delay = FIRST_DELAY
+        so_far: Any = None
         while True:
             if isinstance(busy, Unfinished):
-                call = busy.go_on or call
-                started, delay = time.monotonic(), FIRST_DELAY
-                await self._pause(0)
+                call, so_far = busy.go_on or call, busy.so_far or so_far
+                started, delay, pause = time.monotonic(), FIRST_DELAY, 0.0
             else:
-                await self._pause(delay * random.uniform(0.5, 1.5))
-                delay = min(delay * 1.5, LONGEST_DELAY)
+                pause, delay = delay * random.uniform(0.5, 1.5), min(delay * 1.5, LONGEST_DELAY)
+            try:
+                await self._pause(pause)
+            except trio.Cancelled:
+                if so_far is None:
+                    raise
+                return so_far
             try:
                 return call()
             except Busy as error:
                 busy = error
+                turn = isinstance(busy, Unfinished)
+                ending = self.ending or (not turn and time.monotonic() - started > PATIENCE)
+                if ending and so_far is not None:
+                    return so_far
                 if self.ending:
                     raise FUSEError(errno.EIO) from None
-                turn = isinstance(busy, Unfinished)
-                if not turn and time.monotonic() - started > PATIENCE:
+                if ending:
                     if not isinstance(error, UnderRepair):  # of which the upkeep has told
                         log.error("%s: still busy after %.0f s: %s", operation, PATIENCE, error)
                     raise FUSEError(errno.EIO) from None
