@@ -275,6 +275,8 @@ def test_a_region_or_its_mount_point(formatted: TestRegion, places: list[Path]) 
         mounted(formatted.path, path)
     for command in ("info", "peers", "dump"):
         assert ivshmemfs(command, places[0]).returncode == 0
+    assert ivshmemfs("put", places[0], __file__, "/copy").returncode == 0
+    assert ivshmemfs("get", places[0], "/copy", "-").stdout == Path(__file__).read_text()
     complains(ivshmemfs("umount", formatted.path), 1, "2 times", str(places[0]), str(places[1]))
     unmounted(places[1])
     result = ivshmemfs("umount", formatted.path)
