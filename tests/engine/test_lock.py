@@ -10,11 +10,11 @@ import pytest
 
 from ivshmemfs.engine import ROOT_INO, FileLock, Filesystem
 from ivshmemfs.engine import lock as engine
-from ivshmemfs.errors import FsError, LockLost, TooManyPeers
+from ivshmemfs.errors import FsError, LockLost
 from ivshmemfs.shm import identity, watch
 from ivshmemfs.shm.identity import Presence
 from tests.support.checks import assert_adds_up
-from tests.support.regions import ROOT, put
+from tests.support.regions import ROOT, new_region, put
 
 
 def holder_of(lock: FileLock) -> engine.Holder | None:
@@ -203,16 +203,18 @@ def test_losing_the_file(fs: Filesystem, other: Filesystem) -> None:
         lock.keep()
 
 
-def test_a_holder_that_finds_no_slot_any_more(
-    fs: Filesystem, other: Filesystem, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    ino = put(fs, ROOT_INO, b"file", b"").ino
-    mine = FileLock(fs, ino)
-    assert mine.acquire(b"")
-
-    def full() -> bool:
-        raise TooManyPeers("all slots are taken")
-
-    monkeypatch.setattr(fs, "tick", full)
-    with pytest.raises(LockLost, match="all slots are taken"):
-        mine.keep()
+def test_a_holder_that_finds_no_slot_any_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    with new_region(peer_count=2) as made:
+        fs, other = made.mount(), made.mount()
+        ino = put(fs, ROOT_INO, b"file", b"").ino
+        mine = FileLock(fs, ino)
+        assert mine.acquire(b"")
+        assert other.table.retire(fs.place[0], other.table.state(fs.place[0]))
+        for mount in (other, made.mount()):
+            assert mount._member is not None
+            mount._member.begin()  # so that its slot is nobody else's
+        clock = Seconds(monkeypatch)
+        mine.keep()  # one may still fall free
+        clock.now += watch.SILENCE + 1
+        with pytest.raises(LockLost, match="slots are taken"):
+            mine.keep()
