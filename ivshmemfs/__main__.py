@@ -25,6 +25,9 @@ def _main(module: str, name: str, unfit: int) -> Callable[[], None]:
     except UnfitMachine as error:
         command.complain(name, str(error))
         sys.exit(unfit)
+    except MemoryError:
+        command.complain(name, "out of memory")
+        sys.exit(unfit)
     return main
 
 

@@ -129,7 +129,10 @@ def refuse_hung(path: str) -> None:
             os.stat(path)
 
     thread = threading.Thread(target=look, daemon=True)
-    thread.start()
+    try:
+        thread.start()
+    except RuntimeError:  # a limit on processes or memory: better to risk a wait than to refuse
+        return
     thread.join(ANSWER_SECONDS)
     if thread.is_alive():
         raise RegionError(
