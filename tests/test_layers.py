@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import ast
+import re
+import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -10,13 +13,14 @@ import pytest
 TOP = Path(__file__).resolve().parent.parent
 
 # Each layer may import itself and every layer after it.
-LAYERS = ("cli", "fuse", "engine", "shm", "format", "region", "printing", "errors")
+LAYERS = ("cli", "fuse", "engine", "shm", "format", "region", "native", "printing", "errors")
 SIDES = {
     "__main__": ("cli", "mkfs", "fsck", "command", "errors"),
     "cli": ("command", *LAYERS[1:]),
-    "mkfs": ("command", "shm", "format", "region", "printing", "errors"),
-    "fsck": ("command", "shm", "format", "region", "printing", "errors"),
+    "mkfs": ("command", "shm", "format", "region", "native", "printing", "errors"),
+    "fsck": ("command", "shm", "format", "region", "native", "printing", "errors"),
     "command": ("printing", "errors"),
+    "format": ("native", "printing", "errors"),  # no I/O: nothing of where the bytes come from
 }
 
 
@@ -85,3 +89,46 @@ def test_every_line_is_printed_by_say(path: Path) -> None:
         called = {ast.unparse(n.func) for n in nodes if isinstance(n, ast.Call)}
         assert not called & {"print", "click.echo", "click.secho", "echo", "sys.stdout.write"}
         assert not called & {"sys.stderr.write", "logging.Formatter"} or path.name == "logs.py"
+
+
+NATIVE = TOP / "ivshmemfs" / "native"
+INCLUDE = re.compile(r'^\s*#\s*include\s+[<"]([^>"]+)[>"]', re.MULTILINE)
+C_SOURCES = sorted([*NATIVE.glob("*.[ch]"), *(TOP / "tests" / "native").glob("*.[ch]")])
+
+
+@pytest.mark.parametrize("path", C_SOURCES, ids=lambda path: str(path.relative_to(TOP)))
+def test_the_kernel_knows_no_python(path: Path) -> None:
+    included = INCLUDE.findall(path.read_text())
+    assert not [name for name in included if name in ("Python.h", "structmember.h")]
+    own = [name for name in included if (path.parent / name).exists() or (NATIVE / name).exists()]
+    ours = re.findall(r'^\s*#\s*include\s+"([^"]+)"', path.read_text(), re.MULTILINE)
+    assert set(ours) == set(own)  # what is in quotes is in this folder, or in native for a test
+
+
+def test_no_c_source_is_elsewhere() -> None:
+    found = (TOP / "ivshmemfs").rglob("*.[ch]")
+    assert {path.parent for path in found} == {NATIVE}
+
+
+def test_only_the_binding_knows_python_and_c() -> None:
+    assert [path.name for path in NATIVE.glob("*.pyx")] == ["_native.pyx"]
+    declared = (NATIVE / "_native.pxd").read_text()
+    assert "Python.h" not in declared
+    assert "cpython" not in declared
+
+
+def test_the_binding_imports_no_layer() -> None:
+    binding = (NATIVE / "_native.pyx").read_text() + (NATIVE / "_native.pyi").read_text()
+    assert not re.findall(r"^\s*(?:from|import|cimport) ivshmemfs", binding, re.MULTILINE)
+
+
+def test_what_is_compiled_can_be_read_where_only_build_requirements_are_installed() -> None:
+    """mypyc reads the compiled layers and all that they import, with the settings of mypy."""
+    settings = tomllib.loads((TOP / "pyproject.toml").read_text())["tool"]["mypy"]
+    ignored = {name for row in settings["overrides"] for name in row["module"]}
+    below = LAYERS[LAYERS.index("engine") :]
+    for path in SOURCES:
+        if _layer(path) in below:
+            packages = {name.split(".")[0] for name in _imports(path)} - sys.stdlib_module_names
+            missing = {f"{name}.*" for name in packages - {"ivshmemfs"}} - ignored
+            assert not missing, f"{path} imports {missing}"

@@ -14,7 +14,7 @@ import struct
 from collections.abc import Iterable, Iterator
 from typing import Annotated, Any, Generic, NamedTuple, TypeVar, get_args, get_origin
 
-from ivshmemfs.region._memory import changed_tuple
+from ivshmemfs.native import changed_tuple
 
 T = TypeVar("T", bound=tuple[Any, ...])
 Buffer = bytes | bytearray | memoryview
@@ -59,6 +59,7 @@ class Layout(Generic[T]):
         if self._struct.size != size:
             raise TypeError(f"{self.name} takes {self._struct.size} bytes, not {size}")
         self.pack_values = self._struct.pack  # the fields in order, for hot paths
+        self.unpack_values = self._struct.unpack_from
         self._offsets = {field.name: field.offset for field in self.fields}
         self._places = {field.name: place for place, field in enumerate(self.fields)}
 

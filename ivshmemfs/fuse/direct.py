@@ -21,7 +21,7 @@ import errno
 import mmap
 import os
 from collections.abc import Awaitable, Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pyfuse3
 import trio
@@ -81,16 +81,22 @@ class Waiting(NamedTuple):
         return self.handler(self.node, self.ctx, self.request, len(self.request))
 
 
-def _answered(call: Callable[[], object], answer: Answer) -> Answer:
-    """Make an engine call that may go on for several turns, and answer so in the end."""
+def _answered(call: Callable[[], Any], answer: Callable[[Any], Answer]) -> Answer:
+    """Make an engine call that may go on for several turns; `answer` makes one of its result."""
     try:
-        call()
+        result = call()
     except Unfinished as turn:
         go_on = turn.go_on
         if go_on is not None:
             turn.go_on = lambda: _answered(go_on, answer)
+        if turn.so_far is not None:
+            turn.so_far = answer(turn.so_far)
         raise
-    return answer
+    return answer(result)
+
+
+def _nothing(_result: object) -> Answer:
+    return _NOTHING
 
 
 class Direct:
@@ -430,7 +436,7 @@ class Direct:
     def _fallocate(self, _node: int, _ctx: Context, request: Buffer, _end: int) -> Answer:
         fh, offset, length, mode = wire.FALLOCATE_IN.unpack_from(request, _BODY)
         handle = self._served.handles[fh]
-        return _answered(lambda: self._fs.fallocate(handle, mode, offset, length), _NOTHING)
+        return _answered(lambda: self._fs.fallocate(handle, mode, offset, length), _nothing)
 
     def _read(self, _node: int, _ctx: Context, request: Buffer, _end: int) -> Answer:
         fh, offset, size = wire.READ_IN.unpack_from(request, _BODY)
@@ -442,12 +448,12 @@ class Direct:
         fh, offset, size, write_flags, flags = wire.WRITE_IN.unpack_from(request, _BODY)
         content = memoryview(request)[_HEADERS : _HEADERS + size]
         handle = self._served.handles[fh]
-        if write_flags & wire.WRITE_CACHE:  # neither who wrote it nor how is known any more
-            written = self._fs.write(handle, offset, content, append=False)
-        else:
-            append = bool(flags & os.O_APPEND)
-            written = self._fs.write(handle, offset, content, append=append, ctx=ctx)
-        return wire.WRITE_OUT.pack(written)
+        cached = bool(write_flags & wire.WRITE_CACHE)  # who wrote it and how is not known any more
+        append, by = not cached and bool(flags & os.O_APPEND), None if cached else ctx
+        write = self._fs.write
+        return _answered(
+            lambda: write(handle, offset, content, append=append, ctx=by), wire.WRITE_OUT.pack
+        )
 
     def _copy_file_range(self, _node: int, ctx: Context, request: Buffer, _end: int) -> Answer:
         """A part of it, atomic by itself; who wants more asks for the rest."""
@@ -456,8 +462,10 @@ class Direct:
         length = min(length, LARGEST)
         handles = self._served.handles
         content = self._fs.read(handles[source], offset, length, self._result)
-        written = self._fs.write(handles[to], at, content, append=False, ctx=ctx)
-        return wire.WRITE_OUT.pack(written)
+        return _answered(
+            lambda: self._fs.write(handles[to], at, content, append=False, ctx=ctx),
+            wire.WRITE_OUT.pack,
+        )
 
     def _flush(self, _node: int, _ctx: Context, _request: Buffer, _end: int) -> Answer:
         # Each write is published when it returns; the kernel does not ask again after ENOSYS.

@@ -24,6 +24,7 @@ import time
 from collections.abc import Awaitable, Callable, Collection, Iterator
 from typing import Any, NamedTuple
 
+import trio
 from pyfuse3 import FUSEError, get_sup_groups
 
 from ivshmemfs.engine import Attr, Context, Filesystem, Handle
@@ -172,26 +173,35 @@ class Served:
         """Try *call*, which ended in *busy*, again until it succeeds; raises FUSEError.
 
         An operation that has used up its turn goes on as soon as others had theirs, and gets
-        new patience, because it made progress.
+        new patience, because it made progress.  Where it ends early, what it did so far is its
+        result, if that is one: also for a caller that is interrupted.
         """
         started = time.monotonic()
         delay = FIRST_DELAY
+        so_far: Any = None
         while True:
             if isinstance(busy, Unfinished):
-                call = busy.go_on or call
-                started, delay = time.monotonic(), FIRST_DELAY
-                await self._pause(0)
+                call, so_far = busy.go_on or call, busy.so_far or so_far
+                started, delay, pause = time.monotonic(), FIRST_DELAY, 0.0
             else:
-                await self._pause(delay * random.uniform(0.5, 1.5))
-                delay = min(delay * 1.5, LONGEST_DELAY)
+                pause, delay = delay * random.uniform(0.5, 1.5), min(delay * 1.5, LONGEST_DELAY)
+            try:
+                await self._pause(pause)
+            except trio.Cancelled:
+                if so_far is None:
+                    raise
+                return so_far
             try:
                 return call()
             except Busy as error:
                 busy = error
+                turn = isinstance(busy, Unfinished)
+                ending = self.ending or (not turn and time.monotonic() - started > PATIENCE)
+                if ending and so_far is not None:
+                    return so_far
                 if self.ending:
                     raise FUSEError(errno.EIO) from None
-                turn = isinstance(busy, Unfinished)
-                if not turn and time.monotonic() - started > PATIENCE:
+                if ending:
                     if not isinstance(error, UnderRepair):  # of which the upkeep has told
                         log.error("%s: still busy after %.0f s: %s", operation, PATIENCE, error)
                     raise FUSEError(errno.EIO) from None
@@ -263,17 +273,19 @@ class Served:
         if source is not None and source[2] == found:
             avoided = self._avoided(source, ino, name)
         node = self._node(parent, name, attr, avoided)
-        self.walks.note(thread, (parent, name, found, node), source)
+        self.walks.note(thread, (parent, name, found, node, self.walks.changes), source)
         return node, attr
 
     def _avoided(self, source: Step, parent: int, name: bytes) -> int:
         """The number of *source*, unless its name and this one lead to its inode at one moment."""
-        folder, old_name, ino, node = source
+        _, old_name, ino, node, _ = source
         try:
-            names = ((self.inode_of(folder), old_name), (parent, name))
+            folder = self.inode_of(source[0])
         except StaleHandle:
             return node
-        return 0 if self.fs.bears(ino, names) else node
+        if self.fs.bears(ino, ((folder, old_name), (parent, name))):
+            return 0
+        return 0 if self.walks.is_changed(folder, source) else node
 
     def open(self, node: int, flags: int, ctx: Context) -> int:
         """The number of a new handle of a file.
@@ -303,6 +315,8 @@ class Served:
         self.rights.need_rename(old, name, new, new_name, ctx)
         moved, exchanged = self.fs.rename(old, name, new, new_name, flags, ctx)
         self.walks.forget(ctx.pid, moved)
+        self.walks.change(old, name)
+        self.walks.change(new, new_name)
         self.nodes.moved((parent, name), (new_parent, new_name), moved, exchanged)
 
     def unlink(self, parent: int, name: bytes, ctx: Context) -> None:
@@ -310,6 +324,7 @@ class Served:
         self.walks.forget(ctx.pid)
         self.rights.need_removal(parent, name, ctx)
         self.fs.unlink(parent, name, ctx)
+        self.walks.change(parent, name)
 
     def rmdir(self, parent: int, name: bytes, ctx: Context) -> None:
         """Remove an empty directory from the one with the inode *parent*."""

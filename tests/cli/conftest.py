@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.fuse.mounts import mount_lines, release, run
-from tests.regions import TestRegion, new_region
+from tests.support.mounts import mount_lines, release, run
+from tests.support.regions import TestRegion, new_region
 
 MIB = 1 << 20
 
@@ -18,6 +18,11 @@ MIB = 1 << 20
 def ivshmemfs(*words: object, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run the command; its exit code, output and complaints."""
     return run(sys.executable, "-m", "ivshmemfs.cli", *words, env=environment, timeout=60)
+
+
+def impatient(*words: object) -> subprocess.CompletedProcess[str]:
+    """The same with shorter waits, given as NAME=SECONDS before the other words."""
+    return run(sys.executable, "-m", "tests.support.impatient", *words, timeout=60)
 
 
 def complains(result: subprocess.CompletedProcess[str], code: int, *words: str) -> None:

@@ -16,8 +16,8 @@ from ivshmemfs.format import superblock, words
 from ivshmemfs.format.geometry import COMMIT_OFFSET
 from ivshmemfs.region import Roots, open_region
 from tests.cli.conftest import complains, ivshmemfs
-from tests.region.sysfs import ONE, FakeMachine, hold
-from tests.regions import ROOT, TestRegion, new_region, put
+from tests.support.regions import ROOT, TestRegion, new_region, put
+from tests.support.sysfs import ONE, FakeMachine, hold
 
 
 def shows(*command: object) -> str:
@@ -51,6 +51,7 @@ def test_info(formatted: TestRegion) -> None:
     put(fs, 1, b"f", bytes(100_000))
     lines = dict(line.split(maxsplit=1) for line in shows("info", formatted.path).splitlines())
     assert str(formatted.path) in lines["region"]
+    assert "read-only" not in lines["region"]  # only this command's own mapping is
     assert lines["format"] == "1.0"
     assert lines["inodes"] == "3"
     assert lines["peers"] == "1 of 16"

@@ -14,12 +14,13 @@ import trio
 
 from ivshmemfs.engine import ROOT_INO
 from ivshmemfs.errors import Busy, FsError, Unfinished
-from ivshmemfs.fuse import direct, wire
+from ivshmemfs.fuse import direct, served, wire
 from ivshmemfs.fuse.direct import FORGOTTEN_AT_ONCE, Direct
 from ivshmemfs.fuse.handshake import Relay
 from ivshmemfs.fuse.served import Ownership, Served
 from tests.fuse.fake_engine import FakeFilesystem
-from tests.fuse.mounts import FakeMount, needs_fuse
+from tests.fuse.fake_mount import FakeMount
+from tests.support.mounts import needs_fuse
 
 UNIQUE = 77
 
@@ -490,3 +491,44 @@ def test_root_may_not_run_what_nobody_may_run(mnt: FakeMount) -> None:
         os.execv(path, ["program"])
     path.chmod(0o010)
     assert os.access(path, os.X_OK | os.R_OK)
+
+
+@pytest.mark.parametrize("end", ["interrupted", "unmounted", "impatient"])
+def test_a_write_that_ends_early_tells_how_much_is_written(
+    kernel: Kernel, monkeypatch: pytest.MonkeyPatch, end: str
+) -> None:
+    ino, handle = kernel.create(b"f")
+
+    def go_on() -> int:
+        kernel.served.ending = end == "unmounted"
+        raise Busy("another peer")
+
+    def write(*_: object, **__: object) -> int:
+        raise Unfinished("injected", go_on, 2)
+
+    monkeypatch.setattr(kernel.served.fs, "write", write)
+    if end == "impatient":
+        monkeypatch.setattr(served, "PATIENCE", 0.0)
+    kernel.send(wire.WRITE, wire.WRITE_IN.pack(handle, 0, 3, 0, 0) + b"abc", node=ino)
+
+    async def interrupt() -> None:
+        await trio.sleep(0.05)
+        if end == "interrupted":
+            assert kernel.send(wire.INTERRUPT, wire.INTERRUPT_IN.pack(UNIQUE), unique=0) is None
+
+    kernel.run(interrupt)
+    assert kernel.answer() == (0, wire.WRITE_OUT.pack(2))
+
+
+def test_a_copy_takes_turns_too(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
+    ino, handle = kernel.create(b"f")
+
+    def write(*_: object, **__: object) -> int:
+        raise Unfinished("injected", lambda: 3, 2)
+
+    monkeypatch.setattr(kernel.served.fs, "write", write)
+    body = wire.COPY_FILE_RANGE_IN.pack(handle, 0, ino, handle, 0, 3, 0)
+    kernel.send(wire.COPY_FILE_RANGE, body, node=ino)
+    assert kernel.silent()
+    kernel.run()
+    assert kernel.answer() == (0, wire.WRITE_OUT.pack(3))

@@ -14,16 +14,17 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import pytest
 
 from ivshmemfs.engine import Filesystem, filesystem
-from ivshmemfs.errors import Busy
+from ivshmemfs.errors import Busy, Unfinished
 from ivshmemfs.format import peer, superblock
 from ivshmemfs.region import Memory, Region, open_region
 from ivshmemfs.shm import identity
-from tests.regions import TestRegion
+from tests.support.checks import free_blocks, unreachable
+from tests.support.regions import TestRegion
 
 T = TypeVar("T")
 
@@ -33,6 +34,7 @@ BOOT = b"boot of the tests"[:16]
 BLINK = 0.1  # seconds for which a dead or paused peer may delay others
 RETRY = 0.002  # seconds that the adapter waits after a Busy, about
 TICK = 1.0  # seconds between two ticks
+RECOVERY_TICKS = 60
 
 
 class Death(BaseException):
@@ -113,6 +115,10 @@ class Fates:
             self.acting = self.clock.reader = before
 
 
+def _going_on(call: Callable[[], T]) -> Callable[[Filesystem], T]:
+    return lambda _fs: call()
+
+
 class Peer:
     """One process that maps the region, and its mount once it has one."""
 
@@ -145,7 +151,9 @@ class Peer:
             while True:
                 try:
                     return action(self.fs)
-                except Busy:
+                except Busy as busy:
+                    if isinstance(busy, Unfinished) and busy.go_on is not None:
+                        action = _going_on(cast("Callable[[], T]", busy.go_on))
                     if clock.now > until:
                         raise
                 clock.sleep(RETRY)
@@ -230,3 +238,24 @@ class Laboratory:
         geometry = superblock.decode(raw).geometry
         table = self.memory.read(geometry.peers_offset, geometry.peer_count * peer.SLOT_SIZE)
         return list(peer.occupants(table, geometry.peer_count))
+
+
+def settled(fs: Filesystem) -> bool:
+    """Whether nothing is left of the dead: no slot, no orphan, no leak."""
+    record = fs.view().root.record
+    if record.orphans or unreachable(fs):
+        return False
+    return sum(1 for _ in fs.table.peers()) == 1
+
+
+def recover(peer: Peer) -> None:
+    """Let housekeeping do its work; nobody helps it."""
+    for _ in range(RECOVERY_TICKS):
+        if settled(peer.fs):
+            return
+        peer.tick()
+    record = peer.fs.view().root.record
+    raise AssertionError(
+        f"after {RECOVERY_TICKS} ticks {free_blocks(peer.fs)} blocks are free, {record.used} used, "
+        f"{record.orphans} orphans, peers {list(peer.fs.table.peers())}"
+    )
