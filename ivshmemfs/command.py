@@ -63,8 +63,8 @@ def loading(name: str, failed: int) -> Iterator[None]:
     """Import a command; one line and the exit code `failed` where this machine cannot run it."""
     try:
         yield
-    except (IvshmemfsError, ImportError) as error:
-        complain(name, str(error))
+    except (IvshmemfsError, ImportError, MemoryError) as error:
+        complain(name, str(error) or "out of memory")
         sys.exit(failed)
 
 

@@ -27,6 +27,7 @@ from ivshmemfs.region import (
     open_region,
     parse_size,
     readable_size,
+    refuse_hung,
     reserve,
 )
 from mkfs.image import Parameters
@@ -99,6 +100,7 @@ class Wish(NamedTuple):
 
 def _make(wish: Wish, new: Parameters) -> None:
     spec, size = wish.spec, wish.size
+    refuse_hung(spec)
     if size is not None:
         _plan(size, wish.block_size, wish.peers)  # before a file is made that cannot be formatted
         if not wish.any_size:

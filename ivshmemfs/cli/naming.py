@@ -11,6 +11,7 @@ from contextlib import suppress
 from ivshmemfs.errors import IvshmemfsError, MountError, RegionMissing, UsageError
 from ivshmemfs.fuse import mountpoint
 from ivshmemfs.fuse.mountpoint import MountEntry
+from ivshmemfs.region import refuse_hung
 
 #: How the names of regions begin that are no paths.
 PREFIXES = ("pci:", "mem:", "file:", "label=", "uuid=", "LABEL=", "UUID=")
@@ -35,6 +36,8 @@ def region_of(argument: str) -> str:
     entry = mount_at(argument)
     region = argument if entry is None else entry.source
     path = os.path.normpath(region) if region.startswith("/") else ""
+    if path:
+        refuse_hung(path)
     if path and not os.path.lexists(path) and (mounts := mounts_of(path)):
         listed = ", ".join(shown(mount) for mount in mounts)
         raise RegionMissing(

@@ -32,15 +32,22 @@ EXIT_PARTLY = 64
 STREAM = b"-"
 
 
+def _path(_: click.Context, __: click.Parameter, value: str) -> bytes:
+    """A path as bytes; unlike click.Path it does not look whether anything is there."""
+    return os.fsencode(value)
+
+
+def _paths(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> tuple[bytes, ...]:
+    return tuple(os.fsencode(value) for value in values)
+
+
 def _options(command: Callable[..., int]) -> Callable[..., int]:
     for decorate in (
         click.option("-q", "--quiet", is_flag=True, help="No progress bar."),
         click.option("-f", "--force", is_flag=True, help="Replace files that exist."),
         click.option("-r", "-R", "--recursive", is_flag=True, help="Copy directories as well."),
-        click.argument("destination", type=click.Path(path_type=bytes, allow_dash=True)),
-        click.argument(
-            "sources", nargs=-1, required=True, type=click.Path(path_type=bytes, allow_dash=True)
-        ),
+        click.argument("destination", callback=_path),
+        click.argument("sources", nargs=-1, required=True, callback=_paths),
         click.argument("region"),
     ):
         command = decorate(command)
@@ -48,11 +55,19 @@ def _options(command: Callable[..., int]) -> Callable[..., int]:
 
 
 @contextmanager
-def _opened(spec: str, usage: str, *, readonly: bool) -> Iterator[Filesystem]:
-    """The filesystem on a region; `usage` tells how the command is written."""
-    from ivshmemfs.format.superblock import identify
-    from ivshmemfs.region import open_region
+def _opened(
+    spec: str, usage: str, local: tuple[bytes, ...], *, readonly: bool
+) -> Iterator[Filesystem]:
+    """The filesystem on a region; `usage` tells how the command is written.
 
+    None of the paths `local` may be on a file system that hangs.
+    """
+    from ivshmemfs.format.superblock import identify
+    from ivshmemfs.region import open_region, refuse_hung
+
+    for path in local:
+        if path != STREAM:
+            refuse_hung(os.fsdecode(path))
     try:
         with (
             open_region(region_of(spec), readonly=readonly, identify=identify) as region,
@@ -99,7 +114,7 @@ def put_command(
     Ends with 64 when something was left out.
     """
     usage = "ivshmemfs put REGION FILE... DESTINATION"
-    with _opened(region, usage, readonly=False) as fs, metered(quiet=quiet) as meter:
+    with _opened(region, usage, sources, readonly=False) as fs, metered(quiet=quiet) as meter:
         putter = Putter(fs, meter, recursive=recursive, force=force)
         into = found(fs, destination)
         if into is not None and stat.S_ISDIR(into.mode):
@@ -153,7 +168,7 @@ def get_command(
     Ends with 64 when something was left out.
     """
     usage = "ivshmemfs get REGION FILE... DESTINATION"
-    with _opened(region, usage, readonly=True) as fs, metered(quiet=quiet) as meter:
+    with _opened(region, usage, (destination,), readonly=True) as fs, metered(quiet=quiet) as meter:
         getter = Getter(fs, meter, Wishes(recursive, force, devices, special))
         if destination == STREAM:
             for source in sources:

@@ -39,12 +39,7 @@ def check_image(image: Image, found: Superblocks) -> Report:
     """The same of an image that is open already."""
     report = Report()
     check_superblocks(found, image.memory.length, report)
-
-    def guard() -> None:
-        if image.moved:
-            raise Overtaken
-
-    report.before_adding = guard
+    report.before_adding = image.refuse_moved
     check_slots(image, report)
     walker = Walker(image, report)
     walker.run()

@@ -15,6 +15,7 @@ from ivshmemfs.errors import (
     Corrupt,
     ForeignFormat,
     GeometryMismatch,
+    InUse,
     IvshmemfsError,
     NotFormatted,
     UnderRepair,
@@ -127,6 +128,14 @@ class Image:
     def moved(self) -> bool:
         """Whether another peer committed since the image was opened."""
         return self.memory.load(COMMIT_OFFSET) != self._word
+
+    def refuse_moved(self) -> None:
+        """Raise Overtaken when another peer committed since; InUse where our mark forbade it."""
+        if not self.moved:
+            return
+        if self._turn is not None:
+            raise InUse("the region was formatted, repaired or damaged by another meanwhile")
+        raise Overtaken
 
     def block(self, number: int) -> bytes:
         """A whole block, read once; the caller has checked that `number` is in range."""

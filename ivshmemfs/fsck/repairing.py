@@ -6,9 +6,10 @@ work under one mark, each on what the one before built; one compare-and-swap pub
 
 from __future__ import annotations
 
+import struct
 import time
 
-from ivshmemfs.errors import Busy, InUse, IvshmemfsError, UnsupportedVersion
+from ivshmemfs.errors import Busy, InUse, UnsupportedVersion
 from ivshmemfs.format import peer, superblock, words
 from ivshmemfs.fsck.checking import check, check_image
 from ivshmemfs.fsck.graph import Graph
@@ -23,6 +24,7 @@ from ivshmemfs.shm.watch import Watch
 
 ROUNDS = 3  # a repair may bring to light what hid behind the damage
 ATTEMPTS = 50  # surveys of one round, when peers claim and release blocks meanwhile
+NONSENSE = 5  # surveys that may come to contents that cannot be
 GRACE = 1.0  # seconds that transactions under way get to end
 
 
@@ -67,7 +69,7 @@ def repair(region: Region | Memory, *, force: bool = False) -> Report:
             _refuse_live(watch)  # who has joined before the mark was there
         report = work.run(before)
         turn.publish(work.root_block)
-    except (IvshmemfsError, OSError, KeyboardInterrupt):
+    except BaseException:  # a signal as well
         if not work.spoils:  # else the former root is not fit to be given back
             turn.give_up()
         raise
@@ -153,6 +155,7 @@ class _Repair:
             time.sleep(0.01)
 
     def _round(self) -> None:
+        nonsense = 0
         for _ in range(ATTEMPTS):
             log = Log()
             try:
@@ -160,6 +163,14 @@ class _Repair:
                 self.spoils |= builder.crowded
                 builder.store()
             except Overtaken:
+                self._turn.beat()
+                continue
+            except (struct.error, ValueError, LookupError):
+                # A peer that stores to what it must not changed a block between two reads of it;
+                # a fault of this program would come back each time.
+                nonsense += 1
+                if nonsense >= NONSENSE:
+                    raise
                 self._turn.beat()
                 continue
             for line in log.text():

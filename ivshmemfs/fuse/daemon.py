@@ -117,6 +117,10 @@ def _bug(target: str, error: BaseException) -> DaemonError:
     if isinstance(error, OSError) and error.strerror:  # a limit of this system
         name = f"{os.fsdecode(error.filename)}: " if error.filename else ""
         return DaemonError(EXIT_SYSTEM, f"the daemon cannot go on: {name}{error.strerror}")
+    if isinstance(error, RuntimeError) and "can't start new thread" in str(error):
+        return DaemonError(
+            EXIT_SYSTEM, "the daemon cannot start a thread: raise the limits on processes or memory"
+        )
     return DaemonError(EXIT_INTERNAL, f"internal error: {type(error).__name__}: {error}")
 
 

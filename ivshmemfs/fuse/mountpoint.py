@@ -176,7 +176,10 @@ def answers(path: str, seconds: float = ANSWER_SECONDS) -> bool:
             os.stat(path)
 
     thread = threading.Thread(target=look, daemon=True)
-    thread.start()
+    try:
+        thread.start()
+    except RuntimeError:  # a limit on processes or memory: taken as an answer
+        return True
     thread.join(seconds)
     return not thread.is_alive()
 

@@ -17,7 +17,7 @@ from ivshmemfs.region.locate import (
     identified,
     open_region,
 )
-from ivshmemfs.region.mapped import Region
+from ivshmemfs.region.mapped import Region, refuse_hung
 from ivshmemfs.region.pci import no_device
 from ivshmemfs.region.probe import Probe, Scratch, probe, refuse_unfit
 from ivshmemfs.region.roots import Roots
@@ -50,6 +50,7 @@ __all__ = [
     "parse_size",
     "probe",
     "readable_size",
+    "refuse_hung",
     "refuse_unfit",
     "reserve",
 ]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import stat
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -25,7 +24,7 @@ from ivshmemfs.region.chardev import open_chardev
 from ivshmemfs.region.devmem import open_devmem
 from ivshmemfs.region.driver import Holding, Node, Survey, named_nodes, survey
 from ivshmemfs.region.file import open_file
-from ivshmemfs.region.mapped import Region, look_at, shown
+from ivshmemfs.region.mapped import Region, look_at, refuse_hung, shown
 from ivshmemfs.region.pci import (
     PciDevice,
     is_resource,
@@ -95,15 +94,16 @@ def _device_candidates(found: Survey) -> Iterator[Candidate]:
 
 def _file_candidates(roots: Roots) -> Iterator[Candidate]:
     try:
-        paths = sorted(roots.shm.iterdir())
+        with os.scandir(roots.shm) as entries:
+            found = sorted(entries, key=lambda entry: entry.path)
     except OSError:
         return
-    for path in paths:
+    for entry in found:
         with contextlib.suppress(OSError):
-            status = path.lstat()
-            if stat.S_ISREG(status.st_mode) and status.st_size >= FIRST_PAGE:
-                size = status.st_size
-                yield Candidate(str(path), f"file, {readable_size(size)}", size)
+            if entry.is_file(follow_symlinks=False):  # a mount point is not looked at: it may hang
+                size = entry.stat(follow_symlinks=False).st_size
+                if size >= FIRST_PAGE:
+                    yield Candidate(entry.path, f"file, {readable_size(size)}", size)
 
 
 def discover(roots: Roots = HERE) -> list[Candidate]:
@@ -320,6 +320,7 @@ def open_region(
     """
     if not spec:
         raise UsageError("the region has no name; see: ivshmemfs list")
+    refuse_hung(spec.removeprefix("file:"))
     if spec == "pci":
         spec = _only_pci(identify, roots)
     elif spec.startswith(("label=", "uuid=", "LABEL=", "UUID=")) and not os.path.lexists(spec):

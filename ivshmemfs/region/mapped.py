@@ -7,6 +7,7 @@ import errno
 import fcntl
 import os
 import stat
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -20,6 +21,7 @@ from ivshmemfs.region.standing import Anchor, Standing
 SHORT = 256 << 10  # bytes: with less left, a file system counts as full
 _F_SEAL_FUTURE_WRITE = 16  # fcntl has it from Python 3.12 on
 MIN_SIZE = 4096  # whatever the format asks for, less than a page cannot be a region
+ANSWER_SECONDS = 5.0  # for a look at a path: more than any server needs that still runs
 ACCESS_NAMES = {NORMAL: "cached", DEVICE: "device memory", WRITE_COMBINING: "write-combining"}
 
 
@@ -113,6 +115,30 @@ def translate(error: OSError, path: str | os.PathLike[str]) -> RegionError:
         case errno.EISDIR:
             return RegionError(f"{name}: is a directory; name a file or character device")
     return RegionError(f"{name}: cannot be opened ({reason}); see: ivshmemfs list")
+
+
+def refuse_hung(path: str) -> None:
+    """Raise RegionError when a look at *path* does not end: its file system's server is stopped.
+
+    The look is left to a thread, which the kernel ends together with the process.  The process
+    itself would not even end by a signal that it handles.
+    """
+
+    def look() -> None:
+        with contextlib.suppress(OSError, ValueError):
+            os.stat(path)
+
+    thread = threading.Thread(target=look, daemon=True)
+    try:
+        thread.start()
+    except RuntimeError:  # a limit on processes or memory: better to risk a wait than to refuse
+        return
+    thread.join(ANSWER_SECONDS)
+    if thread.is_alive():
+        raise RegionError(
+            f"{shown(path)}: the file system there does not answer within {ANSWER_SECONDS:.0f} s: "
+            "its server is stopped or hangs; see: ivshmemfs list"
+        )
 
 
 def look_at(path: Path) -> os.stat_result:

@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import uuid
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -227,7 +228,9 @@ def test_every_command_ends_while_the_daemon_is_stopped(
         complains(ivshmemfs("mount", formatted.path, place / "below"), 32, f"kill -CONT {pid}")
         complains(ivshmemfs("mount", "-o", "remount,ro", place), 32, "is stopped")
         complains(ivshmemfs("lock", place / "f", "--", "true"), 32, "is stopped")
-        assert ivshmemfs("info", place).returncode == 0
+        for command in ("info", "dump"):
+            assert ivshmemfs(command, place).returncode == 0
+        assert ivshmemfs("get", "-r", place, "/", tmp_path / "got").returncode == 0
         assert ivshmemfs("list").returncode == 0
         mounted(formatted.path, other)
         unmounted(other)
@@ -240,6 +243,50 @@ def test_every_command_ends_while_the_daemon_is_stopped(
     finally:
         os.kill(pid, signal.SIGCONT)
     assert eventually(lambda: not Path(f"/proc/{pid}").exists())
+
+
+def test_no_region_or_file_is_looked_at_on_a_mount_that_hangs(
+    formatted: TestRegion, place: Path
+) -> None:
+    mounted(formatted.path, place)
+    pid = pid_of_the_daemon(formatted.path)
+    commands = (
+        ("ivshmemfs.fsck", "-n", place),
+        ("mkfs", "--size", "1M", place / "new"),
+        ("ivshmemfs.cli", "info", place / "region"),
+        ("ivshmemfs.cli", "get", formatted.path, "/x", place / "x"),
+        ("ivshmemfs.cli", "put", formatted.path, place / "x", "/x"),
+    )
+    stop(pid)
+    try:
+        with ThreadPoolExecutor() as pool:
+            for result in pool.map(
+                lambda words: run(sys.executable, "-m", *words, timeout=60), commands
+            ):
+                assert result.returncode not in (0, 124)
+                assert "does not answer within" in result.stderr
+                assert result.stderr.count("\n") == 1
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    unmounted(place)
+
+
+def test_listing_looks_at_no_mount_among_the_regions(
+    formatted: TestRegion, place: Path, tmp_path: Path
+) -> None:
+    mounted(formatted.path, place)
+    pid = pid_of_the_daemon(formatted.path)
+    code = (
+        "import pathlib, sys; from ivshmemfs.region import Roots, discover; "
+        "print(discover(Roots(dev=pathlib.Path(sys.argv[1]))))"
+    )
+    (tmp_path / "shm").symlink_to(place.parent)
+    stop(pid)
+    try:
+        assert run(sys.executable, "-c", code, tmp_path).returncode == 0
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    unmounted(place)
 
 
 def test_the_column_of_options_can_be_given_back(formatted: TestRegion, place: Path) -> None:

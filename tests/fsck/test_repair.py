@@ -9,10 +9,11 @@ import pytest
 
 from ivshmemfs import fsck
 from ivshmemfs.engine import Filesystem
-from ivshmemfs.errors import NoSpace, UnderRepair
+from ivshmemfs.errors import Interrupted, InUse, NoSpace, UnderRepair
 from ivshmemfs.format import inode, node, words
 from ivshmemfs.format.dirent import name_key
 from ivshmemfs.format.geometry import COMMIT_OFFSET, PEERS_OFFSET
+from ivshmemfs.fsck import repairing
 from ivshmemfs.fsck.rebuild import Builder
 from ivshmemfs.region import Region, open_region
 from ivshmemfs.shm import watch
@@ -399,3 +400,54 @@ def test_special_contents_survive(made: TestRegion) -> None:
     assert fs.getxattr(Names.far, b"user.large") == b"value" * 500
     assert fs.readlink(Names.link) == b"../big"
     assert fs.getattr(Names.device).rdev == 0x103
+
+
+def test_a_repair_whose_mark_is_overwritten_says_so(
+    made: TestRegion, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    region = made.region()
+    wound = Knife(region.memory)
+    wound.edit_inode(Names.big, nlink=7)
+
+    def overwrite(work: repairing._Repair) -> None:
+        region.memory.store(COMMIT_OFFSET, words.make_commit(99, wound.root))
+
+    monkeypatch.setattr(repairing._Repair, "_wait_for_transactions", overwrite)
+    with pytest.raises(InUse, match="meanwhile"):
+        fsck.repair(region, force=True)
+    assert region.memory.load(COMMIT_OFFSET) == words.make_commit(99, wound.root)
+
+
+@pytest.mark.parametrize("end", [Interrupted, KeyboardInterrupt, MemoryError])
+def test_a_repair_that_is_ended_lets_everybody_in_again(
+    made: TestRegion, monkeypatch: pytest.MonkeyPatch, end: type[BaseException]
+) -> None:
+    region = made.region()
+    wound = Knife(region.memory)
+    wound.edit_inode(Names.big, nlink=7)
+
+    def interrupt(work: repairing._Repair) -> None:
+        raise end
+
+    monkeypatch.setattr(repairing._Repair, "_wait_for_transactions", interrupt)
+    with pytest.raises(end):
+        fsck.repair(region, force=True)
+    assert not words.under_repair(region.memory.load(COMMIT_OFFSET))
+
+
+def test_a_block_that_changes_between_two_reads_is_surveyed_again(
+    made: TestRegion, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wound = Knife(made.region().memory)
+    wound.edit_inode(Names.big, nlink=7)
+    build, calls = Builder.build, []
+
+    def torn(builder: Builder) -> int:
+        calls.append(builder)
+        if len(calls) < 3:
+            inode.INODE.unpack(b"")
+        return build(builder)
+
+    monkeypatch.setattr(Builder, "build", torn)
+    repaired(made)
+    assert len(calls) >= 3

@@ -169,6 +169,13 @@ def test_an_engine_that_refuses_leaves_nothing(place: Path) -> None:
     assert not mount_lines(place)
 
 
+def test_a_limit_on_threads_is_no_bug(caplog: pytest.LogCaptureFixture) -> None:
+    error = daemon._bug("/mnt", RuntimeError("can't start new thread"))
+    assert error.exit_code == daemon.EXIT_SYSTEM
+    assert "raise the limits" in str(error)
+    caplog.clear()
+
+
 def test_a_bug_before_the_mount_is_one_line(place: Path) -> None:
     refused(start(place, FAKE_ATTACH="KeyError"), 4, "internal error: KeyError")
     assert not mount_lines(place)

@@ -9,6 +9,7 @@ import os
 import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from threading import Thread
 
 import pytest
 
@@ -478,3 +479,16 @@ def test_a_refusal_leaves_no_descriptor(tmp_path: Path, index: int) -> None:
     with pytest.raises(IvshmemfsError):
         open_region(REFUSING[index](tmp_path))
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_region_opens_where_no_thread_can_be_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The look that may hang is left to a thread; a limit on processes is no reason to refuse."""
+
+    def limited(_thread: Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    create_file(tmp_path / "region", SIZE)
+    monkeypatch.setattr(Thread, "start", limited)
+    open_region(str(tmp_path / "region")).close()
