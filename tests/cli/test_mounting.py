@@ -369,7 +369,7 @@ def test_not_formatted(tmp_path: Path, place: Path) -> None:
 def test_foreign(tmp_path: Path, place: Path) -> None:
     region = tmp_path / "other"
     region.write_bytes(b"something else " * 70_000)
-    refused(region, place, 32, "something else", "--force")
+    refused(region, place, 32, "something else", "is it the right file or device")
 
 
 def test_a_newer_version(formatted: TestRegion, place: Path) -> None:
