@@ -10,40 +10,31 @@ import signal
 if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback while `command` is loaded
 
-import importlib
-import sys
-from collections.abc import Callable
-
 from ivshmemfs import command
-from ivshmemfs.errors import UnfitMachine
-
-
-def _main(module: str, name: str, unfit: int) -> Callable[[], None]:
-    """Return the `main` of a command; ends in one line on a machine that cannot use a region."""
-    try:
-        main: Callable[[], None] = importlib.import_module(module).main
-    except UnfitMachine as error:
-        command.complain(name, str(error))
-        sys.exit(unfit)
-    return main
 
 
 def ivshmemfs() -> None:
     """Run `ivshmemfs`, or under the name of a mount helper its subcommand `mount`."""
     command.begin("ivshmemfs", interrupted=8)
-    _main("ivshmemfs.cli.main", "ivshmemfs", unfit=2)()
+    with command.loading("ivshmemfs", failed=2):
+        from ivshmemfs.cli.main import main
+    main()
 
 
 def mkfs() -> None:
     """Run `mkfs.ivshmemfs`."""
     command.begin("mkfs.ivshmemfs", interrupted=1)
-    _main("mkfs.main", "mkfs.ivshmemfs", unfit=1)()
+    with command.loading("mkfs.ivshmemfs", failed=1):
+        from mkfs.main import main
+    main()
 
 
 def fsck() -> None:
     """Run `fsck.ivshmemfs`."""
     command.begin("fsck.ivshmemfs", interrupted=32)
-    _main("ivshmemfs.fsck.main", "fsck.ivshmemfs", unfit=8)()
+    with command.loading("fsck.ivshmemfs", failed=8):
+        from ivshmemfs.fsck.main import main
+    main()
 
 
 if __name__ == "__main__":

@@ -16,8 +16,8 @@ import io
 import os
 import signal
 import sys
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import NamedTuple, NoReturn
 
@@ -56,6 +56,16 @@ def begin(name: str, interrupted: int) -> None:
         os._exit(interrupted)
 
     _handle_signals(end)
+
+
+@contextmanager
+def loading(name: str, failed: int) -> Iterator[None]:
+    """Import a command; one line and the exit code `failed` where this machine cannot run it."""
+    try:
+        yield
+    except (IvshmemfsError, ImportError) as error:
+        complain(name, str(error))
+        sys.exit(failed)
 
 
 def _handle_signals(handler: Callable[[int, FrameType | None], NoReturn]) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from contextlib import suppress
 
-from ivshmemfs.errors import IvshmemfsError, MountError, UsageError
+from ivshmemfs.errors import IvshmemfsError, MountError, RegionMissing, UsageError
 from ivshmemfs.fuse import mountpoint
 from ivshmemfs.fuse.mountpoint import MountEntry
 
@@ -28,9 +28,20 @@ def mount_at(argument: str) -> MountEntry | None:
 
 
 def region_of(argument: str) -> str:
-    """The region that *argument* names: itself, or what is mounted there."""
+    """The region that *argument* names: itself, or what is mounted there.
+
+    Raises RegionMissing for a file that went away under its mounts: its place is not to be taken.
+    """
     entry = mount_at(argument)
-    return argument if entry is None else entry.source
+    region = argument if entry is None else entry.source
+    path = os.path.normpath(region) if region.startswith("/") else ""
+    if path and not os.path.lexists(path) and (mounts := mounts_of(path)):
+        listed = ", ".join(shown(mount) for mount in mounts)
+        raise RegionMissing(
+            f"{region}: is not there any more, but is still mounted on {listed}: "
+            "unmount it, or give the file its name back"
+        )
+    return region
 
 
 def mounts_of(region: str) -> list[MountEntry]:

@@ -47,6 +47,7 @@ def _alive(watch: Watch, slots: set[int]) -> set[int]:
 @click.argument("region")
 def peers_command(region: str) -> None:
     """Show who has REGION mounted, and who shows life."""
+    region = region_of(region)
     _tell_trouble(region)
     with _peer_table(region, readonly=True) as peers:
         present, watch = list(peers.peers()), peers.watch
@@ -73,7 +74,7 @@ def _life(watch: Watch, peer: Occupant, alive: set[int]) -> str:
 
 def _tell_trouble(region: str) -> None:
     """Say what happened to the mounts of REGION here: they may be apart from what it is now."""
-    for entry in mounts_of(region_of(region)):
+    for entry in mounts_of(region):
         if trouble := condition(entry):
             say(f"ivshmemfs: mount {entry.path}: {trouble}", err=True)
 

@@ -395,10 +395,10 @@ class Mount:
         """
         if self._dropped.pending:
             return self._release_piece()
-        if self._collector is not None and self._collect_piece():
-            return True
         if not self._leaking():
             return False
+        if self._collector is not None and self._collect_piece():
+            return True
         member.must_collect |= self.table.retire_gone(member.slot)
         now = time.monotonic()
         if member.must_collect or now - self._collected_at > COLLECT_PAUSE:

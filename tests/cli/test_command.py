@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.cli.conftest import complains, ivshmemfs
-from tests.fuse.mounts import ENVIRONMENT, mount_lines, needs_fuse, release, run
+from tests.fuse.mounts import ENVIRONMENT, TOP, mount_lines, needs_fuse, release, run
 from tests.regions import TestRegion
 
 COMMANDS = {
@@ -108,6 +108,15 @@ def test_a_signal_while_the_command_is_loaded(
     result = run(sys.executable, "-c", script)
     name = function if function == "ivshmemfs" else f"{function}.ivshmemfs"
     assert (result.returncode, result.stderr) == (code, f"{name}: interrupted\n")
+
+
+@pytest.mark.parametrize(("function", "code"), [("ivshmemfs", 2), ("mkfs", 1), ("fsck", 8)])
+def test_what_cannot_be_loaded_is_one_line(tmp_path: Path, function: str, code: int) -> None:
+    (tmp_path / "click.py").write_text("raise ImportError('no click here')\n")
+    script = f"from ivshmemfs.__main__ import {function}; {function}()"
+    result = run(sys.executable, "-c", script, env={"PYTHONPATH": f"{tmp_path}:{TOP}"})
+    name = function if function == "ivshmemfs" else f"{function}.ivshmemfs"
+    assert (result.returncode, result.stderr) == (code, f"{name}: no click here\n")
 
 
 def test_a_signal_that_was_ignored_stays_ignored() -> None:

@@ -190,6 +190,7 @@ def test_what_statfs_promises_can_be_written(megabytes: int, block_size: int) ->
         assert fill_more(fs, handle, done) <= 2 * block_size
         fs.release(handle)
         remove_all(fs, ROOT_INO)
+        fs.unmount()  # which releases what was cut off
         assert_clean(made)
 
 

@@ -24,7 +24,7 @@ from ivshmemfs.errors import Busy, FsError, NoSpace, Unfinished
 from ivshmemfs.shm.store import READ_COST, TURN
 from tests.checks import assert_adds_up, assert_clean, unreachable
 from tests.conftest import Figures
-from tests.regions import ROOT, TestRegion, new_region, put
+from tests.regions import ROOT, TestRegion, get, new_region, put
 from tests.turns import Cost, cost_of, finish
 
 NODE = 1 + READ_COST  # of a node that is read
@@ -175,6 +175,11 @@ TABLE = [
     Row("release", 2 * LOOK, 1, lambda fs, s: fs.release(fs.open(s.child, os.O_RDONLY, ROOT))),
     Row("create", CHANGE, 1, lambda fs, s: fs.create(s.crowd, b"c", 0o644, os.O_RDWR, ROOT)[1]),
     Row("tmpfile", 2 * CHANGE, 1, lambda fs, s: fs.release(fs.tmpfile(s.crowd, 0o644, 2, ROOT)[0])),
+    Row("make_nameless", 2 * CHANGE, 1,
+        lambda fs, s: fs.release(fs.make_nameless(s.crowd, stat.S_IFIFO | 0o600, 0, ROOT)[0])),
+    Row("bears", 4 * LOOK, 1,
+        lambda fs, s: fs.bears(s.child, ((s.crowd, b"2345"), (s.crowd, b"none")))),
+    Row("standing", 0, 1, lambda fs, s: fs.standing()),
     Row("read", DATA, 1, lambda fs, s: opened(fs, s.full, lambda h: fs.read(h, 99, MIB))),
     Row("read", DATA, 1, lambda fs, s: opened(fs, s.sparse, lambda h: fs.read(h, 1 << 50, MIB))),
     Row("write", DATA, 1, lambda fs, s: opened(fs, s.full, lambda h: fs.write(h, 99, bytes(MIB)))),
@@ -304,6 +309,25 @@ def test_what_a_dead_mount_had_to_release_is_collected(roomy: TestRegion) -> Non
     costs = pieces(other)
     assert len(costs) > 1
     assert max(cost.work for cost in costs) <= COLLECTED_AT_ONCE * NODE + CHANGE
+    assert_adds_up(other)
+
+
+def test_a_sleeper_releases_nothing_that_is_used_again(roomy: TestRegion) -> None:
+    """It wakes up with blocks to release that were collected, and claimed by others, meanwhile."""
+    fs, other = roomy.mount(), roomy.mount()
+    Scene._full(fs, b"full")
+    fs.unlink(ROOT_INO, b"full", ROOT)
+    assert unreachable(fs) > 1000
+    assert other.table.retire(fs.place[0], fs.table.state(fs.place[0]))
+    other.collect()
+    content = {b"%d" % number: os.urandom(5 * MIB) for number in range(10)}
+    for name, data in content.items():
+        put(other, ROOT_INO, name, data)
+    assert fs._dropped.pending
+    pieces(fs)
+    assert not fs._dropped.pending
+    for name, data in content.items():
+        assert get(fs, ROOT_INO, name) == get(other, ROOT_INO, name) == data
     assert_adds_up(other)
 
 
