@@ -27,18 +27,13 @@ from ivshmemfs.errors import FsError
 from ivshmemfs.fuse.operations import Listed, Operations
 from ivshmemfs.fuse.retry import errno_of
 
-#: Replies with attributes that are kept for when the same attributes are asked for again.
-REPLIES_KEPT = 1000
-
 T = TypeVar("T")
 Handler = Callable[..., Coroutine[Any, Any, Any]]
 
 
-def _as_it_is(_front_end: Pyfuse3FrontEnd, result: Any) -> Any:
-    return result
-
-
-def _forwarded(operation: str, reply: Callable[[Pyfuse3FrontEnd, Any], Any] = _as_it_is) -> Handler:
+def _forwarded(
+    operation: str, reply: Callable[[Pyfuse3FrontEnd, Any], Any] = lambda _, result: result
+) -> Handler:
     """A handler that calls *operation* with what pyfuse3 passes, and makes a *reply*."""
 
     async def handler(self: Pyfuse3FrontEnd, /, *words: Any) -> Any:
@@ -61,8 +56,8 @@ class Pyfuse3FrontEnd(pyfuse3.Operations):
         super().__init__()
         self.operations = operations
         self._xattr_probe: tuple[RequestContext, int] | None = None
-        self._replies: dict[int, tuple[Attr, EntryAttributes]] = {}
-        self._listed = _new_entry()
+        self._reply = EntryAttributes()
+        self._reply.entry_timeout = self._reply.attr_timeout = 0  # the kernel must not keep them
         self._info = FileInfo(direct_io=not page_cache, keep_cache=False)
         self._statvfs = pyfuse3.StatvfsData()
 
@@ -76,31 +71,18 @@ class Pyfuse3FrontEnd(pyfuse3.Operations):
     # --- results --------------------------------------------------------------------------
 
     def _attributes(self, attr: Attr) -> EntryAttributes:
-        """*attr* for the kernel; filled in again only when it is another object than last time."""
-        known = self._replies.get(attr.ino)
-        if known is not None and known[0] is attr:
-            return known[1]
-        if len(self._replies) >= REPLIES_KEPT:
-            self._replies.clear()
-        entry = self._filled(_new_entry(), attr)
-        self._replies[attr.ino] = attr, entry
+        entry = self._reply
+        (
+            entry.st_ino, entry.st_mode, entry.st_nlink, entry.st_uid, entry.st_gid, entry.st_rdev,
+            entry.st_size, entry.st_blocks, entry.st_atime_ns, entry.st_mtime_ns, entry.st_ctime_ns,
+        ) = self.operations.presented(attr)  # fmt: skip
         return entry
 
     def _entry(self, found: tuple[int, Attr] | None) -> EntryAttributes:
         if found is None:
             raise FsError(errno.ENOENT)
-        node, attr = found
-        if node == attr.ino:
-            return self._attributes(attr)
-        entry = self._filled(_new_entry(), attr)
-        entry.st_ino = pyfuse3.InodeT(node)
-        return entry
-
-    def _filled(self, entry: EntryAttributes, attr: Attr) -> EntryAttributes:
-        (
-            entry.st_ino, entry.st_mode, entry.st_nlink, entry.st_uid, entry.st_gid, entry.st_rdev,
-            entry.st_size, entry.st_blocks, entry.st_atime_ns, entry.st_mtime_ns, entry.st_ctime_ns,
-        ) = self.operations.presented(attr)  # fmt: skip
+        entry = self._attributes(found[1])
+        entry.st_ino = pyfuse3.InodeT(found[0])
         return entry
 
     def _opened(self, fh: int) -> FileInfo:
@@ -112,13 +94,15 @@ class Pyfuse3FrontEnd(pyfuse3.Operations):
 
     def _sizes(self, stats: StatFs) -> pyfuse3.StatvfsData:
         reply = self._statvfs
-        reply.f_bsize = reply.f_frsize = stats.block_size
-        reply.f_blocks = stats.blocks
-        reply.f_bfree = stats.blocks_free
-        reply.f_bavail = stats.blocks_avail
-        reply.f_files = stats.files
-        reply.f_ffree = reply.f_favail = stats.files_free
-        reply.f_namemax = stats.name_max
+        reply.f_bsize, reply.f_frsize, reply.f_namemax = (
+            stats.block_size, stats.block_size, stats.name_max
+        )  # fmt: skip
+        reply.f_blocks, reply.f_bfree, reply.f_bavail = (
+            stats.blocks, stats.blocks_free, stats.blocks_avail
+        )  # fmt: skip
+        reply.f_files, reply.f_ffree, reply.f_favail = (
+            stats.files, stats.files_free, stats.files_free
+        )  # fmt: skip
         return reply
 
     # --- requests -------------------------------------------------------------------------
@@ -165,10 +149,9 @@ class Pyfuse3FrontEnd(pyfuse3.Operations):
         ctx: RequestContext,
     ) -> EntryAttributes:
         # UTIME_NOW has become the time of the request already.
-        names = ("uid", "gid", "size", "mode", "atime_ns", "mtime_ns")
         wanted = {
             name: getattr(attr, f"st_{name}")
-            for name in names
+            for name in ("uid", "gid", "size", "mode", "atime_ns", "mtime_ns")
             if getattr(fields, f"update_{name.removesuffix('_ns')}")
         }
         change = functools.partial(self.operations.setattr, opened=fh is not None)
@@ -176,11 +159,9 @@ class Pyfuse3FrontEnd(pyfuse3.Operations):
             "setattr", lambda: self._attributes(change(inode, wanted, _context(ctx)))
         )
 
-    # pyfuse3 does not hand on XATTR_CREATE and XATTR_REPLACE.  It calls getxattr with the context
-    # of the same request first and calls setxattr, without a pause, only when that found what the
-    # flag demands.  So a setxattr that follows a getxattr with the very same context object had a
-    # flag, and which one follows from what was found.  The engine gets the flag, because between
-    # machines only its own check is safe.
+    # pyfuse3 does not hand on XATTR_CREATE and XATTR_REPLACE.  For them it calls getxattr with the
+    # same context object first, and at once setxattr if that found what the flag demands.  What
+    # getxattr found tells which flag it was.  The engine gets it: only its own check is safe.
 
     async def getxattr(self, inode: int, name: bytes, ctx: RequestContext) -> bytes:
         def look() -> bytes:
@@ -199,20 +180,11 @@ class Pyfuse3FrontEnd(pyfuse3.Operations):
 
     async def readdir(self, fh: int, cookie: int, token: pyfuse3.ReaddirToken) -> None:
         def take(one: Listed) -> bool:
-            told = self._filled(self._listed, one.attr)
-            told.st_ino = pyfuse3.InodeT(one.node)
+            told = self._entry((one.node, one.attr))
             return bool(pyfuse3.readdir_reply(token, one.name, told, one.following))
 
         call = functools.partial(self.operations.readdirplus, fh, cookie, take)
         await self.completed("readdir", call)
-
-
-def _new_entry() -> EntryAttributes:
-    """Attributes that the kernel must not keep."""
-    entry = EntryAttributes()
-    entry.entry_timeout = 0
-    entry.attr_timeout = 0
-    return entry
 
 
 def _context(ctx: RequestContext) -> Context:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 import struct
 from collections.abc import Iterator
 from typing import NoReturn
@@ -43,6 +44,13 @@ def kernel() -> Iterator[Kernel]:
         (protocol.RELEASE_IN, 24),
         (protocol.ACCESS_IN, 8),
         (protocol.RENAME2_IN, 16),
+        (protocol.MKNOD_IN, 16),
+        (protocol.LINK_IN, 8),
+        (protocol.FSYNC_IN, 16),
+        (protocol.SETXATTR_IN, 8),
+        (protocol.GETXATTR_IN, 8),
+        (protocol.GETXATTR_OUT, 8),
+        (protocol.STATFS_OUT, 80),
         (protocol.BATCH_FORGET_IN, 8),
         (protocol.FORGET_ONE, 16),
         (protocol.ATTR, 88),
@@ -159,6 +167,97 @@ def test_removing_and_moving(kernel: Kernel) -> None:
         assert kernel.answer()[0] == errno.ENOENT
 
 
+def entry_of(answer: bytes) -> tuple[int, tuple[int, ...]]:
+    """(nodeid, the fields of the attributes) of an entry."""
+    assert len(answer) == protocol.ENTRY_OUT.size + protocol.ATTR.size
+    (node,) = protocol.ENTRY_OUT.unpack_from(answer)
+    return node, protocol.ATTR.unpack_from(answer, protocol.ENTRY_OUT.size)
+
+
+def test_a_device_node(kernel: Kernel) -> None:
+    """rdev is 32 bits wide: the lower 8 bits of the minor, the major, the rest of the minor."""
+    rdev = 0x2C | 7 << 8 | 1 << 20  # major 7, minor 300
+    assert rdev == os.makedev(7, 300)
+    mode, umask = stat.S_IFBLK | 0o640, 0o777  # which the kernel has applied already
+    body = struct.pack("=IIII", mode, rdev, umask, 0) + b"node\0"
+    node, fields = entry_of(kernel.ask(protocol.MKNOD, body))
+    assert (fields[0], fields[9], fields[13]) == (node, mode, rdev)
+
+
+def test_a_symbolic_link_and_its_target(kernel: Kernel) -> None:
+    node, fields = entry_of(kernel.ask(protocol.SYMLINK, b"name\0some/target\0"))
+    assert stat.S_ISLNK(fields[9])
+    assert entry_of(kernel.ask(protocol.LOOKUP, b"name\0"))[0] == node
+    assert kernel.ask(protocol.READLINK, node=node) == b"some/target"
+
+
+def test_another_name(kernel: Kernel) -> None:
+    """The header names the directory, the body what gets another name there."""
+    ino, _ = kernel.create(b"f")
+    folder, _ = entry_of(kernel.ask(protocol.MKDIR, protocol.MKDIR_IN.pack(0o755) + b"d\0"))
+    body = protocol.LINK_IN.pack(ino) + b"g\0"
+    node, fields = entry_of(kernel.ask(protocol.LINK, body, node=folder))
+    assert (node, fields[10]) == (ino, 2)
+    assert entry_of(kernel.ask(protocol.LOOKUP, b"g\0", node=folder))[0] == ino
+
+
+def test_sizes_of_the_filesystem(kernel: Kernel) -> None:
+    answer = kernel.ask(protocol.STATFS)
+    assert protocol.STATFS_OUT.unpack(answer) == (1000, 600, 500, 2000, 1500, 4096, 255, 4096)
+
+
+def test_what_is_synced(kernel: Kernel) -> None:
+    ino, handle = kernel.create(b"f")
+    (folder,) = struct.unpack_from("=Q", kernel.ask(protocol.OPENDIR, bytes(8)))
+    for opcode, number in ((protocol.FSYNC, handle), (protocol.FSYNCDIR, folder)):
+        for flags in (0, protocol.FSYNC_FDATASYNC):
+            assert kernel.ask(opcode, protocol.FSYNC_IN.pack(number, flags), node=ino) == b""
+
+
+@pytest.mark.parametrize("longer", [False, True])
+def test_extended_attributes(longer: bool) -> None:
+    """Their sizes, and too little room; the header of SETXATTR has two lengths."""
+    kernel = Kernel(setxattr_ext=longer)
+    try:
+        ino, _ = kernel.create(b"f")
+
+        def put(name: bytes, value: bytes, flags: int = 0) -> int:
+            header = protocol.SETXATTR_IN.pack(len(value), flags) + bytes(8 if longer else 0)
+            kernel.send(protocol.SETXATTR, header + name + b"\0" + value, node=ino)
+            return kernel.answer()[0]
+
+        def get(opcode: int, room: int, name: bytes = b"") -> tuple[int, bytes]:
+            kernel.send(opcode, protocol.GETXATTR_IN.pack(room) + name, node=ino)
+            return kernel.answer()
+
+        assert get(protocol.LISTXATTR, 0) == (0, protocol.GETXATTR_OUT.pack(0))
+        assert put(b"user.a", b"1\x0023", os.XATTR_CREATE) == 0
+        assert put(b"user.a", b"", os.XATTR_CREATE) == errno.EEXIST
+        assert put(b"user.b", b"", os.XATTR_REPLACE) == errno.ENODATA
+        assert put(b"user.empty", b"") == 0
+        assert get(protocol.GETXATTR, 0, b"user.a\0") == (0, protocol.GETXATTR_OUT.pack(4))
+        assert get(protocol.GETXATTR, 3, b"user.a\0") == (errno.ERANGE, b"")
+        for room in (4, 1 << 16):
+            assert get(protocol.GETXATTR, room, b"user.a\0") == (0, b"1\x0023")
+        assert get(protocol.GETXATTR, 9, b"user.empty\0") == (0, b"")
+        assert get(protocol.GETXATTR, 9, b"user.none\0") == (errno.ENODATA, b"")
+        noted = b"user.flags-of-the-last-setxattr"
+        assert get(protocol.GETXATTR, 9, noted + b"\0") == (0, b"0")
+        names = b"".join(name + b"\0" for name in (noted, b"user.a", b"user.empty"))
+        assert get(protocol.LISTXATTR, 0) == (0, protocol.GETXATTR_OUT.pack(len(names)))
+        assert get(protocol.LISTXATTR, len(names) - 1) == (errno.ERANGE, b"")
+        assert get(protocol.LISTXATTR, len(names)) == (0, names)
+        assert kernel.ask(protocol.REMOVEXATTR, b"user.a\0", node=ino) == b""
+        assert get(protocol.GETXATTR, 9, b"user.a\0") == (errno.ENODATA, b"")
+    finally:
+        kernel.close()
+
+
+def test_the_kernel_is_not_to_ask_what_it_checks_by_itself(kernel: Kernel) -> None:
+    kernel.send(protocol.ACCESS, protocol.ACCESS_IN.pack(os.R_OK))
+    assert kernel.answer() == (errno.ENOSYS, b"")
+
+
 def test_what_has_no_answer(kernel: Kernel) -> None:
     assert kernel.send(protocol.FORGET, protocol.FORGET_IN.pack(1), node=7) is None
     batch = (
@@ -172,7 +271,7 @@ def test_what_has_no_answer(kernel: Kernel) -> None:
 
 
 def test_the_rest_goes_through_libfuse_and_back(kernel: Kernel) -> None:
-    request = kernel.send(protocol.IOCTL)
+    request = kernel.send(39)  # IOCTL
     assert request is not None
     kernel.front_end.hand_on(request)
     assert kernel.libfuse.recv(4096) == bytes(request)
