@@ -1,7 +1,7 @@
 """A test double of the engine: one tree in private memory, and faults on demand.
 
-It has the interface of `ivshmemfs.engine.Filesystem` as far as the adapter uses it, so that the
-adapter and the daemon can be tested without a region, and with errors that the engine never has.
+It has the interface of `ivshmemfs.engine.Filesystem` as far as `fuse/` uses it, so that the
+front ends and the daemon can be tested without a region, and with errors that the engine never has.
 
 Faults come from a file, because the double runs in the daemon's process and the test in another:
 each line is `<operation> <exception> <count>`, and the double raises the exception in that many
