@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -10,13 +11,14 @@ import pytest
 TOP = Path(__file__).resolve().parent.parent
 
 # Each layer may import itself and every layer after it.
-LAYERS = ("cli", "fuse", "engine", "shm", "format", "region", "printing", "errors")
+LAYERS = ("cli", "fuse", "engine", "shm", "format", "region", "native", "printing", "errors")
 SIDES = {
     "__main__": ("cli", "mkfs", "fsck", "command", "errors"),
     "cli": ("command", *LAYERS[1:]),
-    "mkfs": ("command", "shm", "format", "region", "printing", "errors"),
-    "fsck": ("command", "shm", "format", "region", "printing", "errors"),
+    "mkfs": ("command", "shm", "format", "region", "native", "printing", "errors"),
+    "fsck": ("command", "shm", "format", "region", "native", "printing", "errors"),
     "command": ("printing", "errors"),
+    "format": ("native", "printing", "errors"),  # no I/O: nothing of where the bytes come from
 }
 
 
@@ -64,14 +66,14 @@ def test_imports_point_down(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(TOP)))
-def test_only_the_adapter_knows_fuse_and_trio(path: Path) -> None:
+def test_only_the_fuse_layer_knows_fuse_and_trio(path: Path) -> None:
     if _layer(path) != "fuse":
         outside = {"pyfuse3", "trio"} & {name.split(".")[0] for name in _imports(path)}
         assert not outside
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(TOP)))
-def test_no_async_below_the_adapter(path: Path) -> None:
+def test_no_async_below_the_fuse_layer(path: Path) -> None:
     if _layer(path) != "fuse":
         nodes = ast.walk(ast.parse(path.read_text()))
         assert not [n for n in nodes if isinstance(n, ast.AsyncFunctionDef | ast.Await)]
@@ -85,3 +87,34 @@ def test_every_line_is_printed_by_say(path: Path) -> None:
         called = {ast.unparse(n.func) for n in nodes if isinstance(n, ast.Call)}
         assert not called & {"print", "click.echo", "click.secho", "echo", "sys.stdout.write"}
         assert not called & {"sys.stderr.write", "logging.Formatter"} or path.name == "logs.py"
+
+
+NATIVE = TOP / "ivshmemfs" / "native"
+INCLUDE = re.compile(r'^\s*#\s*include\s+[<"]([^>"]+)[>"]', re.MULTILINE)
+C_SOURCES = sorted([*NATIVE.glob("*.[ch]"), *(TOP / "tests" / "native").glob("*.[ch]")])
+
+
+@pytest.mark.parametrize("path", C_SOURCES, ids=lambda path: str(path.relative_to(TOP)))
+def test_the_kernel_knows_no_python(path: Path) -> None:
+    included = INCLUDE.findall(path.read_text())
+    assert not [name for name in included if name in ("Python.h", "structmember.h")]
+    own = [name for name in included if (path.parent / name).exists() or (NATIVE / name).exists()]
+    ours = re.findall(r'^\s*#\s*include\s+"([^"]+)"', path.read_text(), re.MULTILINE)
+    assert set(ours) == set(own)  # what is in quotes is in this folder, or in native for a test
+
+
+def test_no_c_source_is_elsewhere() -> None:
+    found = (TOP / "ivshmemfs").rglob("*.[ch]")
+    assert {path.parent for path in found} == {NATIVE}
+
+
+def test_only_the_binding_knows_python_and_c() -> None:
+    assert [path.name for path in NATIVE.glob("*.pyx")] == ["_native.pyx"]
+    declared = (NATIVE / "_native.pxd").read_text()
+    assert "Python.h" not in declared
+    assert "cpython" not in declared
+
+
+def test_the_binding_imports_no_layer() -> None:
+    binding = (NATIVE / "_native.pyx").read_text() + (NATIVE / "_native.pyi").read_text()
+    assert not re.findall(r"^\s*(?:from|import|cimport) ivshmemfs", binding, re.MULTILINE)

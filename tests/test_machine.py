@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from ivshmemfs.errors import UnfitMachine
-from ivshmemfs.region.machine import refuse_unfit_machine
+from ivshmemfs.native.machine import refuse_unfit_machine
 
 TOP = Path(__file__).parent.parent
 SMALL = "import sys; sys.maxsize = 2**31 - 1"

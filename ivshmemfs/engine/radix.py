@@ -17,7 +17,7 @@ from typing import Final
 from ivshmemfs.errors import Corrupt
 from ivshmemfs.format import words
 from ivshmemfs.format.node import HEADER_SIZE, INDEX, MAX_HEIGHT
-from ivshmemfs.region._memory import put_slots
+from ivshmemfs.native import put_slots
 from ivshmemfs.shm.space import Space, weight_of
 from ivshmemfs.shm.store import Nodes
 

@@ -24,7 +24,7 @@ from functools import lru_cache
 from typing import Final
 
 from ivshmemfs.format.words import POINTER_SIZE, WORD
-from ivshmemfs.region._memory import (
+from ivshmemfs.native import (
     ascending,
     leaf_find,
     leaf_insert,

@@ -9,8 +9,8 @@ from typing import Annotated, Final, NamedTuple
 
 from ivshmemfs.format import words
 from ivshmemfs.format.record import At, Buffer, Layout
+from ivshmemfs.native import crc32c
 from ivshmemfs.printing import shown
-from ivshmemfs.region._memory import crc32c
 
 SLOT_SIZE: Final = 512
 STATE_OFFSET: Final = 0

@@ -14,7 +14,7 @@ import struct
 from collections.abc import Iterable, Iterator
 from typing import Annotated, Any, Generic, NamedTuple, TypeVar, get_args, get_origin
 
-from ivshmemfs.region._memory import changed_tuple
+from ivshmemfs.native import changed_tuple
 
 T = TypeVar("T", bound=tuple[Any, ...])
 Buffer = bytes | bytearray | memoryview

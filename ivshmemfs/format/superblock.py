@@ -18,7 +18,7 @@ from ivshmemfs.errors import (
 from ivshmemfs.format import peer, words
 from ivshmemfs.format.geometry import CONTROL_SIGNATURE, Geometry
 from ivshmemfs.format.record import At, Buffer, Layout
-from ivshmemfs.region._memory import crc32c
+from ivshmemfs.native import crc32c
 
 MAGIC = b"IVSHMFS\x01"
 MAJOR = 1

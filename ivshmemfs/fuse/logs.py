@@ -100,6 +100,11 @@ class Limited(logging.Handler):
         self.tell(math.inf)
         self._target.flush()
 
+    def close(self) -> None:
+        """Close the other handler, too."""
+        self._target.close()
+        super().close()
+
 
 def tell() -> None:
     """Write what was only counted and is due; to be called about once a second."""

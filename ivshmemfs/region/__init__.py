@@ -6,8 +6,7 @@ what the bytes mean is the business of the layers above.
 
 from __future__ import annotations
 
-import ivshmemfs.region.machine  # noqa: F401  raises UnfitMachine before the extension is loaded
-from ivshmemfs.region._memory import DEVICE, NORMAL, WRITE_COMBINING, Blocks, Memory, crc32c
+from ivshmemfs.native import DEVICE, NORMAL, WRITE_COMBINING, Blocks, Memory, crc32c
 from ivshmemfs.region.blank import Found, find_data
 from ivshmemfs.region.file import create_file, reserve
 from ivshmemfs.region.locate import (

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ivshmemfs.errors import RegionError, RegionSize
-from ivshmemfs.region._memory import DEVICE, NORMAL, WRITE_COMBINING
+from ivshmemfs.native import DEVICE, NORMAL, WRITE_COMBINING
 from ivshmemfs.region.driver import Survey, shared_map, survey, sysfs_directory, uio_maps
 from ivshmemfs.region.mapped import Region, look_at, map_descriptor, open_descriptor, shown
 from ivshmemfs.region.roots import HERE, Roots

@@ -15,7 +15,7 @@ from ivshmemfs.errors import (
     RegionSize,
     UsageError,
 )
-from ivshmemfs.region._memory import DEVICE, WRITE_COMBINING, Memory
+from ivshmemfs.native import DEVICE, WRITE_COMBINING, Memory
 from ivshmemfs.region.driver import Holding, Survey, named_nodes, survey
 from ivshmemfs.region.lockdown import locked_down
 from ivshmemfs.region.mapped import Region, open_descriptor, refuse_small, translate

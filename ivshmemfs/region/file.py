@@ -9,7 +9,7 @@ import stat
 from pathlib import Path
 
 from ivshmemfs.errors import RegionError, RegionMissing, RegionSize
-from ivshmemfs.region._memory import NORMAL
+from ivshmemfs.native import NORMAL
 from ivshmemfs.region.mapped import (
     Region,
     kind_of,

@@ -20,7 +20,7 @@ from ivshmemfs.errors import (
     RegionUnfit,
     UsageError,
 )
-from ivshmemfs.region._memory import NORMAL
+from ivshmemfs.native import NORMAL
 from ivshmemfs.region.chardev import open_chardev
 from ivshmemfs.region.devmem import open_devmem
 from ivshmemfs.region.driver import Holding, Node, Survey, named_nodes, survey

@@ -12,8 +12,8 @@ from pathlib import Path
 from types import TracebackType
 
 from ivshmemfs.errors import RegionDenied, RegionError, RegionMissing, RegionSize, RegionUnfit
+from ivshmemfs.native import DEVICE, NORMAL, WRITE_COMBINING, Memory
 from ivshmemfs.printing import printable
-from ivshmemfs.region._memory import DEVICE, NORMAL, WRITE_COMBINING, Memory
 from ivshmemfs.region.sizes import readable_size
 from ivshmemfs.region.standing import Anchor, Standing
 

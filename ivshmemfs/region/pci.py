@@ -24,7 +24,7 @@ from ivshmemfs.errors import (
     RegionSize,
     UsageError,
 )
-from ivshmemfs.region._memory import DEVICE, WRITE_COMBINING
+from ivshmemfs.native import DEVICE, WRITE_COMBINING
 from ivshmemfs.region.lockdown import locked_down
 from ivshmemfs.region.mapped import (
     Region,

@@ -11,7 +11,7 @@ import time
 from typing import NamedTuple
 
 from ivshmemfs.errors import RegionUnfit
-from ivshmemfs.region._memory import Memory
+from ivshmemfs.native import Memory
 
 SMALLEST_SAMPLE = 4096
 LARGEST_SAMPLE = 256 * 1024

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.fuse.mounts import mount_lines, release, run
-from tests.regions import TestRegion, new_region
+from tests.support.mounts import mount_lines, release, run
+from tests.support.regions import TestRegion, new_region
 
 MIB = 1 << 20
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.fuse.mounts import TOP, run
+from tests.support.mounts import TOP, run
 
 GENERATOR = Path("/usr/lib/systemd/system-generators/systemd-fstab-generator")
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from tests.cli.conftest import complains, ivshmemfs
-from tests.fuse.mounts import ENVIRONMENT, TOP, mount_lines, needs_fuse, release, run
-from tests.regions import TestRegion
+from tests.support.mounts import ENVIRONMENT, TOP, mount_lines, needs_fuse, release, run
+from tests.support.regions import TestRegion
 
 COMMANDS = {
     "ivshmemfs": ["-m", "ivshmemfs", "info"],

@@ -12,8 +12,8 @@ import pytest
 
 from ivshmemfs.fuse.daemon import PYFUSE3_NEEDED
 from tests.cli.conftest import complains, ivshmemfs
-from tests.fuse.mounts import TOP, mount_lines, needs_fuse
-from tests.regions import TestRegion
+from tests.support.mounts import TOP, mount_lines, needs_fuse
+from tests.support.regions import TestRegion
 
 FLOORS = dict(
     re.findall(r"(\w+)>=([\d.]+)", word)[0]

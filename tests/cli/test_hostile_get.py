@@ -18,9 +18,9 @@ from ivshmemfs.cli.main import main
 from ivshmemfs.cli.meter import Meter
 from ivshmemfs.cli.transfer import EXIT_PARTLY
 from ivshmemfs.engine import Filesystem
-from tests.fsck.damage import Knife, Names, sample
-from tests.hostile.wounds import ladder
-from tests.regions import ROOT, TestRegion, new_region, put
+from tests.support.damage import Knife, Names, sample
+from tests.support.regions import ROOT, TestRegion, new_region, put
+from tests.support.wounds import ladder
 
 Snapshot = dict[str, tuple[int, ...]]
 ESC = b"\x1b[2Jname\n\x9b\xe2\x80\xae"

@@ -14,9 +14,9 @@ from ivshmemfs.format import inode, peer
 from ivshmemfs.fsck.main import main as fsck_main
 from mkfs.main import main as mkfs_main
 from tests.cli.conftest import ivshmemfs
-from tests.fsck.damage import Knife
-from tests.fuse.mounts import needs_fuse
-from tests.regions import ROOT, TestRegion, new_region, put
+from tests.support.damage import Knife
+from tests.support.mounts import needs_fuse
+from tests.support.regions import ROOT, TestRegion, new_region, put
 
 #: ESC, a line end, a C1 control (as UTF-8 and as a byte), bidi controls, a line separator.
 NASTY = "\x1b[31m\n\r\x85\u202e\u2066\u2028".encode() + b"\x9b"

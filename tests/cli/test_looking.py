@@ -16,8 +16,8 @@ from ivshmemfs.format import superblock, words
 from ivshmemfs.format.geometry import COMMIT_OFFSET
 from ivshmemfs.region import Roots, open_region
 from tests.cli.conftest import complains, ivshmemfs
-from tests.region.sysfs import ONE, FakeMachine, hold
-from tests.regions import ROOT, TestRegion, new_region, put
+from tests.support.regions import ROOT, TestRegion, new_region, put
+from tests.support.sysfs import ONE, FakeMachine, hold
 
 
 def shows(*command: object) -> str:

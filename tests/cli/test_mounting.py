@@ -16,8 +16,8 @@ from ivshmemfs import __version__
 from ivshmemfs.format import superblock
 from ivshmemfs.region import open_region
 from tests.cli.conftest import complains, ivshmemfs
-from tests.fuse.mounts import PATIENCE, eventually, mount_lines, needs_fuse, run, stop
-from tests.regions import TestRegion, new_region
+from tests.support.mounts import PATIENCE, eventually, mount_lines, needs_fuse, run, stop
+from tests.support.regions import TestRegion, new_region
 
 pytestmark = needs_fuse
 

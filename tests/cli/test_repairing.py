@@ -14,8 +14,8 @@ from ivshmemfs.format.geometry import COMMIT_OFFSET
 from ivshmemfs.fsck.image import read_superblocks
 from ivshmemfs.shm.repair import Turn
 from tests.cli.conftest import complains, ivshmemfs
-from tests.fuse.mounts import eventually, needs_fuse
-from tests.regions import TestRegion
+from tests.support.mounts import eventually, needs_fuse
+from tests.support.regions import TestRegion
 
 
 @pytest.fixture

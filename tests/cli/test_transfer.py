@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.checks import assert_sound, unreachable
 from tests.cli.conftest import complains, ivshmemfs
-from tests.fuse.mounts import eventually, needs_fuse
-from tests.regions import ROOT, TestRegion, new_region, put, tree
+from tests.support.checks import assert_sound, unreachable
+from tests.support.mounts import eventually, needs_fuse
+from tests.support.regions import ROOT, TestRegion, new_region, put, tree
 
 MIB = 1 << 20
 

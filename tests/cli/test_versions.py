@@ -10,8 +10,8 @@ from ivshmemfs import __version__
 from ivshmemfs.cli.peering import older_peers
 from ivshmemfs.format import peer, superblock
 from tests.cli.conftest import complains, ivshmemfs
-from tests.fuse.mounts import needs_fuse
-from tests.regions import TestRegion
+from tests.support.mounts import needs_fuse
+from tests.support.regions import TestRegion
 
 
 def say_version(made: TestRegion, slot: int, version: bytes) -> None:

@@ -6,16 +6,15 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 
-from ivshmemfs.engine import ROOT_INO, Filesystem
+from ivshmemfs.engine import ROOT_INO
 from ivshmemfs.errors import FsError
 from ivshmemfs.format import words
-from tests.checks import Detail, assert_sound, detailed_tree, free_blocks, unreachable
-from tests.crash.laboratory import Death, Laboratory, Peer
 from tests.crash.workloads import WORKLOADS, Scene, pattern
-from tests.regions import ROOT, get, put
+from tests.support.checks import Detail, assert_sound, detailed_tree, unreachable
+from tests.support.laboratory import Death, Laboratory, Peer, recover
+from tests.support.regions import ROOT, get, put
 
 Tree = dict[bytes, Detail]
-RECOVERY_TICKS = 60
 SURPLUS = 10  # blocks that a transaction may claim and not need
 
 
@@ -103,27 +102,6 @@ def go_on(peer: Peer) -> None:
     peer.quick(lambda fs: fs.rename(folder, b"file", ROOT_INO, b"going on too", 0, ROOT))
     peer.quick(lambda fs: fs.unlink(ROOT_INO, b"going on too", ROOT))
     peer.quick(lambda fs: fs.rmdir(ROOT_INO, b"going on", ROOT))
-
-
-def settled(fs: Filesystem) -> bool:
-    """Whether nothing is left of the dead: no slot, no orphan, no leak."""
-    record = fs.view().root.record
-    if record.orphans or unreachable(fs):
-        return False
-    return sum(1 for _ in fs.table.peers()) == 1
-
-
-def recover(peer: Peer) -> None:
-    """Let housekeeping do its work; nobody helps it."""
-    for _ in range(RECOVERY_TICKS):
-        if settled(peer.fs):
-            return
-        peer.tick()
-    record = peer.fs.view().root.record
-    raise AssertionError(
-        f"after {RECOVERY_TICKS} ticks {free_blocks(peer.fs)} blocks are free, {record.used} used, "
-        f"{record.orphans} orphans, peers {list(peer.fs.table.peers())}"
-    )
 
 
 def claims(peer: Peer, slot: int, word: int) -> list[int]:

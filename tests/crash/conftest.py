@@ -6,9 +6,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.crash.laboratory import Fates, Laboratory
 from tests.crash.workloads import PLAN, SIZE, build_world
-from tests.regions import new_region
+from tests.support.laboratory import Fates, Laboratory
+from tests.support.regions import new_region
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,7 @@ from typing import TypeVar
 from ivshmemfs.engine import ROOT_INO, Filesystem, Handle
 from ivshmemfs.errors import Busy, FsError
 from ivshmemfs.region import open_region
-from tests.regions import ROOT, put
+from tests.support.regions import ROOT, put
 
 T = TypeVar("T")
 LOG = b"log"

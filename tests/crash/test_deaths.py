@@ -15,8 +15,6 @@ from ivshmemfs.format import superblock
 from ivshmemfs.region import Memory
 from mkfs.image import Parameters
 from mkfs.writer import format_region
-from tests.checks import assert_empty, assert_sound, detailed_tree
-from tests.conftest import Figures
 from tests.crash.cases import (
     Reference,
     check_aftermath,
@@ -26,9 +24,11 @@ from tests.crash.cases import (
     replayable,
     set_up,
 )
-from tests.crash.laboratory import Death, Laboratory, Peer
 from tests.crash.workloads import WORKLOADS
-from tests.regions import ROOT
+from tests.support.checks import assert_empty, assert_sound, detailed_tree
+from tests.support.figures import Figures
+from tests.support.laboratory import Death, Laboratory, Peer
+from tests.support.regions import ROOT
 
 HERE = "tests/crash/test_deaths.py"
 SHORT = 6  # points per operation in the short form

@@ -12,11 +12,11 @@ from ivshmemfs.errors import InUse
 from ivshmemfs.format import superblock, words
 from ivshmemfs.shm.peers import PeerTable
 from ivshmemfs.shm.store import Store
-from tests.checks import assert_sound, unreachable
-from tests.crash.cases import claims, settled
-from tests.crash.laboratory import Death, Laboratory, Peer
+from tests.crash.cases import claims
 from tests.crash.workloads import pattern
-from tests.regions import get, put
+from tests.support.checks import assert_sound, unreachable
+from tests.support.laboratory import Death, Laboratory, Peer, settled
+from tests.support.regions import get, put
 
 
 def silent_writer(laboratory: Laboratory) -> Peer:

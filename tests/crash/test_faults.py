@@ -17,21 +17,20 @@ from ivshmemfs.format import geometry
 from ivshmemfs.region import Blocks
 from mkfs.image import Parameters
 from mkfs.writer import format_region
-from tests.checks import assert_empty, assert_sound, detailed_tree, unreachable
-from tests.conftest import Figures
-from tests.crash import test_zombies
+from tests.crash import zombies
 from tests.crash.cases import (
     act,
     check_aftermath,
     die,
     make_reference,
-    recover,
     set_up,
     settled_state,
 )
-from tests.crash.laboratory import BLINK, Laboratory, Peer
 from tests.crash.workloads import INOS, WORKLOADS, Scene, pattern
-from tests.regions import ROOT, get, put
+from tests.support.checks import assert_empty, assert_sound, detailed_tree, unreachable
+from tests.support.figures import Figures
+from tests.support.laboratory import BLINK, Laboratory, Peer, recover
+from tests.support.regions import ROOT, get, put
 
 # --- clocks ---------------------------------------------------------------------------------
 
@@ -54,7 +53,7 @@ def test_wrong_clocks(
     points = 0
     for name in TIMED:
         reference = make_reference(laboratory, world, [name])
-        allowed = test_zombies.orders(laboratory, world, name, "conflict")
+        allowed = zombies.orders(laboratory, world, name, "conflict")
         every = 1 if long_run else 23
         for store in range(random.Random(name + clock).randrange(every), reference.stores, every):
             scene = set_up(laboratory, world, name)
@@ -64,8 +63,8 @@ def test_wrong_clocks(
             check_aftermath(scene.other, reference, [scene.victim])
 
             laboratory.fates.dead.clear()
-            case = test_zombies.Case(name, "conflict", store, False)
-            test_zombies.run_case(laboratory, world, allowed, case, {wrong: CLOCKS[clock]})
+            case = zombies.Case(name, "conflict", store, False)
+            zombies.run_case(laboratory, world, allowed, case, {wrong: CLOCKS[clock]})
             points += 2
     figures.count("deaths and pauses under wrong clocks", points, f"{clock}, {wrong}")
 
@@ -440,7 +439,7 @@ def test_a_snapshot_restored_between_operations(
             machine.run(lambda fs: fs.unmount())  # noqa: B023
             machine.mount()  # noqa: B023
             machine.run(lambda fs: fs.unlink(ROOT_INO, b"before", ROOT))  # noqa: B023
-            test_zombies.SCRIPTS["churn"](other)  # noqa: B023
+            zombies.SCRIPTS["churn"](other)  # noqa: B023
 
         assert _in_child(go_on) == 0
         expected = other.run(detailed_tree)

@@ -24,13 +24,13 @@ import pytest
 
 from ivshmemfs import fsck
 from ivshmemfs.engine import ROOT_INO
-from tests.checks import assert_sound, detailed_tree
-from tests.conftest import Figures
 from tests.crash.cases import Tree, close_others, replayable, set_up, tags
-from tests.crash.laboratory import Laboratory, Peer
-from tests.crash.test_zombies import _conflict, _errno, _go_on_together
 from tests.crash.workloads import WORKLOADS, Scene, pattern
-from tests.regions import put
+from tests.crash.zombies import conflict, errno_of, go_on_together
+from tests.support.checks import assert_sound, detailed_tree
+from tests.support.figures import Figures
+from tests.support.laboratory import Laboratory, Peer
+from tests.support.regions import put
 
 HERE = "tests/crash/test_restored.py"
 SHORT = 3  # points per operation in the short form
@@ -59,7 +59,7 @@ def went_on(scene: Scene, leaving: int) -> None:
             victim.run(lambda fs: fs.unmount())
         if leaving == 2:
             victim.mount()
-    _conflict(other)
+    conflict(other)
     free = other.fs.statfs().blocks_avail
     other.run(lambda fs: put(fs, ROOT_INO, b"full", pattern(max(free - LEFT, 8) * 1024, 31)))
 
@@ -93,12 +93,12 @@ def allowed(laboratory: Laboratory, world: bytes, name: str) -> list[Tree]:
     scene = set_up(laboratory, world, name)
 
     def original() -> None:
-        _errno(lambda: WORKLOADS[name].act(scene))
+        errno_of(lambda: WORKLOADS[name].act(scene))
         went_on(scene, 0)
 
     forked(original)
     before = seen(scene.other)
-    _errno(lambda: WORKLOADS[name].act(scene))
+    errno_of(lambda: WORKLOADS[name].act(scene))
     return [before, seen(scene.other)]
 
 
@@ -148,7 +148,7 @@ def run_case(laboratory: Laboratory, world: bytes, trees: list[Tree], case: Case
     scene = set_up(laboratory, world, case.name)
     resumed = Resumed(scene, case.store % 3)
     scene.victim.memory.trap(case.store, resumed)
-    _errno(lambda: WORKLOADS[case.name].act(scene))
+    errno_of(lambda: WORKLOADS[case.name].act(scene))
     if resumed.original:
         resumed.finish_original()
     assert resumed.state, "the operation was over before the store"
@@ -161,7 +161,7 @@ def run_case(laboratory: Laboratory, world: bytes, trees: list[Tree], case: Case
     assert seen(scene.other) in trees
     assert_sound(laboratory.memory)
     close_others(scene)
-    _go_on_together(scene)
+    go_on_together(scene)
     return 0
 
 
@@ -172,7 +172,7 @@ def test_restored_before_every_store(
     trees = allowed(laboratory, world, name)
     scene = set_up(laboratory, world, name)
     before = scene.victim.memory.stores
-    _errno(lambda: WORKLOADS[name].act(scene))
+    errno_of(lambda: WORKLOADS[name].act(scene))
     stores = list(range(scene.victim.memory.stores - before))
     if not long_run and len(stores) > SHORT:
         stores = sorted(random.Random(zlib.crc32(name.encode())).sample(stores, SHORT))

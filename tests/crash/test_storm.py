@@ -15,10 +15,10 @@ import pytest
 
 from ivshmemfs.engine import ROOT_INO, Filesystem
 from ivshmemfs.shm import watch
-from tests.checks import assert_sound, unreachable
-from tests.conftest import Figures
 from tests.crash.storm import LOG, content_whole, line_whole
-from tests.regions import ROOT, TestRegion, get, new_region
+from tests.support.checks import assert_sound, unreachable
+from tests.support.figures import Figures
+from tests.support.regions import ROOT, TestRegion, get, new_region
 
 TOP = Path(__file__).resolve().parents[2]
 ROUND = 10.0  # seconds after which everything is looked at, and made anew
@@ -251,7 +251,7 @@ def test_a_killed_process_gives_back_what_it_held_open() -> None:
             "import os, sys, time\n"
             "from ivshmemfs.engine import Filesystem\n"
             "from ivshmemfs.region import open_region\n"
-            "from tests.regions import ROOT\n"
+            "from tests.support.regions import ROOT\n"
             "fs = Filesystem.mount(open_region(sys.argv[1]))\n"
             "handle, _ = fs.create(1, b'open', 0o600, os.O_RDWR, ROOT)\n"
             "fs.write(handle, 0, b'x' * 50_000)\n"

@@ -7,167 +7,23 @@ from __future__ import annotations
 
 import random
 import zlib
-from collections.abc import Callable, Mapping
-from contextlib import suppress
-from types import MappingProxyType
-from typing import NamedTuple
 
 import pytest
 
-from ivshmemfs.engine import RENAME_EXCHANGE, ROOT_INO, Filesystem
-from ivshmemfs.errors import FsError
-from tests.checks import assert_sound, detailed_tree, unreachable
-from tests.conftest import Figures
-from tests.crash.cases import Tree, check_quarantine, close_others, replayable, set_up
-from tests.crash.laboratory import Laboratory, Peer
-from tests.crash.workloads import WORKLOADS, Scene, ino, pattern
-from tests.regions import ROOT, get, put
+from tests.crash.cases import replayable, set_up
+from tests.crash.workloads import WORKLOADS
+from tests.crash.zombies import SCRIPTS, Case, errno_of, orders, run_case
+from tests.support.figures import Figures
+from tests.support.laboratory import Laboratory
 
 HERE = "tests/crash/test_zombies.py"
 SHORT = 3  # points per operation and script in the short form
-LEFT = 90  # free blocks that others leave to the sleeper
-
-Outcome = tuple[Tree, int]  # what is there in the end, errno of the sleeper's operation
-
-
-# --- what others do meanwhile ---------------------------------------------------------------
-
-
-def _churn(peer: Peer) -> None:
-    """Commit, free, reuse and collect until every free block has been through many hands."""
-    for turn in range(3):
-        free = peer.fs.statfs().blocks_avail
-        content = pattern(max(free - LEFT, 8) * 1024, 200 + turn)
-        peer.quick(lambda fs: put(fs, ROOT_INO, b"churn", content))  # noqa: B023
-        assert peer.quick(lambda fs: get(fs, ROOT_INO, b"churn")) == content
-        check_quarantine(peer)
-        peer.tick(5)
-        peer.quick(lambda fs: fs.unlink(ROOT_INO, b"churn", ROOT))
-    for n in range(12):
-        peer.quick(lambda fs: put(fs, ROOT_INO, b"other%d" % n, pattern(700 * n, n)))  # noqa: B023
-    for n in range(0, 12, 2):
-        peer.quick(lambda fs: fs.unlink(ROOT_INO, b"other%d" % n, ROOT))  # noqa: B023
-
-
-def _conflict(peer: Peer) -> None:
-    """Change the very things that operations are about."""
-    steps: list[Callable[[Filesystem], object]] = [
-        lambda fs: fs.rename(ROOT_INO, b"e", ROOT_INO, b"e was here", 0, ROOT),
-        lambda fs: fs.rename(ROOT_INO, b"a", ROOT_INO, b"b", RENAME_EXCHANGE, ROOT),
-        lambda fs: fs.unlink(ROOT_INO, b"q", ROOT),
-        lambda fs: fs.setattr(ino(fs, b"c"), ROOT, size=20_000),
-        lambda fs: fs.setattr(ino(fs, b"x"), ROOT, size=0, mode=0o444),
-        lambda fs: fs.setxattr(ino(fs, b"y"), b"user.more", b"more", 0, ROOT),
-        lambda fs: fs.mkdir(ino(fs, b"d"), b"not empty", 0o755, ROOT),
-        lambda fs: put(fs, ino(fs, b"t"), b"more in the tree", b"more"),
-        lambda fs: fs.unlink(ino(fs, b"t"), b"name-%016d" % 3, ROOT),
-        lambda fs: fs.unlink(ROOT_INO, b"h2", ROOT),
-        lambda fs: put(fs, ROOT_INO, b"s", pattern(2000, 3)),
-        lambda fs: put(fs, ino(fs, b"brim"), b"one more", b""),
-    ]
-    for step in steps:
-        with suppress(FsError):
-            peer.quick(step)
-    _churn(peer)
-
-
-SCRIPTS: dict[str, Callable[[Peer], None]] = {"churn": _churn, "conflict": _conflict}
-
-
-# --- one case -------------------------------------------------------------------------------
-
-
-class Case(NamedTuple):
-    name: str
-    script: str
-    event: int
-    loads: bool
-
-    def __str__(self) -> str:
-        return f"{self.name}/{self.script}@{self.event}{'l' if self.loads else ''}"
 
 
 def parse(text: str) -> Case:
     rest, _, event = text.partition("@")
     name, _, script = rest.partition("/")
     return Case(name, script, int(event.rstrip("l")), event.endswith("l"))
-
-
-def _errno(step: Callable[[], object]) -> int:
-    try:
-        step()
-    except FsError as error:
-        return error.errno
-    return 0
-
-
-def _outcome(scene: Scene, code: int) -> Outcome:
-    return scene.other.run(detailed_tree), code
-
-
-def orders(laboratory: Laboratory, world: bytes, name: str, script: str) -> list[Outcome]:
-    """What comes of the operation before the others', and after them."""
-    found = []
-    for first in (True, False):
-        scene = set_up(laboratory, world, name)
-        code = 0
-        if first:
-            code = _errno(lambda: WORKLOADS[name].act(scene))  # noqa: B023
-        SCRIPTS[script](scene.other)
-        if not first:
-            code = _errno(lambda: WORKLOADS[name].act(scene))  # noqa: B023
-        found.append(_outcome(scene, code))
-    return found
-
-
-def run_case(
-    laboratory: Laboratory,
-    world: bytes,
-    allowed: list[Outcome],
-    case: Case,
-    clocks: Mapping[str, Callable[[float], float]] = MappingProxyType({}),
-) -> bool:
-    """False when the operation was over before the event; `clocks` are those that are wrong."""
-    scene = set_up(laboratory, world, case.name)
-    for who, reading in clocks.items():
-        peer = scene.victim if who == "victim" else scene.other
-        laboratory.fates.clock.readings[peer.pid] = reading
-    slept = []
-
-    def meanwhile() -> None:
-        slept.append(True)
-        SCRIPTS[case.script](scene.other)
-
-    scene.victim.pause_at(case.event, meanwhile, case.loads)
-    code = _errno(lambda: WORKLOADS[case.name].act(scene))
-    scene.victim.memory.trap(0, None)
-    if not slept:
-        return False
-    assert _outcome(scene, code) in allowed
-    assert_sound(laboratory.memory)
-    close_others(scene)
-    _go_on_together(scene)
-    return True
-
-
-def _go_on_together(scene: Scene) -> None:
-    """Both work on as if nothing had been, and no block is lost in the end."""
-    peers = [scene.other]
-    if scene.victim.slot():
-        peers.append(scene.victim)
-    for turn in range(2):
-        for peer in peers:
-            name, content = b"together%d" % peer.pid, pattern(3000, turn)
-            peer.run(lambda fs: put(fs, ROOT_INO, name, content))  # noqa: B023
-            for reader in peers:
-                assert reader.run(lambda fs: get(fs, ROOT_INO, name)) == content  # noqa: B023
-    for peer in peers:
-        peer.run(lambda fs: fs.unlink(ROOT_INO, b"together%d" % peer.pid, ROOT))  # noqa: B023
-        peer.tick(12)
-    scene.other.run(lambda fs: fs.collect())
-    assert unreachable(scene.other.fs) == 0
-    report = assert_sound(scene.laboratory.memory)
-    assert not report.findings, str(report)
 
 
 def chosen(count: int, seed: str, short: int, long_run: bool) -> list[int]:
@@ -190,7 +46,7 @@ def test_before_every_store(
     allowed = orders(laboratory, world, name, script)
     scene = set_up(laboratory, world, name)
     before = scene.victim.memory.stores
-    _errno(lambda: WORKLOADS[name].act(scene))
+    errno_of(lambda: WORKLOADS[name].act(scene))
     stores = scene.victim.memory.stores - before
     points = chosen(stores, name + script, SHORT, long_run)
     for event in points:

@@ -22,8 +22,8 @@ from ivshmemfs.engine import (
     Filesystem,
     Handle,
 )
-from tests.crash.laboratory import Death, Laboratory, Peer
-from tests.regions import ROOT, put
+from tests.support.laboratory import Death, Laboratory, Peer
+from tests.support.regions import ROOT, put
 
 USER = Context(1000, 100)
 SIZE = 448 << 10

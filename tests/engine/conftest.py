@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import pytest
 
 from ivshmemfs.engine import Filesystem
-from tests.checks import assert_clean
-from tests.regions import TestRegion, new_region
+from tests.support.checks import assert_clean
+from tests.support.regions import TestRegion, new_region
 
 SMALLEST = 80 << 10
 

@@ -7,7 +7,7 @@ import errno
 import pytest
 
 from ivshmemfs.errors import FsError
-from tests.regions import ROOT, new_region
+from tests.support.regions import ROOT, new_region
 
 
 @pytest.mark.parametrize("name", [b"system.posix_acl_access", b"other.thing", b""])

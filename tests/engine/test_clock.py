@@ -11,7 +11,7 @@ import pytest
 from ivshmemfs.engine import ROOT_INO, Filesystem
 from ivshmemfs.engine.clock import TRUSTED_NS, Clock
 from ivshmemfs.engine.filesystem import KEEP_SIZE, PUNCH_HOLE
-from tests.regions import ROOT, TestRegion, put
+from tests.support.regions import ROOT, TestRegion, put
 
 
 def test_it_is_the_present() -> None:

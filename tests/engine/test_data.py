@@ -11,9 +11,9 @@ import pytest
 from ivshmemfs.engine import ROOT_INO, Filesystem
 from ivshmemfs.engine.data import MAX_SIZE
 from ivshmemfs.format import inode as fmt
-from tests.checks import assert_adds_up, free_blocks
-from tests.engine.test_names import fails
-from tests.regions import ROOT, TestRegion, get, put
+from tests.engine.asking import fails
+from tests.support.checks import assert_adds_up, free_blocks
+from tests.support.regions import ROOT, TestRegion, get, put
 
 
 def payload(fs: Filesystem, ino: int) -> tuple[int, int]:

@@ -14,9 +14,9 @@ import pytest
 from ivshmemfs.engine import ROOT_INO, Filesystem
 from ivshmemfs.format import inode as fmt
 from ivshmemfs.format.dirent import name_key
-from tests.checks import assert_adds_up, free_blocks
-from tests.engine.test_names import names
-from tests.regions import ROOT, TestRegion
+from tests.engine.asking import names
+from tests.support.checks import assert_adds_up, free_blocks
+from tests.support.regions import ROOT, TestRegion
 
 
 def shape(fs: Filesystem, ino: int) -> tuple[int, int]:

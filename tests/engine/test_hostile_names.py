@@ -13,9 +13,9 @@ from ivshmemfs.engine import Filesystem
 from ivshmemfs.errors import Corrupt
 from ivshmemfs.format import inode, node
 from ivshmemfs.format.dirent import decode_leaf, is_name
-from tests.checks import assert_sound
-from tests.fsck.damage import Knife, names_in
-from tests.regions import ROOT, TestRegion, new_region, put
+from tests.support.checks import assert_sound
+from tests.support.damage import Knife, names_in
+from tests.support.regions import ROOT, TestRegion, new_region, put
 
 NO_NAMES = (b".", b"..", b"/", b"a/b", b"../x", b"/etc/x", b"nul\0", b"\0")
 NAMES = (b"...", b"a", b".a", b"a.", b"\x1b[2J", b"\xff" * 255, b"..x", b"\n", b"\\")

@@ -8,7 +8,7 @@ import random
 from ivshmemfs.engine import RENAME_EXCHANGE, ROOT_INO, Attr, Filesystem
 from ivshmemfs.engine.transaction import FOUND_MAX
 from ivshmemfs.errors import FsError, StaleHandle
-from tests.regions import ROOT, TestRegion, get, put
+from tests.support.regions import ROOT, TestRegion, get, put
 
 
 def seen(fs: Filesystem, numbers: list[int]) -> list[Attr | None]:

@@ -13,8 +13,8 @@ from ivshmemfs.engine import lock as engine
 from ivshmemfs.errors import FsError, LockLost
 from ivshmemfs.shm import identity, watch
 from ivshmemfs.shm.identity import Presence
-from tests.checks import assert_adds_up
-from tests.regions import ROOT, put
+from tests.support.checks import assert_adds_up
+from tests.support.regions import ROOT, put
 
 
 def holder_of(lock: FileLock) -> engine.Holder | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 
-from tests.regions import TestRegion, new_region
+from tests.support.regions import TestRegion, new_region
 
 FILES = 40_000
 GROWTH = 28 << 10  # KiB; a mount of nothing has a little more than 30 MiB, 64 are allowed

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Callable
 
 import pytest
 
@@ -17,23 +16,11 @@ from ivshmemfs.engine import (
     Context,
     Filesystem,
 )
-from ivshmemfs.errors import FsError
-from tests.checks import assert_adds_up, detailed_tree, free_blocks
-from tests.regions import ROOT, TestRegion, get, put, tree
+from tests.engine.asking import fails, names, remove_all
+from tests.support.checks import assert_adds_up, detailed_tree, free_blocks
+from tests.support.regions import ROOT, TestRegion, get, put, tree
 
 USER = Context(1000, 100)
-
-
-def fails(code: int, call: Callable[[], object]) -> None:
-    with pytest.raises(FsError) as caught:
-        call()
-    assert caught.value.errno == code, os.strerror(caught.value.errno)
-
-
-def names(fs: Filesystem, ino: int = ROOT_INO) -> list[bytes]:
-    found = [name for name, _, _ in fs.readdir(fs.opendir(ino), 0)]
-    assert found[:2] == [b".", b".."]
-    return sorted(found[2:])
 
 
 # --- making ---------------------------------------------------------------------------------
@@ -323,17 +310,6 @@ def test_rename_matrix(flags: int, across: bool, made: TestRegion) -> None:
                     if stat.S_ISDIR(entry[0]):
                         assert fs.lookup(fs.lookup(ino, name).ino, b"..").ino == ino
             remove_all(fs, ROOT_INO)
-
-
-def remove_all(fs: Filesystem, ino: int) -> None:
-    for name, attr, _ in list(fs.readdir(fs.opendir(ino), 0)):
-        if name in (b".", b".."):
-            continue
-        if stat.S_ISDIR(attr.mode):
-            remove_all(fs, attr.ino)
-            fs.rmdir(ino, name, ROOT)
-        else:
-            fs.unlink(ino, name, ROOT)
 
 
 def test_rename_to_itself_and_between_links_does_nothing(fs: Filesystem) -> None:

@@ -10,9 +10,9 @@ import pytest
 from ivshmemfs.engine import ROOT_INO, Filesystem, Handle
 from ivshmemfs.engine.filesystem import PINS
 from ivshmemfs.errors import Busy, StaleHandle
-from tests.checks import assert_adds_up, assert_empty
-from tests.engine.test_names import fails
-from tests.regions import ROOT, TestRegion, put
+from tests.engine.asking import fails
+from tests.support.checks import assert_adds_up, assert_empty
+from tests.support.regions import ROOT, TestRegion, put
 
 
 def orphans(fs: Filesystem) -> int:

@@ -11,9 +11,9 @@ import pytest
 
 from ivshmemfs.engine import ROOT_INO, Filesystem
 from ivshmemfs.region import open_region
-from tests.checks import detailed_tree
-from tests.engine.test_names import fails
-from tests.regions import ROOT, TestRegion, put
+from tests.engine.asking import fails
+from tests.support.checks import detailed_tree
+from tests.support.regions import ROOT, TestRegion, put
 
 
 @pytest.fixture

@@ -6,9 +6,9 @@ from ivshmemfs.engine import Filesystem
 from ivshmemfs.engine.transaction import Transaction
 from ivshmemfs.format import words
 from ivshmemfs.format.geometry import COMMIT_OFFSET
-from tests.checks import assert_adds_up, assert_clean
-from tests.fsck.damage import Knife
-from tests.regions import TestRegion, get, new_region, put
+from tests.support.checks import assert_adds_up, assert_clean
+from tests.support.damage import Knife
+from tests.support.regions import TestRegion, get, new_region, put
 
 
 def assert_numbered(fs: Filesystem) -> None:

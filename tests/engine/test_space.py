@@ -12,9 +12,15 @@ import pytest
 from ivshmemfs.engine import ROOT_INO, Filesystem
 from ivshmemfs.engine.filesystem import Handle
 from ivshmemfs.errors import NoSpace
-from tests.checks import assert_adds_up, assert_clean, assert_empty, detailed_tree, free_blocks
-from tests.engine.test_names import fails, names, remove_all
-from tests.regions import ROOT, TestRegion, get, new_region, put
+from tests.engine.asking import fails, names, remove_all
+from tests.support.checks import (
+    assert_adds_up,
+    assert_clean,
+    assert_empty,
+    detailed_tree,
+    free_blocks,
+)
+from tests.support.regions import ROOT, TestRegion, get, new_region, put
 
 
 def fill_with_data(fs: Filesystem, name: bytes = b"fill") -> int:

@@ -23,11 +23,10 @@ from hypothesis.stateful import (
 
 from ivshmemfs.engine import ROOT_INO, Filesystem, Handle
 from ivshmemfs.errors import FsError, NoSpace
-from tests.checks import assert_sound
-from tests.crash.cases import recover
-from tests.crash.laboratory import Death, Fates, Laboratory, Peer
 from tests.engine.model import ROOT_ID, Model, Op
-from tests.regions import ROOT, TestRegion, get
+from tests.support.checks import assert_sound
+from tests.support.laboratory import Death, Fates, Laboratory, Peer, recover
+from tests.support.regions import ROOT, TestRegion, get
 
 PEERS = 3
 NAMES = [b"a", b"b", b"c", b"d", b"n" * 255, b"\xff\xfe"]

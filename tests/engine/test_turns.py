@@ -22,10 +22,10 @@ from ivshmemfs.engine.names import DEPTH_MAX, RENAME_EXCHANGE
 from ivshmemfs.engine.xattr import save
 from ivshmemfs.errors import Busy, FsError, NoSpace, Unfinished
 from ivshmemfs.shm.store import READ_COST, TURN
-from tests.checks import assert_adds_up, assert_clean, unreachable
-from tests.conftest import Figures
-from tests.regions import ROOT, TestRegion, get, new_region, put
-from tests.turns import Cost, cost_of, finish
+from tests.support.checks import assert_adds_up, assert_clean, unreachable
+from tests.support.figures import Figures
+from tests.support.regions import ROOT, TestRegion, get, new_region, put
+from tests.support.turns import Cost, cost_of, finish
 
 NODE = 1 + READ_COST  # of a node that is read
 LOOK = 12 * NODE  # the way to an inode, and through a directory of three levels

@@ -8,7 +8,7 @@ from ivshmemfs.engine import Filesystem, mount
 from ivshmemfs.errors import RegionUnfit
 from ivshmemfs.region import Memory, probe
 from ivshmemfs.region.probe import Probe, Scratch
-from tests.regions import new_region
+from tests.support.regions import new_region
 
 
 def test_a_mapping_without_compare_and_swap(monkeypatch: pytest.MonkeyPatch) -> None:

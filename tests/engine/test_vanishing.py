@@ -10,9 +10,9 @@ import pytest
 
 from ivshmemfs.engine import NOW, ROOT_INO, Context, Filesystem
 from ivshmemfs.engine import filesystem as engine
-from tests.checks import assert_adds_up
-from tests.engine.test_names import fails
-from tests.regions import ROOT, put
+from tests.engine.asking import fails
+from tests.support.checks import assert_adds_up
+from tests.support.regions import ROOT, put
 
 USER = Context(1000, 100)
 CAPABILITY = b"security.capability"

@@ -21,10 +21,10 @@ from ivshmemfs.engine.xattr import (
 )
 from ivshmemfs.errors import Unfinished
 from ivshmemfs.format import xattr as encoding
-from tests.checks import assert_adds_up, free_blocks
-from tests.engine.test_names import fails, names
-from tests.regions import ROOT, TestRegion, get, put
-from tests.turns import finish
+from tests.engine.asking import fails, names
+from tests.support.checks import assert_adds_up, free_blocks
+from tests.support.regions import ROOT, TestRegion, get, put
+from tests.support.turns import finish
 
 
 def values(fs: Filesystem, ino: int) -> dict[bytes, bytes]:

@@ -18,7 +18,7 @@ from ivshmemfs.engine import Context, Filesystem
 from ivshmemfs.format.geometry import Geometry, plan
 from mkfs.image import Parameters
 from mkfs.writer import format_region
-from tests.regions import new_region
+from tests.support.regions import new_region
 
 SIZE = 128 << 10
 HERE = Path(__file__).parent

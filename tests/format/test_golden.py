@@ -12,7 +12,7 @@ from ivshmemfs.engine import Context
 from ivshmemfs.format import inode, node, superblock, words
 from ivshmemfs.format.geometry import COMMIT_OFFSET
 from tests.format import golden
-from tests.regions import TestRegion, get, new_region
+from tests.support.regions import TestRegion, get, new_region
 
 ME = Context(1000, 1001)
 

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.fsck.damage import sample
-from tests.regions import TestRegion, new_region
+from tests.support.damage import sample
+from tests.support.regions import TestRegion, new_region
 
 
 @pytest.fixture

@@ -16,10 +16,10 @@ from ivshmemfs import fsck
 from ivshmemfs.engine import ROOT_INO, Filesystem
 from ivshmemfs.errors import Busy, FsError, InUse
 from ivshmemfs.shm import watch
-from tests.checks import assert_sound
-from tests.conftest import Figures
-from tests.fsck.damage import Knife, Names, sample
-from tests.regions import ROOT, TestRegion, get, new_region
+from tests.support.checks import assert_sound
+from tests.support.damage import Knife, Names, sample
+from tests.support.figures import Figures
+from tests.support.regions import ROOT, TestRegion, get, new_region
 
 SHORT, LONG = 25, 500
 SPAN = 0.4  # seconds over which everybody starts

@@ -19,8 +19,8 @@ from ivshmemfs.fsck.image import Overtaken, read_superblocks
 from ivshmemfs.fsck.main import main
 from ivshmemfs.region import open_region
 from ivshmemfs.shm.repair import Turn
-from tests.fsck.damage import Knife, Names
-from tests.regions import TestRegion, get, put
+from tests.support.damage import Knife, Names
+from tests.support.regions import TestRegion, get, put
 
 
 def run(*arguments: str | Path) -> int:

@@ -10,37 +10,24 @@ import random
 import resource
 import struct
 import time
-from collections.abc import Callable, Iterator
-from functools import cache
-from typing import NamedTuple
+from collections.abc import Iterator
 
 import pytest
 
 from ivshmemfs import fsck
-from ivshmemfs.engine import Filesystem
-from ivshmemfs.errors import Busy, Corrupt, FormatError
+from ivshmemfs.errors import Corrupt, FormatError
 from ivshmemfs.format import inode, node, peer, superblock, words
 from ivshmemfs.format.geometry import COMMIT_OFFSET, HINT_OFFSET
 from ivshmemfs.format.record import Field
 from ivshmemfs.region import Region
-from tests.conftest import Figures
-from tests.fsck.damage import Knife, Names, metadata_blocks, sample
-from tests.regions import ROOT, TestRegion, new_region
+from tests.support.attacks import VERBS, of_use, targets
+from tests.support.damage import Knife, Names, sample
+from tests.support.figures import Figures
+from tests.support.regions import TestRegion, new_region
 
 WORD = (1 << 64) - 1
 SLOWEST = 5.0  # seconds that one check and repair may take
 SHORT, LONG = 150, 20_000
-
-VERBS: dict[str, Callable[[int, int, random.Random], int]] = {
-    "zeroes": lambda value, bits, chance: 0,
-    "ones": lambda value, bits, chance: (1 << bits) - 1,
-    "first bit": lambda value, bits, chance: value ^ 1,
-    "middle bit": lambda value, bits, chance: value ^ 1 << bits // 2,
-    "last bit": lambda value, bits, chance: value ^ 1 << bits - 1,
-    "random": lambda value, bits, chance: chance.getrandbits(bits),
-    "plus one": lambda value, bits, chance: value + 1,
-    "minus one": lambda value, bits, chance: value - 1,
-}
 
 
 @pytest.fixture(scope="module")
@@ -62,35 +49,6 @@ def knife(region: Region) -> Knife:
 
 
 # --- what is done to a region ---------------------------------------------------------------
-
-
-class Targets(NamedTuple):
-    """Where things are while nothing is damaged yet."""
-
-    root: int
-    metadata: list[int]
-    claimed: list[int]
-    free: list[int]
-    inodes: list[int]  # blocks
-    roots: list[int]  # those that were replaced too
-
-
-@cache
-def targets() -> Targets:
-    image = sample()
-    with new_region(len(image)) as made:
-        made.path.write_bytes(image)
-        k = Knife(made.region().memory)
-        numbers = [1, 2, *(n for n in vars(Names).values() if isinstance(n, int))]
-        blocks = range(k.geometry.block_count)
-        return Targets(
-            k.root,
-            metadata_blocks(k),
-            [b for b in blocks if k.tag(b)],
-            [b for b in blocks if not k.tag(b)],
-            [k.block_of(ino) for ino in numbers],
-            [b for b in blocks if node.HEADER.unpack(k.read(b)).kind == node.ROOT],
-        )
 
 
 def metadata_word(k: Knife, chance: random.Random) -> None:
@@ -197,21 +155,6 @@ def attack(k: Knife, seed: int) -> list[str]:
 
 
 # --- what must hold afterwards --------------------------------------------------------------
-
-
-def of_use(region: Region) -> None:
-    """The filesystem mounts, can be read and changed."""
-    fs = Filesystem.mount(region)
-    for _, attr, _ in fs.readdir(fs.opendir(1), 0):
-        assert fs.getattr(attr.ino).ino == attr.ino
-    for _ in range(200):
-        try:
-            fs.mkdir(1, b"made by the test", 0o755, ROOT)
-            break
-        except Busy:
-            time.sleep(0.002)  # the hint word is held by nobody who would show progress
-    fs.rmdir(1, b"made by the test", ROOT)
-    fs.unmount()
 
 
 def survives(region: Region, seed: int) -> str:

@@ -13,8 +13,8 @@ from ivshmemfs.format import inode, node, words
 from ivshmemfs.format.dirent import name_key
 from ivshmemfs.format.geometry import COMMIT_OFFSET
 from ivshmemfs.fsck import INVARIANTS
-from tests.fsck.damage import BIG, LONG_NAMES, Knife, Names, names_in
-from tests.regions import ROOT, TestRegion, get
+from tests.support.damage import BIG, LONG_NAMES, Knife, Names, names_in
+from tests.support.regions import ROOT, TestRegion, get
 
 DIR, REG = 4 << 56, 8 << 56
 

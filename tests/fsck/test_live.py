@@ -14,8 +14,8 @@ from ivshmemfs.errors import Busy, FsError, NoSpace
 from ivshmemfs.format import words
 from ivshmemfs.format.geometry import COMMIT_OFFSET
 from ivshmemfs.region import Memory
-from tests.fsck.damage import Knife, Names, sample
-from tests.regions import ROOT, TestRegion, put
+from tests.support.damage import Knife, Names, sample
+from tests.support.regions import ROOT, TestRegion, put
 
 SECONDS = 2.0
 

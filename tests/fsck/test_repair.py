@@ -16,10 +16,10 @@ from ivshmemfs.format.geometry import COMMIT_OFFSET, PEERS_OFFSET
 from ivshmemfs.fsck.rebuild import Builder
 from ivshmemfs.region import Region, open_region
 from ivshmemfs.shm import watch
-from tests.checks import detailed_tree
-from tests.conftest import Figures
-from tests.fsck.damage import BIG, LONG_NAMES, Knife, Names, names_in
-from tests.regions import ROOT, TestRegion, get, put
+from tests.support.checks import detailed_tree
+from tests.support.damage import BIG, LONG_NAMES, Knife, Names, names_in
+from tests.support.figures import Figures
+from tests.support.regions import ROOT, TestRegion, get, put
 
 
 def lost(fs: Filesystem) -> set[bytes]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.fuse.mounts import FakeMount
+from tests.fuse.fake_mount import FakeMount
 
 
 @pytest.fixture

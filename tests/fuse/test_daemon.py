@@ -16,17 +16,8 @@ import pytest
 
 from ivshmemfs.errors import MountError
 from ivshmemfs.fuse import daemon, mountpoint
-from tests.fuse.mounts import (
-    FAKE,
-    PATIENCE,
-    FakeMount,
-    eventually,
-    mount_lines,
-    needs_fuse,
-    release,
-    run,
-    stop,
-)
+from tests.fuse.fake_mount import FAKE, FakeMount
+from tests.support.mounts import PATIENCE, eventually, mount_lines, needs_fuse, release, run, stop
 
 pytestmark = needs_fuse
 

@@ -16,7 +16,8 @@ import pytest
 
 from ivshmemfs.engine import Filesystem
 from ivshmemfs.fuse import pyfuse3_frontend
-from tests.fuse.mounts import FakeMount, eventually, needs_fuse
+from tests.fuse.fake_mount import FakeMount
+from tests.support.mounts import eventually, needs_fuse
 
 pytestmark = needs_fuse
 

@@ -18,7 +18,8 @@ from ivshmemfs.fuse import kernel_frontend, protocol
 from ivshmemfs.fuse.kernel_frontend import FORGOTTEN_AT_ONCE
 from ivshmemfs.fuse.ownership import Ownership
 from tests.fuse.fake_kernel import UNIQUE, Kernel
-from tests.fuse.mounts import FakeMount, needs_fuse
+from tests.fuse.fake_mount import FakeMount
+from tests.support.mounts import needs_fuse
 
 
 @pytest.fixture

@@ -12,7 +12,8 @@ import pytest
 
 from ivshmemfs.fuse import logs
 from ivshmemfs.fuse.logs import Limited
-from tests.fuse.mounts import FakeMount, needs_fuse
+from tests.fuse.fake_mount import FakeMount
+from tests.support.mounts import needs_fuse
 
 
 class Kept(logging.Handler):

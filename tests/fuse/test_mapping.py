@@ -17,7 +17,8 @@ import pytest
 from ivshmemfs.errors import MountError
 from ivshmemfs.fuse import connection, protocol
 from ivshmemfs.fuse.connection import Handshake, State
-from tests.fuse.mounts import PATIENCE, FakeMount, needs_fuse
+from tests.fuse.fake_mount import FakeMount
+from tests.support.mounts import PATIENCE, needs_fuse
 
 MountFactory = Callable[..., FakeMount]
 

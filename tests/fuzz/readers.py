@@ -19,10 +19,10 @@ from ivshmemfs.format import dirent, node, peer, superblock, words, xattr
 from ivshmemfs.format.geometry import COMMIT_OFFSET, HINT_OFFSET
 from ivshmemfs.format.node import HEADER, HEADER_SIZE
 from ivshmemfs.region import Blocks, Memory
-from tests.fsck.damage import Knife, metadata_blocks
-from tests.fsck.test_hostile import of_use
-from tests.hostile.exercise import Ledger
-from tests.regions import ROOT, TestRegion, new_region, put
+from tests.support.attacks import of_use
+from tests.support.damage import Knife, metadata_blocks
+from tests.support.exercise import Ledger
+from tests.support.regions import ROOT, TestRegion, new_region, put
 
 SIZE, BLOCK = 160 << 10, 1024
 TAG = words.make_tag(1, 1, 1)

@@ -15,9 +15,9 @@ from ivshmemfs.engine.inode import parse
 from ivshmemfs.errors import Corrupt
 from ivshmemfs.format.inode import INODE, MAP, InodeRecord
 from ivshmemfs.format.node import HEADER_SIZE
-from tests.conftest import Figures
 from tests.fuzz import corpus
 from tests.fuzz.readers import READERS, seeds
+from tests.support.figures import Figures
 
 TOP = Path(__file__).parent.parent.parent
 SHORT = {"check": 100, "mount": 60}  # inputs made in the short run

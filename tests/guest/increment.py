@@ -10,7 +10,7 @@ import os
 import sys
 import time
 
-from ivshmemfs.region._memory import Memory
+from ivshmemfs.native import Memory
 
 COUNTER = 64
 FLAGS = 128  # one word for each party

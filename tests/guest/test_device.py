@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from ivshmemfs.region._memory import Memory
+from ivshmemfs.native import Memory
 from tests.guest.conftest import SIZES
 from tests.guest.harness import Guest
 from tests.guest.increment import COUNTER
@@ -29,7 +29,7 @@ def python(script: str) -> list[str]:
 def open_memory(path: str, size: int) -> str:
     """Python text that maps a BAR as ``m``."""
     return (
-        "import os; from ivshmemfs.region._memory import Memory\n"
+        "import os; from ivshmemfs.native import Memory\n"
         f"m = Memory(os.open({path!r}, os.O_RDWR), {size})\n"
     )
 

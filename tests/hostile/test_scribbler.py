@@ -5,39 +5,17 @@ from __future__ import annotations
 import random
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
 
-from ivshmemfs.format.geometry import COMMIT_OFFSET, HINT_OFFSET, Geometry
 from ivshmemfs.format.superblock import decode
-from tests.conftest import Figures
-from tests.fsck.damage import sample
-from tests.hostile.exercise import Ledger, joined, use
-from tests.hostile.test_static import repaired
-from tests.regions import TestRegion, new_region
-
-WORD = 8
-
-AREAS: dict[str, Callable[[Geometry], tuple[int, int]]] = {
-    "superblock": lambda g: (0, 512),
-    "commit word": lambda g: (COMMIT_OFFSET, COMMIT_OFFSET + WORD),
-    "hint": lambda g: (HINT_OFFSET, HINT_OFFSET + WORD),
-    "peer table": lambda g: (g.peers_offset, g.tags_offset),
-    "tags": lambda g: (g.tags_offset, g.tags_offset + WORD * g.block_count),
-    "blocks": lambda g: (g.data_offset, g.region_size),
-}
-
-
-def scribbled(value: int, chance: random.Random) -> int:
-    """What stands there, somewhat changed, or anything at all."""
-    kind = chance.randrange(4)
-    if kind == 0:
-        return value ^ 1 << chance.randrange(64)
-    if kind == 1:
-        return (value + chance.choice((-1, 1))) % (1 << 64)
-    return 0 if kind == 2 else chance.getrandbits(64)
+from tests.support.damage import sample
+from tests.support.exercise import Ledger, joined, repaired, use
+from tests.support.figures import Figures
+from tests.support.regions import TestRegion, new_region
+from tests.support.scribbles import AREAS, WORD, scribbled
 
 
 @contextmanager

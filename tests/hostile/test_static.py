@@ -3,24 +3,17 @@
 from __future__ import annotations
 
 import resource
-import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 
 import pytest
 
-from ivshmemfs import fsck
 from ivshmemfs.engine import Filesystem
-from ivshmemfs.errors import Corrupt, FormatError
-from tests.conftest import Figures
-from tests.fsck.damage import Knife, sample
-from tests.fsck.test_hostile import of_use
-from tests.hostile import wounds
-from tests.hostile.exercise import Ledger, joined, use
-from tests.regions import TestRegion, new_region
+from tests.support import wounds
+from tests.support.damage import Knife, sample
+from tests.support.exercise import MOST_MEMORY, Ledger, joined, repaired, use
+from tests.support.figures import Figures
+from tests.support.regions import TestRegion, new_region
 
-SLOWEST_REPAIR = 10.0  # seconds of computing
-MOST_MEMORY = 200 << 10  # KiB that a whole family may add
 EVERY = {
     "inodes": 5,
     "headers": 4,
@@ -64,16 +57,6 @@ def one_case(made: TestRegion, damage: wounds.Damage, ledger: Ledger) -> None:
         repaired(region)
     finally:
         region.close()
-
-
-def repaired(region: object) -> None:
-    began = time.thread_time()
-    with suppress(FormatError, Corrupt):  # refused: a superblock of another version, say
-        after = fsck.repair(region, force=True)  # type: ignore[arg-type]
-        assert not after.findings, f"left:\n{after}\ndone:\n{after.repairs}"
-        of_use(region)  # type: ignore[arg-type]
-        assert not fsck.check(region).findings  # type: ignore[arg-type]
-    assert time.thread_time() - began < SLOWEST_REPAIR
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -20,10 +20,10 @@ from ivshmemfs.cli.peering import patiently
 from ivshmemfs.cli.putting import Place, Putter
 from ivshmemfs.engine import FileLock, Filesystem
 from ivshmemfs.errors import Busy, FormatError, IvshmemfsError
-from tests.fsck.damage import Knife, Names, sample
-from tests.hostile import wounds
-from tests.hostile.exercise import SLOWEST
-from tests.regions import TestRegion, new_region
+from tests.support import wounds
+from tests.support.damage import Knife, Names, sample
+from tests.support.exercise import SLOWEST
+from tests.support.regions import TestRegion, new_region
 
 EVERY = {"pointers": 4, "inodes": 4, "control": 8}  # one of so many in a short run
 FAMILIES: dict[str, Callable[[], Iterator[tuple[str, wounds.Damage]]]] = {

@@ -20,7 +20,7 @@ from ivshmemfs.format import superblock
 from ivshmemfs.region import blank, create_file, open_region
 from ivshmemfs.shm.repair import Turn
 from mkfs.main import main
-from tests.regions import TestRegion, get, new_region, put
+from tests.support.regions import TestRegion, get, new_region, put
 
 SIZE = 1 << 20
 

@@ -19,7 +19,7 @@ from ivshmemfs.format.geometry import COMMIT_OFFSET, plan
 from ivshmemfs.region import DEVICE, NORMAL, WRITE_COMBINING, Memory, open_region
 from mkfs import writer
 from mkfs.image import Parameters, make_image
-from tests.regions import ROOT, TestRegion, get, new_region, put
+from tests.support.regions import ROOT, TestRegion, get, new_region, put
 
 SIZE = 256 << 10
 OLD = b"what stood here before" * 100

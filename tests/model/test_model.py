@@ -25,7 +25,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import Figures
+from tests.support.figures import Figures
 
 HERE = Path(__file__).parent
 SOURCES = ("commit", "mark", "openlist", "slots", "twins")

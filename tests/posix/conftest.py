@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.posix.actor import Actor
-from tests.posix.lab import EVERYTHING, Lab, new_lab
+from tests.support.lab import EVERYTHING, Lab, new_lab
 
 #: Numbers that no account needs to exist for.
 USER, OTHER, GROUP, SECOND_GROUP = 65533, 65532, 65531, 65530

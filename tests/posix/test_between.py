@@ -10,10 +10,9 @@ import os
 import random
 import shutil
 import stat
-import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -22,45 +21,15 @@ import pytest
 from ivshmemfs.format.geometry import HINT_OFFSET
 from ivshmemfs.format.words import make_hint
 from ivshmemfs.region import open_region
-from tests.conftest import Figures
 from tests.posix.calls import CALLS
-from tests.posix.lab import Lab, needs_fuse, needs_root, new_lab
+from tests.posix.processes import in_processes
 from tests.posix.raising import fails
+from tests.support.figures import Figures
+from tests.support.lab import Lab, needs_fuse, needs_root, new_lab
 
 pytestmark = [needs_fuse, needs_root]
 
 EXCHANGE = 2  # of renameat2(2)
-
-
-def in_processes(calls: Sequence[Callable[[], object]], seconds: float = 120) -> None:
-    """Run each call in a process of its own, all at once; all must succeed."""
-    ready, go = os.pipe()
-    children = []
-    for call in calls:
-        pid = os.fork()
-        if pid == 0:
-            code = 1
-            try:
-                os.close(go)
-                os.read(ready, 1)
-                call()
-                code = 0
-            except BaseException:
-                sys.excepthook(*sys.exc_info())
-            finally:
-                os._exit(code)
-        children.append(pid)
-    os.close(ready)
-    os.close(go)
-    end = time.monotonic() + seconds
-    codes: list[int] = []
-    for pid in children:
-        while (status := os.waitpid(pid, os.WNOHANG)) == (0, 0):
-            if time.monotonic() > end:
-                os.kill(pid, 9)
-            time.sleep(0.005)
-        codes.append(os.waitstatus_to_exitcode(status[1]))
-    assert codes == [0] * len(calls)
 
 
 # --- seen at once -----------------------------------------------------------------------------

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from tests.posix.actor import Actor
 from tests.posix.conftest import GROUP, USER
-from tests.posix.lab import needs_fuse, needs_root, new_lab
 from tests.posix.raising import fails
+from tests.support.lab import needs_fuse, needs_root, new_lab
 
 pytestmark = [needs_fuse, needs_root]
 

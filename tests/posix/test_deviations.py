@@ -9,8 +9,8 @@ import os
 import select
 from pathlib import Path
 
-from tests.posix.lab import needs_fuse, needs_root
 from tests.posix.raising import fails
+from tests.support.lab import needs_fuse, needs_root
 
 pytestmark = [needs_fuse, needs_root]
 _libc = ctypes.CDLL(None, use_errno=True)

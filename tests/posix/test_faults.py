@@ -17,9 +17,9 @@ import pytest
 
 from ivshmemfs.format.superblock import decode
 from ivshmemfs.region import open_region
-from tests.conftest import Figures
-from tests.hostile.test_scribbler import AREAS, scribbled
-from tests.posix.lab import ENVIRONMENT, PATIENCE, Lab, needs_fuse, needs_root, new_lab
+from tests.support.figures import Figures
+from tests.support.lab import ENVIRONMENT, PATIENCE, Lab, needs_fuse, needs_root, new_lab
+from tests.support.scribbles import AREAS, scribbled
 
 pytestmark = [needs_fuse, needs_root]
 

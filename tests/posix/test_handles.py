@@ -10,8 +10,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from tests.posix.lab import PATIENCE, needs_fuse, needs_root
 from tests.posix.raising import fails
+from tests.support.lab import PATIENCE, needs_fuse, needs_root
 
 pytestmark = [needs_fuse, needs_root]
 _libc = ctypes.CDLL(None, use_errno=True)

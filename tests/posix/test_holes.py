@@ -17,8 +17,8 @@ from pathlib import Path
 import pytest
 
 from tests.posix.actor import Actor
-from tests.posix.lab import KERNEL, Lab, needs_fuse, needs_root, new_lab
 from tests.posix.raising import fails
+from tests.support.lab import KERNEL, Lab, needs_fuse, needs_root, new_lab
 
 pytestmark = needs_fuse
 

@@ -8,8 +8,8 @@ import shutil
 import time
 from pathlib import Path
 
-from tests.conftest import Figures
-from tests.posix.lab import needs_fuse, needs_root, new_lab
+from tests.support.figures import Figures
+from tests.support.lab import needs_fuse, needs_root, new_lab
 
 pytestmark = [needs_fuse, needs_root]
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.posix.lab import ENVIRONMENT, PATIENCE, Lab, needs_fuse, needs_root
+from tests.support.lab import ENVIRONMENT, PATIENCE, Lab, needs_fuse, needs_root
 
 pytestmark = [needs_fuse, needs_root]
 PROGRAM = [sys.executable, "-m", "ivshmemfs.cli", "lock"]

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.posix.lab import SHARED_MAPPINGS, Lab, needs_fuse, needs_root, new_lab
 from tests.posix.raising import fails
+from tests.support.lab import SHARED_MAPPINGS, Lab, needs_fuse, needs_root, new_lab
 
 pytestmark = [needs_fuse, needs_root]
 shared = pytest.mark.skipif(not SHARED_MAPPINGS, reason="needs Linux 6.6: see -o mmap")

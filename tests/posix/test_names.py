@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.posix.lab import needs_fuse, needs_root
 from tests.posix.raising import fails
+from tests.support.lab import needs_fuse, needs_root
 
 pytestmark = [needs_fuse, needs_root]
 

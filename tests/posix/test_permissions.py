@@ -12,8 +12,8 @@ import pytest
 
 from tests.posix.actor import Actor
 from tests.posix.conftest import GROUP, OTHER, SECOND_GROUP, USER
-from tests.posix.lab import needs_fuse, needs_root
 from tests.posix.raising import fails
+from tests.support.lab import needs_fuse, needs_root
 
 pytestmark = [needs_fuse, needs_root]
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.posix.lab import SHARED_MAPPINGS, Lab, needs_fuse, needs_root, new_lab
+from tests.support.lab import SHARED_MAPPINGS, Lab, needs_fuse, needs_root, new_lab
 
 pytestmark = [needs_fuse, needs_root]
 

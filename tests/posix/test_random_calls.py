@@ -17,11 +17,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import Figures
 from tests.posix.actor import Actor
 from tests.posix.calls import NO_DEVICE, UTIME_NOW, UTIME_OMIT, Call, Errno
-from tests.posix.lab import Lab, needs_fuse, needs_root
 from tests.posix.twin import CALLERS, GROUP, OTHER, OWNER, SECOND_GROUP, Node, look
+from tests.support.figures import Figures
+from tests.support.lab import Lab, needs_fuse, needs_root
 
 pytestmark = [needs_fuse, needs_root]
 

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.posix.lab import Lab, needs_fuse, needs_root, new_lab
+from tests.support.lab import Lab, needs_fuse, needs_root, new_lab
 
 pytestmark = [needs_fuse, needs_root]
 

@@ -20,11 +20,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import Figures
 from tests.posix.calls import CALLS, UTIME_NOW, Call
-from tests.posix.lab import needs_fuse, needs_root, new_lab
-from tests.posix.test_between import in_processes
+from tests.posix.processes import in_processes
 from tests.posix.twin import look
+from tests.support.figures import Figures
+from tests.support.lab import needs_fuse, needs_root, new_lab
 
 pytestmark = [needs_fuse, needs_root]
 

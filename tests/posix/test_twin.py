@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import Figures
 from tests.posix import tables
-from tests.posix.lab import EVERYTHING, needs_fuse, needs_root, new_lab
 from tests.posix.twin import Case, Place, Twins
+from tests.support.figures import Figures
+from tests.support.lab import EVERYTHING, needs_fuse, needs_root, new_lab
 
 pytestmark = [needs_fuse, needs_root]
 

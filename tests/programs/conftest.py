@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.posix.lab import Lab, new_lab
+from tests.support.lab import Lab, new_lab
 
 _numbers = itertools.count()
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.posix.lab import SHARED_MAPPINGS, needs_fuse, needs_root
 from tests.programs.programs import find, run
+from tests.support.lab import SHARED_MAPPINGS, needs_fuse, needs_root
 
 pytestmark = [needs_fuse, needs_root]
 

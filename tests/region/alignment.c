@@ -8,7 +8,9 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "_access.h"
+#include "access.h"
+
+bool access_has_extras; /* which mapping.c has otherwise */
 
 static _Alignas(64) unsigned char region[256], private_copy[256], expected[256];
 

@@ -61,3 +61,10 @@ def memory(request: pytest.FixtureRequest, place: Place) -> Memory:
 @pytest.fixture
 def blocks(memory: Memory) -> Blocks:
     return Blocks(memory, TAGS, DATA, BLOCK, COUNT)
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Iterator[int]:
+    descriptor = os.open(tmp_path / "file", os.O_RDWR | os.O_CREAT)
+    yield descriptor
+    os.close(descriptor)

@@ -17,6 +17,12 @@ def pointer(block: int, tag: int, weight: int = 1) -> bytes:
 
 
 NULL = bytes(16)
+TAG = (3 << 56) | (2 << 36) | 1
+
+
+def table(words: list[int]) -> bytes:
+    """Words as they are stored."""
+    return struct.pack(f"<{len(words)}Q", *words)
 
 
 def unpack(pointers: bytes) -> list[tuple[int, int]]:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-import ivshmemfs.region
+import ivshmemfs.native
 
 COMPILER = shutil.which("gcc") or shutil.which("cc")
 
@@ -22,7 +22,7 @@ def program(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
         pytest.skip("no C compiler")
     program = tmp_path_factory.mktemp("alignment") / "alignment"
     source = Path(__file__).with_name("alignment.c")
-    includes = Path(ivshmemfs.region.__file__).parent
+    includes = Path(ivshmemfs.native.__file__).parent
     command = [COMPILER, request.param, "-Wall", "-Wno-unused-function", "-I", includes, source]
     subprocess.run([*command, "-o", program], check=True)
     return program

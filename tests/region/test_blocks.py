@@ -8,18 +8,19 @@ import re
 import resource
 import struct
 import tempfile
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from ivshmemfs.region import Blocks, Memory, crc32c
-from tests.region.conftest import BLOCK, COUNT, DATA, PATIENT, SIZE, TAGS, Place
-from tests.region.model import NULL, ModelBlocks, make_node, pointer, unpack
+from ivshmemfs.format.words import MAX_BLOCKS
+from ivshmemfs.region import Blocks, Memory
+from tests.region.conftest import BLOCK, COUNT, DATA, SIZE, TAGS, Place
+from tests.region.contract import PAGE, RUNS, BlocksContract
+from tests.region.model import NULL, TAG, make_node, pointer, table, unpack
 
-TAG = (3 << 56) | (2 << 36) | 1
+
+class TestContract(BlocksContract):
+    pass
 
 
 # --- claim and release ----------------------------------------------------------------------
@@ -41,28 +42,9 @@ def test_claims_wrap_around_and_skip_what_is_taken(blocks: Blocks) -> None:
     assert cursor == 2
 
 
-def test_a_full_region_gives_what_it_has(blocks: Blocks) -> None:
-    got, cursor = blocks.claim(2**64 - 1, TAG, 5)
-    assert len(got) == 16 * COUNT
-    assert cursor == 5
-    assert blocks.free_count() == 0
-    assert blocks.claim(1, 9, 0) == (b"", 0)
-    assert blocks.release(got) == COUNT
-    assert blocks.free_count() == COUNT
-
-
 def test_claiming_nothing_changes_nothing(blocks: Blocks) -> None:
     assert blocks.claim(0, TAG, 7) == (b"", 7)
     assert blocks.free_count() == COUNT
-
-
-def test_a_stale_release_frees_nothing(blocks: Blocks) -> None:
-    got, _ = blocks.claim(2, TAG, 0)
-    assert blocks.release(got) == 2
-    blocks.claim(2, TAG + 1, 0)
-    assert blocks.release(got) == 0
-    assert blocks.release(NULL + got) == 0
-    assert blocks.tag(0) == TAG + 1
 
 
 def test_reclaiming_takes_those_of_the_blocks_that_are_free(blocks: Blocks) -> None:
@@ -137,18 +119,6 @@ def test_null_pointers_may_hold_any_block_number(blocks: Blocks) -> None:
 # --- gather and scatter ---------------------------------------------------------------------
 
 
-def test_scatter_then_gather_gives_the_same_bytes(blocks: Blocks) -> None:
-    got, _ = blocks.claim(5, TAG, 60)
-    data = os.urandom(4 * BLOCK + 77)
-    blocks.memory.write(DATA, b"\xff" * BLOCK * COUNT)
-    blocks.scatter(got, data)
-    into = bytearray(5 * BLOCK)
-    assert blocks.gather(got, 0, 5 * BLOCK, into)
-    assert into == data.ljust(5 * BLOCK, b"\0")
-    untouched = blocks.memory.read(DATA + BLOCK, BLOCK * (COUNT - 5))
-    assert untouched == b"\xff" * len(untouched)
-
-
 def test_blocks_are_filled_while_the_guard_stands(blocks: Blocks) -> None:
     """It is looked at before each block, and not at all without one."""
     memory, word = blocks.memory, 8
@@ -188,14 +158,6 @@ def test_scatter_refuses_nulls_and_what_does_not_fit(blocks: Blocks) -> None:
     assert blocks.memory.is_zero(0, SIZE)
 
 
-def test_gather_reads_holes_as_zeros_and_honours_at(blocks: Blocks) -> None:
-    got, _ = blocks.claim(1, TAG, 0)
-    blocks.scatter(got, b"a" * BLOCK)
-    into = bytearray(b"." * (BLOCK + 10))
-    assert blocks.gather(NULL + got, BLOCK - 4, 8, into, at=3)
-    assert into == (b"..." + bytes(4) + b"aaaa").ljust(BLOCK + 10, b".")
-
-
 def test_gather_notices_only_the_stale_blocks_it_touched(blocks: Blocks) -> None:
     got, _ = blocks.claim(3, TAG, 0)
     blocks.release(got[16:32])
@@ -226,14 +188,6 @@ def test_gather_needs_a_writable_buffer(blocks: Blocks) -> None:
         blocks.gather(pointer(0, 1), 0, 1, b"x")
 
 
-PAGE = 4096
-RUNS = [
-    range(3, 43),  # one run
-    [*range(30, 40), *range(5), *range(10, 30)],
-    range(40, 4, -1),  # none longer than a block
-]
-
-
 @pytest.mark.parametrize("order", RUNS, ids=["one", "three", "backwards"])
 @pytest.mark.parametrize("odd", [0, 1, 77])
 def test_runs_of_blocks_are_copied_like_single_ones(
@@ -255,55 +209,6 @@ def test_runs_of_blocks_are_copied_like_single_ones(
         into = bytearray(length)
         assert blocks.gather(got, 100, length - 100, into, at=odd)
         assert into[odd : odd + length - 100] == source[100:]
-
-
-@pytest.fixture
-def file(tmp_path: Path) -> Iterator[int]:
-    descriptor = os.open(tmp_path / "file", os.O_RDWR | os.O_CREAT)
-    yield descriptor
-    os.close(descriptor)
-
-
-@pytest.mark.parametrize("order", RUNS, ids=["one", "three", "backwards"])
-@pytest.mark.parametrize("size", [0, 1, 4096, 40 * 4096, 40 * 4096 + 9])
-@pytest.mark.parametrize("armed", [False, True])
-def test_a_file_is_copied_over_blocks_and_back(
-    memory: Memory, file: int, order: Sequence[int], size: int, armed: bool
-) -> None:
-    blocks = Blocks(memory, TAGS, DATA, PAGE, 48)
-    got = b"".join(blocks.claim(1, TAG, block)[0] for block in order)
-    content = os.urandom(size)
-    os.pwrite(file, content, 100)
-    memory.write(DATA, b"\xee" * 48 * PAGE)
-    memory.trap(10**9, (lambda: None) if armed else None, loads=True)
-    room = len(got) // 16 * PAGE
-    length = min(size, room)
-    assert blocks.fill(got, file, 100, room) == length
-    used = -(-length // PAGE)
-    into = bytearray(room)
-    assert blocks.gather(got, 0, room, into)
-    assert into == content[:length].ljust(used * PAGE, b"\0").ljust(room, b"\xee")
-    for block in {*range(48)} - {*order}:
-        assert memory.read(DATA + block * PAGE, PAGE) == b"\xee" * PAGE
-    os.ftruncate(file, 0)
-    assert blocks.drain(got, min(5, room), room - 5, file, 7)
-    assert os.pread(file, 2 * room, 0) == bytes(7) + into[5:]
-
-
-def test_draining_writes_holes_as_zeros_and_notices_stale_blocks(blocks: Blocks, file: int) -> None:
-    got, _ = blocks.claim(2, TAG, 0)
-    blocks.scatter(got, b"a" * BLOCK + b"b" * BLOCK)
-    holes = NULL * (200_000 // BLOCK)
-    os.pwrite(file, b"x" * 300_000, 0)
-    assert blocks.drain(
-        got[:16] + holes + got[16:], 0, 2 * BLOCK + len(holes) // 16 * BLOCK, file, 0
-    )
-    expected = b"a" * BLOCK + bytes(len(holes) // 16 * BLOCK) + b"b" * BLOCK
-    assert os.pread(file, 300_000, 0) == expected.ljust(300_000, b"x")
-    blocks.release(got[16:])
-    assert blocks.drain(got, 0, BLOCK, file, 0)
-    assert not blocks.drain(got, 0, BLOCK + 1, file, 0)
-    assert blocks.drain(got, BLOCK, 0, file, 0)
 
 
 def test_what_is_wrong_with_the_file_is_said(blocks: Blocks, file: int) -> None:
@@ -360,17 +265,6 @@ def test_a_long_run_in_a_fresh_mapping_takes_few_page_faults(place: Place) -> No
 # --- nodes ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("size", [0, 1, 3, 8, 100, BLOCK - 32])
-def test_a_node_comes_back_with_its_checksum(blocks: Blocks, size: int) -> None:
-    blocks.claim(1, TAG, 4)
-    node = make_node(TAG, os.urandom(size))
-    blocks.write_node(4, node)
-    read = blocks.read_node(4, TAG)
-    assert read is not None
-    assert read[4:] == node[4:]
-    assert read[:4] == struct.pack("<I", crc32c(node[4:]))
-
-
 def test_a_node_longer_than_a_page_comes_back(place: Place) -> None:
     blocks = Blocks(place.map(), 4096, 65536, 65536, 2)
     blocks.claim(1, TAG, 1)
@@ -422,21 +316,6 @@ def test_a_node_of_impossible_size_is_not_written(blocks: Blocks, size: int) -> 
 
 
 # --- mark and sweep -------------------------------------------------------------------------
-
-
-def table(words: list[int]) -> bytes:
-    return struct.pack(f"<{len(words)}Q", *words)
-
-
-def test_sweep_finds_settled_claims_that_are_not_marked(blocks: Blocks) -> None:
-    kept, _ = blocks.claim(2, TAG, 0)
-    lost, _ = blocks.claim(2, TAG, 2)
-    marks = bytearray(8 * COUNT)
-    blocks.mark(kept + NULL, marks)
-    assert struct.unpack_from("<3Q", marks) == (TAG, TAG, 0)
-    assert blocks.sweep(marks, bytes(2048), 0, COUNT) == lost
-    assert blocks.sweep(marks, bytes(2048), 3, COUNT) == lost[16:]
-    assert blocks.sweep(marks, bytes(2048), 5, 5) == b""
 
 
 @pytest.mark.parametrize(
@@ -503,8 +382,8 @@ def test_wrong_tables_and_ranges_are_refused(blocks: Blocks) -> None:
         ((TAGS, DATA, 33, COUNT), "block_size"),
         ((TAGS, DATA, -512, COUNT), "block_size"),
         ((TAGS, DATA, BLOCK, 0), "block_count"),
-        ((TAGS, DATA, BLOCK, 2**32 + 1), "block_count"),
-        ((TAGS, DATA, BLOCK, 2**32), "tags_offset"),
+        ((TAGS, DATA, BLOCK, MAX_BLOCKS + 1), "block_count"),
+        ((TAGS, DATA, BLOCK, MAX_BLOCKS), "tags_offset"),
         ((TAGS, DATA, BLOCK, 2**64), "block_count"),
     ],
 )
@@ -556,85 +435,7 @@ def test_a_readonly_memory_lets_blocks_be_read_only(place: Place) -> None:
     assert blocks.gather(got, 0, BLOCK, bytearray(BLOCK))
 
 
-# --- against the model ----------------------------------------------------------------------
-
-SMALL = 8  # blocks, so that everything meets
-SIZE_OF_SMALL = 64
-
-tags = st.integers(1, 3).map(lambda n: (n << 56) | (n << 36) | n)
-pointers = st.lists(
-    st.one_of(st.just(NULL), st.builds(pointer, st.integers(0, SMALL - 1), tags)), max_size=6
-).map(b"".join)
-steps = st.one_of(
-    st.tuples(st.just("claim"), st.integers(0, 10), tags, st.integers(0, SMALL - 1)),
-    st.tuples(st.just("reclaim"), pointers, tags),
-    st.tuples(st.just("release"), pointers),
-    st.tuples(st.just("check"), pointers),
-    st.tuples(st.just("gather"), pointers, st.integers(0, 200), st.integers(0, 200)),
-    st.tuples(st.just("scatter"), pointers, st.binary(max_size=300)),
-    st.tuples(st.just("node"), st.integers(0, SMALL - 1), tags, st.binary(max_size=32)),
-    st.tuples(st.just("sweep"), st.lists(tags, min_size=SMALL, max_size=SMALL), st.booleans()),
-)
-
-
-def both_gather(blocks: Blocks, model: ModelBlocks, p: bytes, skip: int, length: int) -> None:
-    available = len(p) // 16 * SIZE_OF_SMALL
-    skip = min(skip, available)
-    length = min(length, available - skip)
-    into = bytearray(length)
-    good = blocks.gather(p, skip, length, into)
-    data, fresh = model.gather(p, skip, length)
-    assert good == fresh
-    assert into == data
-
-
-def both_scatter(blocks: Blocks, model: ModelBlocks, p: bytes, data: bytes) -> None:
-    full = b"".join(pointer(block, tag) for block, tag in unpack(p) if tag)
-    data = data[: len(full) // 16 * SIZE_OF_SMALL]
-    blocks.scatter(full, data)
-    model.scatter(full, data)
-
-
-def both_sweep(blocks: Blocks, model: ModelBlocks, marks: list[int], live: bool) -> None:
-    limits = [0] * 256
-    if live:
-        limits[1:4] = [(9 << 56) | (i << 36) | n for i, n in ((1, 2), (1, 9), (3, 3))]
-    expected = model.sweep(marks, limits, 1, SMALL)
-    assert blocks.sweep(table(marks), table(limits), 1, SMALL) == expected
-
-
-@settings(PATIENT, max_examples=150)
-@given(st.lists(steps, max_size=25), st.booleans())
-def test_any_sequence_equals_the_model(
-    memory: Memory, sequence: list[tuple[object, ...]], armed: bool
-) -> None:
-    memory.zero(0, 8192)
-    memory.trap(10**9, (lambda: None) if armed else None, loads=True)
-    blocks, model = Blocks(memory, 0, 4096, SIZE_OF_SMALL, SMALL), ModelBlocks(SIZE_OF_SMALL, SMALL)
-    for step in sequence:
-        match step:
-            case ("claim", int(count), int(tag), int(cursor)):
-                assert blocks.claim(count, tag, cursor) == model.claim(count, tag, cursor)
-            case ("reclaim", bytes(p), int(tag)):
-                assert blocks.reclaim(p, tag) == model.reclaim(p, tag)
-            case ("release", bytes(p)):
-                assert blocks.release(p) == model.release(p)
-            case ("check", bytes(p)):
-                assert blocks.check(p) == model.check(p)
-            case ("gather", bytes(p), int(skip), int(length)):
-                both_gather(blocks, model, p, skip, length)
-            case ("scatter", bytes(p), bytes(data)):
-                both_scatter(blocks, model, p, data)
-            case ("node", int(block), int(tag), bytes(payload)):
-                blocks.write_node(block, make_node(tag, payload))
-                model.write_node(block, make_node(tag, payload))
-            case ("sweep", list(marks), bool(live)):
-                both_sweep(blocks, model, marks, live)
-            case other:
-                raise AssertionError(other)
-        assert memory.read(4096, len(model.data)) == model.data
-        assert memory.read(0, 8 * SMALL) == table(model.tags)
-        assert blocks.free_count() == model.tags.count(0)
+# --- several nodes --------------------------------------------------------------------------
 
 
 def test_several_nodes_are_written_in_one_call(blocks: Blocks) -> None:

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ivshmemfs.native._native import _crc32c_by_table
 from ivshmemfs.region import crc32c
-from ivshmemfs.region._memory import _crc32c_by_table
 from tests.region.conftest import PATIENT
 
 # RFC 3720, appendix B.4, and the usual check value.

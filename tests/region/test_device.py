@@ -28,29 +28,7 @@ from ivshmemfs.region import (
     refuse_unfit,
 )
 from tests.region.conftest import BLOCK, COUNT, DATA, SIZE, TAGS
-
-# Collected here once more, with this module's fixtures of the same names.
-from tests.region.test_blocks import (  # noqa: F401
-    file,
-    test_a_file_is_copied_over_blocks_and_back,
-    test_a_full_region_gives_what_it_has,
-    test_a_node_comes_back_with_its_checksum,
-    test_a_stale_release_frees_nothing,
-    test_any_sequence_equals_the_model,
-    test_draining_writes_holes_as_zeros_and_notices_stale_blocks,
-    test_gather_reads_holes_as_zeros_and_honours_at,
-    test_scatter_then_gather_gives_the_same_bytes,
-    test_sweep_finds_settled_claims_that_are_not_marked,
-)
-from tests.region.test_memory import (  # noqa: F401
-    test_a_stored_word_is_loaded_little_endian,
-    test_any_range_is_written_and_read_exactly,
-    test_cas_returns_what_was_there_and_stores_only_on_a_match,
-    test_is_zero_sees_a_single_bit,
-    test_large_ranges_survive_releasing_the_lock,
-    test_writes_and_zeros_equal_a_bytearray,
-    test_zero_clears_exactly_its_range,
-)
+from tests.region.contract import BlocksContract, MemoryContract
 
 SPEC = os.environ.get("IVSHMEMFS_TEST_DEVICE", "")
 ARM = platform.machine() == "aarch64"
@@ -96,6 +74,14 @@ def memory(request: pytest.FixtureRequest) -> Iterator[Memory]:
 @pytest.fixture
 def blocks(memory: Memory) -> Blocks:
     return Blocks(memory, TAGS, DATA, BLOCK, COUNT)
+
+
+class TestMemory(MemoryContract):
+    pass
+
+
+class TestBlocks(BlocksContract):
+    pass
 
 
 def test_the_device_is_found() -> None:

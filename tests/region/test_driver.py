@@ -22,7 +22,7 @@ from ivshmemfs.errors import (
     UsageError,
 )
 from ivshmemfs.region import DEVICE, Roots, discover, identified, open_region
-from tests.region.sysfs import ONE, REGISTERS, SIZE, START, TWO, FakeMachine, hold
+from tests.support.sysfs import ONE, REGISTERS, SIZE, START, TWO, FakeMachine, hold
 
 PAGE = os.sysconf("SC_PAGE_SIZE")
 

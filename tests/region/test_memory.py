@@ -10,35 +10,21 @@ import threading
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
+from ivshmemfs.native import _native
 from ivshmemfs.region import DEVICE, NORMAL, Memory
-from tests.region.conftest import PATIENT, SIZE, Place
+from tests.region.conftest import SIZE, Place
+from tests.region.contract import MemoryContract
 
 FAR = 2**64 - 8
 OUTSIDE = [-8, -1, 1, 4, 7, SIZE - 7, SIZE, SIZE + 8, FAR, 2**64, 2**200]
 
 
+class TestContract(MemoryContract):
+    pass
+
+
 # --- words ----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("value", [0, 1, 2**63, 2**64 - 1, 0x0123456789ABCDEF])
-@pytest.mark.parametrize("offset", [0, 8, 4096, SIZE - 8])
-def test_a_stored_word_is_loaded_little_endian(memory: Memory, offset: int, value: int) -> None:
-    memory.store(offset, value)
-    assert memory.load(offset) == value
-    assert memory.read(offset, 8) == value.to_bytes(8, "little")
-
-
-def test_cas_returns_what_was_there_and_stores_only_on_a_match(memory: Memory) -> None:
-    memory.store(64, 5)
-    assert memory.cas(64, 4, 9) == 5
-    assert memory.load(64) == 5
-    assert memory.cas(64, 5, 2**64 - 1) == 5
-    assert memory.cas(64, 2**64 - 1, 0) == 2**64 - 1
-    assert memory.load(64) == 0
-    assert memory.is_zero(0, SIZE)
 
 
 @pytest.mark.parametrize("offset", OUTSIDE)
@@ -70,13 +56,13 @@ def test_words_take_keywords_like_any_function(memory: Memory) -> None:
     memory.store(value=3, offset=8)
     assert memory.cas(8, new=4, expected=3) == 3
     assert memory.load(offset=8) == 4
-    with pytest.raises(TypeError, match="two values for 'offset'"):
+    with pytest.raises(TypeError, match=r"multiple values for.* 'offset'"):
         memory.load(8, offset=8)  # type: ignore[misc]
-    with pytest.raises(TypeError, match="no argument 'where'"):
+    with pytest.raises(TypeError, match="unexpected keyword argument 'where'"):
         memory.load(where=8)  # type: ignore[call-arg]
-    with pytest.raises(TypeError, match="misses its argument 'new'"):
+    with pytest.raises(TypeError, match=r"3 positional arguments \(2 given\)"):
         memory.cas(8, 4)  # type: ignore[call-arg]
-    with pytest.raises(TypeError, match="takes 1 arguments"):
+    with pytest.raises(TypeError, match=r"1 positional argument \(2 given\)"):
         memory.load(8, 9)  # type: ignore[call-arg]
 
 
@@ -86,38 +72,6 @@ def test_fence_returns(memory: Memory) -> None:
 
 
 # --- ranges ---------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("offset", [*range(17), SIZE - 100])
-@pytest.mark.parametrize("length", [*range(18), 31, 63, 64, 65, 96])
-def test_any_range_is_written_and_read_exactly(memory: Memory, offset: int, length: int) -> None:
-    data = bytes(range(1, length + 1))
-    memory.write(offset, data)
-    assert memory.read(offset, length) == data
-    assert memory.is_zero(0, offset)
-    assert memory.is_zero(offset + length, SIZE - offset - length)
-
-
-@pytest.mark.parametrize("offset", range(9))
-@pytest.mark.parametrize("length", [0, 1, 7, 8, 9, 300, 5000])
-def test_zero_clears_exactly_its_range(memory: Memory, offset: int, length: int) -> None:
-    memory.write(0, b"\xff" * 8192)
-    memory.zero(offset, length)
-    assert memory.read(0, 8192) == (b"\xff" * offset + bytes(length)).ljust(8192, b"\xff")
-
-
-@pytest.mark.parametrize("at", [0, 1, 4095, 4096, 9999])
-def test_is_zero_sees_a_single_bit(memory: Memory, at: int) -> None:
-    memory.write(100 + at, b"\x80")
-    assert not memory.is_zero(100, 10_000)
-    assert memory.is_zero(100, at)
-    assert memory.is_zero(101 + at, 10_000)
-
-
-def test_large_ranges_survive_releasing_the_lock(memory: Memory) -> None:
-    data = os.urandom(SIZE - 13)
-    memory.write(13, data)
-    assert memory.read(13, len(data)) == data
 
 
 @pytest.mark.parametrize(
@@ -150,25 +104,6 @@ def test_empty_ranges_at_the_end_are_fine(memory: Memory) -> None:
     memory.write(SIZE, b"")
     memory.zero(SIZE, 0)
     assert memory.is_zero(SIZE, 0)
-
-
-@settings(PATIENT, max_examples=60)
-@given(
-    st.lists(st.tuples(st.integers(0, 200), st.binary(max_size=150), st.booleans()), max_size=20)
-)
-def test_writes_and_zeros_equal_a_bytearray(
-    memory: Memory, steps: list[tuple[int, bytes, bool]]
-) -> None:
-    memory.zero(0, 400)
-    model = bytearray(400)
-    for offset, data, clear in steps:
-        model[offset : offset + len(data)] = bytes(len(data)) if clear else data
-        if clear:
-            memory.zero(offset, len(data))
-        else:
-            memory.write(offset, data)
-        assert memory.read(0, 400) == model
-        assert memory.read(offset, len(data)) == model[offset : offset + len(data)]
 
 
 def test_ordinary_memory_bears_unaligned_loads(memory: Memory) -> None:
@@ -316,8 +251,9 @@ def test_closing_while_threads_copy_waits_for_them(place: Place) -> None:
 def test_types_cannot_be_tampered_with(memory: Memory) -> None:
     with pytest.raises(TypeError):
         type("Sub", (Memory,), {})
-    with pytest.raises(TypeError):
-        Memory.load = None  # type: ignore[assignment, method-assign]
+    if ".abi3." not in str(_native.__file__):  # the limited API has no immutable types
+        with pytest.raises(TypeError):
+            Memory.load = None  # type: ignore[assignment, method-assign]
     with pytest.raises(AttributeError):
         memory.other = 1  # type: ignore[attr-defined]
 

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ivshmemfs.region._memory import (
+from ivshmemfs.native import (
     ascending,
     changed_tuple,
     leaf_find,

@@ -24,8 +24,8 @@ from ivshmemfs.errors import (
 )
 from ivshmemfs.region import Roots, create_file, open_region
 from ivshmemfs.region import mapped as mapped_module
-from tests.region.sysfs import ONE, REGISTERS, START, FakeMachine
-from tests.region.test_backends import SIZE, make_mem, make_pci, make_uio
+from tests.region.backends import SIZE, make_mem, make_pci, make_uio
+from tests.support.sysfs import ONE, REGISTERS, START, FakeMachine
 
 
 def refused(

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from ivshmemfs.region import Standing, create_file, open_region
-from tests.region.test_backends import SIZE, make_pci
+from tests.region.backends import SIZE, make_pci
 
 
 def replace(path: Path) -> None:

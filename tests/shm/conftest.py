@@ -12,9 +12,9 @@ from ivshmemfs.region import Memory
 from ivshmemfs.shm.control import Control
 from ivshmemfs.shm.peers import Membership, PeerTable
 from ivshmemfs.shm.store import Store
-from tests.checks import assert_sound
-from tests.crash.laboratory import Fates
-from tests.regions import TestRegion, new_region
+from tests.support.checks import assert_sound
+from tests.support.laboratory import Fates
+from tests.support.regions import TestRegion, new_region
 
 SLOTS = 3
 

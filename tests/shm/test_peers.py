@@ -12,9 +12,9 @@ from ivshmemfs.errors import Fenced, TooManyPeers
 from ivshmemfs.format import words
 from ivshmemfs.format.node import HEADER_SIZE, ROOT_RECORD
 from ivshmemfs.shm import watch
-from tests.crash.laboratory import Death, Fates
-from tests.regions import TestRegion, put
 from tests.shm.conftest import SLOTS, Member
+from tests.support.laboratory import Death, Fates
+from tests.support.regions import TestRegion, put
 
 New = Callable[[], Member]
 Watching = Member | Filesystem

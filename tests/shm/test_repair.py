@@ -17,8 +17,8 @@ from ivshmemfs.region import Memory
 from ivshmemfs.shm import watch
 from ivshmemfs.shm.peers import PeerTable
 from ivshmemfs.shm.repair import Turn
-from tests.checks import assert_clean
-from tests.regions import ROOT, TestRegion, get, new_region, put
+from tests.support.checks import assert_clean
+from tests.support.regions import ROOT, TestRegion, get, new_region, put
 
 
 @pytest.fixture

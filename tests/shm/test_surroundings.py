@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import pytest
 
-from tests.regions import TestRegion, new_region
+from tests.support.regions import TestRegion, new_region
 
 TOP = Path(__file__).resolve().parents[2]
 NOBODY = 65534

@@ -14,9 +14,9 @@ from ivshmemfs.errors import Fenced, IvshmemfsError
 from ivshmemfs.format import peer, words
 from ivshmemfs.shm import identity, watch
 from ivshmemfs.shm.peers import Membership
-from tests.crash.laboratory import Fates
-from tests.regions import TestRegion, put
 from tests.shm.conftest import SLOTS, Member
+from tests.support.laboratory import Fates
+from tests.support.regions import TestRegion, put
 
 New = Callable[[], Member]
 ACTIONS: dict[str, Callable[[Membership], object]] = {

@@ -13,9 +13,9 @@ from ivshmemfs.format import peer, superblock, words
 from ivshmemfs.shm import identity, watch
 from ivshmemfs.shm.identity import Presence
 from ivshmemfs.shm.watch import Machines, Watch, living
-from tests.crash.laboratory import Fates
-from tests.regions import TestRegion
 from tests.shm.conftest import Member
+from tests.support.laboratory import Fates
+from tests.support.regions import TestRegion
 
 New = Callable[[], Member]
 TOP = Path(__file__).resolve().parents[2]

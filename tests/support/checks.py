@@ -6,7 +6,7 @@ from ivshmemfs import fsck
 from ivshmemfs.engine import Attr, Filesystem
 from ivshmemfs.fsck import Report
 from ivshmemfs.region import Memory, open_region
-from tests.regions import TestRegion, get
+from tests.support.regions import TestRegion, get
 
 
 def assert_sound(memory: Memory) -> Report:

@@ -30,9 +30,10 @@
 
 enum { ACCESS_NORMAL = 0, ACCESS_DEVICE = 1, ACCESS_WRITE_COMBINING = 2 };
 
-static bool access_has_extras; /* x86: streaming loads (SSE4.1); ARM64: single-instruction CAS */
+/* x86: streaming loads (SSE4.1); ARM64: single-instruction CAS.  mapping.c holds it. */
+extern bool access_has_extras;
 
-static void access_prepare(void)
+static inline void access_prepare(void)
 {
 #if defined(__x86_64__)
     access_has_extras = __builtin_cpu_supports("sse4.1");
@@ -231,7 +232,7 @@ static inline size_t edge_load(unsigned char *to, const unsigned char *from, siz
     return step;
 }
 
-static void device_load(unsigned char *to, const unsigned char *from, size_t length)
+static inline void device_load(unsigned char *to, const unsigned char *from, size_t length)
 {
     while (length > 0 && (((uintptr_t)from & 7) != 0 || length < 8)) {
         size_t step = edge_load(to, from, length);
@@ -249,7 +250,7 @@ static void device_load(unsigned char *to, const unsigned char *from, size_t len
 
 #if defined(__x86_64__)
 /* A plain load from write-combining memory fetches one word a bus access; this fetches a line. */
-__attribute__((target("sse4.1"))) static void stream_load(unsigned char *to,
+__attribute__((target("sse4.1"))) static inline void stream_load(unsigned char *to,
                                                           const unsigned char *from, size_t length)
 {
     size_t head = (size_t)(-(uintptr_t)from & 15);
@@ -272,7 +273,7 @@ __attribute__((target("sse4.1"))) static void stream_load(unsigned char *to,
 }
 #endif
 
-static void copy_out(int access, void *to, const void *from, size_t length)
+static inline void copy_out(int access, void *to, const void *from, size_t length)
 {
     if (access == ACCESS_DEVICE) {
         device_load(to, from, length);
@@ -307,7 +308,7 @@ static inline size_t edge_store(unsigned char *to, const unsigned char *from, si
     return step;
 }
 
-static void device_store(unsigned char *to, const unsigned char *from, size_t length)
+static inline void device_store(unsigned char *to, const unsigned char *from, size_t length)
 {
     while (length > 0 && (((uintptr_t)to & 7) != 0 || length < 8)) {
         size_t step = edge_store(to, from, length);
@@ -324,7 +325,7 @@ static void device_store(unsigned char *to, const unsigned char *from, size_t le
     }
 }
 
-static void copy_in(int access, void *to, const void *from, size_t length)
+static inline void copy_in(int access, void *to, const void *from, size_t length)
 {
     if (access == ACCESS_DEVICE)
         device_store(to, from, length);
@@ -333,7 +334,7 @@ static void copy_in(int access, void *to, const void *from, size_t length)
 }
 
 /* Into cached memory, but past the caches; the caller fences before anybody is told of it. */
-static void stream_in(unsigned char *to, const unsigned char *from, size_t length)
+static inline void stream_in(unsigned char *to, const unsigned char *from, size_t length)
 {
 #if defined(__x86_64__)
     size_t head = (size_t)(-(uintptr_t)to & 63);
@@ -356,7 +357,7 @@ static void stream_in(unsigned char *to, const unsigned char *from, size_t lengt
     memcpy(to, from, length);
 }
 
-static void clear_in(int access, unsigned char *to, size_t length)
+static inline void clear_in(int access, unsigned char *to, size_t length)
 {
     static const unsigned char zeros[256];
 

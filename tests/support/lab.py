@@ -18,7 +18,7 @@ from ivshmemfs.format import geometry
 from ivshmemfs.region import create_file, open_region
 from mkfs.image import Parameters
 from mkfs.writer import format_region
-from tests.checks import assert_sound
+from tests.support.checks import assert_sound
 
 TOP = Path(__file__).parent.parent.parent
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(TOP)}

@@ -4,12 +4,9 @@
  * three lanes that are in flight at once; LANE zero bytes are then "appended" to a lane's remainder
  * with four table look-ups, which is what joining two remainders takes.
  */
-#ifndef IVSHMEMFS_CRC32C_H
-#define IVSHMEMFS_CRC32C_H
+#include "crc32c.h"
 
 #include <stdbool.h>
-#include <stddef.h>
-#include <stdint.h>
 #include <string.h>
 
 #if defined(__x86_64__)
@@ -60,7 +57,7 @@ static void crc_fill_append(void)
     }
 }
 
-static void crc_prepare(void)
+void crc_prepare(void)
 {
     if (crc_slices[0][1] != 0)
         return; /* a second import finds the tables made */
@@ -123,7 +120,7 @@ CRC_TARGET static uint32_t crc_by_instruction(uint32_t crc, const unsigned char 
 #endif
 
 /* The usual form: register starts as all ones (or a previous result), result is inverted. */
-static uint32_t crc32c_of(uint32_t seed, const unsigned char *data, size_t length)
+uint32_t crc32c_of(uint32_t seed, const unsigned char *data, size_t length)
 {
 #ifdef CRC_TARGET
     if (crc_instruction)
@@ -132,4 +129,7 @@ static uint32_t crc32c_of(uint32_t seed, const unsigned char *data, size_t lengt
     return ~crc_by_table(~seed, data, length);
 }
 
-#endif
+uint32_t crc32c_by_table_of(uint32_t seed, const unsigned char *data, size_t length)
+{
+    return ~crc_by_table(~seed, data, length);
+}

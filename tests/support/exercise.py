@@ -11,18 +11,21 @@ import os
 import stat
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from itertools import chain, islice
 from tempfile import TemporaryFile
 from typing import TypeVar
 
+from ivshmemfs import fsck
 from ivshmemfs.engine import Filesystem
 from ivshmemfs.engine.directory import Entry
 from ivshmemfs.engine.filesystem import KEEP_SIZE, PUNCH_HOLE, ZERO_RANGE
-from ivshmemfs.errors import Busy, IvshmemfsError, Unfinished
+from ivshmemfs.errors import Busy, Corrupt, FormatError, IvshmemfsError, Unfinished
 from ivshmemfs.region import Region
 from ivshmemfs.shm.store import TURN
-from tests.fsck.damage import Names
-from tests.regions import ROOT
+from tests.support.attacks import of_use
+from tests.support.damage import Names
+from tests.support.regions import ROOT
 
 T = TypeVar("T")
 
@@ -31,6 +34,8 @@ MOST_TURNS = 200  # of one operation on so small a region
 SLOWEST = 1.0  # seconds of computing that one turn may take, on a machine that is slow
 HANGING = 60.0  # seconds on the clock after which it hangs, however busy the machine is
 PATIENCE = 0.2  # seconds of Busy after which a caller gives up; less once that was in vain
+SLOWEST_REPAIR = 10.0  # seconds of computing
+MOST_MEMORY = 200 << 10  # KiB that a whole family of cases may add
 FOLDERS, ENTRIES = 40, 1000  # walked at most
 
 #: What a caller may be told: of damage, and what any filesystem tells of what is not there.
@@ -277,3 +282,14 @@ def use(fs: Filesystem, ledger: Ledger) -> None:
 def joined(region: Region, ledger: Ledger) -> Filesystem | None:
     """A mount made after the damage, or None when it is refused in a tolerable way."""
     return ledger.attempt(lambda: Filesystem.mount(region))
+
+
+def repaired(region: Region) -> None:
+    """Repair the region; the filesystem is of use afterwards, or its superblock is refused."""
+    began = time.thread_time()
+    with suppress(FormatError, Corrupt):  # refused: a superblock of another version, say
+        after = fsck.repair(region, force=True)
+        assert not after.findings, f"left:\n{after}\ndone:\n{after.repairs}"
+        of_use(region)
+        assert not fsck.check(region).findings
+    assert time.thread_time() - began < SLOWEST_REPAIR

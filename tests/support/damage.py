@@ -17,7 +17,7 @@ from ivshmemfs.format.node import RootRecord
 from ivshmemfs.fsck.image import Image, read_superblocks
 from ivshmemfs.region import Memory, crc32c
 from ivshmemfs.shm.watch import living
-from tests.regions import ROOT, TestRegion, new_region, put
+from tests.support.regions import ROOT, TestRegion, new_region, put
 
 SIZE = 512 << 10
 BIG = b"0123456789abcdef" * 3800  # 60 blocks: a map with index blocks

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from ivshmemfs.format import inode, node, peer, superblock, words, xattr
 from ivshmemfs.format.geometry import COMMIT_OFFSET, HINT_OFFSET
-from tests.fsck.damage import Knife, Names
+from tests.support.damage import Knife, Names
 
 WORD = (1 << 64) - 1
 VALUES = (0, 1, 2, 255, 1 << 15, (1 << 16) - 1, (1 << 31) - 1, 1 << 31, 1 << 63, WORD)

@@ -23,7 +23,8 @@ from ivshmemfs.errors import Busy
 from ivshmemfs.format import peer, superblock
 from ivshmemfs.region import Memory, Region, open_region
 from ivshmemfs.shm import identity
-from tests.regions import TestRegion
+from tests.support.checks import free_blocks, unreachable
+from tests.support.regions import TestRegion
 
 T = TypeVar("T")
 
@@ -33,6 +34,7 @@ BOOT = b"boot of the tests"[:16]
 BLINK = 0.1  # seconds for which a dead or paused peer may delay others
 RETRY = 0.002  # seconds that a mount waits after a Busy, about
 TICK = 1.0  # seconds between two ticks
+RECOVERY_TICKS = 60
 
 
 class Death(BaseException):
@@ -230,3 +232,24 @@ class Laboratory:
         geometry = superblock.decode(raw).geometry
         table = self.memory.read(geometry.peers_offset, geometry.peer_count * peer.SLOT_SIZE)
         return list(peer.occupants(table, geometry.peer_count))
+
+
+def settled(fs: Filesystem) -> bool:
+    """Whether nothing is left of the dead: no slot, no orphan, no leak."""
+    record = fs.view().root.record
+    if record.orphans or unreachable(fs):
+        return False
+    return sum(1 for _ in fs.table.peers()) == 1
+
+
+def recover(peer: Peer) -> None:
+    """Let housekeeping do its work; nobody helps it."""
+    for _ in range(RECOVERY_TICKS):
+        if settled(peer.fs):
+            return
+        peer.tick()
+    record = peer.fs.view().root.record
+    raise AssertionError(
+        f"after {RECOVERY_TICKS} ticks {free_blocks(peer.fs)} blocks are free, {record.used} used, "
+        f"{record.orphans} orphans, peers {list(peer.fs.table.peers())}"
+    )

@@ -1,0 +1,40 @@
+"""Memory access: a C kernel without Python (native.h) and its one binding (_native.pyx).
+
+The lowest layer: format, region, shm and engine may import it.  It knows no policy.  Its constants
+of the format come from layout.h, which scripts/format-tables generates.
+"""
+
+import ivshmemfs.native.machine  # noqa: F401  raises UnfitMachine before the extension is loaded
+from ivshmemfs.native._native import (
+    DEVICE,
+    NORMAL,
+    WRITE_COMBINING,
+    Blocks,
+    Memory,
+    ascending,
+    changed_tuple,
+    crc32c,
+    leaf_find,
+    leaf_insert,
+    leaf_remove,
+    lower_bound,
+    put_slots,
+    sum_bytes,
+)
+
+__all__ = [
+    "DEVICE",
+    "NORMAL",
+    "WRITE_COMBINING",
+    "Blocks",
+    "Memory",
+    "ascending",
+    "changed_tuple",
+    "crc32c",
+    "leaf_find",
+    "leaf_insert",
+    "leaf_remove",
+    "lower_bound",
+    "put_slots",
+    "sum_bytes",
+]

@@ -1,0 +1,155 @@
+# What _native.pyx takes from the C kernel: native.h, crc32c.h and the kinds of access.h.
+
+from libc.stdint cimport int64_t, uint32_t, uint64_t
+
+
+cdef extern from "<stdbool.h>" nogil:
+    ctypedef bint boolean "bool"
+
+cdef extern from "access.h" nogil:
+    enum:
+        ACCESS_NORMAL
+        ACCESS_DEVICE
+        ACCESS_WRITE_COMBINING
+
+cdef extern from "crc32c.h" nogil:
+    uint32_t crc32c_of(uint32_t seed, const unsigned char *data, size_t length)
+    uint32_t crc32c_by_table_of(uint32_t seed, const unsigned char *data, size_t length)
+
+cdef extern from "native.h" nogil:
+    enum:
+        ENTRY_FIXED
+        LEAF_NAME_MAX
+        LIMITS
+        MAX_SLOTS
+        NODE_HEADER
+        POINTER_SIZE
+        WORD_SIZE
+
+    enum:
+        STATUS_OK
+        STATUS_STALE
+        STATUS_CLOSED
+        STATUS_READ_ONLY
+        STATUS_DEAD
+        STATUS_TRAPPED
+        STATUS_INTERRUPTED
+        STATUS_FAULT
+        STATUS_UNABLE
+        STATUS_SYSTEM
+        STATUS_NO_MEMORY
+        STATUS_RANGE
+        STATUS_CHANGED
+        STATUS_NULL
+        STATUS_NODE_SIZE
+        STATUS_NODE_CHECKSUM
+        STATUS_NODE_TAG
+
+    struct host:
+        void *(*leave)() noexcept
+        void (*enter)(void *left) noexcept
+        int (*interrupted)(void *context) noexcept
+        int (*spring)(void *context) noexcept
+        void *context
+
+    struct mapping:
+        unsigned char *base
+        uint64_t length
+        int access
+        boolean writable
+        boolean closed
+        boolean dead
+        boolean armed
+        boolean trap_loads
+        uint32_t users
+        uint64_t stores
+        uint64_t countdown
+        void *fault
+        int code
+        host host
+
+    struct blocks:
+        mapping *mapping
+        uint64_t tags_offset
+        uint64_t data_offset
+        uint64_t block_size
+        uint64_t block_count
+        uint64_t guard_offset
+        uint64_t guard
+
+    struct node_read:
+        const blocks *blocks
+        uint64_t block
+        uint64_t tag
+        uint32_t used
+
+    struct leaf:
+        const unsigned char *raw
+        uint64_t length
+        uint64_t count
+
+    void native_prepare()
+    int mapping_map(mapping *mapping, int file, uint64_t offset)
+    void mapping_close(mapping *mapping)
+    void mapping_unmap(mapping *mapping)
+    int mapping_use(mapping *mapping)
+    int mapping_use_for_stores(mapping *mapping)
+    void mapping_unuse(mapping *mapping)
+
+    int word_read(mapping *mapping, uint64_t offset, uint64_t *value)
+    int word_write(mapping *mapping, uint64_t offset, uint64_t value)
+    int word_compare_and_swap(mapping *mapping, uint64_t offset, uint64_t expected, uint64_t value,
+                              uint64_t *previous)
+    int column_check(const mapping *mapping, uint64_t offset, uint64_t stride, uint64_t count)
+    int column_read(mapping *mapping, uint64_t offset, uint64_t stride, uint64_t count,
+                    uint64_t *into)
+    int unaligned_load_works(mapping *mapping, uint64_t offset, boolean *works)
+    void fence()
+
+    int range_check(const mapping *mapping, uint64_t offset, uint64_t length)
+    int range_read(mapping *mapping, uint64_t offset, unsigned char *to, uint64_t length)
+    int range_is_zero(mapping *mapping, uint64_t offset, uint64_t length, boolean *zero)
+    int range_write(mapping *mapping, uint64_t offset, const unsigned char *source,
+                    uint64_t length)
+
+    int blocks_check(const blocks *blocks, char *wrong)
+    int pointers_check(const blocks *blocks, const unsigned char *pointers, uint64_t count,
+                       bint nulls, uint64_t *at)
+    int blocks_gather(const blocks *blocks, const unsigned char *pointers, uint64_t count,
+                      uint64_t skip, uint64_t length, unsigned char *into)
+    int blocks_scatter(const blocks *blocks, const unsigned char *pointers, uint64_t count,
+                       const unsigned char *source, uint64_t length)
+    int blocks_fill(const blocks *blocks, const unsigned char *pointers, uint64_t count, int file,
+                    uint64_t at, uint64_t length, uint64_t *done)
+    int blocks_drain(const blocks *blocks, const unsigned char *pointers, uint64_t count,
+                     uint64_t skip, uint64_t length, int file, uint64_t at)
+
+    int tags_claim(const blocks *blocks, uint64_t wanted, uint64_t tag, uint64_t *cursor,
+                   unsigned char *pointers, uint64_t *got)
+    int tags_reclaim(const blocks *blocks, const unsigned char *places, uint64_t count,
+                     uint64_t tag, unsigned char *pointers, uint64_t *got)
+    int tags_release(const blocks *blocks, const unsigned char *pointers, uint64_t count,
+                     uint64_t *released)
+    int tags_check(const blocks *blocks, const unsigned char *pointers, uint64_t count)
+    int tags_read(const blocks *blocks, uint64_t block, uint64_t *tag)
+    int tags_free_count(const blocks *blocks, uint64_t *count)
+    int tags_sweep(const blocks *blocks, const unsigned char *marks, const unsigned char *limits,
+                   uint64_t start, uint64_t stop, unsigned char *pointers, uint64_t *found)
+    void tags_mark(const blocks *blocks, const unsigned char *pointers, uint64_t count,
+                   unsigned char *marks)
+
+    int node_read_header(node_read *read)
+    int node_read_rest(const node_read *read, unsigned char *node)
+    int node_write(const blocks *blocks, uint64_t block, const unsigned char *node, uint64_t size)
+
+    uint64_t packed_lower_bound(const unsigned char *words, uint64_t count, uint64_t value)
+    bint packed_ascending(const unsigned char *words, uint64_t count)
+    uint64_t packed_sum(const unsigned char *data, uint64_t start, uint64_t stop)
+    uint64_t slots_trimmed(const unsigned char *slots, uint64_t size)
+    int leaf_check(const leaf *leaf)
+    int64_t leaf_search "leaf_find"(const leaf *leaf, uint64_t key, uint64_t span,
+                                    const unsigned char *name, uint64_t length)
+    uint64_t leaf_size_without(const leaf *leaf, uint64_t at)
+    void leaf_without(const leaf *leaf, uint64_t at, unsigned char *to)
+    void leaf_with(const leaf *leaf, uint64_t key, uint64_t value, const unsigned char *name,
+                   uint64_t length, unsigned char *to)

@@ -1,0 +1,1175 @@
+# cython: language_level=3, binding=False, boundscheck=False, wraparound=False
+# cython: embedsignature=True, embedsignature.format=clinic, auto_pickle=False
+"""Shared memory from Python: word accesses, fences, copies, tagged blocks.
+
+The only file that knows both Python and C.  It takes arguments apart, calls the kernel (native.h)
+and turns a status into an exception.  _native.pyi says what each function promises.
+"""
+
+cimport cython
+from cpython.bytes cimport PyBytes_CheckExact, PyBytes_FromStringAndSize
+from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
+from cpython.mem cimport PyMem_Free, PyMem_Malloc
+from cpython.object cimport PyObject
+from libc.errno cimport EIO, EROFS
+from libc.limits cimport INT_MAX
+from libc.stdint cimport INT64_MAX, UINT32_MAX, UINT64_MAX, int64_t, uint32_t, uint64_t, uintptr_t
+from libc.string cimport memcpy, memset, strerror
+
+
+cdef extern from *:
+    """
+    #ifdef Py_LIMITED_API /* functions where the full interface has macros */
+    #define BYTES_DATA PyBytes_AsString
+    #define BYTES_SIZE PyBytes_Size
+    #define TUPLE_TAKE PyTuple_GetItem
+    #define TUPLE_GIVE(tuple, at, item) (void)PyTuple_SetItem(tuple, at, item)
+    #else
+    #define BYTES_DATA PyBytes_AS_STRING
+    #define BYTES_SIZE PyBytes_GET_SIZE
+    #define TUPLE_TAKE PyTuple_GET_ITEM
+    #define TUPLE_GIVE PyTuple_SET_ITEM
+    #endif
+
+    static void *gil_leave(void)
+    {
+        return PyEval_SaveThread();
+    }
+
+    static void gil_enter(void *state)
+    {
+        PyEval_RestoreThread(state);
+    }
+
+    /* A tuple of the same type with the same items, which nobody has seen yet. */
+    static PyObject *tuple_copy(PyObject *values)
+    {
+        Py_ssize_t size = PyTuple_Size(values);
+        PyTypeObject *type = Py_TYPE(values);
+        PyObject *copy = ((allocfunc)PyType_GetSlot(type, Py_tp_alloc))(type, size);
+
+        for (Py_ssize_t at = 0; copy != NULL && at < size; at++) {
+            PyObject *item = TUPLE_TAKE(values, at);
+            Py_INCREF(item);
+            TUPLE_GIVE(copy, at, item);
+        }
+        return copy;
+    }
+
+    /* Replace items by name; the tuple is still private.  -1 with KeyError or TypeError. */
+    static int tuple_change(PyObject *copy, PyObject *places, PyObject *changes)
+    {
+        PyObject *name, *value, *place;
+        Py_ssize_t next = 0, at;
+
+        while (PyDict_Next(changes, &next, &name, &value)) {
+            if ((place = PyDict_GetItemWithError(places, name)) == NULL) {
+                if (!PyErr_Occurred())
+                    PyErr_SetObject(PyExc_KeyError, name);
+                return -1;
+            }
+            at = PyLong_AsSsize_t(place);
+            if (at == -1 && PyErr_Occurred())
+                return -1;
+            Py_INCREF(value);
+            if (PyTuple_SetItem(copy, at, value) < 0)
+                return -1;
+        }
+        return 0;
+    }
+    """
+    void *gil_leave() noexcept nogil
+    void gil_enter(void *state) noexcept nogil
+    char *BYTES_DATA(object) noexcept
+    Py_ssize_t BYTES_SIZE(object) noexcept
+    object tuple_copy(object values)
+    int tuple_change(object copy, dict places, dict changes) except -1
+
+cdef extern from "Python.h":
+    PyObject *PyExc_OverflowError
+    uint64_t PyLong_AsUnsignedLongLong(object) noexcept
+    PyObject *PyErr_Occurred() noexcept
+    int PyErr_ExceptionMatches(PyObject *) noexcept
+    void PyErr_Clear() noexcept
+    int PyErr_CheckSignals() except -1
+
+
+NORMAL = ACCESS_NORMAL
+DEVICE = ACCESS_DEVICE
+WRITE_COMBINING = ACCESS_WRITE_COMBINING
+
+native_prepare()
+
+
+# --- arguments ---------------------------------------------------------------------------------
+
+cdef int not_a_word(object value, str name) except -1:
+    """Turn the OverflowError that is set into ValueError; keep a TypeError."""
+    if PyErr_ExceptionMatches(PyExc_OverflowError):
+        PyErr_Clear()
+        raise ValueError(f"{name} out of range: {value!r}")
+    return -1
+
+
+cdef inline int take(object value, str name, uint64_t *out) except -1:
+    """Take an argument that must be an int from 0 to 2^64 - 1."""
+    out[0] = PyLong_AsUnsignedLongLong(value)
+    if out[0] == UINT64_MAX and PyErr_Occurred() != NULL:
+        return not_a_word(value, name)
+    return 0
+
+
+cdef int take_limited(object value, str name, uint64_t least, uint64_t most,
+                      uint64_t *out) except -1:
+    take(value, name, out)
+    if not least <= out[0] <= most:
+        raise ValueError(f"{name} out of range: {value}")
+    return 0
+
+
+# The bytes of an argument.  Exact bytes objects, the usual case, need no buffer.
+cdef struct view:
+    unsigned char *data
+    uint64_t size
+    bint held
+    Py_buffer buffer
+
+
+cdef int view_buffer(view *taken, object source, int flags) except -1:
+    PyObject_GetBuffer(source, &taken.buffer, flags)
+    taken.held = True
+    taken.data = <unsigned char *>taken.buffer.buf
+    taken.size = <uint64_t>taken.buffer.len
+    return 0
+
+
+cdef inline int view_take(view *taken, object source) except -1:
+    if PyBytes_CheckExact(source):
+        taken.data = <unsigned char *>BYTES_DATA(source)
+        taken.size = <uint64_t>BYTES_SIZE(source)
+        taken.held = False
+        return 0
+    return view_buffer(taken, source, PyBUF_SIMPLE)
+
+
+cdef inline void view_drop(view *taken) noexcept:
+    if taken.held:
+        PyBuffer_Release(&taken.buffer)
+
+
+cdef inline bytes new_bytes(uint64_t size):
+    return PyBytes_FromStringAndSize(NULL, <Py_ssize_t>size)
+
+
+cdef inline bytes bytes_of(const unsigned char *data, uint64_t size):
+    return PyBytes_FromStringAndSize(<const char *>data, <Py_ssize_t>size)
+
+
+# --- what the kernel calls back ----------------------------------------------------------------
+
+cdef int spring(void *context) noexcept:
+    """The trap's callback; what it raises is kept for fail()."""
+    cdef Memory memory = <Memory>context
+    callback = memory.callback
+    memory.callback = None
+    try:
+        if callback is not None:
+            callback()
+    except BaseException as error:
+        if memory.death is None:
+            memory.death = type(error)
+        memory.raised = error
+        return 1
+    return 0
+
+
+cdef int interrupted(void *context) noexcept:
+    """After EINTR: run the handlers of signals."""
+    try:
+        PyErr_CheckSignals()
+    except BaseException as error:
+        (<Memory>context).raised = error
+        return 1
+    return 0
+
+
+# --- memory ------------------------------------------------------------------------------------
+
+@cython.final
+cdef class Memory:
+    """Memory(fd, length, offset=0, *, writable=True, access=NORMAL)
+--
+
+A shared mapping of a file or device. Every access is bounds-checked, and one that the
+file or device no longer backs raises OSError(EIO)."""
+
+    cdef mapping map
+    cdef object callback  # of the armed trap
+    cdef object death  # class of the exception that a trap's callback raised
+    cdef object raised  # what a callback raised just now
+
+    def __cinit__(self, fd, length, offset=0, *, writable=True, access=ACCESS_NORMAL):
+        cdef uint64_t descriptor, start, kind
+        cdef int status
+        self.map.writable = bool(writable)
+        take_limited(fd, "fd", 0, INT_MAX, &descriptor)
+        take_limited(length, "length", 1, INT64_MAX, &self.map.length)
+        take_limited(offset, "offset", 0, <uint64_t>INT64_MAX - self.map.length, &start)
+        take_limited(access, "access", ACCESS_NORMAL, ACCESS_WRITE_COMBINING, &kind)
+        self.map.access = <int>kind
+        self.map.host.leave = gil_leave
+        self.map.host.enter = gil_enter
+        self.map.host.interrupted = interrupted
+        self.map.host.spring = spring
+        self.map.host.context = <void *>self
+        status = mapping_map(&self.map, <int>descriptor, start)
+        if status != STATUS_OK:
+            self.fail(status)
+
+    def __dealloc__(self):
+        mapping_unmap(&self.map)
+
+    @property
+    def length(self):
+        """Bytes mapped."""
+        return self.map.length
+
+    @property
+    def writable(self):
+        """Whether stores are allowed."""
+        return <bint>self.map.writable
+
+    @property
+    def access(self):
+        """NORMAL, DEVICE or WRITE_COMBINING."""
+        return self.map.access
+
+    @property
+    def closed(self):
+        """Whether close() was called."""
+        return <bint>self.map.closed
+
+    @property
+    def stores(self):
+        """Store events so far."""
+        return self.map.stores
+
+    cdef object dead(self):
+        """The exception for a store after the trap's callback failed."""
+        try:
+            error = self.death("the memory is dead")
+        except BaseException:
+            error = None
+        return error if isinstance(error, BaseException) else RuntimeError("the memory is dead")
+
+    cdef object fault(self):
+        cdef uint64_t at = <uint64_t>(<uintptr_t>self.map.fault - <uintptr_t>self.map.base)
+        if at < self.map.length:
+            return OSError(EIO, f"bus error at offset 0x{at:x} of the region: "
+                                "it shrank, or cannot be accessed so")
+        return OSError(EIO, "bus error outside the region")
+
+    cdef int fail(self, int status) except -1:
+        """Raise the exception for a status that is not OK."""
+        if status == STATUS_CLOSED:
+            raise ValueError("the memory is closed")
+        if status == STATUS_READ_ONLY:
+            raise OSError(EROFS, "the region is mapped read-only")
+        if status == STATUS_DEAD:
+            raise self.dead()
+        if status == STATUS_TRAPPED or status == STATUS_INTERRUPTED:
+            error = self.raised
+            self.raised = None
+            raise error
+        if status == STATUS_FAULT:
+            raise self.fault()
+        if status == STATUS_UNABLE:
+            raise OSError(EIO, "compare-and-swap does not work on this mapping")
+        if status == STATUS_SYSTEM:
+            raise OSError(self.map.code, strerror(self.map.code).decode())
+        if status == STATUS_NO_MEMORY:
+            raise MemoryError
+        if status == STATUS_CHANGED:
+            raise ValueError("the pointers changed while they were used")
+        raise SystemError(f"unexpected status {status}")
+
+    cdef int fail_word(self, int status, object offset) except -1:
+        if status == STATUS_RANGE:
+            raise ValueError(f"offset out of range or not a multiple of 8: {offset!r}")
+        return self.fail(status)
+
+    cdef int fail_range(self, int status, object offset, uint64_t length) except -1:
+        if status == STATUS_RANGE:
+            raise ValueError(f"{length} bytes at offset {offset!r} are outside the region's "
+                             f"{self.map.length}")
+        return self.fail(status)
+
+    def close(self):
+        """Unmap; any later access raises ValueError. Closing twice is harmless."""
+        mapping_close(&self.map)
+
+    def load(self, offset):
+        """The 64-bit word at offset; later accesses come after it."""
+        cdef uint64_t at, value = 0
+        cdef int status
+        take(offset, "offset", &at)
+        status = mapping_use(&self.map)
+        if status == STATUS_OK:
+            status = word_read(&self.map, at, &value)
+            mapping_unuse(&self.map)
+        if status != STATUS_OK:
+            self.fail_word(status, offset)
+        return value
+
+    def store(self, offset, value):
+        """Store a 64-bit word after everything stored before."""
+        cdef uint64_t at, word
+        cdef int status
+        take(offset, "offset", &at)
+        take(value, "value", &word)
+        status = mapping_use_for_stores(&self.map)
+        if status == STATUS_OK:
+            status = word_write(&self.map, at, word)
+            mapping_unuse(&self.map)
+        if status != STATUS_OK:
+            self.fail_word(status, offset)
+
+    def cas(self, offset, expected, new):
+        """Store new if the word equals expected. Returns the word as it was before."""
+        cdef uint64_t at, old, word, previous = 0
+        cdef int status
+        take(offset, "offset", &at)
+        take(expected, "expected", &old)
+        take(new, "new", &word)
+        status = mapping_use_for_stores(&self.map)
+        if status == STATUS_OK:
+            status = word_compare_and_swap(&self.map, at, old, word, &previous)
+            mapping_unuse(&self.map)
+        if status != STATUS_OK:
+            self.fail_word(status, offset)
+        return previous
+
+    cdef uint64_t *column(self, object offset, object stride, object count,
+                          uint64_t *length) except NULL:
+        """Words in a new array, which the caller frees."""
+        cdef uint64_t at, step
+        cdef uint64_t *words = NULL
+        cdef int status
+        take(offset, "offset", &at)
+        take(stride, "stride", &step)
+        take(count, "count", length)
+        status = mapping_use(&self.map)
+        if status == STATUS_OK:
+            status = column_check(&self.map, at, step, length[0])
+            if status == STATUS_OK:
+                words = <uint64_t *>PyMem_Malloc(WORD_SIZE * (length[0] + 1))
+                status = STATUS_NO_MEMORY
+                if words != NULL:
+                    status = column_read(&self.map, at, step, length[0], words)
+            mapping_unuse(&self.map)
+        if status == STATUS_OK:
+            return words
+        PyMem_Free(words)
+        if status == STATUS_RANGE:
+            raise ValueError(f"offset out of range or not a multiple of 8: {offset!r}; or "
+                             f"{count!r} words every {stride!r} bytes leave the region")
+        self.fail(status)
+
+    def load_column(self, offset, stride, count):
+        """A list of the words at offset, offset + stride, and so on."""
+        cdef uint64_t length, at
+        cdef uint64_t *words = self.column(offset, stride, count, &length)
+        try:
+            return [words[at] for at in range(length)]
+        finally:
+            PyMem_Free(words)
+
+    def large_in_column(self, offset, stride, count, least):
+        """A list of which of these words are least or more; the first is number 0."""
+        cdef uint64_t length, at, bound
+        cdef uint64_t *words
+        take_limited(least, "least", 1, UINT64_MAX, &bound)
+        words = self.column(offset, stride, count, &length)
+        try:
+            return [at for at in range(length) if words[at] >= bound]
+        finally:
+            PyMem_Free(words)
+
+    def fence(self):
+        """A full barrier."""
+        fence()
+
+    def read(self, offset, length):
+        """A private copy of a range."""
+        cdef uint64_t at, size
+        cdef int status
+        cdef bytes result = None
+        take(offset, "offset", &at)
+        take(length, "length", &size)
+        status = mapping_use(&self.map)
+        if status == STATUS_OK:
+            status = range_check(&self.map, at, size)
+            if status == STATUS_OK:
+                try:
+                    result = new_bytes(size)
+                    status = range_read(&self.map, at, <unsigned char *>BYTES_DATA(result), size)
+                finally:
+                    mapping_unuse(&self.map)
+            else:
+                mapping_unuse(&self.map)
+        if status != STATUS_OK:
+            self.fail_range(status, offset, size)
+        return result
+
+    def write(self, offset, buffer):
+        """Store bytes at offset."""
+        cdef uint64_t at, size
+        cdef int status
+        cdef view taken
+        take(offset, "offset", &at)
+        view_take(&taken, buffer)
+        status = mapping_use_for_stores(&self.map)
+        if status == STATUS_OK:
+            status = range_write(&self.map, at, taken.data, taken.size)
+            mapping_unuse(&self.map)
+        size = taken.size
+        view_drop(&taken)
+        if status != STATUS_OK:
+            self.fail_range(status, offset, size)
+
+    def zero(self, offset, length):
+        """Store zero bytes."""
+        cdef uint64_t at, size
+        cdef int status
+        take(offset, "offset", &at)
+        take(length, "length", &size)
+        status = mapping_use_for_stores(&self.map)
+        if status == STATUS_OK:
+            status = range_write(&self.map, at, NULL, size)
+            mapping_unuse(&self.map)
+        if status != STATUS_OK:
+            self.fail_range(status, offset, size)
+
+    def is_zero(self, offset, length):
+        """Whether a range holds nothing but zero bytes."""
+        cdef uint64_t at, size
+        cdef boolean zero = False
+        cdef int status
+        take(offset, "offset", &at)
+        take(length, "length", &size)
+        status = mapping_use(&self.map)
+        if status == STATUS_OK:
+            status = range_is_zero(&self.map, at, size, &zero)
+            mapping_unuse(&self.map)
+        if status != STATUS_OK:
+            self.fail_range(status, offset, size)
+        return <bint>zero
+
+    def unaligned_ok(self, offset):
+        """Whether the mapping allows a load across two words near offset; false on device memory."""
+        cdef uint64_t at
+        cdef boolean works = False
+        cdef int status
+        take(offset, "offset", &at)
+        status = mapping_use(&self.map)
+        if status == STATUS_OK:
+            status = unaligned_load_works(&self.map, at, &works)
+            mapping_unuse(&self.map)
+        if status != STATUS_OK:
+            self.fail_range(status, offset, 2 * WORD_SIZE)
+        return <bint>works
+
+    def trap(self, after, callback, loads=False):
+        """Call callback() before the (after + 1)-th store event from now, once; None disarms."""
+        cdef uint64_t count
+        cdef bint also_loads = loads
+        take(after, "after", &count)
+        if callback is not None and not callable(callback):
+            raise TypeError("callback must be callable, or None to disarm")
+        self.map.armed = callback is not None
+        self.map.trap_loads = also_loads
+        self.map.countdown = count
+        self.callback = callback
+
+
+# --- blocks ------------------------------------------------------------------------------------
+
+# Not cleared by the garbage collector: a Blocks is never without its Memory, and clearing Memory
+# breaks any cycle.
+@cython.final
+@cython.no_gc_clear
+cdef class Blocks:
+    """Blocks(memory, tags_offset, data_offset, block_size, block_count)
+--
+
+The tagged blocks of a region: claimed, released and copied by packed pointers."""
+
+    cdef readonly Memory memory
+    cdef blocks table
+
+    def __cinit__(self, Memory memory not None, tags_offset, data_offset, block_size,
+                  block_count):
+        cdef char wrong = 0
+        self.memory = memory
+        self.table.mapping = &memory.map
+        take(tags_offset, "tags_offset", &self.table.tags_offset)
+        take(data_offset, "data_offset", &self.table.data_offset)
+        take(block_size, "block_size", &self.table.block_size)
+        take(block_count, "block_count", &self.table.block_count)
+        if blocks_check(&self.table, &wrong) == STATUS_OK:
+            return
+        if wrong == b's':
+            raise ValueError(f"block_size must be a multiple of 8, from {NODE_HEADER}: "
+                             f"{block_size!r}")
+        if wrong == b'c':
+            raise ValueError(f"block_count out of range: {block_count!r}")
+        name, at = ("tags", tags_offset) if wrong == b't' else ("data", data_offset)
+        raise ValueError(f"{name}_offset misaligned or outside the region: {at!r}")
+
+    @property
+    def block_size(self):
+        """Bytes of a block."""
+        return self.table.block_size
+
+    @property
+    def block_count(self):
+        """How many there are."""
+        return self.table.block_count
+
+    cdef int take_block(self, object block, uint64_t *out) except -1:
+        take(block, "block", out)
+        if out[0] >= self.table.block_count:
+            return self.fail_block(out[0])
+        return 0
+
+    cdef int fail_block(self, uint64_t block) except -1:
+        raise ValueError(f"block {block} is outside the region's {self.table.block_count}")
+
+    cdef int fail_pointers(self, view *taken, int status, uint64_t at) except -1:
+        """Drop the pointers and say what is wrong with the one at index `at`."""
+        cdef uint64_t size = taken.size
+        cdef uint32_t block = 0
+        if size % POINTER_SIZE == 0:
+            memcpy(&block, taken.data + POINTER_SIZE * at, sizeof(block))
+        view_drop(taken)
+        if size % POINTER_SIZE != 0:
+            raise ValueError(f"pointers must be {POINTER_SIZE} bytes each, got {size} bytes")
+        if status == STATUS_NULL:
+            raise ValueError(f"pointer {at} is null")
+        return self.fail_block(block)
+
+    cdef int take_pointers(self, object pointers, bint nulls, view *taken) except -1:
+        """Take packed pointers and refuse those that lead outside; nulls only where allowed."""
+        cdef uint64_t at = 0
+        cdef int status
+        view_take(taken, pointers)
+        status = pointers_check(&self.table, taken.data, taken.size // POINTER_SIZE, nulls, &at)
+        if status != STATUS_OK or taken.size % POINTER_SIZE != 0:
+            return self.fail_pointers(taken, status, at)
+        return 0
+
+    cdef int take_tag(self, object tag, uint64_t *out) except -1:
+        take(tag, "tag", out)
+        if out[0] == 0:
+            raise ValueError("tag 0 means free and claims nothing")
+        return 0
+
+    def claim(self, count, tag, cursor):
+        """Claim up to count free blocks for tag, from block cursor on and around.
+Returns their packed pointers and the next cursor."""
+        cdef unsigned char few[64 * 16]
+        cdef unsigned char *pointers = few
+        cdef uint64_t wanted, mine, at, got = 0
+        cdef int status
+        take(count, "count", &wanted)
+        self.take_tag(tag, &mine)
+        take(cursor, "cursor", &at)
+        if at >= self.table.block_count:
+            self.fail_block(at)
+        wanted = min(wanted, self.table.block_count)
+        if wanted * POINTER_SIZE > sizeof(few):
+            pointers = <unsigned char *>PyMem_Malloc(wanted * POINTER_SIZE)
+            if pointers == NULL:
+                raise MemoryError
+        status = mapping_use_for_stores(self.table.mapping)
+        if status == STATUS_OK:
+            status = tags_claim(&self.table, wanted, mine, &at, pointers, &got)
+            mapping_unuse(self.table.mapping)
+        try:
+            if status != STATUS_OK:
+                self.memory.fail(status)
+            return bytes_of(pointers, got * POINTER_SIZE), at
+        finally:
+            if pointers != few:
+                PyMem_Free(pointers)
+
+    def reclaim(self, pointers, tag):
+        """Claim those of the pointers' blocks that are free, for tag. Returns pointers to them."""
+        cdef uint64_t mine, got = 0
+        cdef int status
+        cdef view taken
+        cdef unsigned char *into
+        self.take_tag(tag, &mine)
+        self.take_pointers(pointers, True, &taken)
+        status = STATUS_NO_MEMORY
+        into = <unsigned char *>PyMem_Malloc(taken.size + 1)
+        if into != NULL:
+            status = mapping_use_for_stores(self.table.mapping)
+        if status == STATUS_OK:
+            status = tags_reclaim(&self.table, taken.data, taken.size // POINTER_SIZE, mine, into,
+                                  &got)
+            mapping_unuse(self.table.mapping)
+        view_drop(&taken)
+        try:
+            if status != STATUS_OK:
+                self.memory.fail(status)
+            return bytes_of(into, got * POINTER_SIZE)
+        finally:
+            PyMem_Free(into)
+
+    def release(self, pointers):
+        """Free the blocks that still have their pointer's tag. Returns how many."""
+        cdef uint64_t released = 0
+        cdef int status
+        cdef view taken
+        self.take_pointers(pointers, True, &taken)
+        status = mapping_use_for_stores(self.table.mapping)
+        if status == STATUS_OK:
+            status = tags_release(&self.table, taken.data, taken.size // POINTER_SIZE, &released)
+            mapping_unuse(self.table.mapping)
+        view_drop(&taken)
+        if status != STATUS_OK:
+            self.memory.fail(status)
+        return released
+
+    def tag(self, block):
+        """The tag word of a block; 0 is free."""
+        cdef uint64_t at, word = 0
+        cdef int status
+        self.take_block(block, &at)
+        status = mapping_use(self.table.mapping)
+        if status == STATUS_OK:
+            status = tags_read(&self.table, at, &word)
+            mapping_unuse(self.table.mapping)
+        if status != STATUS_OK:
+            self.memory.fail(status)
+        return word
+
+    def check(self, pointers):
+        """Whether every pointer's block still has its tag."""
+        cdef int status
+        cdef view taken
+        self.take_pointers(pointers, True, &taken)
+        status = mapping_use(self.table.mapping)
+        if status == STATUS_OK:
+            status = tags_check(&self.table, taken.data, taken.size // POINTER_SIZE)
+            mapping_unuse(self.table.mapping)
+        view_drop(&taken)
+        return self.unless_stale(status)
+
+    cdef inline object unless_stale(self, int status):
+        """True, False when a tag or the guard changed, or an exception."""
+        if status == STATUS_OK:
+            return True
+        if status == STATUS_STALE:
+            return False
+        self.memory.fail(status)
+
+    def guard(self, offset, word):
+        """From now on, before a block is filled, the word at offset must be this one. 0: no guard."""
+        cdef uint64_t at, guard
+        take(offset, "offset", &at)
+        take(word, "word", &guard)
+        if at % WORD_SIZE != 0 or range_check(self.table.mapping, at, WORD_SIZE) != STATUS_OK:
+            raise ValueError(f"there is no word at offset {offset!r}")
+        self.table.guard_offset = at
+        self.table.guard = guard
+
+    cdef int check_span(self, view *taken, uint64_t start, uint64_t size) except -1:
+        cdef uint64_t available = taken.size // POINTER_SIZE * self.table.block_size
+        if start > available or size > available - start:
+            raise ValueError(f"{size} bytes from {start} on are more than the pointers' "
+                             f"{available}")
+        return 0
+
+    cdef int check_room(self, view *taken, uint64_t size) except -1:
+        cdef uint64_t count = taken.size // POINTER_SIZE
+        if size > count * self.table.block_size:
+            raise ValueError(f"{size} bytes do not fit {count} blocks of {self.table.block_size}")
+        return 0
+
+    def gather(self, pointers, skip, length, into, at=0):
+        """Copy bytes [skip, skip + length) of the blocks in a row; False when one is stale."""
+        cdef uint64_t start, size, place
+        cdef int status
+        cdef view taken, target
+        take(skip, "skip", &start)
+        take(length, "length", &size)
+        take(at, "at", &place)
+        self.take_pointers(pointers, True, &taken)
+        try:
+            self.check_span(&taken, start, size)
+            view_buffer(&target, into, PyBUF_WRITABLE)
+            if place > target.size or size > target.size - place:
+                start = target.size
+                view_drop(&target)
+                raise ValueError(f"{length!r} bytes at {at} do not fit the buffer's {start}")
+            status = mapping_use(self.table.mapping)
+            if status == STATUS_OK:
+                status = blocks_gather(&self.table, taken.data, taken.size // POINTER_SIZE, start,
+                                       size, target.data + place)
+                mapping_unuse(self.table.mapping)
+            view_drop(&target)
+        finally:
+            view_drop(&taken)
+        return self.unless_stale(status)
+
+    def scatter(self, pointers, buffer):
+        """Store a buffer over the blocks in order; zeros fill the last one used.
+False when the guard changed: then only blocks before that were filled."""
+        cdef int status
+        cdef view taken, source
+        self.take_pointers(pointers, False, &taken)
+        try:
+            view_take(&source, buffer)
+            status = STATUS_RANGE
+            try:
+                self.check_room(&taken, source.size)
+                status = mapping_use_for_stores(self.table.mapping)
+                if status == STATUS_OK:
+                    status = blocks_scatter(&self.table, taken.data, taken.size // POINTER_SIZE,
+                                            source.data, source.size)
+                    mapping_unuse(self.table.mapping)
+            finally:
+                view_drop(&source)
+        finally:
+            view_drop(&taken)
+        return self.unless_stale(status)
+
+    def fill(self, pointers, file, at, length):
+        """Store up to length bytes, from byte `at` of an open file on, over the blocks in order;
+zeros fill the last one used. Returns how many bytes the file had; -1 when the guard changed."""
+        cdef uint64_t descriptor, place, size, done = 0
+        cdef int status
+        cdef view taken
+        take_limited(file, "file", 0, INT_MAX, &descriptor)
+        take_limited(at, "at", 0, INT64_MAX // 2, &place)
+        take(length, "length", &size)
+        self.take_pointers(pointers, False, &taken)
+        try:
+            self.check_room(&taken, size)
+            status = mapping_use_for_stores(self.table.mapping)
+            if status == STATUS_OK:
+                status = blocks_fill(&self.table, taken.data, taken.size // POINTER_SIZE,
+                                     <int>descriptor, place, size, &done)
+                mapping_unuse(self.table.mapping)
+        finally:
+            view_drop(&taken)
+        if status == STATUS_STALE:
+            return -1
+        if status != STATUS_OK:
+            self.memory.fail(status)
+        return done
+
+    def drain(self, pointers, skip, length, file, at):
+        """Write bytes [skip, skip + length) of the blocks in a row into an open file, from its byte
+`at` on; False when a block is stale, and what was written is of no use."""
+        cdef uint64_t descriptor, place, start, size
+        cdef int status
+        cdef view taken
+        take_limited(file, "file", 0, INT_MAX, &descriptor)
+        take_limited(at, "at", 0, INT64_MAX // 2, &place)
+        take(skip, "skip", &start)
+        take(length, "length", &size)
+        self.take_pointers(pointers, True, &taken)
+        try:
+            self.check_span(&taken, start, size)
+            status = mapping_use(self.table.mapping)
+            if status == STATUS_OK:
+                status = blocks_drain(&self.table, taken.data, taken.size // POINTER_SIZE, start,
+                                      size, <int>descriptor, place)
+                mapping_unuse(self.table.mapping)
+        finally:
+            view_drop(&taken)
+        return self.unless_stale(status)
+
+    cdef int fail_node(self, int status, const node_read *read) except -1:
+        if status == STATUS_NODE_SIZE:
+            raise ValueError(f"block {read.block}: used size {read.used} is not from {NODE_HEADER} "
+                             f"to {self.table.block_size}")
+        if status == STATUS_NODE_CHECKSUM:
+            raise ValueError(f"block {read.block}: checksum does not match")
+        if status == STATUS_NODE_TAG:
+            raise ValueError(f"block {read.block}: node names another claim than its block's tag")
+        return self.memory.fail(status)
+
+    def read_node(self, block, tag):
+        """A checked private copy of a metadata node, None when its tag is another by now."""
+        cdef node_read read
+        cdef int status
+        cdef bytes node = None
+        self.take_block(block, &read.block)
+        take(tag, "tag", &read.tag)
+        if read.tag == 0:
+            raise ValueError("tag 0 means free: there is no node to read")
+        read.blocks = &self.table
+        status = mapping_use(self.table.mapping)
+        if status != STATUS_OK:
+            self.memory.fail(status)
+        try:
+            status = node_read_header(&read)
+            if status == STATUS_OK:
+                node = new_bytes(read.used)
+                status = node_read_rest(&read, <unsigned char *>BYTES_DATA(node))
+        finally:
+            mapping_unuse(self.table.mapping)
+        if status == STATUS_STALE:
+            return None
+        if status != STATUS_OK:
+            self.fail_node(status, &read)
+        return node
+
+    cdef int store_node(self, uint64_t block, object node) except -1:
+        """STATUS_OK, STATUS_STALE, or an exception; within a use of the mapping."""
+        cdef int status
+        cdef uint64_t size
+        cdef view taken
+        view_take(&taken, node)
+        size = taken.size
+        status = node_write(&self.table, block, taken.data, size)
+        view_drop(&taken)
+        if status == STATUS_RANGE:
+            raise ValueError(f"a node has {NODE_HEADER} to {self.table.block_size} bytes and one "
+                             f"pointer, not {size} bytes")
+        if status != STATUS_OK and status != STATUS_STALE:
+            self.memory.fail(status)
+        return status
+
+    def write_node(self, block, node):
+        """Store a metadata node, with its checksum filled in; False when the guard changed."""
+        cdef uint64_t at
+        cdef int status
+        self.take_block(block, &at)
+        status = mapping_use_for_stores(self.table.mapping)
+        if status != STATUS_OK:
+            self.memory.fail(status)
+        try:
+            status = self.store_node(at, node)
+        finally:
+            mapping_unuse(self.table.mapping)
+        return status == STATUS_OK
+
+    cdef int store_nodes(self, list pointers, list nodes) except -1:
+        cdef Py_ssize_t at = 0
+        cdef int status = STATUS_OK
+        cdef uint32_t block = 0
+        cdef uint64_t size
+        cdef view taken
+        while at < len(pointers) and at < len(nodes) and status == STATUS_OK:
+            pointer, node = pointers[at], nodes[at]
+            self.take_pointers(pointer, False, &taken)
+            size = taken.size
+            if size == POINTER_SIZE:
+                memcpy(&block, taken.data, sizeof(block))
+            view_drop(&taken)
+            if size != POINTER_SIZE:
+                raise ValueError(f"a node has one pointer of {POINTER_SIZE} bytes, not {size}")
+            status = self.store_node(block, node)
+            at += 1
+        return status
+
+    def write_nodes(self, pointers, nodes):
+        """The same for a list of packed pointers and one of nodes, in order."""
+        cdef int status
+        if (not isinstance(pointers, list) or not isinstance(nodes, list)
+                or len(<list>pointers) != len(<list>nodes)):
+            raise TypeError("pointers and nodes must be lists of one length")
+        status = mapping_use_for_stores(self.table.mapping)
+        if status != STATUS_OK:
+            self.memory.fail(status)
+        try:
+            status = self.store_nodes(pointers, nodes)
+        finally:
+            mapping_unuse(self.table.mapping)
+        return status == STATUS_OK
+
+    def free_count(self):
+        """How many blocks are free."""
+        cdef uint64_t count = 0
+        cdef int status = mapping_use(self.table.mapping)
+        if status == STATUS_OK:
+            status = tags_free_count(&self.table, &count)
+            mapping_unuse(self.table.mapping)
+        if status != STATUS_OK:
+            self.memory.fail(status)
+        return count
+
+    def mark(self, pointers, marks):
+        """marks[block] = tag for each pointer that is not null."""
+        cdef view taken, table
+        self.take_pointers(pointers, True, &taken)
+        try:
+            take_table(&table, marks, "marks", PyBUF_WRITABLE, self.table.block_count)
+            tags_mark(&self.table, taken.data, taken.size // POINTER_SIZE, table.data)
+            view_drop(&table)
+        finally:
+            view_drop(&taken)
+
+    def sweep(self, marks, limits, start, stop):
+        """Packed pointers of the blocks whose claim is settled and not marked."""
+        cdef uint64_t first, last, found = 0
+        cdef int status = STATUS_NO_MEMORY
+        cdef view marked, limited
+        cdef unsigned char *pointers = NULL
+        take(start, "start", &first)
+        take(stop, "stop", &last)
+        if first > last or last > self.table.block_count:
+            raise ValueError(f"sweep from {start!r} to {stop!r} is outside the region's "
+                             f"{self.table.block_count}")
+        take_table(&marked, marks, "marks", PyBUF_SIMPLE, self.table.block_count)
+        try:
+            take_table(&limited, limits, "limits", PyBUF_SIMPLE, LIMITS)
+            # Only the used part of it costs memory.
+            pointers = <unsigned char *>PyMem_Malloc((last - first) * POINTER_SIZE + 1)
+            if pointers != NULL:
+                status = mapping_use(self.table.mapping)
+            if status == STATUS_OK:
+                status = tags_sweep(&self.table, marked.data, limited.data, first, last, pointers,
+                                    &found)
+                mapping_unuse(self.table.mapping)
+            view_drop(&limited)
+            if status != STATUS_OK:
+                self.memory.fail(status)
+            return bytes_of(pointers, found * POINTER_SIZE)
+        finally:
+            PyMem_Free(pointers)
+            view_drop(&marked)
+
+
+cdef int take_table(view *taken, object source, str name, int flags, uint64_t words) except -1:
+    cdef uint64_t size
+    view_buffer(taken, source, flags)
+    size = taken.size
+    if size != WORD_SIZE * words:
+        view_drop(taken)
+        raise ValueError(f"{name} must be {words} words of {WORD_SIZE} bytes, got {size} bytes")
+    return 0
+
+
+# --- checksums ---------------------------------------------------------------------------------
+
+cdef int take_seed(object seed, uint32_t *out) except -1:
+    cdef uint64_t wide
+    take_limited(seed, "seed", 0, UINT32_MAX, &wide)
+    out[0] = <uint32_t>wide
+    return 0
+
+
+def crc32c(buffer, seed=0):
+    """CRC-32C of a buffer; seed is the result for what precedes it."""
+    cdef uint32_t crc
+    cdef view taken
+    take_seed(seed, &crc)
+    view_take(&taken, buffer)
+    crc = crc32c_of(crc, taken.data, taken.size)
+    view_drop(&taken)
+    return crc
+
+
+def _crc32c_by_table(buffer, seed=0):
+    """crc32c as on a processor without the instruction, for tests."""
+    cdef uint32_t crc
+    cdef view taken
+    take_seed(seed, &crc)
+    view_take(&taken, buffer)
+    crc = crc32c_by_table_of(crc, taken.data, taken.size)
+    view_drop(&taken)
+    return crc
+
+
+# --- packed words and bytes in private memory --------------------------------------------------
+
+cdef int fail_counted(view *taken, uint64_t count, str things) except -1:
+    cdef uint64_t size = taken.size
+    view_drop(taken)
+    raise ValueError(f"{count} {things} are more than {size} bytes hold")
+
+
+cdef inline int take_words(view *taken, object buffer, object count, uint64_t *length) except -1:
+    take(count, "count", length)
+    view_take(taken, buffer)
+    if length[0] > taken.size // WORD_SIZE:
+        return fail_counted(taken, length[0], "words")
+    return 0
+
+
+def lower_bound(buffer, count, value):
+    """Index of the first of count packed ascending words that is not below value."""
+    cdef uint64_t length, sought
+    cdef view taken
+    take(value, "value", &sought)
+    take_words(&taken, buffer, count, &length)
+    length = packed_lower_bound(taken.data, length, sought)
+    view_drop(&taken)
+    return length
+
+
+def ascending(buffer, count):
+    """Whether each of count packed words is above the one before it."""
+    cdef uint64_t length
+    cdef bint result
+    cdef view taken
+    take_words(&taken, buffer, count, &length)
+    result = packed_ascending(taken.data, length)
+    view_drop(&taken)
+    return result
+
+
+def sum_bytes(buffer, start, stop):
+    """The sum of bytes [start, stop)."""
+    cdef uint64_t first, last
+    cdef view taken
+    take(start, "start", &first)
+    take(stop, "stop", &last)
+    view_take(&taken, buffer)
+    first = packed_sum(taken.data, first, min(last, taken.size))
+    view_drop(&taken)
+    return first
+
+
+# --- packed slots of pointers ------------------------------------------------------------------
+
+cdef int take_change(object change, uint64_t *offset, unsigned char **slots,
+                     uint64_t *size) except -1:
+    """Take apart a change of slots, (index, packed slots)."""
+    if not isinstance(change, tuple) or len(<tuple>change) != 2:
+        raise TypeError("a change is (index, packed slots)")
+    index, packed = (<tuple>change)[0], (<tuple>change)[1]
+    if not isinstance(packed, bytes):
+        raise TypeError("a change is (index, packed slots)")
+    take_limited(index, "index", 0, MAX_SLOTS, offset)
+    offset[0] *= POINTER_SIZE
+    slots[0] = <unsigned char *>BYTES_DATA(packed)
+    size[0] = <uint64_t>BYTES_SIZE(packed)
+    if size[0] % POINTER_SIZE != 0:
+        raise ValueError("half a slot")
+    return 0
+
+
+cdef bytes changed_slots(const unsigned char *had, uint64_t length, list changes):
+    cdef uint64_t size = length, kept, offset, run
+    cdef unsigned char *slots
+    cdef unsigned char *source
+    cdef bytes result
+    for change in changes:
+        take_change(change, &offset, &source, &run)
+        size = max(size, offset + run)
+    result = new_bytes(size)
+    slots = <unsigned char *>BYTES_DATA(result)
+    memcpy(slots, had, length)
+    memset(slots + length, 0, size - length)
+    for change in changes:
+        take_change(change, &offset, &source, &run)
+        memcpy(slots + offset, source, run)
+    kept = slots_trimmed(slots, size)
+    return result if kept == size else bytes_of(slots, kept)
+
+
+def put_slots(buffer, start, changes):
+    """The packed pointers from byte start on, with changes (index, packed pointers) put in;
+nulls fill the gaps, and none is left at the end."""
+    cdef uint64_t first
+    cdef view taken
+    take(start, "start", &first)
+    view_take(&taken, buffer)
+    try:
+        if first > taken.size or (taken.size - first) % POINTER_SIZE != 0:
+            raise ValueError("the buffer does not end with whole slots")
+        if not isinstance(changes, list):
+            raise TypeError("changes must be a list")
+        return changed_slots(taken.data + first, taken.size - first, changes)
+    finally:
+        view_drop(&taken)
+
+
+# --- packed directory leaves -------------------------------------------------------------------
+
+cdef inline int take_leaf(view *taken, object raw, object count, leaf *found) except -1:
+    take(count, "count", &found.count)
+    view_take(taken, raw)
+    found.raw = taken.data
+    found.length = taken.size
+    if leaf_check(found) != STATUS_OK:
+        return fail_counted(taken, found.count, "entries")
+    return 0
+
+
+def leaf_find(raw, count, key, span, name):
+    """Which of the entries with keys in [key, key + span) has the name; -1: none."""
+    cdef uint64_t lowest, width
+    cdef int64_t found
+    cdef leaf searched
+    cdef view taken, sought
+    take(key, "key", &lowest)
+    take(span, "span", &width)
+    take_leaf(&taken, raw, count, &searched)
+    try:
+        view_take(&sought, name)
+        found = leaf_search(&searched, lowest, width, sought.data, sought.size)
+        view_drop(&sought)
+    finally:
+        view_drop(&taken)
+    return found
+
+
+def leaf_insert(raw, count, key, value, name):
+    """The packed leaf with one entry more, before those with keys from this one on."""
+    cdef uint64_t lowest, word
+    cdef leaf old
+    cdef view taken, added
+    cdef bytes result
+    take(key, "key", &lowest)
+    take(value, "value", &word)
+    take_leaf(&taken, raw, count, &old)
+    try:
+        view_take(&added, name)
+        try:
+            if not 1 <= added.size <= LEAF_NAME_MAX:
+                raise ValueError(f"a name has 1 to {LEAF_NAME_MAX} bytes, not {added.size}")
+            result = new_bytes(old.length + ENTRY_FIXED + added.size)
+            leaf_with(&old, lowest, word, added.data, added.size,
+                      <unsigned char *>BYTES_DATA(result))
+        finally:
+            view_drop(&added)
+    finally:
+        view_drop(&taken)
+    return result
+
+
+def leaf_remove(raw, count, at):
+    """The packed leaf without one entry."""
+    cdef uint64_t place
+    cdef leaf old
+    cdef view taken
+    cdef bytes result
+    take(at, "at", &place)
+    take_leaf(&taken, raw, count, &old)
+    try:
+        if place >= old.count:
+            raise ValueError(f"there is no entry {at!r}")
+        result = new_bytes(leaf_size_without(&old, place))
+        leaf_without(&old, place, <unsigned char *>BYTES_DATA(result))
+    finally:
+        view_drop(&taken)
+    return result
+
+
+# --- records -----------------------------------------------------------------------------------
+
+def changed_tuple(values, places, changes):
+    """A tuple of the same type with other values at the places that names stand for."""
+    if not (isinstance(values, tuple) and isinstance(places, dict) and isinstance(changes, dict)):
+        raise TypeError("a tuple, places by name and values by name are wanted")
+    copy = tuple_copy(values)
+    tuple_change(copy, <dict>places, <dict>changes)
+    return copy

@@ -1,0 +1,137 @@
+/* Packed words, slots and directory leaves in private memory: what each change does many times. */
+#include "kernel.h"
+
+uint64_t packed_lower_bound(const unsigned char *words, uint64_t count, uint64_t value)
+{
+    uint64_t low = 0;
+
+    while (low < count) {
+        uint64_t middle = low + (count - low) / 2;
+        if (u64_at(words, middle) < value)
+            low = middle + 1;
+        else
+            count = middle;
+    }
+    return low;
+}
+
+bool packed_ascending(const unsigned char *words, uint64_t count)
+{
+    uint64_t before = count > 0 ? u64_at(words, 0) : 0;
+
+    for (uint64_t at = 1; at < count; at++) {
+        uint64_t word = u64_at(words, at);
+        if (word <= before)
+            return false;
+        before = word;
+    }
+    return true;
+}
+
+uint64_t packed_sum(const unsigned char *bytes, uint64_t start, uint64_t stop)
+{
+    uint64_t sum = 0;
+
+    for (; start < stop; start++)
+        sum += bytes[start];
+    return sum;
+}
+
+uint64_t slots_trimmed(const unsigned char *slots, uint64_t size)
+{
+    while (size >= POINTER_SIZE &&
+           (u64_at(slots + size - POINTER_SIZE, 0) | u64_at(slots + size - POINTER_SIZE, 1)) == 0)
+        size -= POINTER_SIZE;
+    return size;
+}
+
+/* --- directory leaves -------------------------------------------------------------------------- */
+
+int leaf_check(const struct leaf *leaf)
+{
+    return leaf->count > leaf->length / ENTRY_FIXED ? STATUS_RANGE : STATUS_OK;
+}
+
+static inline const unsigned char *leaf_values(const struct leaf *leaf)
+{
+    return leaf->raw + 8 * leaf->count;
+}
+
+static inline const unsigned char *leaf_sizes(const struct leaf *leaf)
+{
+    return leaf->raw + 16 * leaf->count;
+}
+
+/* Where the name of entry `at` begins; at the end at the latest, whatever the lengths say. */
+static uint64_t name_at(const struct leaf *leaf, uint64_t at)
+{
+    uint64_t place = ENTRY_FIXED * leaf->count + packed_sum(leaf_sizes(leaf), 0, at);
+
+    return place < leaf->length ? place : leaf->length;
+}
+
+/* Where the name of entry `at`, which begins at `cut`, ends. */
+static inline uint64_t name_end(const struct leaf *leaf, uint64_t at, uint64_t cut)
+{
+    uint64_t end = cut + leaf_sizes(leaf)[at];
+
+    return end < leaf->length ? end : leaf->length;
+}
+
+int64_t leaf_find(const struct leaf *leaf, uint64_t key, uint64_t span, const unsigned char *name,
+                  uint64_t length)
+{
+    uint64_t at = packed_lower_bound(leaf->raw, leaf->count, key), place;
+
+    for (; at < leaf->count && u64_at(leaf->raw, at) - key < span; at++) {
+        if (leaf_sizes(leaf)[at] != length)
+            continue;
+        place = name_at(leaf, at);
+        if (leaf->length - place >= length && memcmp(leaf->raw + place, name, length) == 0)
+            return (int64_t)at;
+    }
+    return -1;
+}
+
+static unsigned char *put(unsigned char *to, const void *from, uint64_t length)
+{
+    memcpy(to, from, length);
+    return to + length;
+}
+
+void leaf_with(const struct leaf *leaf, uint64_t key, uint64_t value, const unsigned char *name,
+               uint64_t length, unsigned char *to)
+{
+    const unsigned char *raw = leaf->raw, *sizes = leaf_sizes(leaf);
+    uint64_t at = packed_lower_bound(raw, leaf->count, key), cut = name_at(leaf, at);
+    unsigned char size = (unsigned char)length;
+
+    to = put(to, raw, 8 * at);
+    to = put(to, &key, 8);
+    to = put(to, raw + 8 * at, 8 * leaf->count); /* with the values before it */
+    to = put(to, &value, 8);
+    to = put(to, leaf_values(leaf) + 8 * at, 8 * (leaf->count - at) + at);
+    to = put(to, &size, 1);
+    to = put(to, sizes + at, cut - (uint64_t)(sizes + at - raw));
+    to = put(to, name, length);
+    put(to, raw + cut, leaf->length - cut);
+}
+
+uint64_t leaf_size_without(const struct leaf *leaf, uint64_t at)
+{
+    uint64_t cut = name_at(leaf, at);
+
+    return leaf->length - ENTRY_FIXED - (name_end(leaf, at, cut) - cut);
+}
+
+void leaf_without(const struct leaf *leaf, uint64_t at, unsigned char *to)
+{
+    const unsigned char *raw = leaf->raw, *sizes = leaf_sizes(leaf);
+    uint64_t cut = name_at(leaf, at), behind = name_end(leaf, at, cut);
+
+    to = put(to, raw, 8 * at);
+    to = put(to, raw + 8 * (at + 1), 8 * (leaf->count - 1));
+    to = put(to, leaf_values(leaf) + 8 * (at + 1), 8 * (leaf->count - 1 - at) + at);
+    to = put(to, sizes + at + 1, cut - (uint64_t)(sizes + at + 1 - raw));
+    put(to, raw + behind, leaf->length - behind);
+}

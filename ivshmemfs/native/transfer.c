@@ -1,0 +1,234 @@
+/* Between blocks and an open file.
+ *
+ * The kernel copies between a file's pages and the blocks by itself, which saves one copy of two.
+ * It cannot everywhere: device memory may not allow the way it copies, some filesystems cannot
+ * reach a device's memory (EFAULT), and a trap wants to see each store.  There a buffer is used. */
+#include <errno.h>
+#include <stdlib.h>
+#include <sys/uio.h>
+#include <unistd.h>
+
+#include "kernel.h"
+
+struct transfer {
+    struct span span; /* which part of the blocks; `to` is unused */
+    int file;
+    uint64_t at; /* in the file, of the first byte of `span` */
+    bool filling;
+    bool stale; /* the guard changed */
+};
+
+enum {
+    ROWS = 64,           /* most parts of one system call */
+    FILLED = 4 * WINDOW, /* most bytes stored without a look at the guard */
+};
+
+/* STATUS_SYSTEM with EFAULT, which tells the caller to take the buffer. */
+static int unreachable(const struct mapping *mapping, int status)
+{
+    return status == STATUS_SYSTEM && mapping->code == EFAULT;
+}
+
+static bool kernel_may_copy(const struct mapping *mapping)
+{
+    return mapping->access != ACCESS_DEVICE && !mapping->armed;
+}
+
+static void *leave(const struct mapping *mapping)
+{
+    return mapping->host.leave != NULL ? mapping->host.leave() : NULL;
+}
+
+static void enter(const struct mapping *mapping, void *left)
+{
+    if (mapping->host.enter != NULL)
+        mapping->host.enter(left);
+}
+
+/* What a failed system call means: STATUS_OK to call it again. */
+static int failed(struct mapping *mapping, int code)
+{
+    if (code == EINTR) {
+        if (mapping->host.interrupted == NULL)
+            return STATUS_OK;
+        return mapping->host.interrupted(mapping->host.context) != 0 ? STATUS_INTERRUPTED
+                                                                     : STATUS_OK;
+    }
+    mapping->code = code;
+    return STATUS_SYSTEM;
+}
+
+/* One system call.  Returns how many bytes it moved, or minus an errno. */
+static int64_t transfer_step(struct transfer *transfer)
+{
+    static const unsigned char zeros[64 * 1024];
+    struct span span = transfer->span;
+    struct mapping *mapping = span.blocks->mapping;
+    struct iovec rows[ROWS];
+    int64_t moved;
+    int count = 0;
+    void *left;
+
+    if (transfer->filling && span.stop - span.position > FILLED)
+        span.stop = span.position + FILLED;
+    for (; count < ROWS && span.position < span.stop; count++) {
+        unsigned char *from;
+        uint64_t length = span_row(&span, &from);
+        if (from == NULL && length > sizeof zeros)
+            length = sizeof zeros;
+        if (transfer->filling && from != NULL)
+            long_run(mapping, from, length);
+        rows[count].iov_base = from != NULL ? from : (void *)(uintptr_t)zeros;
+        rows[count].iov_len = length;
+        span.position += length;
+    }
+    left = leave(mapping);
+    moved = transfer->filling ? preadv(transfer->file, rows, count, (off_t)transfer->at)
+                              : pwritev(transfer->file, rows, count, (off_t)transfer->at);
+    moved = moved < 0 ? -errno : moved;
+    enter(mapping, left);
+    if (moved > 0)
+        transfer->span.position += (uint64_t)moved, transfer->at += (uint64_t)moved;
+    return moved;
+}
+
+static void guard_body(void *argument)
+{
+    struct transfer *transfer = argument;
+    transfer->stale = transfer->filling && !guarded(transfer->span.blocks);
+}
+
+/* Until all is moved, the file ends, or the guard changes. */
+static int transfer_run(struct transfer *transfer)
+{
+    struct mapping *mapping = transfer->span.blocks->mapping;
+    int status;
+
+    while (transfer->span.position < transfer->span.stop) {
+        int64_t moved;
+        if ((status = perform(mapping, guard_body, transfer, WORD_SIZE)) != STATUS_OK)
+            return status;
+        moved = transfer->stale ? 0 : transfer_step(transfer);
+        if (moved == 0)
+            return STATUS_OK;
+        if (moved < 0 && (status = failed(mapping, (int)-moved)) != STATUS_OK)
+            return status;
+    }
+    return STATUS_OK;
+}
+
+/* The same between a file and private memory. */
+static int buffer_run(const struct transfer *transfer, unsigned char *buffer, uint64_t length,
+                      uint64_t *done)
+{
+    struct mapping *mapping = transfer->span.blocks->mapping;
+    int status;
+
+    for (*done = 0; *done < length;) {
+        void *left = leave(mapping);
+        off_t at = (off_t)(transfer->at + *done);
+        ssize_t moved = transfer->filling
+                            ? pread(transfer->file, buffer + *done, length - *done, at)
+                            : pwrite(transfer->file, buffer + *done, length - *done, at);
+        int code = errno;
+        enter(mapping, left);
+        if (moved == 0)
+            break;
+        if (moved > 0)
+            *done += (uint64_t)moved;
+        else if ((status = failed(mapping, code)) != STATUS_OK)
+            return status;
+    }
+    return STATUS_OK;
+}
+
+/* Zeros from byte `used` on to the end of the last block that is used. */
+static int fill_rest(const struct transfer *transfer, uint64_t used)
+{
+    const struct blocks *blocks = transfer->span.blocks;
+    struct span rest = transfer->span;
+    unsigned char *to;
+    uint64_t length;
+
+    rest.position = used;
+    rest.stop = (used + blocks->block_size - 1) / blocks->block_size * blocks->block_size;
+    if (rest.position == rest.stop)
+        return STATUS_OK;
+    length = span_row(&rest, &to);
+    return to == NULL ? STATUS_CHANGED : store_zeros(blocks->mapping, to, length);
+}
+
+static int fill_straight(struct transfer transfer, uint64_t *done)
+{
+    const struct blocks *blocks = transfer.span.blocks;
+    int status = transfer_run(&transfer);
+
+    *done = transfer.span.position;
+    if (unreachable(blocks->mapping, status))
+        return status;
+    blocks->mapping->stores += 2 * ((*done + blocks->block_size - 1) / blocks->block_size);
+    if (status != STATUS_OK || transfer.stale)
+        return unless_stale(status, transfer.stale);
+    return fill_rest(&transfer, *done);
+}
+
+int blocks_fill(const struct blocks *blocks, const unsigned char *pointers, uint64_t count,
+                int file, uint64_t at, uint64_t length, uint64_t *done)
+{
+    struct transfer transfer = {
+        .span = {blocks, pointers, 0, length, NULL}, .file = file, .at = at, .filling = true};
+    unsigned char *buffer;
+    int status;
+
+    if (length > count * blocks->block_size)
+        return STATUS_RANGE;
+    if (kernel_may_copy(blocks->mapping)) {
+        status = fill_straight(transfer, done);
+        if (!unreachable(blocks->mapping, status))
+            return status;
+    }
+    if ((buffer = malloc(length + 1)) == NULL)
+        return STATUS_NO_MEMORY;
+    status = buffer_run(&transfer, buffer, length, done);
+    if (status == STATUS_OK)
+        status = blocks_scatter(blocks, pointers, count, buffer, *done);
+    free(buffer);
+    return status;
+}
+
+static int drain_straight(struct transfer transfer)
+{
+    const struct blocks *blocks = transfer.span.blocks;
+    uint64_t first = transfer.span.position / blocks->block_size;
+    uint64_t last = (transfer.span.stop - 1) / blocks->block_size + 1;
+    int status = transfer_run(&transfer);
+
+    return status == STATUS_OK ? tags_check_range(blocks, transfer.span.pointers, first, last)
+                               : status;
+}
+
+int blocks_drain(const struct blocks *blocks, const unsigned char *pointers, uint64_t count,
+                 uint64_t skip, uint64_t length, int file, uint64_t at)
+{
+    struct transfer transfer = {
+        .span = {blocks, pointers, skip, skip + length, NULL}, .file = file, .at = at};
+    uint64_t available = count * blocks->block_size, done;
+    unsigned char *buffer;
+    int status;
+
+    if (skip > available || length > available - skip)
+        return STATUS_RANGE;
+    if (kernel_may_copy(blocks->mapping) && length > 0) {
+        status = drain_straight(transfer);
+        if (!unreachable(blocks->mapping, status))
+            return status;
+    }
+    if ((buffer = malloc(length + 1)) == NULL)
+        return STATUS_NO_MEMORY;
+    transfer.span.to = buffer;
+    status = span_gather(&transfer.span);
+    if (status == STATUS_OK)
+        status = buffer_run(&transfer, buffer, length, &done);
+    free(buffer);
+    return status;
+}

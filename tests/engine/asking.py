@@ -1,0 +1,39 @@
+"""What tests of the engine ask of it: refusals, names, and directories without entries."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Callable
+
+import pytest
+
+from ivshmemfs.engine import ROOT_INO, Filesystem
+from ivshmemfs.errors import FsError
+from tests.support.regions import ROOT
+
+
+def fails(code: int, call: Callable[[], object]) -> None:
+    """The call is refused with errno `code`."""
+    with pytest.raises(FsError) as caught:
+        call()
+    assert caught.value.errno == code, os.strerror(caught.value.errno)
+
+
+def names(fs: Filesystem, ino: int = ROOT_INO) -> list[bytes]:
+    """The sorted names in a directory, without "." and ".."."""
+    found = [name for name, _, _ in fs.readdir(fs.opendir(ino), 0)]
+    assert found[:2] == [b".", b".."]
+    return sorted(found[2:])
+
+
+def remove_all(fs: Filesystem, ino: int) -> None:
+    """Remove everything below a directory."""
+    for name, attr, _ in list(fs.readdir(fs.opendir(ino), 0)):
+        if name in (b".", b".."):
+            continue
+        if stat.S_ISDIR(attr.mode):
+            remove_all(fs, attr.ino)
+            fs.rmdir(ino, name, ROOT)
+        else:
+            fs.unlink(ino, name, ROOT)

@@ -1,0 +1,94 @@
+/* Packed words and leaves, also with lengths that contradict themselves, in exact allocations. */
+#include "check.h"
+
+enum { ENTRIES = 6 };
+
+static unsigned char *leaf_build(struct leaf *leaf)
+{
+    unsigned char *raw = malloc(ENTRIES * (ENTRY_FIXED + 4));
+
+    leaf->raw = raw;
+    leaf->count = ENTRIES;
+    leaf->length = ENTRIES * (ENTRY_FIXED + 4);
+    for (uint64_t at = 0; at < ENTRIES; at++) {
+        uint64_t key = 256 * (at + 1), value = 1000 + at;
+        memcpy(raw + 8 * at, &key, 8);
+        memcpy(raw + 8 * (ENTRIES + at), &value, 8);
+        raw[16 * ENTRIES + at] = 4;
+        memcpy(raw + ENTRY_FIXED * ENTRIES + 4 * at, "nam", 3);
+        raw[ENTRY_FIXED * ENTRIES + 4 * at + 3] = (unsigned char)('a' + at);
+    }
+    return raw;
+}
+
+static void words_of(void)
+{
+    uint64_t words[] = {1, 5, 5, 9};
+    const unsigned char *raw = (const unsigned char *)words;
+
+    check(packed_lower_bound(raw, 4, 0) == 0 && packed_lower_bound(raw, 4, 5) == 1);
+    check(packed_lower_bound(raw, 4, 10) == 4 && packed_lower_bound(raw, 0, 1) == 0);
+    check(packed_ascending(raw, 2) && !packed_ascending(raw, 3) && packed_ascending(raw, 0));
+    check(packed_sum(raw, 0, 8) == 1 && packed_sum(raw, 9, 8) == 0);
+    check(slots_trimmed(raw, 32) == 32 && slots_trimmed((unsigned char[48]){1}, 48) == 16);
+    check(slots_trimmed((unsigned char[16]){0}, 16) == 0);
+}
+
+static void leaves(void)
+{
+    struct leaf leaf, more;
+    unsigned char *raw = leaf_build(&leaf), *grown, *back;
+
+    check(leaf_check(&leaf) == STATUS_OK);
+    check(leaf_find(&leaf, 512, 256, (const unsigned char *)"namb", 4) == 1);
+    check(leaf_find(&leaf, 512, 256, (const unsigned char *)"namc", 4) == -1);
+    check(leaf_find(&leaf, 0, UINT64_MAX, (const unsigned char *)"namf", 4) == 5);
+    for (uint64_t key = 0; key < 2000; key += 130) {
+        const unsigned char name[] = "a longer name";
+        more = (struct leaf){NULL, leaf.length + ENTRY_FIXED + 13, ENTRIES + 1};
+        more.raw = grown = malloc(more.length);
+        leaf_with(&leaf, key, 77, name, 13, grown);
+        int64_t at = leaf_find(&more, key, 1, name, 13);
+        check(at >= 0);
+        check(leaf_size_without(&more, (uint64_t)at) == leaf.length);
+        back = malloc(leaf.length);
+        leaf_without(&more, (uint64_t)at, back);
+        check(memcmp(back, raw, leaf.length) == 0);
+        free(back);
+        free(grown);
+    }
+    leaf.count = leaf.length / ENTRY_FIXED + 1;
+    check(leaf_check(&leaf) == STATUS_RANGE);
+    free(raw);
+}
+
+/* Any lengths of names: nothing outside the allocations is touched (the sanitizer watches). */
+static void contradictions(void)
+{
+    unsigned int state = 1;
+
+    for (int round = 0; round < 2000; round++) {
+        struct leaf leaf;
+        unsigned char *raw = leaf_build(&leaf), name[255] = {0}, *made;
+        for (int at = 0; at < ENTRIES; at++)
+            raw[16 * ENTRIES + at] = (unsigned char)((state = state * 1103515245 + 12345) >> 16);
+        check(leaf_find(&leaf, 0, UINT64_MAX, name, state % 256) >= -1);
+        made = malloc(leaf.length + ENTRY_FIXED + 255);
+        leaf_with(&leaf, state, 1, name, 255, made);
+        for (uint64_t at = 0; at < ENTRIES; at++) {
+            unsigned char *less = malloc(leaf_size_without(&leaf, at));
+            leaf_without(&leaf, at, less);
+            free(less);
+        }
+        free(made);
+        free(raw);
+    }
+}
+
+int main(void)
+{
+    words_of();
+    leaves();
+    contradictions();
+    return 0;
+}
