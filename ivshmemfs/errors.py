@@ -193,12 +193,15 @@ class Unfinished(Busy):
     """The operation has used up its turn.  Its progress is kept; let others run, then try again.
 
     An operation of several commits did some of them: then `go_on` does the rest, and is called
-    instead of the operation.
+    instead of the operation.  `so_far` is the result if the rest is given up; None if that fails.
     """
 
-    def __init__(self, message: str, go_on: Callable[[], object] | None = None) -> None:
+    def __init__(
+        self, message: str, go_on: Callable[[], object] | None = None, so_far: object = None
+    ) -> None:
         super().__init__(message)
         self.go_on = go_on
+        self.so_far = so_far
 
 
 class Fenced(IvshmemfsError):

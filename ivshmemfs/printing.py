@@ -6,6 +6,8 @@ not trusted.  Every command prints through `say`, and the daemon's log formats t
 
 from __future__ import annotations
 
+import sys
+
 _ESCAPED_BYTES = range(0xDC80, 0xDD00)  # how os.fsdecode keeps a byte that is not UTF-8
 
 
@@ -30,6 +32,9 @@ def shown(raw: bytes) -> str:
 
 def say(line: str, *, err: bool = False) -> None:
     """Print one line to standard output, or to standard error."""
-    import click  # the layers below need no more than `printable`
-
-    click.echo(printable(line), err=err)
+    try:
+        import click  # the layers below need no more than `printable`
+    except ImportError:  # which may be what the line is about
+        print(printable(line), file=sys.stderr if err else sys.stdout, flush=True)
+    else:
+        click.echo(printable(line), err=err)

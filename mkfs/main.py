@@ -197,18 +197,27 @@ def _take_back(path: str, before: int | None, size: int) -> None:
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
-@click.option("--size", callback=_size, metavar="SIZE", help="Create the file, e.g. 1M or 16G.")
+@click.option(
+    "--size", callback=_size, metavar="SIZE", help="Make the file, of this size: 1M, 16G."
+)
 @click.option("--label", default="", help="Name of the filesystem, up to 64 bytes.")
 @click.option("--uuid", callback=_uuid_bytes, metavar="UUID", help="Default: a random one.")
-@click.option("--block-size", callback=_size, metavar="B", help="1K to 64K, a power of two.")
+@click.option(
+    "--block-size",
+    callback=_size,
+    metavar="B",
+    help="1K to 64K, a power of two.  Default: by size.",
+)
 @click.option(
     "--peers", type=click.IntRange(1, geo.MAX_PEERS), default=geo.DEFAULT_PEERS,
     show_default=True, help="How many mounts at once.",
 )  # fmt: skip
 @click.option("--sparse", is_flag=True, help="Do not reserve the memory of a file.")
-@click.option("--any-size", is_flag=True, help="Also one that no device can have.")
 @click.option(
-    "--force", count=True, help="Overwrite what is there; twice: also under those who use it."
+    "--any-size", is_flag=True, help="Also a size that is not a power of two; no device has one."
+)
+@click.option(
+    "--force", count=True, help="Overwrite what is there.  Twice: also under living mounts."
 )
 @click.version_option(__version__, prog_name="mkfs.ivshmemfs")
 @click.argument("region")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import re
+import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -118,3 +120,15 @@ def test_only_the_binding_knows_python_and_c() -> None:
 def test_the_binding_imports_no_layer() -> None:
     binding = (NATIVE / "_native.pyx").read_text() + (NATIVE / "_native.pyi").read_text()
     assert not re.findall(r"^\s*(?:from|import|cimport) ivshmemfs", binding, re.MULTILINE)
+
+
+def test_what_is_compiled_can_be_read_where_only_build_requirements_are_installed() -> None:
+    """mypyc reads the compiled layers and all that they import, with the settings of mypy."""
+    settings = tomllib.loads((TOP / "pyproject.toml").read_text())["tool"]["mypy"]
+    ignored = {name for row in settings["overrides"] for name in row["module"]}
+    below = LAYERS[LAYERS.index("engine") :]
+    for path in SOURCES:
+        if _layer(path) in below:
+            packages = {name.split(".")[0] for name in _imports(path)} - sys.stdlib_module_names
+            missing = {f"{name}.*" for name in packages - {"ivshmemfs"}} - ignored
+            assert not missing, f"{path} imports {missing}"

@@ -40,27 +40,27 @@ _PR_SET_PDEATHSIG = 1
 
 
 @click.command(
-    "lock", short_help="Run COMMAND under a lock that counts everywhere.",
+    "lock", short_help="Run COMMAND under a lock between all machines.",
     context_settings={"allow_interspersed_args": False},
 )  # fmt: skip
 @click.argument("file")  # click.Path would look at it
 @click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
 @click.option("-n", "--nonblock", is_flag=True, help="Fail at once when it is held.")
 @click.option(
-    "-w", "--wait", "seconds", type=float, metavar="SECONDS", help="Wait so long at most."
+    "-w", "--wait", "seconds", type=float, metavar="SECONDS", help="Wait at most so many seconds."
 )
 @click.option(
     "-E", "--conflict-exit-code", "conflict", type=int, default=1, metavar="N", show_default=True,
-    help="What to end with when the lock was not to be had.",
+    help="Exit code when somebody else keeps the lock.",
 )  # fmt: skip
 def lock_command(
     file: str, command: tuple[str, ...], nonblock: bool, seconds: float | None, conflict: int
 ) -> int:
-    """Run COMMAND while holding a lock on FILE that counts on every machine.
+    """Run COMMAND while holding a lock on FILE that excludes all other machines.
 
-    FILE is on a mount, and is made if it does not exist.  The death of the holder or of its
-    machine frees the lock; a machine that shows no life for ten seconds counts as dead, and when
-    it was only paused, COMMAND is ended there as soon as it wakes up.
+    FILE is on a mount, and is made if it does not exist.  The death of the holder frees the lock:
+    after 3 s if its process is seen to be gone, else after 10 s without a sign of life.  If its
+    machine was only paused, COMMAND is ended there within a second of waking up.
 
     Ends with COMMAND's exit code.  Needs access to the region itself, as mounting does.
     """

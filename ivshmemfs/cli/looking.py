@@ -103,7 +103,8 @@ def info_command(region: str) -> None:
     size = stats.block_size
     free = readable_size(stats.blocks_avail * size)
     rows = [
-        ("region", f"{opened.spec} ({opened.description})"),
+        # This command opens it read-only; that says nothing of the region.
+        ("region", f"{opened.spec} ({opened.description.removesuffix(', read-only')})"),
         ("label", checked.label or "-"),
         ("uuid", superblock.identify(raw)[1]),  # type: ignore[index]  # decode has checked it
         ("format", f"{record.major}.{record.minor}"),

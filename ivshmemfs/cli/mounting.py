@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 
 HELP = """Mount the filesystem on REGION.
 
-REGION is a file, a character device, pci, pci:ADDRESS, mem:ADDRESS:SIZE, label=LABEL or uuid=UUID.
-Without it, the one ivshmem device that carries a filesystem is mounted.
+REGION is a file (also file:PATH), a character device, pci, pci:ADDRESS, mem:ADDRESS:SIZE,
+label=LABEL or uuid=UUID.  Without it, the one ivshmem device that carries a filesystem is mounted.
 
 \b
 Options (-o), separated by commas:
@@ -36,12 +36,12 @@ Options (-o), separated by commas:
   uid=N, gid=N       show every file as owned by this user or group
   umask=NNN          take these permission bits away from what is shown
   suid, dev          allow set-user-ID programs and device nodes (root only)
-  noexec, noatime, ...  as in mount(8)
+  noexec, sync, ...  as in mount(8); options without effect here are ignored
   remount,ro         make a mount read-only until remount,rw (root only)
   mmap               allow shared mappings on kernels before 6.6, through the page cache
   log=FILE           write the log to FILE
   loop=poll|trio     how to wait for requests
-nosuid, nodev and default_permissions are always on, unless asked otherwise.
+nosuid and nodev are on unless suid or dev is given.  Permissions are always checked.
 """
 
 

@@ -6,7 +6,7 @@ import re
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, TypeVar, cast
 
 from ivshmemfs import __version__
 from ivshmemfs.errors import Busy, RegionError, UnderRepair, Unfinished
@@ -75,7 +75,8 @@ def patiently(call: Callable[[], T], seconds: float = 30.0) -> T:
     while True:
         try:
             return call()
-        except Unfinished:
+        except Unfinished as turn:
+            call = cast("Callable[[], T]", turn.go_on or call)
             end = time.monotonic() + seconds
         except Busy:
             if time.monotonic() > end:

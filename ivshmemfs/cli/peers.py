@@ -46,7 +46,7 @@ def _alive(watch: Watch, slots: set[int]) -> set[int]:
 @click.command("peers")
 @click.argument("region")
 def peers_command(region: str) -> None:
-    """Show who has REGION mounted, and who shows life."""
+    """List the mounts of REGION on all machines, and which of them show signs of life."""
     region = region_of(region)
     _tell_trouble(region)
     with _peer_table(region, readonly=True) as peers:

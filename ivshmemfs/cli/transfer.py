@@ -18,6 +18,7 @@ from ivshmemfs.cli.getting import Getter, Wishes
 from ivshmemfs.cli.inside import found, resolve
 from ivshmemfs.cli.local import Folder
 from ivshmemfs.cli.meter import metered
+from ivshmemfs.cli.naming import region_of
 from ivshmemfs.cli.peering import peer
 from ivshmemfs.cli.putting import Place, Putter
 from ivshmemfs.errors import ForeignFormat, NotFormatted, RegionSize, UsageError
@@ -54,7 +55,7 @@ def _opened(spec: str, usage: str, *, readonly: bool) -> Iterator[Filesystem]:
 
     try:
         with (
-            open_region(spec, readonly=readonly, identify=identify) as region,
+            open_region(region_of(spec), readonly=readonly, identify=identify) as region,
             peer(region, readonly=readonly) as fs,
         ):
             yield fs

@@ -83,10 +83,10 @@ class Collector:
         self._store.memory.fence()
         while True:
             yield 0
-            word, root = self._store.snapshot()
-            view = View(self._store, word, root, Known())
+            word = 0
             try:
-                yield from self._mark_root(view)
+                word, root = self._store.snapshot()
+                yield from self._mark_root(View(self._store, word, root, Known()))
                 break
             except Restart as overtaken:
                 if self._store.control.load() == word:

@@ -16,6 +16,7 @@ from ivshmemfs.engine.directory import Entry
 from ivshmemfs.engine.inode import MAX_RDEV, TARGET_MAX, Attr, Context, Inode, StatFs, attributes
 from ivshmemfs.engine.mount import ATTEMPTS, Mount
 from ivshmemfs.engine.names import RENAME_EXCHANGE, RENAME_NOREPLACE, RENAME_WHITEOUT
+from ivshmemfs.engine.pieces import Pieces
 from ivshmemfs.engine.transaction import Transaction, View
 from ivshmemfs.errors import Busy, Corrupt, FsError, NoSpace, StaleHandle, Unfinished
 from ivshmemfs.format.dirent import NAME_MAX, TYPE_SHIFT
@@ -94,7 +95,8 @@ class Filesystem(Mount):
 
     def tick(self) -> bool:
         """Show life and do a bounded piece of housekeeping; see `Mount.tick`.  Raises Busy."""
-        self._unpin(time.monotonic())
+        with suppress(Busy, FsError):  # neither of which may keep it from showing life
+            self._unpin(time.monotonic())
         return super().tick()
 
     # --- what vanishes between two calls ------------------------------------------------------
@@ -184,7 +186,8 @@ class Filesystem(Mount):
 
     def _pinnable(self) -> int:
         """Blocks that may be kept by pins."""
-        free = self.superblock.geometry.block_count - self.view().root.record.used
+        used = self.look(lambda view: view.root.record.used)
+        free = self.superblock.geometry.block_count - used
         return max(free, 0) // PINNED_SHARE
 
     # --- looking ----------------------------------------------------------------------------
@@ -576,29 +579,26 @@ class Filesystem(Mount):
         """Write `content` at `offset`, or at the end when it is to be appended; atomic.
 
         Whether it is, and who writes, is as of the opening if the caller does not know better.
-        Returns how many bytes were written: fewer when only a part fits the region.
+        Returns how many bytes were written: fewer when only a part fits the region.  Where free
+        room is short it takes several commits, and turns: see `Pieces`.
         """
         at_end = handle.append if append is None else append
 
-        def plan(tx: Transaction) -> None:
-            inode = tx.inode(handle.ino)
-            at = inode.record.size if at_end else offset
-            inode = data.write(tx, inode, at, content)
-            tx.put(self._shed(tx, inode, handle, ctx))
+        def store(at: int, piece: data.Buffer) -> None:
+            def plan(tx: Transaction) -> None:
+                inode = tx.inode(handle.ino)
+                inode = data.write(tx, inode, inode.record.size if at_end else at, piece)
+                tx.put(self._shed(tx, inode, handle, ctx))
+
+            self.change(plan)
 
         try:
             if content:
-                self.change(plan)
+                store(offset, content)
         except NoSpace:
             if len(content) <= self.block_size:
                 raise
-            parts, half = memoryview(content), self._half(offset, content)
-            done = self.write(handle, offset, parts[:half], append=append, ctx=ctx)
-            if done == half and not at_end:  # what is appended in two parts may come apart
-                with suppress(NoSpace, Busy):
-                    rest = parts[done:]
-                    done += self.write(handle, offset + done, rest, append=False, ctx=ctx)
-            return done
+            return Pieces(store, offset, content, self.block_size, appending=at_end).turn()
         return len(content)
 
     def _shed(
@@ -610,11 +610,6 @@ class Filesystem(Mount):
         else:
             sheds, outsider = self._sheds(inode, ctx), self._outsider(inode, ctx)
         return _without_privileges(tx, inode, unprivileged=sheds, outsider=outsider)
-
-    def _half(self, offset: int, content: data.Buffer) -> int:
-        """About half of `content`, ending at a block boundary of the file where possible."""
-        half = len(content) // 2
-        return max(half - (offset + half) % self.block_size, min(half, self.block_size), 1)
 
     def read_to(self, handle: Handle, offset: int, length: int, file: int) -> int:
         """Copy up to `length` bytes, all of one moment, to the same place in an open local file.

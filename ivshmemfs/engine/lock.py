@@ -27,7 +27,7 @@ from typing import NamedTuple
 from ivshmemfs.engine import xattr
 from ivshmemfs.engine.filesystem import Filesystem
 from ivshmemfs.engine.transaction import Transaction, View
-from ivshmemfs.errors import Busy, FsError, LockLost
+from ivshmemfs.errors import Busy, IvshmemfsError, LockLost
 from ivshmemfs.format import words
 
 ATTRIBUTE = b"ivshmemfs.lock"
@@ -121,7 +121,7 @@ class FileLock:
             held = self.record()
         except Busy:
             return
-        except FsError as error:
+        except IvshmemfsError as error:  # such as that all slots are taken
             raise LockLost(f"the lock is lost: {error}") from None
         if held != self._mine or _RECORD.unpack(held)[1:] != self._fs.place:
             raise LockLost("the lock was taken over while this machine showed no life")

@@ -60,7 +60,7 @@ from ivshmemfs.format.inode import ORPHANS_INO
 from ivshmemfs.region.probe import Scratch, cas_works, probe, refuse_unfit
 from ivshmemfs.region.standing import Standing
 from ivshmemfs.shm.control import Hint
-from ivshmemfs.shm.peers import Membership, PeerTable
+from ivshmemfs.shm.peers import Membership, PeerTable, Retirement
 from ivshmemfs.shm.space import Space, Supply
 from ivshmemfs.shm.store import ENDLESS, Store
 
@@ -118,6 +118,8 @@ class Mount:
         self._collector: Collector | None = None
         self._collected_at = float("-inf")
         self._tight_since = 0.0
+        self._retirement = Retirement(self.table)
+        self._decide_soon = False  # who is gone: at the next tick
         self._ticks = 0
         self._short_at = float("-inf")  # when the log last told that memory is short
         self._shut_out = False  # by a repair, as the log says
@@ -138,7 +140,7 @@ class Mount:
             member.join()
             self.table.watch.look()
             try:
-                member.must_collect |= self._leaking()
+                member.must_collect |= self._leaks()
             except BaseException:
                 member.leave()
                 raise
@@ -156,17 +158,22 @@ class Mount:
             return
         with suppress(IvshmemfsError, OSError):  # the region may be gone, or another filesystem
             self._check_identity()
-            for ino in list(self._open):
-                for _ in range(self._open.pop(ino)):
-                    member.unlist_open(ino)
-            with suppress(Busy):  # what is left, another peer's next tick frees
-                self.reap()
-            self._release_dropped()
-            member.must_collect |= self._supply.owed
-            if member.must_collect or self._collector is not None:  # nobody else knows of it
-                self.collect()
+            with suppress(IvshmemfsError, OSError):  # it may be damaged, or under repair
+                self._give_back(member)
             member.leave()
         self._member = None
+
+    def _give_back(self, member: Membership) -> None:
+        """Free all that this mount alone keeps from being free."""
+        for ino in list(self._open):
+            for _ in range(self._open.pop(ino)):
+                member.unlist_open(ino)
+        with suppress(Busy):  # what is left, another peer's next tick frees
+            self.reap()
+        self._release_dropped()
+        member.must_collect |= self._supply.owed
+        if member.must_collect or self._collector is not None:  # nobody else knows of it
+            self.collect()
 
     @property
     def place(self) -> tuple[int, int]:
@@ -221,9 +228,10 @@ class Mount:
             try:
                 return self._transact(member, plan, removal)
             except NoSpace:
+                releasing = self._dropped.pending
                 if not self._make_room(member):
                     raise
-                return self._transact_again(member, plan, removal)
+                return self._transact_again(member, plan, removal, releasing)
             finally:
                 member.withdraw()
                 self._hint.give()
@@ -243,14 +251,18 @@ class Mount:
         return self._member
 
     def _transact_again(
-        self, member: Membership, plan: Callable[[Transaction], T], removal: bool
+        self, member: Membership, plan: Callable[[Transaction], T], removal: bool, releasing: bool
     ) -> T:
-        """After some room was made; Unfinished while there is more to be made."""
+        """After some room was made.
+
+        Unfinished if that was done by `releasing` what was dropped: there may be more of it, or
+        something to be collected.
+        """
         self.store.begin_turn()
         try:
             return self._transact(member, plan, removal)
         except NoSpace:
-            if not self._dropped.pending:
+            if not releasing:
                 raise
             raise Unfinished("blocks of what was removed are being released") from None
 
@@ -273,6 +285,9 @@ class Mount:
                 except Restart as overtaken:
                     if self.store.control.load() == word:
                         raise Corrupt(f"the present root leads astray: {overtaken}") from None
+                except Unfinished:
+                    self._view = View(self.store, word, root, tx.known)
+                    raise
                 else:
                     space.store_nodes()
                     if new_word := space.publish(word, new_root):
@@ -295,10 +310,10 @@ class Mount:
         return view.hand_over() if view is not None and view.word == word else Known()
 
     def _begin(self, member: Membership) -> int:
-        if self.table.state(repair.SLOT) != self._repairs:
-            self._repairs = self.table.state(repair.SLOT)
+        repairs = self._supply.begin()
+        if repairs != self._repairs:
+            self._repairs = repairs
             member.must_collect |= self._dropped.leave()
-        self._supply.begin()
         try:
             tag = member.begin()
         except Fenced:
@@ -395,11 +410,11 @@ class Mount:
         """
         if self._dropped.pending:
             return self._release_piece()
-        if not self._leaking():
-            return False
         if self._collector is not None and self._collect_piece():
             return True
-        member.must_collect |= self.table.retire_gone(member.slot)
+        if not self._leaking():
+            return False
+        self._decide_soon = True  # a dead peer may hold some; the upkeep finds out
         now = time.monotonic()
         if member.must_collect or now - self._collected_at > COLLECT_PAUSE:
             member.must_collect = False
@@ -408,27 +423,45 @@ class Mount:
             if self._collect_piece():
                 return True
         at_work = any(
-            self.table.state(slot) >> words.SLOT_SHIFT == words.ACTIVE and slot != member.slot
-            for slot in range(1, self.table.count + 1)
+            word >> words.SLOT_SHIFT == words.ACTIVE and slot != member.slot
+            for slot, word in enumerate(self.table.states(), 1)
         )
         if at_work and now - self._tight_since < TIGHT:
             raise Busy("other peers hold the last free blocks")
         return False
 
     def _leaking(self) -> bool:
-        """Whether blocks are neither free nor reachable: lost, or claimed at this moment."""
-        used = self.view().root.record.used
-        return self._supply.free(used) < self.superblock.geometry.block_count - used
+        """Whether blocks are neither free nor reachable: lost, or claimed at this moment.
+
+        Raises Unfinished while they are being counted.
+        """
+        return self._supply.lacking(self.view().root.record.used)
+
+    def _leaks(self) -> bool:
+        """The same, counted to the end."""
+        while True:
+            with suppress(Unfinished):
+                return self._leaking()
 
     def _collect_piece(self) -> bool:
         """Go on with a collection; whether it gave anything back.  Unfinished until it ends."""
         collector, self._collector = self._collector, None
         assert collector is not None
-        if not collector.step(COLLECTED_AT_ONCE):
+        try:
+            done = collector.step(COLLECTED_AT_ONCE)
+        except Busy:  # a repair; the collection starts anew after it
+            self._collector = collector
+            raise
+        if not done:
             self._collector = collector
             raise Unfinished("lost blocks are being collected")
-        self._collected_at = time.monotonic()
+        self._note_collection(collector)
         return collector.released > 0
+
+    def _note_collection(self, collector: Collector) -> None:
+        self._collected_at = time.monotonic()
+        if collector.released:
+            self._supply.recount()
 
     def _release_piece(self) -> bool:
         """Release some blocks of what was dropped; whether there were any."""
@@ -455,12 +488,10 @@ class Mount:
 
         Returns whether there is more to do, for which `work` is to be called soon.
         """
-        member = self._member
-        if member is None:
-            return False
         self._ticks += 1
         try:
-            self._keep_alive(member)
+            if self._member is not None:
+                self._keep_alive(self._member)
             self._look_for_repair()
         except (*_UPSET, OSError, Corrupt) as error:
             raise self._contained(error) from error
@@ -468,21 +499,35 @@ class Mount:
 
     def work(self) -> bool:
         """Do a bounded piece of housekeeping; whether there is more to do.  Raises Busy."""
-        if self._member is None:
+        member = self._member
+        if member is None:
             return False
         try:
-            if self._dropped.pending:
-                self._check_identity()
-                self._release_piece()
-            elif self._collector is not None and self._collector.step(COLLECTED_AT_ONCE):
-                self._collector = None
-                self._collected_at = time.monotonic()
+            self._work_piece(member)
             orphans = self.view().root.record.orphans
         except (*_UPSET, OSError, Corrupt) as error:
             self._collector = None
             raise self._contained(error) from error
         freed = self._reap_piece() if orphans else 0
-        return freed > 0 or self._dropped.pending or self._collector is not None
+        if freed or self._retirement.pending or self._dropped.pending:
+            return True
+        return self._collector is not None or member.must_collect
+
+    def _work_piece(self, member: Membership) -> None:
+        """The next piece of what is most urgent: who is gone, what is to be released, what lost."""
+        if self._retirement.pending:
+            self._check_identity()
+            member.must_collect |= self._retirement.step()
+        elif self._dropped.pending:
+            self._check_identity()
+            self._release_piece()
+        elif self._collector is not None or member.must_collect:
+            if self._collector is None:
+                self._collector = Collector(self.store, self.table)
+                member.must_collect = False
+            if self._collector.step(COLLECTED_AT_ONCE):
+                self._note_collection(self._collector)
+                self._collector = None
 
     def _look_for_repair(self) -> None:
         """Log that a repair shuts this mount out, and that it is over; raises UnderRepair."""
@@ -503,13 +548,11 @@ class Mount:
         except Fenced:
             self._rejoin(member)
         self._watch_others(member)
-        if self._ticks % RETIRE_TICKS == 0:
-            member.must_collect |= self.table.retire_gone(member.slot)
+        if self._ticks % RETIRE_TICKS == 0 or self._decide_soon:
+            self._retirement.begin(member.slot)
+            self._decide_soon = False
         member.must_collect |= self._supply.owed
         self._supply.owed = False
-        if member.must_collect and self._collector is None:
-            self._collector = Collector(self.store, self.table)
-            member.must_collect = False
 
     def _watch_others(self, member: Membership) -> None:
         watch = self.table.watch

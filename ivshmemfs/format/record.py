@@ -59,6 +59,7 @@ class Layout(Generic[T]):
         if self._struct.size != size:
             raise TypeError(f"{self.name} takes {self._struct.size} bytes, not {size}")
         self.pack_values = self._struct.pack  # the fields in order, for hot paths
+        self.unpack_values = self._struct.unpack_from
         self._offsets = {field.name: field.offset for field in self.fields}
         self._places = {field.name: place for place, field in enumerate(self.fields)}
 

@@ -25,6 +25,7 @@ class XattrRecord(NamedTuple):
 
 XATTR = Layout(XattrRecord, 8)
 _ZERO = bytes(3)
+_HEADER, _unpack = XATTR.size, XATTR.unpack_values
 
 
 def _check(name: bytes, value_size: int) -> None:
@@ -51,23 +52,24 @@ def encode(attributes: Mapping[bytes, bytes]) -> bytes:
 def split(raw: bytes) -> Iterator[tuple[bytes, bytes]]:
     """(name, entry with its header) of all attributes, in order.
 
-    One at a time, so that a reader can go on later.  ValueError says how the bytes contradict
-    themselves.
+    ValueError says how the bytes contradict themselves.
     """
-    if len(raw) > BLOB_MAX:
-        raise ValueError(f"extended attributes of {len(raw)} bytes; {BLOB_MAX} fit")
+    length = len(raw)
+    if length > BLOB_MAX:
+        raise ValueError(f"extended attributes of {length} bytes; {BLOB_MAX} fit")
     at, last = 0, b""
-    while at < len(raw):
-        start = at + XATTR.size
-        if start > len(raw):
+    while at < length:
+        start = at + _HEADER
+        if start > length:
             raise ValueError(f"extended attribute at byte {at} is cut off")
-        value_size, name_size, zero = XATTR.unpack(raw, at)
+        value_size, name_size, zero = _unpack(raw, at)
         middle = start + name_size
         end = middle + value_size
-        if end > len(raw) or zero != _ZERO:
-            raise ValueError(f"extended attribute at byte {at} runs to {end} of {len(raw)}")
+        if end > length or zero != _ZERO:
+            raise ValueError(f"extended attribute at byte {at} runs to {end} of {length}")
         name = raw[start:middle]
-        _check(name, value_size)
+        if not name_size or value_size > VALUE_MAX or b"\0" in name:
+            _check(name, value_size)
         if name <= last:
             raise ValueError(f"extended attributes are not in order at {name[:40]!r}")
         yield name, raw[at:end]

@@ -63,8 +63,16 @@ def command(
 ) -> int:
     """Check the filesystem on REGION, and repair it with -y.
 
-    Checking is possible at any time.  Repairing needs a region that nobody has mounted; whoever
-    mounts it meanwhile waits until the repair is over.
+    Checking is possible at any time.  Repairing needs a region that nobody has mounted.  A mount
+    that starts meanwhile waits for 3 s, then refuses.
+
+    \b
+    Exit codes:
+      0   clean
+      1   repaired
+      4   something is wrong and was left so
+      8   the region could not be checked or repaired
+      16  wrong usage
     """
     change = change or preen
     if check_only and change:

@@ -22,12 +22,12 @@ import functools
 import mmap
 import os
 from collections.abc import Awaitable, Callable
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import trio
 
 from ivshmemfs.engine import NOW, Attr, Context
-from ivshmemfs.errors import Busy, FsError
+from ivshmemfs.errors import Busy, FsError, Unfinished
 from ivshmemfs.fuse import protocol
 from ivshmemfs.fuse.connection import Relay
 from ivshmemfs.fuse.operations import LARGEST, Operations
@@ -57,6 +57,7 @@ _header = protocol.IN_HEADER.unpack_from
 _out = protocol.OUT_HEADER.pack
 _OUT_SIZE = protocol.OUT_HEADER.size
 _ATTR_AT = protocol.ENTRY_OUT.size
+_written = protocol.WRITE_OUT.pack
 _dirent = protocol.DIRENT.pack
 _DIRENT_SIZE = protocol.DIRENT.size
 
@@ -81,6 +82,23 @@ class Waiting(NamedTuple):
     def call(self) -> Answer:
         """Try it."""
         return self.handler(self.node, self.ctx, self.request, len(self.request))
+
+
+def _answered(turn: Unfinished, answer: Callable[[Any], Answer]) -> Unfinished:
+    """*turn* with answers for its results: that so far, and that of going on."""
+    go_on = turn.go_on
+    if go_on is not None:
+
+        def then() -> Answer:
+            try:
+                return answer(go_on())
+            except Unfinished as following:
+                raise _answered(following, answer) from None
+
+        turn.go_on = then
+    if turn.so_far is not None:
+        turn.so_far = answer(turn.so_far)
+    return turn
 
 
 class KernelFrontEnd:
@@ -466,18 +484,21 @@ class KernelFrontEnd:
     def _write(self, _node: int, ctx: Context, request: Buffer, _end: int) -> Answer:
         fh, offset, size, write_flags, flags = protocol.WRITE_IN.unpack_from(request, _BODY)
         content = memoryview(request)[_HEADERS : _HEADERS + size]
-        if write_flags & protocol.WRITE_CACHE:  # neither who wrote it nor how is known any more
-            written = self._operations.write(fh, offset, content, False)
-        else:
-            append = bool(flags & os.O_APPEND)
-            written = self._operations.write(fh, offset, content, append, ctx)
-        return protocol.WRITE_OUT.pack(written)
+        cached = bool(write_flags & protocol.WRITE_CACHE)  # who wrote it and how is not known
+        append, by = not cached and bool(flags & os.O_APPEND), None if cached else ctx
+        try:
+            return _written(self._operations.write(fh, offset, content, append, by))
+        except Unfinished as turn:
+            raise _answered(turn, _written) from None
 
     def _copy_file_range(self, _node: int, ctx: Context, request: Buffer, _end: int) -> Answer:
         fields = protocol.COPY_FILE_RANGE_IN.unpack_from(request, _BODY)
         source, offset, _, to, at, length, _ = fields
-        copied = self._operations.copy_file_range(source, offset, to, at, length, self._result, ctx)
-        return protocol.WRITE_OUT.pack(copied)
+        copy = self._operations.copy_file_range
+        try:
+            return _written(copy(source, offset, to, at, length, self._result, ctx))
+        except Unfinished as turn:
+            raise _answered(turn, _written) from None
 
     def _lseek(self, _node: int, _ctx: Context, request: Buffer, _end: int) -> Answer:
         return protocol.LSEEK_OUT.pack(

@@ -101,17 +101,19 @@ class Operations:
         if source is not None and source[2] == found:
             avoided = self._avoided(source, ino, name)
         node = self._node(parent, name, attr, avoided)
-        self._walks.note(thread, (parent, name, found, node), source)
+        self._walks.note(thread, (parent, name, found, node, self._walks.changes), source)
         return node, attr
 
     def _avoided(self, source: Step, parent: int, name: bytes) -> int:
         """The node of *source*, unless its name and this one lead to its inode at one moment."""
-        folder, old_name, ino, node = source
+        _, old_name, ino, node, _ = source
         try:
-            names = ((self.inode_of(folder), old_name), (parent, name))
+            folder = self.inode_of(source[0])
         except StaleHandle:
             return node
-        return 0 if self._fs.names_lead_to(ino, names) else node
+        if self._fs.names_lead_to(ino, ((folder, old_name), (parent, name))):
+            return 0
+        return 0 if self._walks.is_changed(folder, source) else node
 
     def _node(self, parent: int, name: bytes, attr: Attr, avoided: int = 0) -> int:
         """The node to tell for an entry of the directory with the node *parent*."""
@@ -175,6 +177,7 @@ class Operations:
         self._walks.forget(ctx.pid)
         self._rights.need_removal(folder, name, ctx)
         self._fs.unlink(folder, name, ctx)
+        self._walks.change(folder, name)
 
     def rmdir(self, parent: int, name: bytes, ctx: Context) -> None:
         """Remove an empty directory."""
@@ -191,6 +194,8 @@ class Operations:
         self._rights.need_rename(old, name, new, new_name, ctx)
         moved, exchanged = self._fs.rename(old, name, new, new_name, flags, ctx)
         self._walks.forget(ctx.pid, moved)
+        self._walks.change(old, name)
+        self._walks.change(new, new_name)
         self._node_ids.moved((parent, name), (new_parent, new_name), moved, exchanged)
 
     # --- attributes -------------------------------------------------------------------------

@@ -5,7 +5,7 @@ Busy          `briefly` tries again for BRIEF_SECONDS: the commit of another pee
 still Busy    `patiently` pauses between attempts, while other requests are served
 Unfinished    the operation has used up its turn, and goes on with `patiently`; each turn is
               progress, so the patience starts again
-too late      PATIENCE has passed, or the mount ends: EIO
+too late      PATIENCE has passed, or the mount ends: what was done so far, or EIO
 other errors  `errno_of` says what the caller gets, and logs what nobody expects
 """
 
@@ -18,6 +18,8 @@ import random
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from typing import TYPE_CHECKING, Any, TypeVar
+
+import trio
 
 from ivshmemfs.errors import Busy, FsError, IvshmemfsError, UnderRepair, Unfinished
 from ivshmemfs.fuse.protocol import MAX_ERRNO
@@ -133,28 +135,38 @@ class Retry:
     async def patiently(self, operation: str, call: Callable[[], T], busy: Busy) -> T:
         """Try *call*, which ended in *busy*, again while other requests are served.
 
-        Raises Refused when it is too late, and what is not Busy.
+        Where it ends early, what it did so far is its result, if that is one: also for a caller
+        that is interrupted.  Else raises Refused when it is too late, and what is not Busy.
         """
         attempt: Callable[[], Any] = call
         started = time.monotonic()
         delay = FIRST_DELAY
+        so_far: Any = None
         while True:
             if isinstance(busy, Unfinished):
-                attempt = busy.go_on or attempt
-                started, delay = time.monotonic(), FIRST_DELAY
-                await self._pause(0)
+                attempt, so_far = busy.go_on or attempt, busy.so_far or so_far
+                started, delay, pause = time.monotonic(), FIRST_DELAY, 0.0
             else:
-                await self._pause(delay * random.uniform(0.5, 1.5))
-                delay = min(delay * 1.5, LONGEST_DELAY)
+                pause, delay = delay * random.uniform(0.5, 1.5), min(delay * 1.5, LONGEST_DELAY)
+            result: T
             try:
-                result: T = attempt()
+                await self._pause(pause)
+            except trio.Cancelled:
+                if so_far is None:
+                    raise
+                result = so_far
+                return result
+            try:
+                result = attempt()
                 return result
             except Busy as error:
                 busy = error
-            if self.ending:
-                raise Refused(errno.EIO)
-            turn = isinstance(busy, Unfinished)
-            if not turn and time.monotonic() - started > PATIENCE:
-                if not isinstance(busy, UnderRepair):  # of which the upkeep has told
-                    log.error("%s: still busy after %.0f s: %s", operation, PATIENCE, busy)
-                raise Refused(errno.EIO)
+            late = not isinstance(busy, Unfinished) and time.monotonic() - started > PATIENCE
+            if not late and not self.ending:
+                continue
+            if so_far is not None:
+                result = so_far
+                return result
+            if not self.ending and not isinstance(busy, UnderRepair):  # of which the upkeep tells
+                log.error("%s: still busy after %.0f s: %s", operation, PATIENCE, busy)
+            raise Refused(errno.EIO)

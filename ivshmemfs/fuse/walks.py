@@ -10,6 +10,10 @@ before, unless both names lead to the inode at one moment.  For the same reason 
 looked up twice is still compared with the name before it: the kernel asks again when it believes
 something else of a name.
 
+A name that this mount itself changed since is no such case: rename(2) locks both directories before
+it looks its names up, so this kernel changes neither meanwhile. Programs that look at the old name
+of a directory, and then at the new one, must find the same directory: somebody may stand in it.
+
 States of a thread:
 
     unknown     it looked nothing up, or has changed names since then (`forget`)
@@ -25,8 +29,9 @@ from __future__ import annotations
 MANY = 2048
 
 #: The answer to a look-up: the kernel's number of the directory, the name, the inode that it leads
-#: to, and the kernel's number of that.  A plain tuple, because every look-up makes one.
-Step = tuple[int, bytes, int, int]
+#: to, the kernel's number of that, and `Walks.changes` then.  A plain tuple, because every look-up
+#: makes one.
+Step = tuple[int, bytes, int, int, int]
 _Walk = tuple[Step, Step | None]
 
 
@@ -37,6 +42,10 @@ class Walks:
         # By thread: its last step, and the one before it by another name.
         self._young: dict[int, _Walk] = {}
         self._old: dict[int, _Walk] = {}
+        self.changes = 0  # of names, by this mount
+        # By the inode of the directory and the name: the number of the last change.
+        self._changed: dict[tuple[int, bytes], int] = {}
+        self._changed_before: dict[tuple[int, bytes], int] = {}
 
     def _get(self, key: int) -> _Walk | None:
         return self._young.get(key) or self._old.get(key)
@@ -68,3 +77,18 @@ class Walks:
         """Whether a thread has just been told the number `node` for `ino`."""
         walk = self._get(thread or -ino)
         return walk is not None and walk[0][3] == node
+
+    def change(self, folder: int, name: bytes) -> None:
+        """This mount has changed what a name in the directory with the inode `folder` leads to."""
+        self.changes += 1
+        if len(self._changed) >= MANY:
+            self._changed_before, self._changed = self._changed, {}
+        self._changed[folder, name] = self.changes
+
+    def is_changed(self, folder: int, step: Step) -> bool:
+        """Whether it did so to the name of `step`, in the directory with the inode `folder`, since
+        that was told; not, when that is forgotten.
+        """
+        key = folder, step[1]
+        last = self._changed.get(key) or self._changed_before.get(key, 0)
+        return last > step[4]

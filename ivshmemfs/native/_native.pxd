@@ -132,7 +132,7 @@ cdef extern from "native.h" nogil:
                      uint64_t *released)
     int tags_check(const blocks *blocks, const unsigned char *pointers, uint64_t count)
     int tags_read(const blocks *blocks, uint64_t block, uint64_t *tag)
-    int tags_free_count(const blocks *blocks, uint64_t *count)
+    int tags_free_count(const blocks *blocks, uint64_t start, uint64_t stop, uint64_t *count)
     int tags_sweep(const blocks *blocks, const unsigned char *marks, const unsigned char *limits,
                    uint64_t start, uint64_t stop, unsigned char *pointers, uint64_t *found)
     void tags_mark(const blocks *blocks, const unsigned char *pointers, uint64_t count,

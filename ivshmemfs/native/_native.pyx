@@ -893,12 +893,19 @@ zeros fill the last one used. Returns how many bytes the file had; -1 when the g
             mapping_unuse(self.table.mapping)
         return status == STATUS_OK
 
-    def free_count(self):
-        """How many blocks are free."""
-        cdef uint64_t count = 0
-        cdef int status = mapping_use(self.table.mapping)
+    def free_count(self, start=0, stop=None):
+        """How many blocks are free, of all or of those from start to before stop."""
+        cdef uint64_t first, last = self.table.block_count, count = 0
+        cdef int status
+        take(start, "start", &first)
+        if stop is not None:
+            take(stop, "stop", &last)
+        if first > last or last > self.table.block_count:
+            raise ValueError(f"blocks from {first} to {last}: the region has "
+                             f"{self.table.block_count}")
+        status = mapping_use(self.table.mapping)
         if status == STATUS_OK:
-            status = tags_free_count(&self.table, &count)
+            status = tags_free_count(&self.table, first, last, &count)
             mapping_unuse(self.table.mapping)
         if status != STATUS_OK:
             self.memory.fail(status)

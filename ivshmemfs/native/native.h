@@ -180,7 +180,7 @@ int tags_release(const struct blocks *blocks, const unsigned char *pointers, uin
 /* STATUS_OK or STATUS_STALE: do all blocks still have their pointer's tag? */
 int tags_check(const struct blocks *blocks, const unsigned char *pointers, uint64_t count);
 int tags_read(const struct blocks *blocks, uint64_t block, uint64_t *tag);
-int tags_free_count(const struct blocks *blocks, uint64_t *count);
+int tags_free_count(const struct blocks *blocks, uint64_t start, uint64_t stop, uint64_t *count);
 /* Packed pointers of the blocks [start, stop) whose claim is settled and not marked. */
 int tags_sweep(const struct blocks *blocks, const unsigned char *marks,
                const unsigned char *limits, uint64_t start, uint64_t stop,

@@ -235,7 +235,7 @@ int tags_read(const struct blocks *blocks, uint64_t block, uint64_t *tag)
 
 struct scan {
     const struct blocks *blocks;
-    const unsigned char *marks; /* sweep only, as are the next four */
+    const unsigned char *marks; /* sweep only, as are limits and pointers */
     const unsigned char *limits;
     uint64_t start;
     uint64_t stop;
@@ -246,19 +246,19 @@ struct scan {
 static void free_count_body(void *argument)
 {
     struct scan *scan = argument;
-    const unsigned char *address = tag_address(scan->blocks, 0);
+    const unsigned char *address = tag_address(scan->blocks, scan->start);
 
-    for (uint64_t block = 0; block < scan->blocks->block_count; block++, address += WORD_SIZE)
+    for (uint64_t block = scan->start; block < scan->stop; block++, address += WORD_SIZE)
         scan->found += word_peek(address) == 0;
 }
 
-int tags_free_count(const struct blocks *blocks, uint64_t *count)
+int tags_free_count(const struct blocks *blocks, uint64_t start, uint64_t stop, uint64_t *count)
 {
-    struct scan scan = {.blocks = blocks};
+    struct scan scan = {.blocks = blocks, .start = start, .stop = stop};
     int status = load_event(blocks->mapping);
 
     if (status == STATUS_OK)
-        status = perform(blocks->mapping, free_count_body, &scan, WORD_SIZE * blocks->block_count);
+        status = perform(blocks->mapping, free_count_body, &scan, WORD_SIZE * (stop - start));
     *count = scan.found;
     return status;
 }

@@ -58,8 +58,10 @@ from ivshmemfs.shm.control import Control
 from ivshmemfs.shm.watch import Watch
 
 _SLOT: Final = peer.SLOT_SIZE
-_NEVER: Final = (1 << 64) - 1  # no state word is ever this
+_NEVER: Final = (1 << 64) - 1  # all bits of a word; no state word is ever this
 _NOT_FREE: Final = 1 << words.SLOT_SHIFT  # state words of free slots are smaller
+_LISTING: Final = (IDLE, ACTIVE, DEAD)  # states of slots whose open filter counts
+DECIDED_AT_ONCE: Final = 8  # slots whose owners are looked for at once, in about 1 ms
 JOIN_ATTEMPTS = 20
 FILTER_SIZE = peer.FILTER_WORDS * words.FILTER_BITS
 
@@ -106,9 +108,12 @@ class PeerTable:
 
     def peers(self) -> Iterator[Occupant]:
         """All slots that are not free."""
-        for slot in range(1, self.count + 1):
-            if self.state(slot) >> words.SLOT_SHIFT != FREE:
-                yield self.peer(slot)
+        for number in self.memory.large_in_column(self._base, _SLOT, self.count, _NOT_FREE):
+            yield self.peer(number + 1)
+
+    def states(self) -> list[int]:
+        """The state words of all slots, from slot 1 on."""
+        return self.memory.load_column(self._base, _SLOT, self.count)
 
     def limits(self) -> array[int]:
         """For each slot number, what is not yet settled; 0 where there is no such slot.
@@ -155,43 +160,26 @@ class PeerTable:
         return True
 
     def retire_gone(self, own: int = 0) -> bool:
-        """Retire who is surely gone; whether there may be something to collect.
+        """Retire all who are surely gone; whether there may be something to collect.
 
         That takes somebody who looks again and again (`watch.look`): silence counts from the
         first look.
         """
-        found, silent = False, []
-        for slot in range(1, self.count + 1):
-            word = self.state(slot)
-            state = word >> words.SLOT_SHIFT
-            if state == DEAD:
-                found |= self.retire(slot, word)
-            elif state != FREE and slot != own and self.watch.silent(slot, word):
-                silent.append(self.peer(slot))  # which may have moved on meanwhile
-        here = identity.surroundings() if silent else None
-        for other in silent:
-            if self._is_left(other) or self.watch.absent(other, here):
-                found |= self.retire(other.slot, other.word)
-        return found
-
-    def _is_left(self, other: Occupant) -> bool:
-        """Whether nobody needs a slot: it is silent without a claim under way, and its owner never
-        settled in, or left it to a second owner of its identity.
-        """
-        doubled = other.state == IDLE and other.record.nonce == peer.DOUBLED
-        left = other.state == JOINING or doubled
-        return left and self.watch.silent(other.slot, other.word)
+        retirement = Retirement(self)
+        retirement.begin(own)
+        return retirement.step(self.count)
 
     def lists(self, index: int, own: int) -> bool:
         """Whether any slot but `own` lists filter index `index` as open."""
         place, bit = index // words.FILTER_BITS, index % words.FILTER_BITS
-        for slot in self._others(own):
-            word = self.state(slot)
-            if word >> words.SLOT_SHIFT not in (IDLE, ACTIVE, DEAD):
+        at = self.offset(1, peer.FILTER_OFFSET + place * words.WORD)
+        mask = 1 << bit
+        for number, listed in enumerate(self.memory.load_column(at, _SLOT, self.count)):
+            if not listed & mask or number + 1 == own:
                 continue
-            listed = self.memory.load(self.offset(slot, peer.FILTER_OFFSET + place * words.WORD))
+            word = self.state(number + 1)
             low = word >> words.INCARNATION_SHIFT & 0xFFFF
-            if listed >> words.FILTER_BITS == low and listed >> bit & 1:
+            if word >> words.SLOT_SHIFT in _LISTING and listed >> words.FILTER_BITS == low:
                 return True
         return False
 
@@ -202,10 +190,58 @@ class PeerTable:
             intents[own - 1] = 0
         return ino in intents
 
-    def _others(self, own: int) -> list[int]:
-        """The slots but `own` that are not free."""
-        used = self.memory.large_in_column(self.offset(1), _SLOT, self.count, _NOT_FREE)
-        return [number + 1 for number in used if number + 1 != own]
+
+class Retirement:
+    """A round over the slots that may be retired, some at a time: each costs system calls.
+
+    idle -> `begin` queues who is silent, or declared dead -> `step` decides some -> idle
+    """
+
+    def __init__(self, table: PeerTable) -> None:
+        self._table = table
+        self._queue: list[int] = []
+        self._here: identity.Here | None = None
+
+    @property
+    def pending(self) -> bool:
+        """Whether a round is under way."""
+        return bool(self._queue)
+
+    def begin(self, own: int = 0) -> None:
+        """Begin a round, without the slot `own`; a round under way is left alone."""
+        if not self._queue:
+            silent = self._table.watch.silent
+            for slot, word in enumerate(self._table.states(), 1):
+                state = word >> words.SLOT_SHIFT
+                if state == DEAD or (state != FREE and slot != own and silent(slot, word)):
+                    self._queue.append(slot)
+            self._here = None
+
+    def step(self, most: int = DECIDED_AT_ONCE) -> bool:
+        """Decide the next `most`, and retire who is surely gone.
+
+        Returns whether there may be something to collect.
+        """
+        found = False
+        for _ in range(min(most, len(self._queue))):
+            if self._here is None:
+                self._here = identity.surroundings()
+            found |= self._decide(self._queue.pop(), self._here)
+        return found
+
+    def _decide(self, slot: int, here: identity.Here) -> bool:
+        table = self._table
+        other = table.peer(slot)  # which may have moved on meanwhile
+        gone = other.state == DEAD or self._is_left(other) or table.watch.absent(other, here)
+        return gone and table.retire(slot, other.word)
+
+    def _is_left(self, other: Occupant) -> bool:
+        """Whether nobody needs a slot: it is silent without a claim under way, and its owner never
+        settled in, or left it to a second owner of its identity.
+        """
+        doubled = other.state == IDLE and other.record.nonce == peer.DOUBLED
+        left = other.state == JOINING or doubled
+        return left and self._table.watch.silent(other.slot, other.word)
 
 
 class Membership:
@@ -408,12 +444,16 @@ class Membership:
         return self.table.memory.load(self._at) == self._word
 
     def check(self) -> None:
-        """Raise Fenced unless this incarnation still stands; after loading the commit word."""
-        if not self.stands:
+        """Raise Fenced unless the transaction is still under way; after loading the commit word."""
+        if not (self.active and self.stands):
             raise self._lost("another peer declared this mount gone in the middle of a transaction")
 
     def end(self) -> None:
-        """Everything claimed under the tag is settled.  Raises Fenced."""
+        """Everything claimed under the tag is settled.  Raises Fenced, also when this mount has
+        joined again since: it was not us who ended that transaction.
+        """
+        if not self.active:
+            raise Fenced("this mount was declared gone in the middle of a transaction")
         self._move(IDLE, self.counter)
 
     @property
@@ -432,8 +472,9 @@ class Membership:
         if not self.stands:
             raise self._lost("another peer declared this mount gone while it was silent")
         at = self.table.offset(self.slot, peer.HEARTBEAT_OFFSET)
-        seen = self.table.memory.cas(at, self._beat, self._beat + 1)
-        self._beat = seen + 1 if seen == self._beat else seen
+        after = self._beat + 1 & _NEVER  # the region may say anything
+        seen = self.table.memory.cas(at, self._beat, after)
+        self._beat = after if seen == self._beat else seen
         self._store(peer.IDENTITY_OFFSET, self._own)
 
     # --- two owners of one identity ---

@@ -10,7 +10,8 @@ Restart, and the operation starts again from the new root.
 Work is counted here, because every walk goes from node to node: a visit costs 1, a node that must
 be read from the region `READ_COST` more.  `begin_turn` says how much work one turn may do; then
 the walk raises Unfinished.  What it has read stays in the cache, so the next try gets further.  A
-turn that read nothing and still used up its work would never end: that is Corrupt.
+turn that reads nothing has nothing to leave to the next one, so it may do `KNOWN_TURNS` times as
+much, which is more than any sound tree asks for: who gets that far would never end (Corrupt).
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ PARSED_BYTES = 1600  # of the objects that a node is made into, about
 RECENT: Final = 8  # lists of extended attributes: up to 2 MiB of objects each
 READ_COST: Final = 15  # of a node that is read, in visits of one that is known
 TURN: Final = 4096  # work of one turn: 256 nodes read, or 4096 visited, in about 5 ms
+KNOWN_TURNS: Final = 4  # of work that a turn may do with nodes that are all known: 15 ms
 ENDLESS: Final = 1 << 60  # work that no turn does
 ROOT_TRIES: Final = 200  # roots that one snapshot reads while others commit
 _unpack_pointer = words.POINTER.unpack
@@ -116,10 +118,6 @@ class Recent:
             del self._made[next(iter(self._made))]
         self._made[key] = made
 
-    def drop(self, key: bytes) -> None:
-        """Forget it."""
-        self._made.pop(key, None)
-
 
 class Nodes:
     """Where nodes come from: the region, or a transaction with nodes of its own beside it."""
@@ -168,9 +166,11 @@ class Store(Nodes):
         self._turn_reads = self.reads
 
     def _end_turn(self) -> None:
-        if self.reads == self._turn_reads:
-            raise Corrupt(f"metadata leads on and on: {TURN} steps reach nothing new")
-        raise Unfinished("more is to be read than one turn may read")
+        if self.reads != self._turn_reads:
+            raise Unfinished("more is to be read than one turn may read")
+        if self.work > self._turn_ends + (KNOWN_TURNS - 1) * TURN:
+            steps = KNOWN_TURNS * TURN
+            raise Corrupt(f"metadata leads on and on: {steps} steps reach nothing new")
 
     def snapshot(self) -> tuple[int, Node]:
         """(commit word, root node) of this moment.

@@ -20,6 +20,11 @@ def ivshmemfs(*words: object, **environment: str) -> subprocess.CompletedProcess
     return run(sys.executable, "-m", "ivshmemfs.cli", *words, env=environment, timeout=60)
 
 
+def impatient(*words: object) -> subprocess.CompletedProcess[str]:
+    """The same with shorter waits, given as NAME=SECONDS before the other words."""
+    return run(sys.executable, "-m", "tests.support.impatient", *words, timeout=60)
+
+
 def complains(result: subprocess.CompletedProcess[str], code: int, *words: str) -> None:
     """Check that a command ended with *code* and one line on stderr with all *words* in it."""
     assert result.returncode == code, result.stdout + result.stderr

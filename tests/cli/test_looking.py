@@ -51,6 +51,7 @@ def test_info(formatted: TestRegion) -> None:
     put(fs, 1, b"f", bytes(100_000))
     lines = dict(line.split(maxsplit=1) for line in shows("info", formatted.path).splitlines())
     assert str(formatted.path) in lines["region"]
+    assert "read-only" not in lines["region"]  # only this command's own mapping is
     assert lines["format"] == "1.0"
     assert lines["inodes"] == "3"
     assert lines["peers"] == "1 of 16"

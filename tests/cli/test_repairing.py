@@ -13,7 +13,7 @@ from ivshmemfs.format import words
 from ivshmemfs.format.geometry import COMMIT_OFFSET
 from ivshmemfs.fsck.image import read_superblocks
 from ivshmemfs.shm.repair import Turn
-from tests.cli.conftest import complains, ivshmemfs
+from tests.cli.conftest import complains, impatient, ivshmemfs
 from tests.support.mounts import eventually, needs_fuse
 from tests.support.regions import TestRegion
 
@@ -32,8 +32,8 @@ def test_they_say_who_repairs_it(formatted: TestRegion, turn: Turn, tmp_path: Pa
     assert words.under_repair(turn.marked)
     says = f"the region is being repaired by pid {os.getpid()} on "
     (tmp_path / "place").mkdir()
-    complains(ivshmemfs("mount", formatted.path, tmp_path / "place"), 32, says)
-    complains(ivshmemfs("info", formatted.path), 32, says)
+    for command in (["mount", formatted.path, tmp_path / "place"], ["info", formatted.path]):
+        complains(impatient("REPAIR_SECONDS=0.3", *command), 32, says)
     listed = ivshmemfs("peers", formatted.path).stdout.splitlines()
     assert listed[0].startswith(says)
     assert (

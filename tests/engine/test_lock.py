@@ -10,7 +10,7 @@ import pytest
 
 from ivshmemfs.engine import ROOT_INO, FileLock, Filesystem
 from ivshmemfs.engine import lock as engine
-from ivshmemfs.errors import FsError, LockLost
+from ivshmemfs.errors import FsError, LockLost, TooManyPeers
 from ivshmemfs.shm import identity, watch
 from ivshmemfs.shm.identity import Presence
 from tests.support.checks import assert_adds_up
@@ -201,3 +201,18 @@ def test_losing_the_file(fs: Filesystem, other: Filesystem) -> None:
     other.unlink(ROOT_INO, b"file", ROOT)
     with pytest.raises(LockLost):
         lock.keep()
+
+
+def test_a_holder_that_finds_no_slot_any_more(
+    fs: Filesystem, other: Filesystem, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ino = put(fs, ROOT_INO, b"file", b"").ino
+    mine = FileLock(fs, ino)
+    assert mine.acquire(b"")
+
+    def full() -> bool:
+        raise TooManyPeers("all slots are taken")
+
+    monkeypatch.setattr(fs, "tick", full)
+    with pytest.raises(LockLost, match="all slots are taken"):
+        mine.keep()

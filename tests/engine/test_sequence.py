@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from ivshmemfs.engine import Filesystem
+import pytest
+
+from ivshmemfs.engine import ROOT_INO, Filesystem
 from ivshmemfs.engine.transaction import Transaction
+from ivshmemfs.errors import Busy
 from ivshmemfs.format import words
 from ivshmemfs.format.geometry import COMMIT_OFFSET
 from tests.support.checks import assert_adds_up, assert_clean
@@ -113,3 +116,24 @@ def test_an_incarnation_begins_to_count_anywhere() -> None:
             fs.unmount()
         assert len(starts) == 20
         assert max(starts) < words.COUNTER_MASK // 2
+
+
+def test_a_plan_that_joins_again_releases_none_of_its_claims(fs: Filesystem) -> None:
+    """It was not this incarnation that ended the transaction: a collection decides."""
+    tags: list[tuple[int, int]] = []
+
+    def plan(tx: Transaction) -> None:
+        block, _, tag = words.POINTER.unpack(tx.space.claim(1))
+        tags.append((block, tag))
+        assert fs.table.retire(fs.place[0], fs.table.state(fs.place[0]))
+        fs._hold(77)
+        tx.touch(ROOT_INO, mode=0o040700)
+
+    with pytest.raises(Busy):
+        fs.change(plan)
+    fs._let_go(77)
+    assert len(tags) == 1
+    assert all(fs.store.blocks.tag(block) == tag for block, tag in tags)
+    while fs.tick():
+        pass
+    assert all(fs.store.blocks.tag(block) != tag for block, tag in tags)

@@ -8,20 +8,30 @@ import os
 import stat
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
+from functools import partial
 from itertools import chain, pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 
-from ivshmemfs.engine import ROOT_INO, Filesystem
+from ivshmemfs.engine import COMPILED, ROOT_INO, Filesystem
 from ivshmemfs.engine.collect import Collector
+from ivshmemfs.engine.data import Buffer
 from ivshmemfs.engine.dropped import RELEASED_AT_ONCE
 from ivshmemfs.engine.filesystem import KEEP_SIZE, PUNCH_HOLE, UNPINNED_AT_ONCE, ZERO_RANGE
-from ivshmemfs.engine.mount import COLLECTED_AT_ONCE, FREED_AT_ONCE
+from ivshmemfs.engine.mount import COLLECTED_AT_ONCE, FREED_AT_ONCE, RETIRE_TICKS
 from ivshmemfs.engine.names import DEPTH_MAX, RENAME_EXCHANGE
+from ivshmemfs.engine.pieces import PIECES_AT_ONCE, Pieces
 from ivshmemfs.engine.xattr import save
 from ivshmemfs.errors import Busy, FsError, NoSpace, Unfinished
-from ivshmemfs.shm.store import READ_COST, TURN
+from ivshmemfs.format.peer import SlotRecord
+from ivshmemfs.format.words import FREE, SLOT_SHIFT
+from ivshmemfs.shm import identity, store
+from ivshmemfs.shm.identity import Presence
+from ivshmemfs.shm.peers import DECIDED_AT_ONCE, Membership
+from ivshmemfs.shm.space import COUNTED_AT_ONCE, COUNTED_COST
+from ivshmemfs.shm.store import KNOWN_TURNS, READ_COST, TURN, NodeCache
 from tests.support.checks import assert_adds_up, assert_clean, unreachable
 from tests.support.figures import Figures
 from tests.support.regions import ROOT, TestRegion, get, new_region, put
@@ -34,7 +44,7 @@ DATA = CHANGE + 24 * NODE  # 1 MiB in blocks of 1 KiB has 17 index nodes
 PIECE = RELEASED_AT_ONCE * NODE  # released after the commit; blocks of data are not nodes
 MIB = 1 << 20
 HUGE = 1 << 60  # bytes of a file
-CROWD, ATTRIBUTES, ORPHANS = 3000, 3000, 40
+CROWD, ATTRIBUTES, ORPHANS, SILENT = 3000, 3000, 40, 40
 PATH = b"user.%04d"
 
 #: Done to the end by whoever has nobody waiting for it: a command, a daemon that ends, a test.
@@ -264,6 +274,155 @@ def roomy() -> Iterator[TestRegion]:
         assert_clean(made)
 
 
+@pytest.fixture
+def tight() -> Iterator[Filesystem]:
+    """A mount of a region that is full but for some blocks, most of them one file's."""
+    with new_region(4 * MIB, block_size=1024) as made:
+        fs = made.mount()
+        handle, _ = fs.create(ROOT_INO, b"full", 0o644, os.O_RDWR, ROOT)
+        done = 0
+        with suppress(NoSpace):
+            while True:
+                done += finish(lambda: fs.write(handle, done, bytes(MIB)))  # noqa: B023
+        fs.release(handle)
+        yield fs
+        pieces(fs)
+        assert_adds_up(fs)
+        fs.unmount()
+        assert_clean(made)
+
+
+def _commits(fs: Filesystem) -> int:
+    return fs.view().root.record.sequence
+
+
+def test_overwriting_with_little_room_takes_turns(tight: Filesystem) -> None:
+    fs, content = tight, os.urandom(MIB)
+    handle = fs.open(fs.lookup(ROOT_INO, b"full").ino, os.O_RDWR, ROOT)
+    began, turns = _commits(fs), [0]
+    request = bytearray(content)
+    call: Callable[[], object] | None = partial(fs.write, handle, 5, memoryview(request))
+    while call is not None:
+        before, work = _commits(fs), fs.store.work
+        call, so_far = _one_turn(call)
+        assert _commits(fs) - before <= PIECES_AT_ONCE
+        assert fs.store.work - work <= PIECES_AT_ONCE * DATA
+        assert get(fs, ROOT_INO, b"full")[5 : 5 + so_far] == content[:so_far]
+        assert so_far > turns[-1]
+        turns.append(so_far)
+        request[:] = bytes(MIB)  # another request comes in the same place
+    assert turns[-1] == MIB
+    assert len(turns) > 3
+    assert _commits(fs) - began <= PIECES_AT_ONCE * len(turns)
+    fs.release(handle)
+
+
+def _one_turn(call: Callable[[], Any]) -> tuple[Callable[[], object] | None, Any]:
+    """How a write goes on after a turn, None when it has ended, and how much is written."""
+    try:
+        return None, call()
+    except Unfinished as turn:
+        return turn.go_on, turn.so_far
+
+
+def test_a_write_that_was_begun_is_short_when_the_rest_fails(tight: Filesystem) -> None:
+    fs = tight
+    handle = fs.open(fs.lookup(ROOT_INO, b"full").ino, os.O_RDWR, ROOT)
+    with pytest.raises(Unfinished) as turn:
+        fs.write(handle, 0, b"x" * MIB)
+    fs.unlink(ROOT_INO, b"full", ROOT)
+    fs.release(handle)
+    assert turn.value.go_on is not None
+    assert turn.value.go_on() == turn.value.so_far
+
+
+def test_a_write_that_was_begun_waits_for_others() -> None:
+    """Who is told Busy in the middle neither writes anything twice nor ends early."""
+    stored, busy = list[bytes](), [False, True, False, True, True, False]
+
+    def store(_at: int, piece: Buffer) -> None:
+        if len(piece) > 10:
+            raise NoSpace()
+        if busy and busy.pop(0):
+            raise Busy("another peer")
+        stored.append(bytes(piece))
+
+    pieces = Pieces(store, 0, bytes(range(40)), 1, appending=False)
+    told = list[int | None]()
+    while not told or told[-1] != 40:
+        try:
+            told.append(_one_turn(pieces.turn)[1])
+        except Busy:
+            told.append(None)
+    assert told == [10, 20, None, 40]
+    assert b"".join(stored) == bytes(range(40))
+
+
+# --- counting free blocks ---------------------------------------------------------------------
+
+
+@pytest.fixture
+def large() -> Iterator[TestRegion]:
+    """More blocks than one turn counts."""
+    with new_region(192 * MIB, block_size=1024) as made:
+        yield made
+
+
+def _claim_all_but(fs: Filesystem, left: int) -> bytes:
+    """Claims of nobody's, under a tag that is not settled, as those of a silent peer are."""
+    blocks = fs.store.blocks
+    claims, _ = blocks.claim(blocks.free_count() - left, fs._joined().begin(), 0)
+    return claims
+
+
+def test_free_blocks_are_counted_in_turns(large: TestRegion) -> None:
+    fs, other = large.mount(), large.mount()
+    put(fs, ROOT_INO, b"file", b"x" * 9000)
+    count = fs.superblock.geometry.block_count
+    assert count > 2 * COUNTED_AT_ONCE
+    _claim_all_but(other, 5000)
+    used = fs.view().root.record.used
+    cost = cost_of(fs, lambda: fs._supply.free(used))
+    assert cost == Cost(-(-count // COUNTED_AT_ONCE), COUNTED_COST, 5000)
+    assert cost_of(fs, lambda: fs._supply.free(used - 7)) == Cost(1, 0, 5007)
+    assert fs._supply.lacking(used)
+    fs._supply.recount()
+    assert cost_of(fs, lambda: fs._supply.free(used)).turns == cost.turns
+
+
+def test_a_count_hides_no_block_that_is_freed_meanwhile(large: TestRegion) -> None:
+    """Whichever turn it is in: what looks full because of the past would be a wrong ENOSPC."""
+    fs, other = large.mount(), large.mount()
+    claims = _claim_all_but(other, 5000)
+    used, size = fs.view().root.record.used, 16 * 3000
+    for at in (0, len(claims) - size):
+        fs._supply.recount()
+        with pytest.raises(Unfinished):
+            fs._supply.free(used)
+        fs.store.blocks.release(claims[at : at + size])
+        free = finish(partial(fs._supply.free, used - 3000))
+        assert free >= fs.store.blocks.free_count()
+        assert fs._supply.lacking(used - 3000), "who is not sure looks for lost blocks"
+        used -= 3000
+
+
+def test_a_full_large_region_is_full_in_turns(large: TestRegion) -> None:
+    """Each turn is bounded while a write finds out that there is no room."""
+    fs, other = large.mount(), large.mount()
+    handle, _ = fs.create(ROOT_INO, b"file", 0o644, os.O_RDWR, ROOT)
+    fs.write(handle, 0, bytes(4 * 1024))
+    _claim_all_but(other, 2)
+    costs = [cost_of(fs, lambda: fs.write(handle, 0, bytes(MIB)))]
+    while not isinstance(costs[-1].result, NoSpace):
+        assert isinstance(costs[-1].result, Busy), "the other may give its blocks back"
+        costs.append(cost_of(fs, lambda: fs.write(handle, 0, bytes(MIB))))
+    assert costs[0].turns > 2
+    assert (
+        max(cost.work for cost in costs)
+        <= PIECES_AT_ONCE * DATA + COLLECTED_AT_ONCE * NODE + COUNTED_COST
+    )
+
+
 def test_a_large_file_is_released_in_pieces(roomy: TestRegion) -> None:
     fs = roomy.mount()
     Scene._full(fs, b"full")
@@ -348,6 +507,24 @@ def test_collecting_for_want_of_room_takes_turns(roomy: TestRegion) -> None:
     assert_adds_up(other)
 
 
+def test_what_is_lost_is_looked_for_when_what_was_removed_is_not_enough(
+    roomy: TestRegion,
+) -> None:
+    fs, other = roomy.mount(), roomy.mount()
+    Scene._full(fs, b"full")
+    fs.unlink(ROOT_INO, b"full", ROOT)
+    assert fs._dropped.pending
+    assert other._member is not None
+    tag = other._member.begin()
+    assert len(other.store.blocks.claim(40 * 1024, tag, 0)[0]) == 40 * 1024 * 16
+    assert fs.table.retire(other.place[0], fs.table.state(other.place[0]))
+    ino = put(fs, ROOT_INO, b"next", b"").ino
+    handle = fs.open(ino, os.O_RDWR, ROOT)
+    assert cost_of(fs, lambda: fs.fallocate(handle, 0, 0, 50 * MIB)).result is None
+    fs.release(handle)
+    assert_adds_up(fs)
+
+
 def test_orphans_of_a_dead_peer_are_freed_some_at_a_time(roomy: TestRegion) -> None:
     fs, other = roomy.mount(), roomy.mount()
     for number in range(ORPHANS):
@@ -374,6 +551,25 @@ def test_a_piece_of_a_collection_is_bounded(scene: Scene, cold: Filesystem) -> N
         most, steps = max(most, cold.store.work - before), steps + 1
     assert steps > 3
     assert most <= (COLLECTED_AT_ONCE + 12) * NODE
+
+
+@pytest.mark.skipif(COMPILED, reason="the limit is compiled in")
+def test_a_collection_that_found_no_root_is_not_over(
+    roomy: TestRegion, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Others may commit faster than it can read: it tries again."""
+    fs = roomy.mount()
+    assert fs._member is not None
+    tag = fs._member.begin()
+    fs.store.blocks.claim(3, tag, 0)
+    fs._member.end()
+    collector = Collector(fs.store, fs.table)
+    fs.store._root = None  # as before the first look
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "ROOT_TRIES", 0)
+        assert not collector.step(3)
+    assert collector.step()
+    assert collector.released == 3
 
 
 def test_filling_goes_on_beside_a_writer(roomy: TestRegion) -> None:
@@ -408,6 +604,72 @@ def test_pins_are_let_go_some_at_a_time(roomy: TestRegion) -> None:
     assert len(fs._pins) == before - UNPINNED_AT_ONCE
 
 
+# --- a table that is full of silent peers ------------------------------------------------------
+
+
+class Crowd:
+    """A mount beside many silent peers, and how often one of them was looked for."""
+
+    def __init__(self, made: TestRegion, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.fs = made.mount()
+        self.looked_for: list[int] = []
+        self.members = [Membership(self.fs.table) for _ in range(SILENT)]
+        for member in self.members:
+            member.join()
+        self.fs.table.watch.look()
+        for slot in self.fs.table.watch._silence:
+            self.fs.table.watch._silence[slot] = 60.0
+        self.gone: set[int] = set()
+
+        def presence(record: SlotRecord, *_: object) -> Presence:
+            slot = next(at for at, nonce in self.nonces.items() if nonce == record.nonce)
+            self.looked_for.append(slot)
+            return Presence.GONE if slot in self.gone else Presence.UNKNOWN
+
+        self.nonces = {at.slot: self.fs.table.peer(at.slot).record.nonce for at in self.members}
+        monkeypatch.setattr(identity, "presence", presence)
+
+
+@pytest.fixture
+def crowded(monkeypatch: pytest.MonkeyPatch) -> Iterator[Crowd]:
+    with new_region(64 * MIB, block_size=1024, peer_count=255) as made:
+        yield Crowd(made, monkeypatch)
+
+
+def test_who_is_gone_is_decided_some_at_a_time(crowded: Crowd) -> None:
+    """All have their turn within one round, also the one that is asked last."""
+    fs = crowded.fs
+    crowded.gone = {min(crowded.nonces), max(crowded.nonces)}
+    for _ in range(RETIRE_TICKS):
+        more = fs.tick()
+    decided = [len(crowded.looked_for)]
+    while more:
+        before = len(crowded.looked_for)
+        more = fs.work()
+        decided.append(len(crowded.looked_for) - before)
+    assert max(decided) == DECIDED_AT_ONCE
+    assert sorted(crowded.looked_for) == sorted(crowded.nonces)
+    states = fs.table.states()
+    assert [states[slot - 1] >> SLOT_SHIFT for slot in crowded.gone] == [FREE, FREE]
+    assert fs.tick() is False, "the next round is some ticks away"
+
+
+def test_a_request_looks_for_nobody(crowded: Crowd) -> None:
+    """It asks the upkeep to, which does so at its next tick."""
+    fs = crowded.fs
+    dead = crowded.members[0]
+    fs.store.blocks.claim(fs.store.blocks.free_count() - 1, dead.begin(), 0)
+    fs.table.watch.look()
+    fs.table.watch._silence[dead.slot] = 60.0
+    crowded.gone = {dead.slot}
+    failed = cost_of(fs, lambda: fs.mkdir(ROOT_INO, b"new", 0o755, ROOT))
+    assert isinstance(failed.result, NoSpace | Busy)
+    assert not crowded.looked_for
+    pieces(fs)
+    assert crowded.looked_for
+    fs.mkdir(ROOT_INO, b"new", 0o755, ROOT)
+
+
 # --- a place that is too deep ------------------------------------------------------------------
 
 
@@ -423,6 +685,39 @@ def test_moving_below_very_many_directories(roomy: TestRegion) -> None:
     above = fs.lookup(deep, b"..").ino
     finish(lambda: fs.rename(ROOT_INO, b"moved", above, b"moved", 0, ROOT))
     finish(lambda: fs.rename(ROOT_INO, b"file", deep, b"file", 0, ROOT))
+
+
+@pytest.mark.parametrize("warm", [False, True])
+def test_exchanging_below_very_many_directories(roomy: TestRegion, warm: bool) -> None:
+    """It visits more nodes than any other operation, and reads none of them again."""
+    fs = roomy.mount()
+    places = []
+    for top in (b"one", b"other"):
+        ino = fs.mkdir(ROOT_INO, top, 0o755, ROOT).ino
+        for _ in range(DEPTH_MAX - 2):
+            ino = fs.mkdir(ino, b"d", 0o755, ROOT).ino
+        fs.mkdir(ino, b"moved", 0o755, ROOT)
+        places.append(ino)
+    one, other = places
+    mount = fs if warm else roomy.mount()
+    for _ in range(2):
+        cost = cost_of(
+            mount, lambda: mount.rename(one, b"moved", other, b"moved", RENAME_EXCHANGE, ROOT)
+        )
+        assert isinstance(cost.result, tuple)
+        assert cost.work <= KNOWN_TURNS * TURN
+
+
+def test_a_cache_that_is_too_small_for_an_operation(roomy: TestRegion) -> None:
+    """A change that needs several turns still gets further in each."""
+    fs = roomy.mount()
+    deep = Scene._deep(fs, DEPTH_MAX - 10)
+    fs.mkdir(ROOT_INO, b"moved", 0o755, ROOT)
+    cold = roomy.mount()
+    cold.store.cache = NodeCache(1 << 20)
+    cost = cost_of(cold, lambda: cold.rename(ROOT_INO, b"moved", deep, b"moved", 0, ROOT))
+    assert isinstance(cost.result, tuple)
+    assert 1 < cost.turns < 20
 
 
 # --- by the clock -------------------------------------------------------------------------------

@@ -12,19 +12,17 @@ import pytest
 from ivshmemfs.engine import ROOT_INO, Filesystem
 from ivshmemfs.engine.xattr import (
     CREATE,
-    DECODED_AT_ONCE,
     REMEMBERED,
     REPLACE,
     Table,
     _stored,
     save,
 )
-from ivshmemfs.errors import Unfinished
 from ivshmemfs.format import xattr as encoding
+from ivshmemfs.shm.store import RECENT
 from tests.engine.asking import fails, names
 from tests.support.checks import assert_adds_up, free_blocks
 from tests.support.regions import ROOT, TestRegion, get, put
-from tests.support.turns import finish
 
 
 def values(fs: Filesystem, ino: int) -> dict[bytes, bytes]:
@@ -183,35 +181,38 @@ def test_thousands_are_decoded_once(roomy: TestRegion, monkeypatch: pytest.Monke
     assert values(fs, ino) == wanted
 
 
-def test_decoding_takes_several_turns(roomy: TestRegion, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_large_sets_at_once(roomy: TestRegion) -> None:
+    """More than the mount keeps decoded: nobody waits for others in vain."""
+    fs, other = roomy.mount(), roomy.mount()
+    inos = [put(fs, ROOT_INO, b"%d" % number, b"").ino for number in range(2 * RECENT)]
+    wanted = many(3000)
+    for ino in inos:
+        fs.change(lambda tx, ino=ino: tx.put(save(tx, tx.inode(ino), wanted)))  # type: ignore[misc]
+    for _ in range(2):
+        for ino in inos:
+            assert other.getxattr(ino, b"user.00007") == b"7"
+
+
+def test_the_largest_set_beside_a_writer(roomy: TestRegion) -> None:
+    """Each finds another string whenever it comes, and does not wait until it stays the same."""
     fs, other = roomy.mount(), roomy.mount()
     ino = put(fs, ROOT_INO, b"file", b"").ino
-    wanted = many(2 * DECODED_AT_ONCE + 5)
+    wanted = {b"user.%03x" % number: b"" for number in range(0x1000)}
+    wanted |= {b"user.%02x" % number: b"" for number in range(0x100)}
     fs.change(lambda tx: tx.put(save(tx, tx.inode(ino), wanted)))
-    for _ in range(2):
-        with pytest.raises(Unfinished):
-            other.getxattr(ino, b"user.00007")
-    assert other.getxattr(ino, b"user.00007") == b"7"
-    assert values(other, ino) == wanted
-    third = roomy.mount()
-    for _ in range(2):
-        with pytest.raises(Unfinished):
-            third.setxattr(ino, b"user.new", b"", 0, ROOT)
-    third.setxattr(ino, b"user.new", b"", 0, ROOT)
-    assert finish(lambda: values(fs, ino)) == {**wanted, b"user.new": b""}
+    for number in range(5):
+        fs.setxattr(ino, b"user.fs", b"%d" % number, 0, ROOT)
+        other.setxattr(ino, b"user.other", b"%d" % number, 0, ROOT)
+    assert fs.getxattr(ino, b"user.other") == other.getxattr(ino, b"user.fs") == b"4"
 
 
-def test_damage_behind_the_first_turn_is_found_each_time(roomy: TestRegion) -> None:
+def test_damage_is_found_each_time(roomy: TestRegion) -> None:
     fs, other = roomy.mount(), roomy.mount()
     ino = put(fs, ROOT_INO, b"file", b"").ino
-    names = [*many(DECODED_AT_ONCE), b"user.00000"]  # the last is not in order
+    names = [*many(2000), b"user.00000"]  # the last is not in order
     entries = [encoding.encode_one(name, b"") for name in names]
     table = Table(names, entries, sum(map(len, entries)))
     fs.change(lambda tx: tx.put(_stored(tx, tx.inode(ino), table)))
-    with pytest.raises(Unfinished):
-        other.getxattr(ino, b"user.00000")
     fails(errno.EUCLEAN, lambda: other.getxattr(ino, b"user.00000"))
-    with pytest.raises(Unfinished):
-        other.getxattr(ino, b"user.00000")
     fails(errno.EUCLEAN, lambda: other.listxattr(ino))
     fs.unlink(ROOT_INO, b"file", ROOT)

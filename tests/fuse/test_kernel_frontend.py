@@ -14,7 +14,7 @@ import trio
 
 from ivshmemfs.engine import ROOT_INO
 from ivshmemfs.errors import Busy, FsError, Unfinished
-from ivshmemfs.fuse import kernel_frontend, protocol
+from ivshmemfs.fuse import kernel_frontend, protocol, retry
 from ivshmemfs.fuse.kernel_frontend import FORGOTTEN_AT_ONCE
 from ivshmemfs.fuse.ownership import Ownership
 from tests.fuse.fake_kernel import UNIQUE, Kernel
@@ -508,3 +508,47 @@ def test_root_may_not_run_what_nobody_may_run(mnt: FakeMount) -> None:
         os.execv(path, ["program"])
     path.chmod(0o010)
     assert os.access(path, os.X_OK | os.R_OK)
+
+
+@pytest.mark.parametrize("end", ["interrupted", "unmounted", "impatient"])
+def test_a_write_that_ends_early_tells_how_much_is_written(
+    kernel: Kernel, monkeypatch: pytest.MonkeyPatch, end: str
+) -> None:
+    ino, handle = kernel.create(b"f")
+
+    def go_on() -> int:
+        kernel.operations.retry.ending = end == "unmounted"
+        raise Busy("another peer")
+
+    def write(*_: object, **__: object) -> int:
+        raise Unfinished("injected", go_on, 2)
+
+    monkeypatch.setattr(kernel.fs, "write", write)
+    if end == "impatient":
+        monkeypatch.setattr(retry, "PATIENCE", 0.0)
+    kernel.send(protocol.WRITE, protocol.WRITE_IN.pack(handle, 0, 3, 0, 0) + b"abc", node=ino)
+
+    async def interrupt() -> None:
+        await trio.sleep(0.05)
+        if end == "interrupted":
+            assert (
+                kernel.send(protocol.INTERRUPT, protocol.INTERRUPT_IN.pack(UNIQUE), unique=0)
+                is None
+            )
+
+    kernel.run(interrupt)
+    assert kernel.answer() == (0, protocol.WRITE_OUT.pack(2))
+
+
+def test_a_copy_takes_turns_too(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
+    ino, handle = kernel.create(b"f")
+
+    def write(*_: object, **__: object) -> int:
+        raise Unfinished("injected", lambda: 3, 2)
+
+    monkeypatch.setattr(kernel.fs, "write", write)
+    body = protocol.COPY_FILE_RANGE_IN.pack(handle, 0, ino, handle, 0, 3, 0)
+    kernel.send(protocol.COPY_FILE_RANGE, body, node=ino)
+    assert kernel.silent()
+    kernel.run()
+    assert kernel.answer() == (0, protocol.WRITE_OUT.pack(3))

@@ -126,7 +126,7 @@ def test_both_front_ends_have_the_same_operations() -> None:
 
 #: Python calls of a hot request, in this package and of named tuples.
 CALLS = {
-    "LOOKUP": 12, "GETATTR": 9, "OPEN": 8, "WRITE": 4, "READ": 4, "CREATE": 13, "UNLINK": 6,
+    "LOOKUP": 12, "GETATTR": 9, "OPEN": 8, "WRITE": 4, "READ": 4, "CREATE": 13, "UNLINK": 7,
     "RELEASE": 4,
 }  # fmt: skip
 

@@ -95,6 +95,32 @@ def test_what_the_own_thread_renamed_stays_what_it_is(machine: Machine) -> None:
     assert machine.look(b"new") == own
 
 
+@pytest.mark.parametrize("name", [b"file", b"folder"])
+def test_what_another_thread_here_renamed_stays_what_it_is(machine: Machine, name: bytes) -> None:
+    """Who waits for a directory to get another name finds the one that others stand in."""
+    own = machine.look(name)
+    machine.operations.rename(ROOT_INO, name, ROOT_INO, b"new", 0, ROOT._replace(pid=TWO))
+    assert machine.look(name) == 0
+    assert machine.look(b"new") == own
+    machine.other_renames(b"new", b"newer")
+    assert machine.look(b"newer") != own, "a change of before explains nothing"
+
+
+def test_what_another_thread_here_removed(machine: Machine) -> None:
+    own = machine.look(b"file")
+    machine.engine.link(own, ROOT_INO, b"link", ROOT)
+    machine.operations.unlink(ROOT_INO, b"file", ROOT._replace(pid=TWO))
+    assert machine.look(b"link") == own
+
+
+def test_the_other_machine_may_be_faster_than_a_rename_here(machine: Machine) -> None:
+    """What this mount changed before the source was looked up does not count."""
+    machine.operations.rename(ROOT_INO, b"file", ROOT_INO, b"new", 0, ROOT._replace(pid=TWO))
+    own = machine.look(b"new")
+    machine.other_renames(b"new", b"newer")
+    assert machine.look(b"newer") != own
+
+
 def test_opening_by_a_passing_number_walks_again(machine: Machine) -> None:
     """So that pages and locks are those of the file's own number."""
     own = machine.look(b"file")
@@ -142,7 +168,11 @@ def test_the_table_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(walks, "MANY", 10)
     table = Walks()
     for thread in range(1, 1000):
-        table.note(thread, (1, b"name", thread, thread), None)
+        table.note(thread, (1, b"name", thread, thread, 0), None)
+        table.change(1, b"%d" % thread)
         recent = range(max(thread - 9, 1), thread + 1)
         assert all(table.was_told(one, one, one) for one in recent)
     assert sum(table.was_told(one, one, one) for one in range(1, 1000)) <= 20
+    assert len(table._changed) + len(table._changed_before) <= 20
+    assert table.is_changed(1, (1, b"999", 5, 5, 998))
+    assert not table.is_changed(1, (1, b"999", 5, 5, 999))

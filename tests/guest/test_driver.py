@@ -10,6 +10,7 @@ import json
 import shutil
 import subprocess
 import sys
+import sysconfig
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -33,7 +34,7 @@ NAME = "ivshmem_shared"
 NODE = "/dev/ivshmem0"
 PORT = 0x18  # on the guest's PCI bus
 LATE_SIZE = 64 << 20  # bytes; the port's window has 2 MiB
-TREE = "/usr/lib/python3.11/json"
+TREE = sysconfig.get_path("stdlib") + "/json"
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sysconfig
 import time
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from tests.guest.machines import IVSHMEMFS, Host, Machine, Mount
 
 pytestmark = pytest.mark.guest
 
+LIBRARY = sysconfig.get_path("stdlib")
 # Others wait a blink (0.1 s) for a machine that stands still; this one may be busy with guests.
 PATIENCE = 5.0
 
@@ -69,7 +71,7 @@ def test_a_guest_paused_in_the_middle_of_a_copy_delays_nobody_and_goes_on(
     how: str, shared: Shared, host: Host, guest: Guest
 ) -> None:
     here, sleeper = shared.on(host), shared.on(guest)
-    copying = sleeper.begin("cp -a /usr/lib/python3.11/asyncio $M/")
+    copying = sleeper.begin(f"cp -a {LIBRARY}/asyncio $M/")
     deadline = time.monotonic() + COMMAND_SECONDS
     while len(here.sh("ls $M/asyncio 2>/dev/null || true").split()) < 5:
         assert time.monotonic() < deadline, "the copy did not begin"
@@ -83,7 +85,7 @@ def test_a_guest_paused_in_the_middle_of_a_copy_delays_nobody_and_goes_on(
             begin = time.monotonic()
             (Path(here.place) / f"file{number}").write_text("written meanwhile")
             slowest = max(slowest, time.monotonic() - begin)
-        here.sh("cp -a /usr/lib/python3.11/json $M/json; rm $M/file?; mv $M/file10 $M/ten")
+        here.sh(f"cp -a {LIBRARY}/json $M/json; rm $M/file?; mv $M/file10 $M/ten")
     finally:
         resume()
     assert slowest < PATIENCE
@@ -97,7 +99,7 @@ def test_a_guest_killed_in_the_middle_of_a_copy_harms_nobody(
 ) -> None:
     here, victim, witness = (shared.on(machine) for machine in (host, guests[1], guests[0]))
     victim.sh("mkdir $M/copy; echo before >$M/copy/done")
-    copying = victim.begin("cp -a /usr/lib/python3.11/asyncio $M/copy/; sleep 600")
+    copying = victim.begin(f"cp -a {LIBRARY}/asyncio $M/copy/; sleep 600")
     deadline = time.monotonic() + COMMAND_SECONDS
     while len(here.sh("ls $M/copy/asyncio 2>/dev/null || true").split()) < 5:
         assert time.monotonic() < deadline, "the copy did not begin"
@@ -109,7 +111,7 @@ def test_a_guest_killed_in_the_middle_of_a_copy_harms_nobody(
     here.sh("echo after >$M/after")
     assert time.monotonic() - begin < PATIENCE
     assert witness.sh("cat $M/after $M/copy/done") == "after\nbefore\n"
-    here.sh("cp -a /usr/lib/python3.11/json $M/json; rm -r $M/copy")
+    here.sh(f"cp -a {LIBRARY}/json $M/json; rm -r $M/copy")
     assert witness.sh("ls $M") == "after\njson\n"
     assert witness.manifest("json") == here.manifest("json")
     shared.check(host)

@@ -17,7 +17,7 @@ static void claims(struct blocks *blocks)
     check(tags_check(blocks, got, 4) == STATUS_OK);
     check(tags_reclaim(blocks, got, 4, 8, again, &count) == STATUS_OK && count == 0);
     check(tags_claim(blocks, COUNT, 8, &cursor, again, &count) == STATUS_OK && count == COUNT - 4);
-    check(tags_free_count(blocks, &count) == STATUS_OK && count == 0);
+    check(tags_free_count(blocks, 0, blocks->block_count, &count) == STATUS_OK && count == 0);
     check(tags_release(blocks, got, 4, &released) == STATUS_OK && released == 4);
     check(tags_release(blocks, got, 4, &released) == STATUS_OK && released == 0);
     check(tags_check(blocks, got, 4) == STATUS_STALE);

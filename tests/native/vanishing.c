@@ -56,7 +56,7 @@ int main(void)
             faults(tags_release(&blocks, pointer, 1, &word), TAGS);
             faults(tags_check(&blocks, pointer, 1), TAGS);
             faults(tags_read(&blocks, 0, &word), TAGS);
-            faults(tags_free_count(&blocks, &word), TAGS);
+            faults(tags_free_count(&blocks, 0, blocks.block_count, &word), TAGS);
             faults(tags_sweep(&blocks, marks, limits, 0, COUNT, bytes, &word), TAGS);
             faults(blocks_gather(&blocks, pointer, 1, 0, BLOCK, bytes), DATA);
             faults(blocks_scatter(&blocks, pointer, 1, bytes, BLOCK), DATA);

@@ -17,6 +17,8 @@ from tests.support.lab import ENVIRONMENT, PATIENCE, Lab, needs_fuse, needs_root
 
 pytestmark = [needs_fuse, needs_root]
 PROGRAM = [sys.executable, "-m", "ivshmemfs.cli", "lock"]
+#: One that takes a lock over from a holder that shows no life for 2 s.
+IMPATIENT = [sys.executable, "-m", "tests.support.impatient", "SILENT=2", "lock"]
 
 
 Start = Callable[..., "subprocess.Popen[bytes]"]
@@ -40,9 +42,9 @@ def start() -> Iterator[Start]:
             one.communicate()
 
 
-def lock(*words: object) -> int:
+def lock(*words: object, program: list[str] = PROGRAM) -> int:
     return subprocess.run(
-        [*PROGRAM, *map(str, words)], env=ENVIRONMENT, timeout=PATIENCE, check=False
+        [*program, *map(str, words)], env=ENVIRONMENT, timeout=PATIENCE, check=False
     ).returncode
 
 
@@ -110,7 +112,7 @@ def test_a_holder_that_sleeps_too_long_loses_it(here: Path, there: Path, start: 
     holder = start(here / "file", "--", "sh", "-c", f"touch {here}/held; exec sleep 60")
     eventually((here / "held").exists)
     holder.send_signal(signal.SIGSTOP)
-    assert lock(there / "file", "--", "true") == 0
+    assert lock(there / "file", "--", "true", program=IMPATIENT) == 0
     holder.send_signal(signal.SIGCONT)
     _, said = holder.communicate(timeout=PATIENCE)
     assert holder.returncode != 0

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
@@ -28,8 +30,8 @@ MODULES = {
 
 @pytest.mark.parametrize("user", [0, NOBODY], ids=["root", "user"])
 def test_python(here: Path, long_run: bool, user: int) -> None:
-    if not Path("/usr/lib/python3.11/test/test_os.py").exists():
-        find("libpython3.11-testsuite")
+    if not Path(sysconfig.get_path("stdlib"), "test/test_os.py").exists():
+        find(f"libpython{sys.version_info[0]}.{sys.version_info[1]}-testsuite")
     work = here / "work"
     work.mkdir()
     work.chmod(0o777)

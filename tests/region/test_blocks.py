@@ -35,6 +35,19 @@ def test_claims_are_packed_pointers_in_order(blocks: Blocks) -> None:
     assert blocks.free_count() == COUNT - 3
 
 
+def test_free_blocks_are_counted_in_ranges(blocks: Blocks) -> None:
+    blocks.claim(3, TAG, 10)
+    assert [blocks.free_count(start, start + 2) for start in (8, 10, 12)] == [2, 0, 1]
+    assert blocks.free_count(start=12) == COUNT - 13
+    assert blocks.free_count(COUNT) == 0
+    for start, stop in ((2, 1), (0, COUNT + 1), (COUNT + 1, COUNT + 1)):
+        with pytest.raises(ValueError, match=f"the region has {COUNT}"):
+            blocks.free_count(start, stop)
+    for wrong in (-1, "1", None):
+        with pytest.raises((TypeError, ValueError, OverflowError)):
+            blocks.free_count(wrong)  # type: ignore[arg-type]
+
+
 def test_claims_wrap_around_and_skip_what_is_taken(blocks: Blocks) -> None:
     blocks.claim(1, 5, COUNT - 1)
     got, cursor = blocks.claim(3, TAG, COUNT - 2)

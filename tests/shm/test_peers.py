@@ -9,7 +9,7 @@ import pytest
 
 from ivshmemfs.engine import Filesystem
 from ivshmemfs.errors import Fenced, TooManyPeers
-from ivshmemfs.format import words
+from ivshmemfs.format import peer, words
 from ivshmemfs.format.node import HEADER_SIZE, ROOT_RECORD
 from ivshmemfs.shm import watch
 from tests.shm.conftest import SLOTS, Member
@@ -468,3 +468,27 @@ def test_a_leak_that_nobody_owes_is_collected_by_a_newcomer(
     fs = made.mount()
     fs.tick()
     assert whole(watcher)
+
+
+def test_a_heartbeat_that_wraps(new: New) -> None:
+    """Whoever may have stored it."""
+    member = joined(new)
+    at = member.table.offset(1, peer.HEARTBEAT_OFFSET)
+    member.memory.store(at, (1 << 64) - 1)
+    for _ in range(2):
+        member.membership.beat()
+    assert member.memory.load(at) == 0
+    member.membership.beat()
+    assert member.memory.load(at) == 1
+
+
+def test_a_mount_that_joined_again_ended_no_transaction(new: New) -> None:
+    """What it claimed before may have been published by then, where a machine was put back."""
+    one, two = joined(new), joined(new)
+    one.membership.begin()
+    assert two.table.retire(1, two.table.state(1))
+    one.membership.rejoin()
+    assert one.membership.stands
+    for step in (one.membership.check, one.membership.end):
+        with pytest.raises(Fenced):
+            step()

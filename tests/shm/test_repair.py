@@ -72,20 +72,55 @@ def test_a_mark_without_a_repair_is_damage(made: TestRegion, fs: Filesystem) -> 
             attempt()
 
 
+@pytest.mark.parametrize("readonly", [False, True])
 def test_a_mount_says_once_that_it_is_shut_out(
-    made: TestRegion, fs: Filesystem, caplog: pytest.LogCaptureFixture
+    made: TestRegion, fs: Filesystem, readonly: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
     turn, _ = turn_on(made, fs)
+    mount = made.mount(readonly=readonly)
     turn.take(force=False)
     for _ in range(3):
         with pytest.raises(UnderRepair):
-            fs.tick()
+            mount.tick()
     turn.give_up()
     for _ in range(3):
-        fs.tick()
+        mount.tick()
     first, second = (record.message for record in caplog.records)
     assert first.startswith("the region is being repaired by pid ")
     assert second == "the repair of the region is over"
+
+
+def test_a_mount_shows_life_during_a_repair(made: TestRegion, fs: Filesystem) -> None:
+    """Also while it keeps files from being freed, of which it cannot tell whether it may."""
+    fs._hold(5)
+    fs._pins[5] = 0.0, 1
+    fs._pins[6] = float("inf"), 1
+    turn, _ = turn_on(made, fs)
+    turn.take(force=False)
+    before = fs.table.heartbeats()[1]
+    with pytest.raises(UnderRepair):
+        fs.tick()
+    assert fs.table.heartbeats()[1] != before
+    turn.give_up()
+
+
+def test_a_mount_leaves_during_a_repair(made: TestRegion, fs: Filesystem) -> None:
+    """Although it cannot collect what it should."""
+    handle, _ = fs.create(1, b"open", 0o644, os.O_RDWR, ROOT)
+    fs.unlink(1, b"open", ROOT)
+    assert handle.ino in fs._open
+    assert fs._member is not None
+    fs._member.must_collect = True
+    turn, _ = turn_on(made, fs)
+    turn.take(force=False)
+    fs.unmount()
+    assert list(fs.table.peers()) == []
+    turn.give_up()
+    other = made.mount()
+    while other.tick():
+        pass
+    other.unmount()
+    assert_clean(made)
 
 
 def test_what_was_planned_before_the_mark_is_not_published(
@@ -243,3 +278,18 @@ def test_a_collection_starts_anew_when_a_repair_came_between(
     assert collector.released == 3  # which were unreachable after all, as the second marking shows
     fs.unmount()
     assert_clean(made)
+
+
+def test_a_collection_that_a_repair_stops_is_not_forgotten(
+    made: TestRegion, fs: Filesystem
+) -> None:
+    from ivshmemfs.engine.collect import Collector
+
+    turn, _ = turn_on(made, fs)
+    fs._collector = Collector(fs.store, fs.table)
+    turn.take(force=False)
+    with pytest.raises(UnderRepair):
+        fs._collect_piece()
+    turn.give_up()
+    assert fs._collector is not None
+    assert fs._collector.step()

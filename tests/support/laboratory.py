@@ -14,12 +14,12 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import pytest
 
 from ivshmemfs.engine import Filesystem, filesystem
-from ivshmemfs.errors import Busy
+from ivshmemfs.errors import Busy, Unfinished
 from ivshmemfs.format import peer, superblock
 from ivshmemfs.region import Memory, Region, open_region
 from ivshmemfs.shm import identity
@@ -115,6 +115,10 @@ class Fates:
             self.acting = self.clock.reader = before
 
 
+def _going_on(call: Callable[[], T]) -> Callable[[Filesystem], T]:
+    return lambda _fs: call()
+
+
 class Peer:
     """One process that maps the region, and its mount once it has one."""
 
@@ -147,7 +151,9 @@ class Peer:
             while True:
                 try:
                     return action(self.fs)
-                except Busy:
+                except Busy as busy:
+                    if isinstance(busy, Unfinished) and busy.go_on is not None:
+                        action = _going_on(cast("Callable[[], T]", busy.go_on))
                     if clock.now > until:
                         raise
                 clock.sleep(RETRY)
