@@ -68,14 +68,14 @@ def test_imports_point_down(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(TOP)))
-def test_only_the_adapter_knows_fuse_and_trio(path: Path) -> None:
+def test_only_the_fuse_layer_knows_fuse_and_trio(path: Path) -> None:
     if _layer(path) != "fuse":
         outside = {"pyfuse3", "trio"} & {name.split(".")[0] for name in _imports(path)}
         assert not outside
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(TOP)))
-def test_no_async_below_the_adapter(path: Path) -> None:
+def test_no_async_below_the_fuse_layer(path: Path) -> None:
     if _layer(path) != "fuse":
         nodes = ast.walk(ast.parse(path.read_text()))
         assert not [n for n in nodes if isinstance(n, ast.AsyncFunctionDef | ast.Await)]

@@ -228,7 +228,7 @@ class Filesystem(Mount):
             inode = self._pinned(inode, lambda: self.look(read))
         return None if inode is None else self._found(inode)
 
-    def bears(self, ino: int, places: Collection[tuple[int, bytes]]) -> bool:
+    def names_lead_to(self, ino: int, places: Collection[tuple[int, bytes]]) -> bool:
         """Whether all these names, of inodes of directories, lead to inode `ino` at one moment."""
 
         def read(view: View) -> bool:
@@ -243,7 +243,7 @@ class Filesystem(Mount):
 
         return self.look(read)
 
-    def numbered(self, ino: int) -> Attr:
+    def lookup_number(self, ino: int) -> Attr:
         """The attributes of an inode that nobody has looked up before; raises ESTALE."""
         return self._found(self.look(lambda view: view.inode(ino)))
 
@@ -254,7 +254,7 @@ class Filesystem(Mount):
         except StaleHandle as stale:
             return self._attr(self._ghost(ino, stale))
 
-    def born(self, ino: int) -> int:
+    def birth_time(self, ino: int) -> int:
         """When an inode was made, in ns since 1970; raises ESTALE."""
         return self._look_at(lambda view: view.inode(ino).record.btime_ns)
 
@@ -724,18 +724,21 @@ class Filesystem(Mount):
                 yield entry.name, attr, entry.key
             key = found[-1][0].key
 
-    def entries(self, handle: Handle, cookie: int, looks: int = EVERY) -> Iterator[Entry]:
-        """The same without looking at any inode; an entry's `key` is the cookie of the next."""
+    def entries(self, handle: Handle, cookie: int, looks: int = EVERY) -> Iterator[list[Entry]]:
+        """The same without looking at any inode, in pieces of one look each.
+
+        An entry's `key` is the cookie of the next.
+        """
         for number, name in enumerate((b".", b"..")):
             if cookie <= number:
                 attr = self._dot(handle.ino, name)
                 if attr is None:
                     return
-                yield Entry(number + 1, attr.ino | attr.mode >> 12 << TYPE_SHIFT, name)
+                yield [Entry(number + 1, attr.ino | attr.mode >> 12 << TYPE_SHIFT, name)]
         key = cookie if cookie > 1 else 0
         while looks > 0 and (found := self._next_entries(handle.ino, key)):
             looks -= 1
-            yield from found
+            yield found
             key = found[-1].key
 
     def _dot(self, ino: int, name: bytes) -> Attr | None:

@@ -182,7 +182,7 @@ class Mount:
         return (member.slot, member.incarnation) if member is not None else (0, 0)
 
     @property
-    def crowded(self) -> bool:
+    def is_committing(self) -> bool:
         """Whether somebody is committing at this moment, so that a change would be Busy."""
         return self._hint.held
 

@@ -1,4 +1,4 @@
-"""What the kernel knows of a caller and does not send: its capabilities.
+"""What the kernel knows of a caller and does not send: its capabilities and groups.
 
 A request names a thread, by its number in the daemon's pid namespace; 0 for threads of others.  The
 thread waits for the answer, so the number means it until then.  Capabilities count only in
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+from collections.abc import Collection
 
 #: linux/capability.h
 CAP_CHOWN, CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH, CAP_FOWNER, CAP_FSETID = 0, 1, 2, 3, 4
@@ -51,3 +52,14 @@ def is_capable(thread: int, capability: int) -> bool:
         return False
     namespace = _user_namespace(thread)
     return namespace is not None and namespace == _user_namespace("self")
+
+
+def groups(process: int) -> Collection[int]:
+    """The further groups of a process; none when it is gone, or in another pid namespace."""
+    from pyfuse3 import get_sup_groups  # not before something is mounted: it loads libfuse
+
+    try:
+        found: Collection[int] = get_sup_groups(process)
+    except Exception:  # whatever is wrong with the process: no group is known
+        return ()
+    return found

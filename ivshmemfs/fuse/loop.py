@@ -6,7 +6,7 @@ each of these two steps ends in a trip through trio's scheduler, which costs mor
 else that a request needs.  pyfuse3 reaches trio through its module attribute ``trio`` alone (its
 own asyncio mode replaces that attribute too), so a `Loop` put there changes both steps:
 
-- **the lock** (`Gate`) is taken without a scheduling point when nobody holds it, and it is not
+- **the lock** (`ReadLock`) is taken without a scheduling point when nobody holds it, and it is not
   handed on when it is released: the worker that has just answered usually reads the next request
   itself.  Another worker is woken only when the first one cannot go on, which is when its handler
   pauses (`Loop.pause`) or the worker ends.  Nothing else in a handler suspends.
@@ -14,15 +14,15 @@ own asyncio mode replaces that attribute too), so a `Loop` put there changes bot
   would keep the client from running), then blocks in poll(2) for a few milliseconds, and only then
   goes to trio.  With no requests coming, all the time is spent in trio: idle costs nothing.
 
-Where somebody answers the hot requests (`answer_first`, see `direct`), a wait is the time until a
-request comes that is left to pyfuse3: all others are answered on the way.
+Where `kernel_frontend` reads requests (`answer_first`), a wait is the time until a request comes
+that is left to pyfuse3: all others are answered on the way.
 
 Other tasks (signals, the once-a-second upkeep) get their turn by a forced checkpoint after 64
 requests or 2 ms.
 
-States of a worker: *parked* (another one holds the gate) -> *reading* (holds the gate) ->
+States of a worker: *parked* (another one holds the lock) -> *reading* (holds the lock) ->
 *handling* (does not) -> *reading* or *parked* again.  Invariant: while any worker exists that is
-not in a pause, one of them holds the gate or is on its way to take it.
+not in a pause, one of them holds the lock or is on its way to take it.
 
 A worker also survives what would end pyfuse3's main loop: an exception that escapes from request
 handling is logged and the worker goes on, and a request that vanished between poll(2) and read(2)
@@ -46,7 +46,7 @@ import pyfuse3
 import trio
 
 from ivshmemfs.errors import MountError
-from ivshmemfs.fuse import wire
+from ivshmemfs.fuse import protocol
 
 log = logging.getLogger(__name__)
 
@@ -88,7 +88,7 @@ class Requests(Protocol):
         """Pass on what pyfuse3 has answered."""
 
 
-class Gate:
+class ReadLock:
     """The lock that makes one worker at a time read; see the module's comment.
 
     *before_entry* is called when a worker comes, having answered what it read before.
@@ -146,7 +146,7 @@ class Loop:
     """Stands in for the module ``trio`` inside pyfuse3.
 
     *before_wait* is called with the FUSE descriptor before each wait until it returns True: the
-    place where the connection is set up (see `handshake`).  With *polling* False everything else
+    place where the connection is set up (see `connection`).  With *polling* False everything else
     is left to plain trio, for comparison.
     """
 
@@ -156,7 +156,7 @@ class Loop:
         self.polling = polling
         self.lowlevel = self  # pyfuse3 asks for trio.lowlevel.<name>
         self._before_wait = before_wait
-        self._gate = Gate()
+        self._read_lock = ReadLock()
         self._pauses = 0
         self._fd = -1
         self._first: Requests | None = None
@@ -184,7 +184,7 @@ class Loop:
     def answer_first(self, requests: Requests, fd: int) -> None:
         """Let *requests*, which reads from *fd*, answer what it can before pyfuse3 sees it."""
         self._first = requests
-        self._gate.before_entry = requests.pump
+        self._read_lock.before_entry = requests.pump
         self._fd = fd
 
     def adapt(self) -> None:
@@ -203,7 +203,7 @@ class Loop:
 
     def Lock(self) -> Any:
         """The lock that the workers share."""
-        return self._gate if self.polling else trio.Lock()
+        return self._read_lock if self.polling else trio.Lock()
 
     @asynccontextmanager
     async def open_nursery(self) -> AsyncIterator[Workers]:
@@ -269,18 +269,18 @@ class Loop:
 
         Raises ClosedResourceError, which ends the worker, when the connection has ended.
         """
-        requests, gate, device = self._first, self._gate, self._fd
+        requests, read_lock, device = self._first, self._read_lock, self._fd
         assert requests is not None
         while not self._closing:
             if not self._ready():
                 await self._wait_in_trio(device)
-            elif gate.turn_is_over():
+            elif read_lock.turn_is_over():
                 await trio.lowlevel.checkpoint()
-                gate.new_turn()
+                read_lock.new_turn()
             try:
                 request = requests.serve()
             except OSError as error:
-                if error.errno in wire.ENDED:
+                if error.errno in protocol.ENDED:
                     break
                 if not _withdrawn(error):
                     raise
@@ -293,14 +293,14 @@ class Loop:
 
     async def _wait_in_trio(self, fd: int) -> None:
         await trio.lowlevel.wait_readable(fd)
-        self._gate.new_turn()
+        self._read_lock.new_turn()
 
     # --- what the rest of this package calls ----------------------------------------------
 
     async def pause(self, seconds: float) -> None:
         """Sleep inside a request handler while other workers take over the reading."""
         self._pauses += 1
-        self._gate.pass_on()
+        self._read_lock.pass_on()
         try:
             await trio.sleep(seconds)
         finally:
@@ -310,7 +310,7 @@ class Loop:
         """Somebody else must read from now on."""
         if self._first is not None:
             self._first.pump()
-        self._gate.pass_on()
+        self._read_lock.pass_on()
 
 
 def _useful_spin() -> float:
@@ -347,7 +347,7 @@ class Workers:
                 except Exception as error:
                     if _withdrawn(error):
                         continue
-                    if isinstance(error, OSError) and error.errno in wire.ENDED:
+                    if isinstance(error, OSError) and error.errno in protocol.ENDED:
                         return
                     now = time.monotonic()
                     failures = failures + 1 if now - last_failure < 1.0 else 1

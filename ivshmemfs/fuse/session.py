@@ -1,7 +1,7 @@
 """One mount, from FUSE_INIT to its end.
 
     state        what ends it
-    opening      the kernel and libfuse have agreed (see `handshake`): `on_ready` is called
+    opening      the kernel and libfuse have agreed (see `connection`): `on_ready` is called
     serving      the file system is unmounted from outside, or a signal asks for the end
     unmounting   (after a signal) requests are still served, because unmounting writes back what
                  is mapped and modified; a mount that is in use is detached, and its open files fail
@@ -26,12 +26,14 @@ import trio
 from ivshmemfs.engine import Filesystem
 from ivshmemfs.errors import MountError
 from ivshmemfs.fuse import logs, mountpoint
-from ivshmemfs.fuse.adapter import Adapter
-from ivshmemfs.fuse.direct import Direct
-from ivshmemfs.fuse.handshake import Handshake, Relay
+from ivshmemfs.fuse.connection import Handshake, Relay
+from ivshmemfs.fuse.kernel_frontend import KernelFrontEnd
 from ivshmemfs.fuse.loop import Loop
+from ivshmemfs.fuse.operations import Operations
 from ivshmemfs.fuse.options import MountOptions, fusermount_options, libfuse_options
-from ivshmemfs.fuse.served import Ownership, Served
+from ivshmemfs.fuse.ownership import Ownership
+from ivshmemfs.fuse.pyfuse3_frontend import Pyfuse3FrontEnd
+from ivshmemfs.fuse.upkeep import Upkeep
 
 log = logging.getLogger(__name__)
 
@@ -60,7 +62,8 @@ class Session:
         self.loop = Loop(self._before_wait, polling=options.loop == "poll")
         ownership = Ownership(options.uid, options.gid, options.umask)
         unchecked = options.root_only and mountpoint.helper() is not None
-        self.served = Served(fs, self.loop.pause, ownership=ownership, root_only=unchecked)
+        self._operations = Operations(fs, self.loop.pause, ownership=ownership, root_only=unchecked)
+        self._upkeep = Upkeep(fs)
         self._options = options
         self._lifeline: mountpoint.Lifeline | None = None
         self._mount(source, options)
@@ -74,7 +77,8 @@ class Session:
             target, words = self._handshake.path, set()
         with _stderr_captured() as said:
             try:
-                pyfuse3.init(Adapter(self.served, page_cache=options.mmap), target, words)
+                front_end = Pyfuse3FrontEnd(self._operations, page_cache=options.mmap)
+                pyfuse3.init(front_end, target, words)
             except RuntimeError as error:
                 self._abandon(libfuse=False)
                 raise MountError(said() or str(error)) from None
@@ -89,7 +93,7 @@ class Session:
     def hold(self, lifeline: mountpoint.Lifeline) -> None:
         """Show on `lifeline` what becomes of the region."""
         self._lifeline = lifeline
-        self.served.on_standing = lifeline.show
+        self._upkeep.on_standing = lifeline.show
 
     @property
     def shared_mappings(self) -> bool:
@@ -116,13 +120,13 @@ class Session:
         return ready
 
     def _answer_first(self, connection: Relay) -> None:
-        direct = Direct(
-            self.served,
+        front_end = KernelFrontEnd(
+            self._operations,
             connection,
             self.loop.spawn,
             page_cache=self._options.mmap,
         )
-        self.loop.answer_first(direct, connection.device)
+        self.loop.answer_first(front_end, connection.device)
 
     # --- serving --------------------------------------------------------------------------
 
@@ -153,14 +157,14 @@ class Session:
         while True:
             await trio.sleep_until(next_time)
             next_time = trio.current_time() + UPKEEP_SECONDS
-            more = self.served.upkeep()
+            more = self._upkeep.run()
             self.loop.adapt()
             logs.tell()
             if self._lifeline is not None:
                 self._lifeline.tidy()
             while more and trio.current_time() < next_time:
                 await trio.sleep(WORK_PAUSE)
-                more = self.served.work()
+                more = self._upkeep.work()
 
     async def _watch_signals(self, everything: trio.CancelScope) -> None:
         watched = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -178,7 +182,7 @@ class Session:
         if not await self._unmount(lazy=False):
             log.warning("%s is in use: detached; what is open there fails now", self._path)
             await self._unmount(lazy=True)
-        self.served.ending = True
+        self._operations.retry.ending = True
         pyfuse3.terminate()
         await trio.sleep(GRACE_SECONDS)
         log.error("%s: requests did not finish in %.0f s", self._path, GRACE_SECONDS)

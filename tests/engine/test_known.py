@@ -15,7 +15,7 @@ def seen(fs: Filesystem, numbers: list[int]) -> list[Attr | None]:
     found: list[Attr | None] = []
     for ino in numbers:
         try:
-            found.append(fs.numbered(ino))
+            found.append(fs.lookup_number(ino))
         except StaleHandle:
             found.append(None)
     return found

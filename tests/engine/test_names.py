@@ -410,11 +410,11 @@ def test_which_names_an_inode_bears_at_one_moment(fs: Filesystem, other: Filesys
     ino = put(fs, ROOT_INO, b"a", b"").ino
     folder = fs.mkdir(ROOT_INO, b"folder", 0o755, ROOT).ino
     one, two = (ROOT_INO, b"a"), (folder, b"b")
-    assert not other.bears(ino, (one, two))
+    assert not other.names_lead_to(ino, (one, two))
     fs.link(ino, *two, ROOT)
-    assert other.bears(ino, (one, two))
-    assert not other.bears(folder, (one, two))
+    assert other.names_lead_to(ino, (one, two))
+    assert not other.names_lead_to(folder, (one, two))
     fs.rename(*two, ROOT_INO, b"c", 0, ROOT)
-    assert not other.bears(ino, (one, two))
-    assert not other.bears(ino, ((ino, b"in a file"), one))
-    assert not other.bears(ino, ((ino + 1000, b"in what is gone"), one))
+    assert not other.names_lead_to(ino, (one, two))
+    assert not other.names_lead_to(ino, ((ino, b"in a file"), one))
+    assert not other.names_lead_to(ino, ((ino + 1000, b"in what is gone"), one))

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import partial
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import Any, NamedTuple
 
 import pytest
@@ -50,7 +50,7 @@ PATH = b"user.%04d"
 #: Done to the end by whoever has nobody waiting for it: a command, a daemon that ends, a test.
 WHOLE = {"mount", "unmount", "collect", "reap"}
 #: Parts of operations, and what is no operation.
-PARTS = {"look", "change", "view", "place", "crowded"}
+PARTS = {"look", "change", "view", "place", "is_committing"}
 
 
 class Scene:
@@ -154,13 +154,13 @@ def _listed(fs: Filesystem, s: Scene) -> object:
 
 
 def _named(fs: Filesystem, s: Scene) -> object:
-    return len(list(fs.entries(fs.opendir(s.crowd), 2, 1)))
+    return len(list(chain.from_iterable(fs.entries(fs.opendir(s.crowd), 2, 1))))
 
 
 TABLE = [
     Row("getattr", LOOK, 1, lambda fs, s: fs.getattr(s.child)),
-    Row("numbered", LOOK, 1, lambda fs, s: fs.numbered(s.child)),
-    Row("born", LOOK, 1, lambda fs, s: fs.born(s.child)),
+    Row("lookup_number", LOOK, 1, lambda fs, s: fs.lookup_number(s.child)),
+    Row("birth_time", LOOK, 1, lambda fs, s: fs.birth_time(s.child)),
     Row("readlink", LOOK, 1, lambda fs, s: fs.readlink(s.link)),
     Row("lookup", 2 * LOOK, 1, lambda fs, s: fs.lookup(s.crowd, b"2345")),
     Row("find", 2 * LOOK, 1, lambda fs, s: fs.find(s.crowd, b"none")),
@@ -187,8 +187,8 @@ TABLE = [
     Row("tmpfile", 2 * CHANGE, 1, lambda fs, s: fs.release(fs.tmpfile(s.crowd, 0o644, 2, ROOT)[0])),
     Row("make_nameless", 2 * CHANGE, 1,
         lambda fs, s: fs.release(fs.make_nameless(s.crowd, stat.S_IFIFO | 0o600, 0, ROOT)[0])),
-    Row("bears", 4 * LOOK, 1,
-        lambda fs, s: fs.bears(s.child, ((s.crowd, b"2345"), (s.crowd, b"none")))),
+    Row("names_lead_to", 4 * LOOK, 1,
+        lambda fs, s: fs.names_lead_to(s.child, ((s.crowd, b"2345"), (s.crowd, b"none")))),
     Row("standing", 0, 1, lambda fs, s: fs.standing()),
     Row("read", DATA, 1, lambda fs, s: opened(fs, s.full, lambda h: fs.read(h, 99, MIB))),
     Row("read", DATA, 1, lambda fs, s: opened(fs, s.sparse, lambda h: fs.read(h, 1 << 50, MIB))),
@@ -245,7 +245,8 @@ def test_a_listing_goes_on_where_a_request_ended(
         if attributes:
             found = [(name, key) for name, _, key in cold.readdir(handle, cookie, 2)]
         else:
-            found = [(entry.name, entry.key) for entry in cold.entries(handle, cookie, 2)]
+            listed = chain.from_iterable(cold.entries(handle, cookie, 2))
+            found = [(entry.name, entry.key) for entry in listed]
         if not found:
             break
         names += [name for name, _ in found]

@@ -1,7 +1,7 @@
 """A test double of the engine: one tree in private memory, and faults on demand.
 
-It has the interface of `ivshmemfs.engine.Filesystem` as far as the adapter uses it, so that the
-adapter and the daemon can be tested without a region, and with errors that the engine never has.
+It has the interface of `ivshmemfs.engine.Filesystem` as far as `fuse/` uses it, so that the
+front ends and the daemon can be tested without a region, and with errors that the engine never has.
 
 Faults come from a file, because the double runs in the daemon's process and the test in another:
 each line is `<operation> <exception> <count>`, and the double raises the exception in that many
@@ -87,7 +87,7 @@ class FakeHandle:
 class FakeFilesystem:
     """See the module's comment."""
 
-    crowded = False
+    is_committing = False
 
     def __init__(self, faults: str | None = None, *, readonly: bool = False) -> None:
         self._faults = faults
@@ -160,7 +160,7 @@ class FakeFilesystem:
                 raise
             return None
 
-    def bears(self, ino: int, places: Collection[tuple[int, bytes]]) -> bool:
+    def names_lead_to(self, ino: int, places: Collection[tuple[int, bytes]]) -> bool:
         return all(self._inode(parent).entries.get(name) == ino for parent, name in places)
 
     def mknod(self, parent: int, name: bytes, mode: int, rdev: int, ctx: Context) -> Attr:
@@ -228,7 +228,7 @@ class FakeFilesystem:
     def getattr(self, ino: int) -> Attr:
         return self._inode(ino).attr()
 
-    def numbered(self, ino: int) -> Attr:
+    def lookup_number(self, ino: int) -> Attr:
         return self.getattr(ino)
 
     def setattr(
@@ -341,7 +341,7 @@ class FakeFilesystem:
     def tmpfile(self, parent: int, mode: int, flags: int, ctx: Context) -> tuple[FakeHandle, Attr]:
         raise FsError(errno.EOPNOTSUPP)
 
-    def born(self, ino: int) -> int:
+    def birth_time(self, ino: int) -> int:
         return self._inode(ino).times[0]
 
     def seek(self, handle: FakeHandle, offset: int, whence: int) -> int:
@@ -368,11 +368,6 @@ class FakeFilesystem:
         self._inode(ino).opens += 1
         return FakeHandle(ino)
 
-    def readdir(
-        self, handle: FakeHandle, cookie: int, _looks: int
-    ) -> Iterator[tuple[bytes, Attr, int]]:
-        return self._listed(handle, cookie)
-
     def _listed(self, handle: FakeHandle, cookie: int) -> Iterator[tuple[bytes, Attr, int]]:
         directory = self._inode(handle.ino)
         if cookie == 0 or handle.snapshot is None:
@@ -388,9 +383,9 @@ class FakeFilesystem:
             elif name in directory.entries:
                 yield name, self._inode(directory.entries[name]).attr(), position + 1
 
-    def entries(self, handle: FakeHandle, cookie: int, _looks: int) -> Iterator[Entry]:
+    def entries(self, handle: FakeHandle, cookie: int, _looks: int) -> Iterator[list[Entry]]:
         for name, attr, following in self._listed(handle, cookie):
-            yield Entry(following, attr.ino | attr.mode >> 12 << TYPE_SHIFT, name)
+            yield [Entry(following, attr.ino | attr.mode >> 12 << TYPE_SHIFT, name)]
 
     def releasedir(self, handle: FakeHandle) -> None:
         self.release(handle)
@@ -415,9 +410,9 @@ class FakeFilesystem:
 
 def main(arguments: list[str]) -> int:
     """Serve one tree; exit codes and messages as the commands have them."""
-    from ivshmemfs.fuse import daemon, options, served
+    from ivshmemfs.fuse import daemon, options, retry
 
-    served.PATIENCE = float(os.environ.get("FAKE_PATIENCE", served.PATIENCE))
+    retry.PATIENCE = float(os.environ.get("FAKE_PATIENCE", retry.PATIENCE))
 
     parser = argparse.ArgumentParser()
     parser.add_argument("mountpoint")

@@ -12,8 +12,8 @@ import trio
 
 from ivshmemfs.errors import MountError
 from ivshmemfs.fuse import loop as loop_module
-from ivshmemfs.fuse.handshake import Relay
-from ivshmemfs.fuse.loop import Gate, Loop, Workers
+from ivshmemfs.fuse.connection import Relay
+from ivshmemfs.fuse.loop import Loop, ReadLock, Workers
 
 
 def run(body: Callable[[], Awaitable[Any]]) -> Any:
@@ -28,7 +28,7 @@ def run(body: Callable[[], Awaitable[Any]]) -> Any:
 
 def test_the_gate_lets_one_in() -> None:
     async def body() -> int:
-        gate, inside, most = Gate(), 0, 0
+        gate, inside, most = ReadLock(), 0, 0
 
         async def worker() -> None:
             nonlocal inside, most
@@ -52,7 +52,7 @@ def test_the_gate_lets_one_in() -> None:
 
 def test_an_open_gate_does_not_schedule() -> None:
     async def body() -> list[str]:
-        gate, order = Gate(), []
+        gate, order = ReadLock(), []
         gate.new_turn()
 
         async def other() -> None:
@@ -72,7 +72,7 @@ def test_others_get_a_turn_after_enough_requests(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(loop_module, "SECONDS_PER_TURN", 100.0)
 
     async def body() -> int:
-        gate, passed = Gate(), 0
+        gate, passed = ReadLock(), 0
         gate.new_turn()
         done = False
 
@@ -96,7 +96,7 @@ def test_others_get_a_turn_after_some_time(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(loop_module, "REQUESTS_PER_TURN", 10**9)
 
     async def body() -> bool:
-        gate = Gate()
+        gate = ReadLock()
         gate.new_turn()
         done = False
 

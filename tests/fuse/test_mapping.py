@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 
 from ivshmemfs.errors import MountError
-from ivshmemfs.fuse import handshake, wire
-from ivshmemfs.fuse.handshake import Handshake, State
+from ivshmemfs.fuse import connection, protocol
+from ivshmemfs.fuse.connection import Handshake, State
 from tests.fuse.fake_mount import FakeMount
 from tests.support.mounts import PATIENCE, needs_fuse
 
@@ -98,7 +98,7 @@ def test_through_the_page_cache_reads_notice_changes(mount: MountFactory) -> Non
 # --- the handshake by itself ------------------------------------------------------------------
 
 
-def init_request(*, flags: int = 0, flags2: int = 0, opcode: int = wire.INIT) -> bytes:
+def init_request(*, flags: int = 0, flags2: int = 0, opcode: int = protocol.INIT) -> bytes:
     """FUSE_INIT as the kernel sends it."""
     body = struct.pack("=IIIII44x", 7, 40, 131072, flags, flags2)
     return struct.pack("=IIQQIIII", 40 + len(body), opcode, 2, 0, 0, 0, 0, 0) + body
@@ -143,8 +143,8 @@ def ends() -> Iterator[Ends]:
         made.close()
 
 
-OFFER = wire.INIT_EXT
-ALLOW = wire.DIRECT_IO_ALLOW_MMAP
+OFFER = protocol.INIT_EXT
+ALLOW = protocol.DIRECT_IO_ALLOW_MMAP
 
 
 def test_the_flag_is_set_when_it_is_offered(ends: Ends) -> None:
@@ -158,9 +158,9 @@ def test_the_flag_is_set_when_it_is_offered(ends: Ends) -> None:
 
 def test_whoever_reads_requests_before_libfuse_is_asked_for_plain_listings() -> None:
     others = 0x23
-    for keep, listing in ((True, 0), (False, wire.DO_READDIRPLUS | wire.READDIRPLUS_AUTO)):
+    for keep, listing in ((True, 0), (False, protocol.DO_READDIRPLUS | protocol.READDIRPLUS_AUTO)):
         ends = Ends(keep=keep)
-        flags = others | wire.DO_READDIRPLUS | wire.READDIRPLUS_AUTO
+        flags = others | protocol.DO_READDIRPLUS | protocol.READDIRPLUS_AUTO
         got = ends.answer(init_request(), init_answer(flags=flags))
         assert struct.unpack_from("=IIIIHHIIHHI", got, 16)[3] == others | listing
         ends.close()
@@ -215,6 +215,6 @@ def test_another_request_first_fails_the_mount(ends: Ends) -> None:
 
 
 def test_silence_fails_the_mount(ends: Ends, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(handshake, "PATIENCE", 0.05)
+    monkeypatch.setattr(connection, "PATIENCE", 0.05)
     with pytest.raises(MountError, match="no FUSE_INIT"):
         ends.shake.step(ends.fd)

@@ -12,7 +12,7 @@ from ivshmemfs.engine import ROOT_INO, Context
 from ivshmemfs.errors import StaleHandle
 from ivshmemfs.format.inode import MAX_INO
 from ivshmemfs.fuse import walks
-from ivshmemfs.fuse.served import Served
+from ivshmemfs.fuse.operations import Operations
 from ivshmemfs.fuse.walks import Walks
 from tests.fuse.fake_engine import FakeFilesystem
 
@@ -25,16 +25,16 @@ class Machine:
 
     def __init__(self) -> None:
         self.engine = FakeFilesystem()
-        self.served = Served(self.engine, None)  # type: ignore[arg-type]
+        self.operations = Operations(self.engine, None)  # type: ignore[arg-type]
 
     def look(self, name: bytes, thread: int = ONE) -> int:
         """The number that a thread is told for a name; 0 when there is none."""
-        found = self.served.lookup(ROOT_INO, name, ROOT._replace(pid=thread))
+        found = self.operations.lookup(ROOT_INO, name, ROOT._replace(pid=thread))
         return 0 if found is None else found[0]
 
     def opens(self, node: int, thread: int) -> None:
-        number = self.served.open(node, os.O_RDONLY, ROOT._replace(pid=thread))
-        self.served.release(number)
+        number = self.operations.open(node, os.O_RDONLY, ROOT._replace(pid=thread))
+        self.operations.release(number)
 
     def other_renames(self, old: bytes, new: bytes) -> None:
         self.engine.rename(ROOT_INO, old, ROOT_INO, new, 0, ROOT)
@@ -55,7 +55,7 @@ def test_two_names_at_two_moments_are_two_inodes(machine: Machine, name: bytes) 
     new = machine.look(b"new")
     assert new > MAX_INO >= old
     assert machine.look(b"new") == new  # the kernel asks twice when it believed something else
-    assert machine.served.inode_of(new) == old
+    assert machine.operations.inode_of(new) == old
 
 
 def test_the_next_walk_leads_to_the_own_number(machine: Machine) -> None:
@@ -87,11 +87,11 @@ def test_hard_links_are_one_inode(machine: Machine) -> None:
 def test_what_the_own_thread_renamed_stays_what_it_is(machine: Machine) -> None:
     own = machine.look(b"file")
     assert machine.look(b"new") == 0
-    machine.served.rename(ROOT_INO, b"file", ROOT_INO, b"new", 0, ROOT._replace(pid=ONE))
+    machine.operations.rename(ROOT_INO, b"file", ROOT_INO, b"new", 0, ROOT._replace(pid=ONE))
     assert machine.look(b"new") == own
     machine.engine.link(own, ROOT_INO, b"link", ROOT)
     assert machine.look(b"link") == own
-    machine.served.unlink(ROOT_INO, b"link", ROOT._replace(pid=ONE))
+    machine.operations.unlink(ROOT_INO, b"link", ROOT._replace(pid=ONE))
     assert machine.look(b"new") == own
 
 
@@ -99,7 +99,7 @@ def test_what_the_own_thread_renamed_stays_what_it_is(machine: Machine) -> None:
 def test_what_another_thread_here_renamed_stays_what_it_is(machine: Machine, name: bytes) -> None:
     """Who waits for a directory to get another name finds the one that others stand in."""
     own = machine.look(name)
-    machine.served.rename(ROOT_INO, name, ROOT_INO, b"new", 0, ROOT._replace(pid=TWO))
+    machine.operations.rename(ROOT_INO, name, ROOT_INO, b"new", 0, ROOT._replace(pid=TWO))
     assert machine.look(name) == 0
     assert machine.look(b"new") == own
     machine.other_renames(b"new", b"newer")
@@ -108,14 +108,14 @@ def test_what_another_thread_here_renamed_stays_what_it_is(machine: Machine, nam
 
 def test_what_another_thread_here_removed(machine: Machine) -> None:
     own = machine.look(b"file")
-    machine.served.fs.link(own, ROOT_INO, b"link", ROOT)
-    machine.served.unlink(ROOT_INO, b"file", ROOT._replace(pid=TWO))
+    machine.engine.link(own, ROOT_INO, b"link", ROOT)
+    machine.operations.unlink(ROOT_INO, b"file", ROOT._replace(pid=TWO))
     assert machine.look(b"link") == own
 
 
 def test_the_other_machine_may_be_faster_than_a_rename_here(machine: Machine) -> None:
     """What this mount changed before the source was looked up does not count."""
-    machine.served.rename(ROOT_INO, b"file", ROOT_INO, b"new", 0, ROOT._replace(pid=TWO))
+    machine.operations.rename(ROOT_INO, b"file", ROOT_INO, b"new", 0, ROOT._replace(pid=TWO))
     own = machine.look(b"new")
     machine.other_renames(b"new", b"newer")
     assert machine.look(b"newer") != own
@@ -148,7 +148,7 @@ def test_threads_without_a_number(machine: Machine) -> None:
 
 def test_what_such_a_thread_renamed_itself(machine: Machine) -> None:
     own = machine.look(b"file", 0)
-    machine.served.rename(ROOT_INO, b"file", ROOT_INO, b"new", 0, ROOT)
+    machine.operations.rename(ROOT_INO, b"file", ROOT_INO, b"new", 0, ROOT)
     assert machine.look(b"new", 0) == own
 
 
@@ -157,10 +157,10 @@ def test_a_directory_of_the_old_name_that_is_forgotten(machine: Machine) -> None
     machine.engine.mknod(folder, b"file", stat.S_IFREG | 0o644, 0, ROOT)
     machine.other_renames(b"folder", b"elsewhere")
     there = machine.look(b"elsewhere")
-    found = machine.served.lookup(there, b"file", ROOT._replace(pid=ONE))
+    found = machine.operations.lookup(there, b"file", ROOT._replace(pid=ONE))
     assert found is not None
     machine.engine.rename(folder, b"file", ROOT_INO, b"out", 0, ROOT)
-    machine.served.forget(there, 5)
+    machine.operations.forget(there, 5)
     assert machine.look(b"out") != found[0]
 
 

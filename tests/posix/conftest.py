@@ -10,18 +10,36 @@ from pathlib import Path
 import pytest
 
 from tests.posix.actor import Actor
-from tests.support.lab import Lab, new_lab
+from tests.support.lab import EVERYTHING, Lab, new_lab
 
 #: Numbers that no account needs to exist for.
 USER, OTHER, GROUP, SECOND_GROUP = 65533, 65532, 65531, 65530
 
+#: Options of a mount whose requests come in so: read from the FUSE descriptor, or by pyfuse3.
+FRONT_ENDS = {"descriptor": EVERYTHING, "pyfuse3": f"{EVERYTHING},loop=trio"}
+#: What runs through both; all else runs through the first one.
+BOTH = ("test_data", "test_errors", "test_handles", "test_names", "test_permissions", "test_times")
+
+#: What pyfuse3 cannot do, and why.
+NOT_THROUGH_PYFUSE3 = {
+    "test_time_does_not_run_backwards": "pyfuse3 does not hand on that a time is the present",
+}
+
 _numbers = itertools.count()
 
 
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Run the modules in BOTH once for each front end."""
+    if "lab" in metafunc.fixturenames and metafunc.module.__name__.endswith(BOTH):
+        ways = list(FRONT_ENDS)[: 1 if metafunc.function.__name__ in NOT_THROUGH_PYFUSE3 else None]
+        metafunc.parametrize("lab", ways, indirect=True, scope="module")
+
+
 @pytest.fixture(scope="module")
-def lab() -> Iterator[Lab]:
+def lab(request: pytest.FixtureRequest) -> Iterator[Lab]:
     """A region with three mounts."""
-    with new_lab(128 << 20, 3) as made:
+    options = FRONT_ENDS[getattr(request, "param", "descriptor")]
+    with new_lab(128 << 20, 3, options) as made:
         yield made
 
 

@@ -10,14 +10,15 @@ import errno
 import os
 import stat
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
-from itertools import islice
+from itertools import chain, islice
 from tempfile import TemporaryFile
 from typing import TypeVar
 
 from ivshmemfs import fsck
 from ivshmemfs.engine import Filesystem
+from ivshmemfs.engine.directory import Entry
 from ivshmemfs.engine.filesystem import KEEP_SIZE, PUNCH_HOLE, ZERO_RANGE
 from ivshmemfs.errors import Busy, Corrupt, FormatError, IvshmemfsError, Unfinished
 from ivshmemfs.region import Region
@@ -147,9 +148,13 @@ def inspect(fs: Filesystem, ledger: Ledger, ino: int) -> None:
         ledger.attempt(lambda at=offset: _content(fs, ino, at))  # type: ignore[misc]
         for whence in (os.SEEK_DATA, os.SEEK_HOLE):
             ledger.attempt(lambda at=offset, how=whence: _sought(fs, ino, at, how))  # type: ignore[misc]
-    ledger.attempt(lambda: fs.born(ino))
-    ledger.attempt(lambda: fs.numbered(ino))
-    ledger.attempt(lambda: [entry.key for entry in islice(fs.entries(fs.opendir(ino), 0), ENTRIES)])
+    ledger.attempt(lambda: fs.birth_time(ino))
+    ledger.attempt(lambda: fs.lookup_number(ino))
+    ledger.attempt(lambda: [entry.key for entry in islice(_named(fs, ino), ENTRIES)])
+
+
+def _named(fs: Filesystem, ino: int) -> Iterator[Entry]:
+    return chain.from_iterable(fs.entries(fs.opendir(ino), 0))
 
 
 def _sought(fs: Filesystem, ino: int, offset: int, whence: int) -> int:

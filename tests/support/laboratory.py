@@ -32,7 +32,7 @@ FIRST_PID = 1 << 40  # far above what Linux hands out
 STARTED = 7
 BOOT = b"boot of the tests"[:16]
 BLINK = 0.1  # seconds for which a dead or paused peer may delay others
-RETRY = 0.002  # seconds that the adapter waits after a Busy, about
+RETRY = 0.002  # seconds that a mount waits after a Busy, about
 TICK = 1.0  # seconds between two ticks
 RECOVERY_TICKS = 60
 
@@ -144,7 +144,7 @@ class Peer:
         return self._fs
 
     def run(self, action: Callable[[Filesystem], T], patience: float = 5.0) -> T:
-        """What the adapter does: again while it is Busy."""
+        """What a mount does: again while it is Busy."""
         clock = self._fates.clock
         until = clock.now + patience
         with self._fates.speaking(self.pid):

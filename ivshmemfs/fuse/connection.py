@@ -37,7 +37,7 @@ import select
 import socket
 
 from ivshmemfs.errors import MountError
-from ivshmemfs.fuse import wire
+from ivshmemfs.fuse import protocol
 
 log = logging.getLogger(__name__)
 
@@ -62,9 +62,11 @@ class State(enum.Enum):
 class Relay:
     """Hands requests on to libfuse, over a socket, and its answers back to the kernel."""
 
-    def __init__(self, device: int, ours: socket.socket) -> None:
+    def __init__(self, device: int, ours: socket.socket, *, setxattr_ext: bool = False) -> None:
         #: What requests are read from.
         self.device = device
+        #: Whether the kernel sends the longer header of SETXATTR.
+        self.setxattr_ext = setxattr_ext
         self._ours = ours
         ours.setblocking(False)
 
@@ -89,7 +91,7 @@ class Relay:
     @staticmethod
     def unwanted(error: OSError) -> None:
         """An answer that the kernel did not take: nobody waits for it, or all is over."""
-        if error.errno != errno.ENOENT and error.errno not in wire.ENDED:
+        if error.errno != errno.ENOENT and error.errno not in protocol.ENDED:
             log.error("the kernel refused an answer: %s", error)
 
 
@@ -108,6 +110,7 @@ class Handshake:
         self.relay: Relay | None = None
         self._keep = keep
         self._offered_flags2 = 0
+        self._setxattr_ext = False
         self._ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         for end in (self._ours, theirs):
             end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, ROOM)
@@ -148,19 +151,19 @@ class Handshake:
     def _offer(self) -> None:
         _await_readable(self._device, "the kernel sent no FUSE_INIT")
         request = os.read(self._device, READ_SIZE)
-        opcode = wire.IN_HEADER.unpack_from(request)[1]
-        if opcode != wire.INIT:
+        opcode = protocol.IN_HEADER.unpack_from(request)[1]
+        if opcode != protocol.INIT:
             raise MountError(f"the kernel sent request {opcode} before FUSE_INIT")
-        if len(request) >= wire.IN_HEADER.size + wire.INIT_IN.size:
-            *_, flags, flags2 = wire.INIT_IN.unpack_from(request, wire.IN_HEADER.size)
-            self._offered_flags2 = flags2 if flags & wire.INIT_EXT else 0
+        if len(request) >= protocol.IN_HEADER.size + protocol.INIT_IN.size:
+            *_, flags, flags2 = protocol.INIT_IN.unpack_from(request, protocol.IN_HEADER.size)
+            self._offered_flags2 = flags2 if flags & protocol.INIT_EXT else 0
         self._ours.send(request)
         self.state = State.OFFERED
 
     def _answer(self) -> None:
         _await_readable(self._ours.fileno(), "libfuse did not answer FUSE_INIT")
         answer = bytearray(self._ours.recv(READ_SIZE))
-        error = wire.OUT_HEADER.unpack_from(answer)[1]
+        error = protocol.OUT_HEADER.unpack_from(answer)[1]
         if error:
             raise MountError(f"libfuse does not speak this kernel's FUSE: {os.strerror(-error)}")
         self._amend(answer)
@@ -168,7 +171,7 @@ class Handshake:
         self.state = State.OPEN
         if self._keep:
             os.set_blocking(self._device, False)
-            self.relay = Relay(self._device, self._ours)
+            self.relay = Relay(self._device, self._ours, setxattr_ext=self._setxattr_ext)
             return
         os.dup2(self._device, self._libfuse_fd, inheritable=False)
         os.close(self._device)
@@ -176,19 +179,20 @@ class Handshake:
 
     def _amend(self, answer: bytearray) -> None:
         """Make libfuse's answer one for this filesystem."""
-        if len(answer) < wire.OUT_HEADER.size + wire.INIT_OUT.size:
+        if len(answer) < protocol.OUT_HEADER.size + protocol.INIT_OUT.size:
             return
-        fields = list(wire.INIT_OUT.unpack_from(answer, wire.OUT_HEADER.size))
+        fields = list(protocol.INIT_OUT.unpack_from(answer, protocol.OUT_HEADER.size))
+        self._setxattr_ext = bool(fields[3] & protocol.SETXATTR_EXT)
         if self._keep:
             # The attributes would be out of date at once; pyfuse3 lists in no other way.
-            fields[3] &= ~(wire.DO_READDIRPLUS | wire.READDIRPLUS_AUTO)
-        if self._offered_flags2 & wire.DIRECT_IO_ALLOW_MMAP:
-            if not fields[3] & wire.INIT_EXT:
+            fields[3] &= ~(protocol.DO_READDIRPLUS | protocol.READDIRPLUS_AUTO)
+        if self._offered_flags2 & protocol.DIRECT_IO_ALLOW_MMAP:
+            if not fields[3] & protocol.INIT_EXT:
                 fields[10] = 0
-            fields[3] |= wire.INIT_EXT
-            fields[10] |= wire.DIRECT_IO_ALLOW_MMAP
+            fields[3] |= protocol.INIT_EXT
+            fields[10] |= protocol.DIRECT_IO_ALLOW_MMAP
             self.shared_mappings = True
-        wire.INIT_OUT.pack_into(answer, wire.OUT_HEADER.size, *fields)
+        protocol.INIT_OUT.pack_into(answer, protocol.OUT_HEADER.size, *fields)
 
 
 def _await_readable(fd: int, otherwise: str) -> None:

@@ -1,4 +1,4 @@
-"""The adapter on a real mount of the test double: conversions, errors, waiting."""
+"""Both front ends on real mounts of the test double: conversions, errors, waiting."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from ivshmemfs.engine import Filesystem
-from ivshmemfs.fuse import adapter
+from ivshmemfs.fuse import pyfuse3_frontend
 from tests.fuse.fake_mount import FakeMount
 from tests.support.mounts import eventually, needs_fuse
 
@@ -311,7 +311,7 @@ def test_presented_owner_and_umask(mount: MountFactory) -> None:
 
 OPERATIONS: dict[str, Callable[[Path], object]] = {
     "find": lambda root: os.stat(root / "file"),
-    "bears": lambda root: _look_at_both(root, "file", "twin"),
+    "names_lead_to": lambda root: _look_at_both(root, "file", "twin"),
     "getattr": lambda root: os.stat(root.parent),  # the mount point: no look-up
     "setattr": lambda root: os.chmod(root / "file", 0o600),
     "readlink": lambda root: os.readlink(root / "link"),
@@ -328,7 +328,7 @@ OPERATIONS: dict[str, Callable[[Path], object]] = {
     "write": lambda root: (root / "file").write_bytes(b"new content"),
     "fsync": lambda root: _fsync(root / "file"),
     "opendir": lambda root: os.listdir(root),
-    "readdir": lambda root: os.listdir(root),
+    "lookup_number": lambda root: os.listdir(root),
     "entries": lambda root: os.listdir(root),
     "readdir-entry": lambda root: os.listdir(root),
     "statfs": lambda root: os.statvfs(root),
@@ -343,24 +343,25 @@ KERNEL = tuple(int(part) for part in os.uname().release.split(".")[:2])
 if KERNEL >= (6, 2):
     OPERATIONS["tmpfile"] = lambda root: os.close(os.open(root, os.O_TMPFILE | os.O_RDWR))
 if KERNEL >= (6, 6):
-    OPERATIONS["born"] = lambda root: _statx(root / "file")
+    OPERATIONS["birth_time"] = lambda root: _statx(root / "file")
 #: The client is not told how these end.
 SILENT_OPERATIONS = ("release", "releasedir", "tick", "work", "standing", "forget")
 #: Requests that pyfuse3 does not hand on.
-DIRECT_ONLY = ("seek", "fallocate", "tmpfile", "born", "entries")
-#: What only pyfuse3 asks for: it lists names with attributes.
-PYFUSE3_ONLY = ("readdir",)
+DIRECT_ONLY = ("seek", "fallocate", "tmpfile", "birth_time")
+#: What only pyfuse3 asks for: it lists names with attributes.  Else NFS alone does.
+PYFUSE3_ONLY = ("lookup_number",)
 #: How a handler is called in the log, where that is not what the engine calls the operation.
 HANDLERS = {
     "find": "lookup",
-    "bears": "lookup",
+    "names_lead_to": "lookup",
     "readdir-entry": "readdir",
     "entries": "readdir",
+    "lookup_number": "readdir",
     "seek": "lseek",
-    "born": "statx",
+    "birth_time": "statx",
 }
-#: What no request asks for: `numbered` serves NFS alone.
-UNASKED = {"numbered", "groups_of", "crowded"}
+#: What is no operation of a client.
+UNASKED = {"groups_of", "is_committing"}
 #: How an operation ends on the test double where that is no success.
 ENDS = {"tmpfile": errno.EOPNOTSUPP}
 
@@ -388,7 +389,9 @@ def _with_file(root: Path, call: Callable[[int], object]) -> None:
 
 def test_every_call_of_the_engine_is_among_the_operations() -> None:
     """So that no new handler goes without injected exceptions."""
-    sources = "".join(path.read_text() for path in Path(adapter.__file__).parent.glob("*.py"))
+    sources = "".join(
+        path.read_text() for path in Path(pyfuse3_frontend.__file__).parent.glob("*.py")
+    )
     asked = set(re.findall(r"\b_?fs\.([a-z_]+)\b", sources)) & set(dir(Filesystem))
     # Older kernels do not ask for all that pyfuse3 does not know either.
     assert asked - UNASKED - set(DIRECT_ONLY) <= set(OPERATIONS) | set(SILENT_OPERATIONS)
@@ -458,7 +461,7 @@ def test_every_exception_in_every_handler_is_an_errno(
     seen = {}
     for exception in expected:
         # More than once for a look-up: the kernel asks again about a name that it knows.
-        count = 3 if operation in ("find", "bears") else 1
+        count = 3 if operation in ("find", "names_lead_to") else 1
         shared.fail(operation, exception, count)
         seen[exception] = error_of(lambda: OPERATIONS[operation](corner))
         assert shared.left() < count, f"{operation} was not called"

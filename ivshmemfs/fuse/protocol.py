@@ -1,7 +1,7 @@
 """The FUSE protocol's bytes, as far as this package speaks it itself: linux/fuse.h, ABI 7.
 
 A request is an IN header and a body, an answer an OUT header and a body; all in the machine's own
-byte order.  Only what `handshake` and `direct` need is declared; libfuse speaks the rest.
+byte order.  Only what `connection` and `kernel_frontend` need is declared; libfuse speaks the rest.
 """
 
 from __future__ import annotations
@@ -21,19 +21,30 @@ LOOKUP = 1
 FORGET = 2
 GETATTR = 3
 SETATTR = 4
+READLINK = 5
+SYMLINK = 6
+MKNOD = 8
 MKDIR = 9
 UNLINK = 10
 RMDIR = 11
 RENAME = 12
+LINK = 13
 OPEN = 14
 READ = 15
 WRITE = 16
+STATFS = 17
 RELEASE = 18
+FSYNC = 20
+SETXATTR = 21
+GETXATTR = 22
+LISTXATTR = 23
+REMOVEXATTR = 24
 FLUSH = 25
 INIT = 26
 OPENDIR = 27
 READDIR = 28
 RELEASEDIR = 29
+FSYNCDIR = 30
 ACCESS = 34
 CREATE = 35
 INTERRUPT = 36
@@ -71,6 +82,18 @@ OPEN_IN = struct.Struct("=Ixxxx")
 READ_IN = struct.Struct("=QQIxxxxxxxxxxxxxxxxxxxx")
 #: fh, offset, size, write_flags, the file's flags; the bytes follow.
 WRITE_IN = struct.Struct("=QQIIxxxxxxxxIxxxx")
+#: mode, rdev as dev_t has its lower 32 bits; the name follows.  The kernel has applied the umask.
+MKNOD_IN = struct.Struct("=IIxxxxxxxx")
+#: nodeid of what gets another name; that name follows.
+LINK_IN = struct.Struct("=Q")
+#: fh, flags; FSYNC and FSYNCDIR.
+FSYNC_IN = struct.Struct("=QIxxxx")
+#: length of the value, flags as setxattr(2) takes them; name and value follow.  Longer by 8 bytes
+#: where SETXATTR_EXT was agreed on.
+SETXATTR_IN = struct.Struct("=II")
+SETXATTR_EXT_SIZE = 16
+#: room that the caller has, 0 to ask for the size; GETXATTR, where the name follows, and LISTXATTR.
+GETXATTR_IN = struct.Struct("=Ixxxx")
 #: fh; RELEASE and RELEASEDIR.
 RELEASE_IN = struct.Struct("=Qxxxxxxxxxxxxxxxx")
 #: mask, as access(2) takes it.
@@ -92,6 +115,8 @@ LSEEK_IN = struct.Struct("=QQIxxxx")
 # Bits of SETATTR_IN's first field.
 SET_MODE, SET_UID, SET_GID, SET_SIZE, SET_ATIME, SET_MTIME, SET_FH = 1, 2, 4, 8, 16, 32, 64
 SET_ATIME_NOW, SET_MTIME_NOW = 1 << 7, 1 << 8
+#: In FSYNC_IN's flags: without the attributes.
+FSYNC_FDATASYNC = 1
 #: In write_flags: written back from the page cache, with whatever handle there is.
 WRITE_CACHE = 1
 
@@ -109,6 +134,10 @@ ENTRY_OUT = struct.Struct("=Q32x")
 OPEN_OUT = struct.Struct("=QIxxxx")
 #: size.
 WRITE_OUT = struct.Struct("=Ixxxx")
+#: size of an attribute, or of their names.
+GETXATTR_OUT = struct.Struct("=Ixxxx")
+#: blocks, bfree, bavail, files, ffree, bsize, namelen, frsize.
+STATFS_OUT = struct.Struct("=QQQQQIIIxxxx24x")
 #: offset.
 LSEEK_OUT = struct.Struct("=Q")
 #: After how long it may be kept and flags (all 0 here): mask, blksize, nlink, uid, gid, mode, ino,
@@ -133,5 +162,7 @@ INIT_OUT = struct.Struct("=IIIIHHIIHHI")
 INIT_EXT = 1 << 30
 #: In ``flags``: listings come with attributes, always or as the kernel likes.
 DO_READDIRPLUS, READDIRPLUS_AUTO = 1 << 13, 1 << 14
+#: In ``flags``: SETXATTR_IN is longer.
+SETXATTR_EXT = 1 << 29
 #: In the second word of flags (bit 36 of both words together).
 DIRECT_IO_ALLOW_MMAP = 1 << (36 - 32)

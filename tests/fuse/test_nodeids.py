@@ -6,13 +6,13 @@ import pytest
 
 from ivshmemfs.errors import StaleHandle
 from ivshmemfs.format.inode import MAX_INO
-from ivshmemfs.fuse.nodes import Nodes
+from ivshmemfs.fuse.nodeids import NodeIds
 
 A, B = b"a", b"b"
 
 
 def test_a_directory_keeps_its_number_where_it_is() -> None:
-    nodes = Nodes()
+    nodes = NodeIds()
     assert [nodes.found(7, 1, A) for _ in range(3)] == [7, 7, 7]
     assert nodes.found(7, 1, B) == 7  # renamed within its parent: the kernel needs no lock for that
     nodes.moved((1, B), (3, A), 7)
@@ -20,7 +20,7 @@ def test_a_directory_keeps_its_number_where_it_is() -> None:
 
 
 def test_a_directory_found_elsewhere_is_another_one() -> None:
-    nodes = Nodes()
+    nodes = NodeIds()
     seen = [nodes.found(7, parent, A) for parent in (1, 2, 2, 1, 2)]
     assert len(set(seen)) == 4
     assert seen[1] == seen[2]
@@ -29,14 +29,14 @@ def test_a_directory_found_elsewhere_is_another_one() -> None:
 
 
 def test_each_number_of_the_parent_is_a_place_of_its_own() -> None:
-    nodes = Nodes()
+    nodes = NodeIds()
     parent = nodes.found(7, 1, A), nodes.found(7, 2, A)
     assert nodes.found(8, parent[0], B) == 8
     assert nodes.found(8, parent[1], B) != 8
 
 
 def test_numbers_stay_positive_and_never_come_back() -> None:
-    nodes = Nodes()
+    nodes = NodeIds()
     seen = [nodes.found(MAX_INO, parent, A) for parent in range(1, 600)]
     assert len(set(seen)) == len(seen)
     assert all(0 < node < 1 << 63 for node in seen)
@@ -44,7 +44,7 @@ def test_numbers_stay_positive_and_never_come_back() -> None:
 
 
 def test_forgetting() -> None:
-    nodes = Nodes()
+    nodes = NodeIds()
     assert nodes.forget(5, 1)
     old, new = nodes.found(7, 1, A), nodes.found(7, 2, A)
     assert not nodes.forget(old, 1)
@@ -61,7 +61,7 @@ def test_forgetting() -> None:
 
 def test_the_latest_number_is_forgotten_before_an_older_one() -> None:
     """Somebody still stands in the old place, so the plain number would have to move."""
-    nodes = Nodes()
+    nodes = NodeIds()
     old, new = nodes.found(7, 1, A), nodes.found(7, 2, A)
     assert nodes.forget(new, 1)
     assert nodes.found(7, 2, A) not in (old, new)
@@ -69,7 +69,7 @@ def test_the_latest_number_is_forgotten_before_an_older_one() -> None:
 
 def test_the_kernel_moved_another_directory_than_it_believed() -> None:
     """Between its look-up and its rename another machine replaced what stood there."""
-    nodes = Nodes()
+    nodes = NodeIds()
     believed, other = nodes.found(7, 1, A), nodes.found(8, 5, A)
     nodes.moved((1, A), (2, B), 8)
     assert nodes.found(7, 1, A) != believed
@@ -77,14 +77,14 @@ def test_the_kernel_moved_another_directory_than_it_believed() -> None:
 
 
 def test_a_file_was_moved_where_the_kernel_believed_a_directory() -> None:
-    nodes = Nodes()
+    nodes = NodeIds()
     believed = nodes.found(7, 1, A)
     nodes.moved((1, A), (2, B), 99)
     assert nodes.found(7, 1, A) != believed
 
 
 def test_a_directory_that_was_moved_over() -> None:
-    nodes = Nodes()
+    nodes = NodeIds()
     over, comes = nodes.found(7, 1, A), nodes.found(8, 2, B)
     nodes.moved((2, B), (1, A), 8)
     assert nodes.found(8, 1, A) == comes
@@ -92,21 +92,21 @@ def test_a_directory_that_was_moved_over() -> None:
 
 
 def test_an_exchange() -> None:
-    nodes = Nodes()
+    nodes = NodeIds()
     one, two = nodes.found(7, 1, A), nodes.found(8, 2, B)
     nodes.moved((1, A), (2, B), 7, exchanged=8)
     assert (nodes.found(7, 2, B), nodes.found(8, 1, A)) == (one, two)
 
 
 def test_an_exchange_with_a_file() -> None:
-    nodes = Nodes()
+    nodes = NodeIds()
     one = nodes.found(7, 1, A)
     nodes.moved((1, A), (2, B), 7, exchanged=99)
     assert nodes.found(7, 2, B) == one
 
 
 def test_a_directory_looked_up_by_itself() -> None:
-    nodes = Nodes()
+    nodes = NodeIds()
     assert nodes.named(7) == 7
     assert nodes.above(3) == 3
     assert nodes.found(7, 3, A) == 7  # its place, at last
@@ -122,7 +122,7 @@ def test_a_directory_looked_up_by_itself() -> None:
 
 
 def test_a_number_that_is_avoided() -> None:
-    nodes = Nodes()
+    nodes = NodeIds()
     assert nodes.found(7, 1, A) == 7
     other = nodes.found(7, 1, B, avoided=7)
     assert other > MAX_INO
@@ -130,7 +130,7 @@ def test_a_number_that_is_avoided() -> None:
 
 
 def test_the_passing_number_of_a_file() -> None:
-    nodes = Nodes()
+    nodes = NodeIds()
     passing = nodes.passing(7)
     assert passing > MAX_INO
     assert nodes.passing(7) == passing

@@ -23,7 +23,7 @@ Older numbers of a directory stay good until the kernel forgets them.
 
 A file has one more number at most, its *passing* one.  It is told in one case only, see `walks`: a
 thread that is told the file's own number for two names might take a rename for done.  The next
-look-up leads to the file's own number again, and `served` lets nobody open the passing one at
+look-up leads to the file's own number again, and `operations` lets nobody open the passing one at
 first, because pages and locks follow what the kernel takes for an inode.
 """
 
@@ -43,7 +43,7 @@ class _Place(NamedTuple):
     name: bytes
 
 
-class Nodes:
+class NodeIds:
     """Where the kernel knows which directories, by which numbers, until it forgets them."""
 
     def __init__(self) -> None:

@@ -1,0 +1,554 @@
+"""Requests read from the FUSE descriptor, answered without pyfuse3.
+
+pyfuse3 costs a request more than everything else in it: a coroutine, a chain of calls through
+libfuse, several copies of what is written.  So each request is read here, translated to a call of
+`operations`, and answered.  What the kernel seldom asks, and libfuse refuses, goes on to libfuse.
+Where there is no descriptor to read from (see `connection`), all requests come through
+`pyfuse3_frontend`.
+
+A request: *read* into the one buffer -> *answered*, or *handed on* by the caller to pyfuse3, or
+*waiting*: the engine was busy.  Then a task tries again with a copy of the request, until it is
+answered or the kernel says that its caller was interrupted (INTERRUPT).
+
+A handler takes (node, who asks, buffer, end of the request in it).  It returns the body of the
+answer, None for an empty one, or ABSENT for ENOENT, which is an ordinary result.  It raises as the
+engine does.  It reads its buffer before it returns, because the next request takes the same place.
+"""
+
+from __future__ import annotations
+
+import errno
+import functools
+import mmap
+import os
+from collections.abc import Awaitable, Callable
+from typing import Any, Final, NamedTuple
+
+import trio
+
+from ivshmemfs.engine import NOW, Attr, Context
+from ivshmemfs.errors import Busy, FsError, Unfinished
+from ivshmemfs.fuse import protocol
+from ivshmemfs.fuse.connection import Relay
+from ivshmemfs.fuse.operations import LARGEST, Operations
+from ivshmemfs.fuse.retry import errno_of
+
+#: Bytes of names that one request lists.
+LARGEST_LISTING = 1 << 17
+_HUGE = 1 << 21
+_HEADERS = protocol.IN_HEADER.size + protocol.WRITE_IN.size
+_BODY = protocol.IN_HEADER.size
+_BILLION = 10**9
+_BLOCK = 4096  # what stat(2) shows as the best size for reading
+#: Inodes that the kernel forgets at once (when it drops its caches); others follow a turn later.
+FORGOTTEN_AT_ONCE = 512
+#: Packed attributes that are kept for when the same attributes are asked for again.
+PACKED_KEPT = 4000
+
+Buffer = bytes | memoryview
+Answer = bytes | memoryview | None
+Handler = Callable[[int, Context, Buffer, int], Answer]
+
+#: The answer to a look-up of a name that does not exist; cheaper than an exception.
+ABSENT: Final = memoryview(b"ENOENT")
+#: A `Context` of (uid, gid, pid); the class itself costs a Python call more.
+_context = functools.partial(tuple.__new__, Context)
+_header = protocol.IN_HEADER.unpack_from
+_out = protocol.OUT_HEADER.pack
+_OUT_SIZE = protocol.OUT_HEADER.size
+_ATTR_AT = protocol.ENTRY_OUT.size
+_written = protocol.WRITE_OUT.pack
+_dirent = protocol.DIRENT.pack
+_DIRENT_SIZE = protocol.DIRENT.size
+
+
+def _huge(size: int) -> mmap.mmap:
+    """Private memory in huge pages where there are some: the kernel looks each page up."""
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory.madvise(mmap.MADV_HUGEPAGE)
+    return memory
+
+
+class Waiting(NamedTuple):
+    """A request that the engine was too busy for."""
+
+    operation: str
+    handler: Handler
+    unique: int
+    node: int
+    ctx: Context
+    request: Buffer
+
+    def call(self) -> Answer:
+        """Try it."""
+        return self.handler(self.node, self.ctx, self.request, len(self.request))
+
+
+def _answered(turn: Unfinished, answer: Callable[[Any], Answer]) -> Unfinished:
+    """*turn* with answers for its results: that so far, and that of going on."""
+    go_on = turn.go_on
+    if go_on is not None:
+
+        def then() -> Answer:
+            try:
+                return answer(go_on())
+            except Unfinished as following:
+                raise _answered(following, answer) from None
+
+        turn.go_on = then
+    if turn.so_far is not None:
+        turn.so_far = answer(turn.so_far)
+    return turn
+
+
+class KernelFrontEnd:
+    """Reads and answers requests of one *connection*.
+
+    *spawn* starts a task.
+    """
+
+    def __init__(
+        self,
+        operations: Operations,
+        connection: Relay,
+        spawn: Callable[[Callable[[], Awaitable[None]]], None],
+        *,
+        page_cache: bool,
+    ) -> None:
+        self._operations = operations
+        self._retry = operations.retry
+        self._device = connection.device
+        self.hand_on = connection.offer
+        self.pump = connection.pump
+        self._unwanted = connection.unwanted
+        self._setxattr_size = (
+            protocol.SETXATTR_EXT_SIZE if connection.setxattr_ext else protocol.SETXATTR_IN.size
+        )
+        self._spawn = spawn
+        self._open_flags = 0 if page_cache else protocol.FOPEN_DIRECT_IO
+        # What is written starts at a page of the buffer, which makes copying it faster.
+        area = memoryview(_huge(2 * _HUGE))
+        self._request = area[mmap.PAGESIZE - _HEADERS :]
+        self._into = [self._request]
+        self._result = memoryview(_huge(_HUGE))
+        self._packed: dict[int, tuple[Attr, bytes]] = {}
+        self._waiting: dict[int, trio.CancelScope] = {}
+        self._handlers: list[Handler | None] = [None] * 256
+        for opcode, handler in self._table().items():
+            self._handlers[opcode] = handler
+
+    def _table(self) -> dict[int, Handler]:
+        return {
+            protocol.LOOKUP: self._lookup,
+            protocol.GETATTR: self._getattr,
+            protocol.SETATTR: self._setattr,
+            protocol.READLINK: self._readlink,
+            protocol.SYMLINK: self._symlink,
+            protocol.MKNOD: self._mknod,
+            protocol.MKDIR: self._mkdir,
+            protocol.UNLINK: self._unlink,
+            protocol.RMDIR: self._rmdir,
+            protocol.RENAME: self._rename,
+            protocol.RENAME2: self._rename2,
+            protocol.LINK: self._link,
+            protocol.OPEN: self._open,
+            protocol.CREATE: self._create,
+            protocol.TMPFILE: self._tmpfile,
+            protocol.STATX: self._statx,
+            protocol.STATFS: self._statfs,
+            protocol.ACCESS: self._access,
+            protocol.SETXATTR: self._setxattr,
+            protocol.GETXATTR: self._getxattr,
+            protocol.LISTXATTR: self._listxattr,
+            protocol.REMOVEXATTR: self._removexattr,
+            protocol.LSEEK: self._lseek,
+            protocol.FALLOCATE: self._fallocate,
+            protocol.COPY_FILE_RANGE: self._copy_file_range,
+            protocol.READ: self._read,
+            protocol.WRITE: self._write,
+            protocol.FLUSH: self._flush,
+            protocol.FSYNC: self._fsync,
+            protocol.RELEASE: self._release,
+            protocol.OPENDIR: self._opendir,
+            protocol.READDIR: self._readdir,
+            protocol.RELEASEDIR: self._releasedir,
+            protocol.FSYNCDIR: self._fsyncdir,
+        }
+
+    # --- one request ------------------------------------------------------------------------
+
+    def serve(self) -> memoryview | None:
+        """Read one request and answer it; returns it when it has no handler here.
+
+        Raises OSError: one of `protocol.ENDED` when the connection has ended; EAGAIN, ENOENT when
+        there is no request to be read after all.
+        """
+        size = os.readv(self._device, self._into)
+        request = self._request
+        _, opcode, unique, node, uid, gid, pid, _ = _header(request)
+        handler = self._handlers[opcode & 255]
+        if handler is None:
+            return None if self._silent(opcode, node, size) else request[:size]
+        ctx = _context((uid, gid, pid))
+        try:
+            answer = handler(node, ctx, request, size)
+        except Busy as busy:
+            waiting = Waiting(handler.__name__[1:], handler, unique, node, ctx, request[:size])
+            self._try_again(waiting, busy)
+        except Exception as error:
+            self._say(unique, errno_of(handler.__name__[1:], error))
+        else:
+            self._answer(unique, answer)
+        return None
+
+    def _try_again(self, waiting: Waiting, busy: Busy) -> None:
+        """Try again briefly; then let a task wait, so that others are served meanwhile."""
+        try:
+            answer = self._retry.briefly(waiting.call, busy)
+        except Busy as still:
+            self._wait(waiting._replace(request=bytes(waiting.request)), still)
+        except Exception as error:
+            self._say(waiting.unique, errno_of(waiting.operation, error))
+        else:
+            self._answer(waiting.unique, answer)
+
+    def _answer(self, unique: int, answer: Answer) -> None:
+        try:
+            if answer.__class__ is bytes:
+                os.write(self._device, _out(_OUT_SIZE + len(answer), 0, unique) + answer)
+            elif answer is None:
+                os.write(self._device, _out(_OUT_SIZE, 0, unique))
+            elif answer is ABSENT:
+                self._say(unique, errno.ENOENT)
+            else:
+                header = _out(_OUT_SIZE + len(answer), 0, unique)
+                os.writev(self._device, (header, answer))
+        except OSError as error:
+            self._unwanted(error)
+        except Exception as error:  # nothing may escape, and somebody waits for an answer
+            self._say(unique, errno_of("answer", error))
+
+    def _say(self, unique: int, code: int) -> None:
+        try:
+            os.write(self._device, _out(_OUT_SIZE, -code, unique))
+        except OSError as error:
+            self._unwanted(error)
+
+    def _silent(self, opcode: int, node: int, size: int) -> bool:
+        """Do what has no answer; False when *opcode* is nothing of that kind."""
+        request = self._request
+        if opcode == protocol.FORGET:
+            self._forget(node, protocol.FORGET_IN.unpack_from(request, _BODY)[0])
+        elif opcode == protocol.BATCH_FORGET:
+            start = _BODY + protocol.BATCH_FORGET_IN.size
+            self._forget_all(bytes(request[start:size]))
+        elif opcode == protocol.INTERRUPT:
+            scope = self._waiting.get(protocol.INTERRUPT_IN.unpack_from(request, _BODY)[0])
+            if scope is not None:
+                scope.cancel()
+        else:
+            return False
+        return True
+
+    def _forget_all(self, batch: bytes) -> None:
+        """Forget what a batch names; the rest of a large one by and by, for nobody waits for it."""
+        most = FORGOTTEN_AT_ONCE * protocol.FORGET_ONE.size
+        for one, times in protocol.FORGET_ONE.iter_unpack(batch[:most]):
+            self._forget(one, times)
+        if len(batch) > most:
+
+            async def forget_on() -> None:
+                await trio.lowlevel.checkpoint()
+                self._forget_all(batch[most:])
+
+            self._spawn(forget_on)
+
+    def _forget(self, node: int, times: int) -> None:
+        self._packed.pop(node, None)
+        self._operations.forget(node, times)
+
+    # --- waiting ----------------------------------------------------------------------------
+
+    def _wait(self, waiting: Waiting, busy: Busy) -> None:
+        async def answer_later() -> None:
+            with trio.CancelScope() as scope:
+                self._waiting[waiting.unique] = scope
+                try:
+                    await self._answer_patiently(waiting, busy)
+                finally:
+                    del self._waiting[waiting.unique]
+            if scope.cancelled_caught:
+                self._say(waiting.unique, errno.EINTR)
+
+        self._spawn(answer_later)
+
+    async def _answer_patiently(self, waiting: Waiting, busy: Busy) -> None:
+        try:
+            answer = await self._retry.patiently(waiting.operation, waiting.call, busy)
+        except Exception as error:
+            self._say(waiting.unique, errno_of(waiting.operation, error))
+        else:
+            self._answer(waiting.unique, answer)
+
+    # --- parts of answers -------------------------------------------------------------------
+
+    def _entry(self, node: int, attr: Attr) -> bytes:
+        """An entry: its number, and its attributes, which show the number of a directory too."""
+        known = self._packed.get(attr.ino)
+        entry = known[1] if known is not None and known[0] is attr else self._pack(attr)
+        if node == attr.ino:
+            return entry
+        number = protocol.INO.pack(node)
+        if attr.mode & 0o170000 != 0o040000:
+            return number + entry[len(number) :]
+        return number + entry[len(number) : _ATTR_AT] + number + entry[_ATTR_AT + len(number) :]
+
+    def _attr(self, attr: Attr) -> bytes:
+        """Attributes, after the time that they may be kept: the same bytes end an entry."""
+        return self._entry(attr.ino, attr)[_ATTR_AT - protocol.ATTR_OUT_SIZE :]
+
+    def _pack(self, attr: Attr) -> bytes:
+        """The entry of what is known by the number of its inode."""
+        shown = self._operations.presented(attr)
+        atime, atime_ns = divmod(shown.atime_ns, _BILLION)
+        mtime, mtime_ns = divmod(shown.mtime_ns, _BILLION)
+        ctime, ctime_ns = divmod(shown.ctime_ns, _BILLION)
+        entry = protocol.ENTRY_OUT.pack(attr.ino) + protocol.ATTR.pack(
+            shown.ino, shown.size, shown.blocks, atime, mtime, ctime, atime_ns, mtime_ns, ctime_ns,
+            shown.mode, shown.nlink, shown.uid, shown.gid, shown.rdev, _BLOCK,
+        )  # fmt: skip
+        if len(self._packed) >= PACKED_KEPT:
+            self._packed.clear()
+        self._packed[attr.ino] = attr, entry
+        return entry
+
+    @staticmethod
+    def _names(request: Buffer, start: int, end: int) -> tuple[bytes, bytes]:
+        first, _, second = bytes(request[start : end - 1]).partition(b"\0")
+        return first, second
+
+    # --- names ------------------------------------------------------------------------------
+
+    def _lookup(self, node: int, ctx: Context, request: Buffer, end: int) -> Answer:
+        found = self._operations.lookup(node, bytes(request[_BODY : end - 1]), ctx)
+        return ABSENT if found is None else self._entry(*found)
+
+    def _mknod(self, node: int, ctx: Context, request: Buffer, end: int) -> Answer:
+        mode, rdev = protocol.MKNOD_IN.unpack_from(request, _BODY)
+        name = bytes(request[_BODY + protocol.MKNOD_IN.size : end - 1])
+        return self._entry(*self._operations.mknod(node, name, mode, rdev, ctx))
+
+    def _mkdir(self, node: int, ctx: Context, request: Buffer, end: int) -> Answer:
+        (mode,) = protocol.MKDIR_IN.unpack_from(request, _BODY)
+        name = bytes(request[_BODY + protocol.MKDIR_IN.size : end - 1])
+        return self._entry(*self._operations.mkdir(node, name, mode, ctx))
+
+    def _symlink(self, node: int, ctx: Context, request: Buffer, end: int) -> Answer:
+        name, target = self._names(request, _BODY, end)
+        return self._entry(*self._operations.symlink(node, name, target, ctx))
+
+    def _readlink(self, node: int, ctx: Context, _request: Buffer, _end: int) -> Answer:
+        return self._operations.readlink(node, ctx)
+
+    def _link(self, node: int, ctx: Context, request: Buffer, end: int) -> Answer:
+        (old,) = protocol.LINK_IN.unpack_from(request, _BODY)
+        name = bytes(request[_BODY + protocol.LINK_IN.size : end - 1])
+        return self._entry(*self._operations.link(old, node, name, ctx))
+
+    def _unlink(self, node: int, ctx: Context, request: Buffer, end: int) -> Answer:
+        self._operations.unlink(node, bytes(request[_BODY : end - 1]), ctx)
+        return None
+
+    def _rmdir(self, node: int, ctx: Context, request: Buffer, end: int) -> Answer:
+        self._operations.rmdir(node, bytes(request[_BODY : end - 1]), ctx)
+        return None
+
+    def _rename(self, node: int, ctx: Context, request: Buffer, end: int) -> Answer:
+        (new,) = protocol.RENAME_IN.unpack_from(request, _BODY)
+        old_name, name = self._names(request, _BODY + protocol.RENAME_IN.size, end)
+        self._operations.rename(node, old_name, new, name, 0, ctx)
+        return None
+
+    def _rename2(self, node: int, ctx: Context, request: Buffer, end: int) -> Answer:
+        new, flags = protocol.RENAME2_IN.unpack_from(request, _BODY)
+        old_name, name = self._names(request, _BODY + protocol.RENAME2_IN.size, end)
+        self._operations.rename(node, old_name, new, name, flags, ctx)
+        return None
+
+    # --- attributes -------------------------------------------------------------------------
+
+    def _getattr(self, node: int, ctx: Context, _request: Buffer, _end: int) -> Answer:
+        return self._attr(self._operations.getattr(node, ctx))
+
+    def _statx(self, node: int, ctx: Context, _request: Buffer, _end: int) -> Answer:
+        stored, birth_time = self._operations.statx(node, ctx)
+        attr = self._operations.presented(stored)
+        times = (attr.atime_ns, birth_time, attr.ctime_ns, attr.mtime_ns)
+        return protocol.STATX_OUT.pack(
+            protocol.STATX_BASIC_STATS | protocol.STATX_BTIME, _BLOCK,
+            attr.nlink, attr.uid, attr.gid, attr.mode, attr.ino, attr.size, attr.blocks,
+            *(part for moment in times for part in divmod(moment, _BILLION)),
+            os.major(attr.rdev), os.minor(attr.rdev),
+        )  # fmt: skip
+
+    def _setattr(self, node: int, ctx: Context, request: Buffer, _end: int) -> Answer:
+        valid, _fh, size, atime, mtime, atime_ns, mtime_ns, mode, uid, gid = (
+            protocol.SETATTR_IN.unpack_from(request, _BODY)
+        )
+        wanted = {}
+        if valid & protocol.SET_UID:
+            wanted["uid"] = uid
+        if valid & protocol.SET_GID:
+            wanted["gid"] = gid
+        if valid & protocol.SET_SIZE:
+            wanted["size"] = size
+        if valid & protocol.SET_MODE:
+            wanted["mode"] = mode
+        if valid & protocol.SET_ATIME:
+            now = valid & protocol.SET_ATIME_NOW
+            wanted["atime_ns"] = NOW if now else atime * _BILLION + atime_ns
+        if valid & protocol.SET_MTIME:
+            now = valid & protocol.SET_MTIME_NOW
+            wanted["mtime_ns"] = NOW if now else mtime * _BILLION + mtime_ns
+        opened = bool(valid & protocol.SET_FH)
+        return self._attr(self._operations.setattr(node, wanted, ctx, opened=opened))
+
+    def _access(self, node: int, ctx: Context, request: Buffer, _end: int) -> Answer:
+        (mask,) = protocol.ACCESS_IN.unpack_from(request, _BODY)
+        self._operations.access(node, mask, ctx)
+        return None
+
+    def _statfs(self, _node: int, ctx: Context, _request: Buffer, _end: int) -> Answer:
+        stats = self._operations.statfs(ctx)
+        return protocol.STATFS_OUT.pack(
+            stats.blocks, stats.blocks_free, stats.blocks_avail, stats.files, stats.files_free,
+            stats.block_size, stats.name_max, stats.block_size,
+        )  # fmt: skip
+
+    # --- extended attributes ----------------------------------------------------------------
+
+    def _getxattr(self, node: int, ctx: Context, request: Buffer, end: int) -> Answer:
+        name = bytes(request[_BODY + protocol.GETXATTR_IN.size : end - 1])
+        return self._sized(self._operations.getxattr(node, name, ctx), request)
+
+    def _setxattr(self, node: int, ctx: Context, request: Buffer, end: int) -> Answer:
+        size, flags = protocol.SETXATTR_IN.unpack_from(request, _BODY)
+        name, _, value = bytes(request[_BODY + self._setxattr_size : end]).partition(b"\0")
+        self._operations.setxattr(node, name, value[:size], flags, ctx)
+        return None
+
+    def _listxattr(self, node: int, ctx: Context, request: Buffer, _end: int) -> Answer:
+        names = self._operations.listxattr(node, ctx)
+        return self._sized(b"".join(name + b"\0" for name in names), request)
+
+    def _removexattr(self, node: int, ctx: Context, request: Buffer, end: int) -> Answer:
+        self._operations.removexattr(node, bytes(request[_BODY : end - 1]), ctx)
+        return None
+
+    @staticmethod
+    def _sized(value: bytes, request: Buffer) -> bytes:
+        """*value*, or how long it is for a caller that asks with no room; ERANGE for too little."""
+        (room,) = protocol.GETXATTR_IN.unpack_from(request, _BODY)
+        if not room:
+            return protocol.GETXATTR_OUT.pack(len(value))
+        if len(value) > room:
+            raise FsError(errno.ERANGE)
+        return value
+
+    # --- files ------------------------------------------------------------------------------
+
+    def _open(self, node: int, ctx: Context, request: Buffer, _end: int) -> Answer:
+        (flags,) = protocol.OPEN_IN.unpack_from(request, _BODY)
+        return self._opened(self._operations.open(node, flags, ctx))
+
+    def _opened(self, fh: int) -> bytes:
+        return protocol.OPEN_OUT.pack(fh, self._open_flags)
+
+    def _create(self, node: int, ctx: Context, request: Buffer, end: int) -> Answer:
+        flags, mode = protocol.CREATE_IN.unpack_from(request, _BODY)
+        name = bytes(request[_BODY + protocol.CREATE_IN.size : end - 1])
+        fh, attr = self._operations.create(node, name, mode, flags, ctx)
+        return self._entry(attr.ino, attr) + self._opened(fh)
+
+    def _tmpfile(self, node: int, ctx: Context, request: Buffer, _end: int) -> Answer:
+        flags, mode = protocol.CREATE_IN.unpack_from(request, _BODY)
+        fh, attr = self._operations.tmpfile(node, mode, flags, ctx)
+        return self._entry(attr.ino, attr) + self._opened(fh)
+
+    def _read(self, _node: int, _ctx: Context, request: Buffer, _end: int) -> Answer:
+        fh, offset, size = protocol.READ_IN.unpack_from(request, _BODY)
+        into = self._result if size <= LARGEST else None
+        got = self._operations.read(fh, offset, size, into)
+        return got if isinstance(got, bytes | memoryview) else memoryview(got)
+
+    def _write(self, _node: int, ctx: Context, request: Buffer, _end: int) -> Answer:
+        fh, offset, size, write_flags, flags = protocol.WRITE_IN.unpack_from(request, _BODY)
+        content = memoryview(request)[_HEADERS : _HEADERS + size]
+        cached = bool(write_flags & protocol.WRITE_CACHE)  # who wrote it and how is not known
+        append, by = not cached and bool(flags & os.O_APPEND), None if cached else ctx
+        try:
+            return _written(self._operations.write(fh, offset, content, append, by))
+        except Unfinished as turn:
+            raise _answered(turn, _written) from None
+
+    def _copy_file_range(self, _node: int, ctx: Context, request: Buffer, _end: int) -> Answer:
+        fields = protocol.COPY_FILE_RANGE_IN.unpack_from(request, _BODY)
+        source, offset, _, to, at, length, _ = fields
+        copy = self._operations.copy_file_range
+        try:
+            return _written(copy(source, offset, to, at, length, self._result, ctx))
+        except Unfinished as turn:
+            raise _answered(turn, _written) from None
+
+    def _lseek(self, _node: int, _ctx: Context, request: Buffer, _end: int) -> Answer:
+        return protocol.LSEEK_OUT.pack(
+            self._operations.lseek(*protocol.LSEEK_IN.unpack_from(request, _BODY))
+        )
+
+    def _fallocate(self, _node: int, _ctx: Context, request: Buffer, _end: int) -> Answer:
+        fh, offset, length, mode = protocol.FALLOCATE_IN.unpack_from(request, _BODY)
+        self._operations.fallocate(fh, mode, offset, length)
+        return None
+
+    def _flush(self, _node: int, _ctx: Context, request: Buffer, _end: int) -> Answer:
+        self._operations.flush(protocol.RELEASE_IN.unpack_from(request, _BODY)[0])
+        return None
+
+    def _fsync(self, _node: int, _ctx: Context, request: Buffer, _end: int) -> Answer:
+        fh, flags = protocol.FSYNC_IN.unpack_from(request, _BODY)
+        self._operations.fsync(fh, bool(flags & protocol.FSYNC_FDATASYNC))
+        return None
+
+    def _release(self, _node: int, _ctx: Context, request: Buffer, _end: int) -> Answer:
+        self._operations.release(protocol.RELEASE_IN.unpack_from(request, _BODY)[0])
+        return None
+
+    # --- directories ------------------------------------------------------------------------
+
+    def _opendir(self, node: int, ctx: Context, _request: Buffer, _end: int) -> Answer:
+        return protocol.OPEN_OUT.pack(self._operations.opendir(node, ctx), 0)
+
+    def _readdir(self, _node: int, _ctx: Context, request: Buffer, _end: int) -> Answer:
+        fh, cookie, size = protocol.READ_IN.unpack_from(request, _BODY)
+        parts: list[bytes] = []
+        left = min(size, LARGEST_LISTING)
+        for piece in self._operations.readdir(fh, cookie):
+            for entry in piece:
+                name = entry.name
+                length = len(name)
+                padded = (length + 7) & ~7
+                left -= _DIRENT_SIZE + padded
+                if left < 0:
+                    return b"".join(parts)
+                parts.append(_dirent(entry.ino, entry.key, length, entry.kind))
+                parts.append(name if padded == length else name.ljust(padded, b"\0"))
+        return b"".join(parts)
+
+    def _releasedir(self, _node: int, _ctx: Context, request: Buffer, _end: int) -> Answer:
+        self._operations.releasedir(protocol.RELEASE_IN.unpack_from(request, _BODY)[0])
+        return None
+
+    def _fsyncdir(self, _node: int, _ctx: Context, request: Buffer, _end: int) -> Answer:
+        fh, flags = protocol.FSYNC_IN.unpack_from(request, _BODY)
+        self._operations.fsyncdir(fh, bool(flags & protocol.FSYNC_FDATASYNC))
+        return None

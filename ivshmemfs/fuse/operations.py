@@ -1,0 +1,401 @@
+"""Every operation of a mount, in the kernel's terms, and the only caller of the engine.
+
+The kernel names inodes by its own numbers (`nodeids`, "node" here), open files by the number of a
+handle ("fh"), and says who asks (`Context`).  The two front ends (`kernel_frontend` for the bytes
+of the FUSE descriptor, `pyfuse3_frontend` for the objects of pyfuse3) translate requests to these
+operations and results to answers.  What lies between the two ideas of a file system is here:
+
+- the kernel's numbers of inodes (`nodeids`), and what each thread was told last (`walks`),
+- what callers may do (`rights`), and how owners are presented (`ownership`),
+- the table of open handles: opened -> closed, which is tried again while the engine is busy,
+- the policy for what does not succeed at once (`retry`), which the front ends apply.
+
+The kernel caches nothing: all timeouts are 0, and a name that does not exist is ENOENT, which the
+kernel does not keep, because another machine may change everything at any time.
+
+An operation raises as the engine does.  Its last argument says who asks, also where nothing
+depends on it yet.
+"""
+
+from __future__ import annotations
+
+import errno
+import itertools
+from collections.abc import Awaitable, Callable, Iterator
+from typing import NamedTuple, TypeVar
+
+from ivshmemfs.engine import Attr, Context, Filesystem, Handle, StatFs
+from ivshmemfs.engine.data import Buffer
+from ivshmemfs.engine.directory import Entry
+from ivshmemfs.errors import FsError, StaleHandle
+from ivshmemfs.format.inode import MAX_INO
+from ivshmemfs.fuse import callers
+from ivshmemfs.fuse.nodeids import NodeIds
+from ivshmemfs.fuse.ownership import Ownership
+from ivshmemfs.fuse.retry import Retry, errno_of
+from ivshmemfs.fuse.rights import ENTER, EXECUTE, READ, WRITE, Rights
+from ivshmemfs.fuse.walks import Step, Walks
+
+#: Bytes that one request reads, writes or copies.
+LARGEST = 1 << 20
+#: Leaves of a directory that one request lists: up to 4,096 names, or 256 with attributes.
+LEAVES = 32
+LEAVES_WITH_ATTRIBUTES = 2
+_S_IFMT, _S_IFDIR = 0o170000, 0o040000
+
+T = TypeVar("T")
+
+
+class Listed(NamedTuple):
+    """One name of a directory with attributes, as the kernel is told of it."""
+
+    name: bytes
+    node: int  # the number by which the kernel shall know it
+    attr: Attr
+    following: int  # the cookie of the next name
+
+
+class Operations:
+    """The operations of one mounted engine.
+
+    *pause* sleeps for some seconds while other requests are served.  With *root_only* the kernel
+    checks no permissions, see `rights`.
+    """
+
+    def __init__(
+        self,
+        fs: Filesystem,
+        pause: Callable[[float], Awaitable[None]],
+        *,
+        ownership: Ownership | None = None,
+        root_only: bool = False,
+    ) -> None:
+        self._fs = fs
+        fs.groups_of = callers.groups
+        fs.keeps_set_id = Rights.keeps_set_id
+        self.retry = Retry(fs, pause)
+        self._ownership = ownership or Ownership()
+        self.presented = self._ownership.presenter
+        self._rights = Rights(fs, self.presented, enforced=root_only)
+        self._node_ids = NodeIds()
+        self.inode_of = self._node_ids.inode_of
+        self._walks = Walks()
+        self._handles: dict[int, Handle] = {}
+        self._numbers = itertools.count(1)
+        self._folders: dict[int, int] = {}  # by handle: the node that was opened
+
+    # --- names ------------------------------------------------------------------------------
+
+    def lookup(self, parent: int, name: bytes, ctx: Context) -> tuple[int, Attr] | None:
+        """(the node, the attributes) of an entry; None when there is no such entry."""
+        ino = parent if parent <= MAX_INO else self.inode_of(parent)
+        thread = ctx.pid
+        attr = self._fs.lookup_number(ino) if name == b"." else self._fs.find(ino, name)
+        if self._rights.enforced and name != b".":
+            self._rights.need(ino, ctx, EXECUTE)
+        if attr is None:
+            return None
+        found = attr.ino
+        source = self._walks.source(thread, parent, name, found)
+        avoided = 0
+        if source is not None and source[2] == found:
+            avoided = self._avoided(source, ino, name)
+        node = self._node(parent, name, attr, avoided)
+        self._walks.note(thread, (parent, name, found, node, self._walks.changes), source)
+        return node, attr
+
+    def _avoided(self, source: Step, parent: int, name: bytes) -> int:
+        """The node of *source*, unless its name and this one lead to its inode at one moment."""
+        _, old_name, ino, node, _ = source
+        try:
+            folder = self.inode_of(source[0])
+        except StaleHandle:
+            return node
+        if self._fs.names_lead_to(ino, ((folder, old_name), (parent, name))):
+            return 0
+        return 0 if self._walks.is_changed(folder, source) else node
+
+    def _node(self, parent: int, name: bytes, attr: Attr, avoided: int = 0) -> int:
+        """The node to tell for an entry of the directory with the node *parent*."""
+        file = attr.mode & _S_IFMT != _S_IFDIR
+        if name == b".":  # a file handle names it (NFS)
+            return self._node_ids.named(parent, file=file)
+        if file:
+            return attr.ino if attr.ino != avoided else self._node_ids.passing(attr.ino)
+        if name == b"..":
+            return self._node_ids.above(attr.ino)
+        return self._node_ids.found(attr.ino, parent, name, avoided)
+
+    def forget(self, node: int, times: int) -> None:
+        """The kernel forgets what it was told *times* times.  Never raises; errors are logged."""
+        try:
+            ino = self.inode_of(node)
+            if self._node_ids.forget(node, times):
+                self._fs.forget(ino)
+        except StaleHandle:
+            pass
+        except Exception as error:  # there is no answer that could tell
+            errno_of("forget", error)
+
+    def mknod(
+        self, parent: int, name: bytes, mode: int, rdev: int, ctx: Context
+    ) -> tuple[int, Attr]:
+        """(the node, the attributes) of a new file, fifo, socket or device."""
+        folder = self.inode_of(parent)
+        self._rights.need(folder, ctx, ENTER)
+        attr = self._fs.mknod(folder, name, mode, rdev, ctx)
+        return attr.ino, attr
+
+    def mkdir(self, parent: int, name: bytes, mode: int, ctx: Context) -> tuple[int, Attr]:
+        """(the node, the attributes) of a new directory."""
+        folder = self.inode_of(parent)
+        self._rights.need(folder, ctx, ENTER)
+        attr = self._fs.mkdir(folder, name, mode, ctx)
+        return self._node(parent, name, attr), attr
+
+    def symlink(self, parent: int, name: bytes, target: bytes, ctx: Context) -> tuple[int, Attr]:
+        """(the node, the attributes) of a new symbolic link."""
+        folder = self.inode_of(parent)
+        self._rights.need(folder, ctx, ENTER)
+        attr = self._fs.symlink(folder, name, target, ctx)
+        return attr.ino, attr
+
+    def readlink(self, node: int, _ctx: Context) -> bytes:
+        """The target of a symbolic link."""
+        return bytes(self._fs.readlink(self.inode_of(node)))
+
+    def link(self, node: int, parent: int, name: bytes, ctx: Context) -> tuple[int, Attr]:
+        """Give a file another name; returns (the node, the attributes)."""
+        ino, folder = self.inode_of(node), self.inode_of(parent)
+        self._rights.need(folder, ctx, ENTER)
+        attr = self._fs.link(ino, folder, name, ctx)
+        return attr.ino, attr
+
+    def unlink(self, parent: int, name: bytes, ctx: Context) -> None:
+        """Remove a name of a file."""
+        folder = parent if parent <= MAX_INO else self.inode_of(parent)
+        self._walks.forget(ctx.pid)
+        self._rights.need_removal(folder, name, ctx)
+        self._fs.unlink(folder, name, ctx)
+        self._walks.change(folder, name)
+
+    def rmdir(self, parent: int, name: bytes, ctx: Context) -> None:
+        """Remove an empty directory."""
+        folder = self.inode_of(parent)
+        self._rights.need_removal(folder, name, ctx)
+        self._fs.rmdir(folder, name, ctx)
+
+    def rename(
+        self, parent: int, name: bytes, new_parent: int, new_name: bytes, flags: int, ctx: Context
+    ) -> None:
+        """Move an entry."""
+        self._walks.forget(ctx.pid)
+        old, new = self.inode_of(parent), self.inode_of(new_parent)
+        self._rights.need_rename(old, name, new, new_name, ctx)
+        moved, exchanged = self._fs.rename(old, name, new, new_name, flags, ctx)
+        self._walks.forget(ctx.pid, moved)
+        self._walks.change(old, name)
+        self._walks.change(new, new_name)
+        self._node_ids.moved((parent, name), (new_parent, new_name), moved, exchanged)
+
+    # --- attributes -------------------------------------------------------------------------
+
+    def getattr(self, node: int, _ctx: Context) -> Attr:
+        """The attributes; a front end shows them as `presented`."""
+        return self._fs.getattr(node if node <= MAX_INO else self.inode_of(node))
+
+    def statx(self, node: int, _ctx: Context) -> tuple[Attr, int]:
+        """The attributes, and when the inode was made."""
+        ino = self.inode_of(node)
+        return self._fs.getattr(ino), self._fs.birth_time(ino)
+
+    def setattr(self, node: int, wanted: dict[str, int], ctx: Context, *, opened: bool) -> Attr:
+        """Change what is *wanted*: mode, uid, gid, size, atime_ns, mtime_ns; times may be NOW.
+
+        *opened*: the caller does so through an open file.
+        """
+        ino = self.inode_of(node)
+        changes = self._ownership.stored(wanted)
+        self._rights.need_change(ino, ctx, changes, opened=opened)
+        return self._fs.setattr(ino, ctx, **changes)
+
+    def access(self, node: int, mask: int, ctx: Context) -> None:
+        """As access(2) and chdir(2); ENOSYS where the kernel checks permissions by itself."""
+        if not self._rights.enforced:
+            raise FsError(errno.ENOSYS)
+        self._rights.need(self.inode_of(node), ctx, mask & 7)
+
+    def statfs(self, _ctx: Context) -> StatFs:
+        """Sizes of the filesystem."""
+        return self._fs.statfs()
+
+    # --- extended attributes ----------------------------------------------------------------
+
+    def getxattr(self, node: int, name: bytes, ctx: Context) -> bytes:
+        """The value of an attribute."""
+        ino = self.inode_of(node)
+        self._rights.need_attribute(ino, name, ctx, READ)
+        return bytes(self._fs.getxattr(ino, name))
+
+    def setxattr(self, node: int, name: bytes, value: bytes, flags: int, ctx: Context) -> None:
+        """Set an attribute; *flags* are XATTR_CREATE and XATTR_REPLACE."""
+        ino = self.inode_of(node)
+        self._rights.need_attribute(ino, name, ctx, WRITE)
+        self._fs.setxattr(ino, name, value, flags, ctx)
+
+    def listxattr(self, node: int, ctx: Context) -> list[bytes]:
+        """The names of the attributes that the caller may see."""
+        return self._fs.listxattr(self.inode_of(node), ctx)
+
+    def removexattr(self, node: int, name: bytes, ctx: Context) -> None:
+        """Remove an attribute."""
+        ino = self.inode_of(node)
+        self._rights.need_attribute(ino, name, ctx, WRITE)
+        self._fs.removexattr(ino, name, ctx)
+
+    # --- files ------------------------------------------------------------------------------
+
+    def _keep(self, handle: Handle) -> int:
+        """The number by which the kernel names an open handle from now on."""
+        number = next(self._numbers)
+        self._handles[number] = handle
+        return number
+
+    def create(
+        self, parent: int, name: bytes, mode: int, flags: int, ctx: Context
+    ) -> tuple[int, Attr]:
+        """(the handle, the attributes) of a file that is made, unless it exists, and opened."""
+        folder = parent if parent <= MAX_INO else self.inode_of(parent)
+        self._rights.need(folder, ctx, ENTER)
+        handle, attr = self._fs.create(folder, name, mode, flags, ctx)
+        return self._keep(handle), attr
+
+    def tmpfile(self, parent: int, mode: int, flags: int, ctx: Context) -> tuple[int, Attr]:
+        """(the handle, the attributes) of a new file without a name, as O_TMPFILE makes it."""
+        folder = self.inode_of(parent)
+        self._rights.need(folder, ctx, ENTER)
+        handle, attr = self._fs.tmpfile(folder, mode, flags, ctx)
+        return self._keep(handle), attr
+
+    def open(self, node: int, flags: int, ctx: Context) -> int:
+        """The handle of a file.
+
+        Raises StaleHandle when the kernel names it by its passing number: the path is walked again.
+        Once only: a path that does not lead elsewhere, as /proc/self/fd, may open it so.
+        """
+        ino = node if node <= MAX_INO else self.inode_of(node)
+        if node > MAX_INO and self._walks.was_told(ctx.pid, ino, node):
+            self._walks.forget(ctx.pid, ino)
+            raise StaleHandle("another machine has just renamed this file")
+        self._rights.need_open(ino, ctx, flags)
+        return self._keep(self._fs.open(ino, flags, ctx))
+
+    def read(self, fh: int, offset: int, size: int, into: memoryview | None = None) -> Buffer:
+        """Up to *size* bytes of one moment; in *into* if they are many."""
+        return self._fs.read(self._handles[fh], offset, size, into)
+
+    def write(
+        self,
+        fh: int,
+        offset: int,
+        content: Buffer,
+        append: bool | None = None,
+        ctx: Context | None = None,
+    ) -> int:
+        """Write *content*; returns how many bytes were written.
+
+        *append* and *ctx* default to their values when the file was opened.
+        """
+        return self._fs.write(self._handles[fh], offset, content, append=append, ctx=ctx)
+
+    def copy_file_range(
+        self,
+        source: int,
+        offset: int,
+        to: int,
+        at: int,
+        size: int,
+        through: memoryview,
+        ctx: Context,
+    ) -> int:
+        """Copy up to LARGEST bytes between two handles, atomic by itself; returns how many."""
+        content = self._fs.read(self._handles[source], offset, min(size, LARGEST), through)
+        return self._fs.write(self._handles[to], at, content, append=False, ctx=ctx)
+
+    def lseek(self, fh: int, offset: int, whence: int) -> int:
+        """Where data (SEEK_DATA) or a hole (SEEK_HOLE) begins."""
+        return self._fs.seek(self._handles[fh], offset, whence)
+
+    def fallocate(self, fh: int, mode: int, offset: int, size: int) -> None:
+        """Make or fill holes; raises Unfinished after each piece."""
+        self._fs.fallocate(self._handles[fh], mode, offset, size)
+
+    def flush(self, _fh: int) -> None:
+        """Nothing to do: each write is published when it returns.  ENOSYS: ask no more."""
+        raise FsError(errno.ENOSYS)
+
+    def fsync(self, fh: int, _datasync: bool) -> None:
+        """Return when what was written is in the region."""
+        self._fs.fsync(self._handles[fh])
+
+    def release(self, fh: int) -> None:
+        """Close a file."""
+        self._fs.release(self._handles[fh])
+        del self._handles[fh]
+
+    # --- directories ------------------------------------------------------------------------
+
+    def opendir(self, node: int, ctx: Context) -> int:
+        """The handle of a directory."""
+        ino = self.inode_of(node)
+        self._rights.need(ino, ctx, READ)
+        number = self._keep(self._fs.opendir(ino))
+        self._folders[number] = node
+        return number
+
+    def readdir(self, fh: int, cookie: int, leaves: int = LEAVES) -> Iterator[list[Entry]]:
+        """The names from *cookie* on, in pieces; an entry's `key` is the cookie of the next."""
+        return _until_failure(self._fs.entries(self._handles[fh], cookie, leaves))
+
+    def readdirplus(self, fh: int, cookie: int, take: Callable[[Listed], bool]) -> None:
+        """Hand the same names, with attributes, on to *take*, until it refuses one."""
+        folder = self._folders[fh]
+        pieces = self.readdir(fh, cookie, LEAVES_WITH_ATTRIBUTES)
+        for entry, attr in _until_failure(self._with_attributes(pieces)):
+            node = attr.ino
+            counts = attr.mode & _S_IFMT == _S_IFDIR and entry.name not in (b".", b"..")
+            if counts:
+                node = self._node_ids.found(node, folder, entry.name)
+            if not take(Listed(entry.name, node, attr, entry.key)):
+                if counts:
+                    self.forget(node, 1)  # it was not told after all
+                return
+
+    def _with_attributes(self, pieces: Iterator[list[Entry]]) -> Iterator[tuple[Entry, Attr]]:
+        for entry in itertools.chain.from_iterable(pieces):
+            try:
+                attr = self._fs.lookup_number(entry.ino)
+            except StaleHandle:  # it has gone since it was listed
+                continue
+            yield entry, attr
+
+    def releasedir(self, fh: int) -> None:
+        """Close a directory."""
+        self._fs.releasedir(self._handles[fh])
+        del self._handles[fh], self._folders[fh]
+
+    def fsyncdir(self, fh: int, _datasync: bool) -> None:
+        """Return when changes of the names are in the region."""
+        self._fs.fsync(self._handles[fh])
+
+
+def _until_failure(listing: Iterator[T]) -> Iterator[T]:
+    """*listing*, which fails only before its first item: the next request tells of later errors."""
+    begun = False
+    try:
+        for item in listing:
+            yield item
+            begun = True
+    except Exception:
+        if not begun:
+            raise
