@@ -40,6 +40,9 @@ FIRST_PIECE = 1 << 16
 #: Bytes that `Attr.blocks` counts in.
 SECTOR = 512
 
+#: Permissions that a copy gets without further ado: no set-ID, and sticky for directories only.
+DIRECTORY_BITS, FILE_BITS = 0o1777, 0o777
+
 _PLAIN = (stat.S_IFREG, stat.S_IFLNK)
 _MOVED = "it was met before (moved meanwhile, or damage that fsck.ivshmemfs tells)"
 _CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -109,7 +112,8 @@ class Getter:
             following = next(level.entries, None)
             if following is None:
                 levels.pop()
-                self._finish(level.attr, folder.leave())
+                path = folder.path()
+                self._finish(level.attr, folder.leave(), path)
                 return
         name, attr = following
         with about(lambda: folder.path(name)):
@@ -161,9 +165,9 @@ class Getter:
         if device in self._own:
             self._made.add(ino)
 
-    def _finish(self, attr: Attr, fd: int) -> None:
+    def _finish(self, attr: Attr, fd: int, path: bytes) -> None:
         try:
-            self._dress(fd, attr, 0o7777 if self._wishes.special else 0o1777)
+            self._dress(fd, attr, path)
         finally:
             os.close(fd)
 
@@ -208,7 +212,7 @@ class Getter:
             fd = os.open(fresh, _CREATE, 0o600, dir_fd=folder.fd)
             try:
                 self._pour(attr, fd, name)
-                self._dress(fd, attr, 0o7777 if self._wishes.special else 0o777)
+                self._dress(fd, attr, folder.path(name))
             finally:
                 os.close(fd)
             return
@@ -216,18 +220,28 @@ class Getter:
             target = patiently(lambda: self._fs.readlink(attr.ino))
             os.symlink(target, fresh, dir_fd=folder.fd)
         else:
-            _mknod(fresh, kind | stat.S_IMODE(attr.mode) & 0o777, attr.rdev, folder.fd)
+            mode = self._permissions(attr, folder.path(name))
+            _mknod(fresh, kind | mode, attr.rdev, folder.fd)
         if self._root:
             os.chown(fresh, attr.uid, attr.gid, dir_fd=folder.fd, follow_symlinks=False)
         times = (attr.atime_ns, attr.mtime_ns)
         os.utime(fresh, ns=times, dir_fd=folder.fd, follow_symlinks=False)
 
-    def _dress(self, fd: int, attr: Attr, kept: int) -> None:
-        """Owner (as root), permissions as far as they are `kept`, and times."""
+    def _dress(self, fd: int, attr: Attr, path: bytes) -> None:
+        """Owner (as root), permissions as far as the user wishes, and times."""
         if self._root:
             os.chown(fd, attr.uid, attr.gid)
-        os.chmod(fd, stat.S_IMODE(attr.mode) & kept)
+        os.chmod(fd, self._permissions(attr, path))
         os.utime(fd, ns=(attr.atime_ns, attr.mtime_ns))
+
+    def _permissions(self, attr: Attr, path: bytes) -> int:
+        """The permissions that the copy gets; says so when bits are left out."""
+        mode = stat.S_IMODE(attr.mode)
+        kept = mode & (DIRECTORY_BITS if stat.S_ISDIR(attr.mode) else FILE_BITS)
+        if self._wishes.special or kept == mode:
+            return mode
+        self._meter.leave_out(path, f"bits {mode & ~kept:04o} (--preserve-special keeps them)")
+        return kept
 
     # --- contents -----------------------------------------------------------------------------
 

@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
-from ivshmemfs.errors import FsError, UsageError
+from ivshmemfs.errors import FsError, IvshmemfsError, UsageError
 
 if TYPE_CHECKING:
     from ivshmemfs.region import Region
@@ -161,9 +161,13 @@ def own_mounts(region: Region) -> frozenset[int]:
     """Return the device numbers of the mounts here that show this very region."""
     from ivshmemfs.fuse.mountpoint import FSTYPE, mounted
 
+    try:
+        entries = mounted()
+    except (OSError, IvshmemfsError):  # without /proc nobody can tell
+        return frozenset()
     devices = [
         entry.device
-        for entry in mounted()
+        for entry in entries
         if entry.fstype == FSTYPE and _same_region(region, entry.source)
     ]
     return frozenset(os.makedev(*map(int, device.split(":"))) for device in devices)

@@ -165,7 +165,7 @@ def get_command(
     region.  Only files, directories and symbolic links are made, without set-user-ID,
     set-group-ID and, on files, sticky bits.
 
-    Ends with 64 when something was left out.
+    Ends with 64 when something was left out, and says what, one line each.
     """
     usage = "ivshmemfs get REGION FILE... DESTINATION"
     with _opened(region, usage, (destination,), readonly=True) as fs, metered(quiet=quiet) as meter:

@@ -199,8 +199,11 @@ def test_devices_and_privileges_are_left_out(region: TestRegion, place: Path, ge
     fs.unmount()
     result = get("top")
     assert result.code == EXIT_PARTLY
-    assert len(result.lines) == 4
-    assert all("left out" in line and "--devices" in line for line in result.lines)
+    assert len(result.lines) == 6
+    assert all("left out" in line for line in result.lines)
+    assert sum("--devices" in line for line in result.lines) == 4
+    assert f"{place}/top/program: left out: bits 7000 (--preserve-special" in "".join(result.lines)
+    assert f"{place}/top: left out: bits 6000 (--preserve-special" in result.lines[-1]
     assert os.listdir(place / "top") == ["program"]
     assert stat.S_IMODE((place / "top" / "program").stat().st_mode) == 0o755
     assert stat.S_IMODE((place / "top").stat().st_mode) == 0o1755
