@@ -57,6 +57,7 @@ def _group(item: pytest.Item) -> str:
     return "guest" if "guest" in item.keywords else item.nodeid.partition("::")[0]
 
 
+@pytest.hookimpl(tryfirst=True)  # before the groups are read
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in items:
         item.add_marker(pytest.mark.xdist_group(_group(item)))
