@@ -1,4 +1,4 @@
-"""Options, the division of a parallel run, and the figures of campaigns, printed at the end."""
+"""Options, and the figures of campaigns, which are printed after everything else."""
 
 from __future__ import annotations
 
@@ -52,15 +52,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.stash[_FIGURES] = Figures()
 
 
-def _group(item: pytest.Item) -> str:
-    """Tests of one group run in one process: all guests, which are booted once, or a module."""
-    return "guest" if "guest" in item.keywords else item.nodeid.partition("::")[0]
-
-
-@pytest.hookimpl(tryfirst=True)  # before the groups are read
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group(_group(item)))
     if config.getoption("--long"):
         return
     for item in items:
