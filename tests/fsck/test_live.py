@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import signal
 import time
@@ -17,13 +18,13 @@ from ivshmemfs.region import Memory
 from tests.support.damage import Knife, Names, sample
 from tests.support.regions import ROOT, TestRegion, put
 
-SECONDS = 2.0
+SECONDS = 60.0  # after which writers end by themselves
 
 
-def work(fs: Filesystem, until: float) -> None:
-    """Create, overwrite and remove without a pause."""
+def work(fs: Filesystem, until: float, stop: mmap.mmap) -> None:
+    """Create, overwrite and remove without a pause, until `stop` is set."""
     turn = 0
-    while time.monotonic() < until:
+    while not stop[0] and time.monotonic() < until:
         turn += 1
         name = b"busy%d-%d" % (os.getpid(), turn % 7)
         try:
@@ -37,14 +38,14 @@ def work(fs: Filesystem, until: float) -> None:
             time.sleep(0.001)
 
 
-def start_worker(made: TestRegion, seconds: float) -> int:
+def start_worker(made: TestRegion, stop: mmap.mmap) -> int:
     child = os.fork()
     if child:
         return child
     code = 1
     try:
         fs = made.mount()
-        work(fs, time.monotonic() + seconds)
+        work(fs, time.monotonic() + SECONDS, stop)
         fs.unmount()
         code = 0
     finally:
@@ -52,12 +53,13 @@ def start_worker(made: TestRegion, seconds: float) -> int:
 
 
 def test_no_false_alarm_beside_writers(made: TestRegion) -> None:
-    children = [start_worker(made, SECONDS) for _ in range(2)]
+    stop = mmap.mmap(-1, 1)
+    children = [start_worker(made, stop) for _ in range(2)]
     region = made.region(readonly=True)
     checks = commits = 0
     last = 0
     until = time.monotonic() + SECONDS * 0.9
-    while time.monotonic() < until:
+    while (checks <= 5 or commits <= 2) and time.monotonic() < until:
         try:
             report = fsck.check(region)
         except Busy:
@@ -67,6 +69,7 @@ def test_no_false_alarm_beside_writers(made: TestRegion) -> None:
         commits += now != last
         last = now
         checks += 1
+    stop[0] = 1
     for child in children:
         assert os.waitpid(child, 0)[1] == 0
     assert checks > 5
@@ -152,7 +155,7 @@ def test_a_check_stores_nothing(made: TestRegion) -> None:
 def test_a_worker_that_is_killed_leaves_no_damage(made: TestRegion) -> None:
     region = made.region(readonly=True)
     for turn in range(5):
-        child = start_worker(made, 10)
+        child = start_worker(made, mmap.mmap(-1, 1))
         time.sleep(0.1 + 0.037 * turn)
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
