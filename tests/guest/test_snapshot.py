@@ -214,8 +214,11 @@ def wait_for_change(folder: Path, seen: dict[str, bytes] | None = None) -> dict[
 
 def silent_slots(host: Host, region: Path) -> list[tuple[str, str]]:
     """The slots of peers that show no life, and what they were doing."""
-    rows = [line.split() for line in host.run(IVSHMEMFS, "peers", region).check().out.splitlines()]
-    return [(row[0], row[-2]) for row in rows[1:] if row[-1] != "alive"]
+    shown = host.run(IVSHMEMFS, "peers", region).check().out.splitlines()
+    columns = shown[0].split()
+    doing, life = (columns.index(name) - len(columns) for name in ("DOING", "LIFE"))
+    rows = [line.split() for line in shown[1:]]
+    return [(row[0], row[doing]) for row in rows if row[life] != "alive"]
 
 
 def stop_between_changes(worker: Worker, host: Host, region: Path) -> str:
