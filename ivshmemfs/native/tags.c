@@ -296,7 +296,12 @@ int tags_sweep(const struct blocks *blocks, const unsigned char *marks,
                const unsigned char *limits, uint64_t start, uint64_t stop,
                unsigned char *pointers, uint64_t *found)
 {
-    struct scan scan = {blocks, marks, limits, start, stop, pointers, 0};
+    struct scan scan = {.blocks = blocks,
+                        .marks = marks,
+                        .limits = limits,
+                        .start = start,
+                        .stop = stop,
+                        .pointers = pointers};
     int status;
 
     if (start > stop || stop > blocks->block_count)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.fuse.fake_kernel import Kernel
 from tests.fuse.fake_mount import FakeMount
 
 
@@ -42,3 +43,13 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FakeMount]:
 def mnt(mount: Callable[..., FakeMount]) -> FakeMount:
     """One mount of the test double with default options."""
     return mount()
+
+
+@pytest.fixture
+def kernel() -> Iterator[Kernel]:
+    """The descriptor's front end, with a socket that plays the kernel."""
+    made = Kernel()
+    try:
+        yield made
+    finally:
+        made.close()

@@ -6,7 +6,6 @@ import errno
 import os
 import stat
 import struct
-from collections.abc import Iterator
 from typing import NoReturn
 
 import pytest
@@ -20,15 +19,6 @@ from ivshmemfs.fuse.ownership import Ownership
 from tests.fuse.fake_kernel import UNIQUE, Kernel
 from tests.fuse.fake_mount import FakeMount
 from tests.support.mounts import needs_fuse
-
-
-@pytest.fixture
-def kernel() -> Iterator[Kernel]:
-    made = Kernel()
-    try:
-        yield made
-    finally:
-        made.close()
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 
@@ -71,15 +71,6 @@ def opcodes() -> dict[str, int]:
     known = {name: int(number) for name, number in found if "RESERVED" not in name}
     assert len(known) >= 40
     return known | NEWER
-
-
-@pytest.fixture
-def kernel() -> Iterator[Kernel]:
-    made = Kernel()
-    try:
-        yield made
-    finally:
-        made.close()
 
 
 def test_the_numbers_are_the_kernels(opcodes: dict[str, int]) -> None:
