@@ -545,6 +545,10 @@ class Filesystem(Mount):
             self._let_go(self._new)
         self._new = 0
 
+    def is_open(self, ino: int) -> bool:
+        """Whether this mount holds inode `ino` open."""
+        return ino in self._open
+
     def release(self, handle: Handle) -> None:
         """Close a file; a file without links whose last handle this was is freed."""
         self._close(handle.ino)

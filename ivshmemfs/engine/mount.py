@@ -121,6 +121,8 @@ class Mount:
         self._retirement = Retirement(self.table)
         self._decide_soon = False  # who is gone: at the next tick
         self._ticks = 0
+        self._own_word = 0  # the commit word after the last own commit
+        self._own_since = 0  # the commit word before an unbroken row of own commits up to that
         self._short_at = float("-inf")  # when the log last told that memory is short
         self._shut_out = False  # by a repair, as the log says
         self._repairs = self.table.state(repair.SLOT)
@@ -185,6 +187,14 @@ class Mount:
     def is_committing(self) -> bool:
         """Whether somebody is committing at this moment, so that a change would be Busy."""
         return self._hint.held
+
+    def commit_word(self) -> int:
+        """The commit word: while it does not change, nobody has changed anything.  One load."""
+        return self.store.control.load()
+
+    def only_own_commits(self, before: int, now: int) -> bool:
+        """Whether all commits after the commit word `before`, up to `now`, were this mount's."""
+        return now == before or (now == self._own_word and self._own_since <= before)
 
     # --- the two ways to work -------------------------------------------------------------
 
@@ -292,6 +302,9 @@ class Mount:
                     space.store_nodes()
                     if new_word := space.publish(word, new_root):
                         published = True
+                        if word != self._own_word:
+                            self._own_since = word
+                        self._own_word = new_word
                         self._view = View(self.store, new_word, new_root, tx.hand_over())
                         if space.dropped:
                             self._dropped.add(space.dropped)

@@ -31,6 +31,7 @@ from ivshmemfs.errors import Busy, FsError, Unfinished
 from ivshmemfs.fuse import protocol
 from ivshmemfs.fuse.connection import Relay
 from ivshmemfs.fuse.operations import LARGEST, Operations
+from ivshmemfs.fuse.pages import Pages
 from ivshmemfs.fuse.retry import errno_of
 
 #: Bytes of names that one request lists.
@@ -104,7 +105,7 @@ def _answered(turn: Unfinished, answer: Callable[[Any], Answer]) -> Unfinished:
 class KernelFrontEnd:
     """Reads and answers requests of one *connection*.
 
-    *spawn* starts a task.
+    *spawn* starts a task.  *pages* learns which files the kernel keeps pages of.
     """
 
     def __init__(
@@ -114,8 +115,11 @@ class KernelFrontEnd:
         spawn: Callable[[Callable[[], Awaitable[None]]], None],
         *,
         page_cache: bool,
+        pages: Pages | None = None,
     ) -> None:
         self._operations = operations
+        self._pages = pages
+        self._page_cache = page_cache
         self._retry = operations.retry
         self._device = connection.device
         self.hand_on = connection.offer
@@ -462,6 +466,8 @@ class KernelFrontEnd:
         return self._opened(self._operations.open(node, flags, ctx))
 
     def _opened(self, fh: int) -> bytes:
+        if self._page_cache and self._pages is not None:
+            self._pages.note(self._operations.opened(fh))
         return protocol.OPEN_OUT.pack(fh, self._open_flags)
 
     def _create(self, node: int, ctx: Context, request: Buffer, end: int) -> Answer:
@@ -478,6 +484,8 @@ class KernelFrontEnd:
     def _read(self, _node: int, _ctx: Context, request: Buffer, _end: int) -> Answer:
         fh, offset, size = protocol.READ_IN.unpack_from(request, _BODY)
         into = self._result if size <= LARGEST else None
+        if not request[protocol.READ_FLAGS_AT] & protocol.READ_LOCKOWNER and self._pages:
+            self._pages.note(self._operations.opened(fh))
         got = self._operations.read(fh, offset, size, into)
         return got if isinstance(got, bytes | memoryview) else memoryview(got)
 

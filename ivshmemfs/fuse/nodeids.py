@@ -88,6 +88,11 @@ class NodeIds:
         self._told[node] = self._told.get(node, 0) + 1
         return node
 
+    def of_file(self, ino: int) -> tuple[int, ...]:
+        """The numbers by which the kernel may know file `ino`."""
+        passing = self._passing.get(ino)
+        return (ino,) if passing is None else (ino, passing)
+
     def named(self, node: int, *, file: bool = False) -> int:
         """The number itself, by which the kernel asks for something: from a file handle."""
         ino = self.inode_of(node)

@@ -79,6 +79,7 @@ class Operations:
         self._rights = Rights(fs, self.presented, enforced=root_only)
         self._node_ids = NodeIds()
         self.inode_of = self._node_ids.inode_of
+        self.nodes_of_file = self._node_ids.of_file
         self._walks = Walks()
         self._handles: dict[int, Handle] = {}
         self._numbers = itertools.count(1)
@@ -293,6 +294,10 @@ class Operations:
     def read(self, fh: int, offset: int, size: int, into: memoryview | None = None) -> Buffer:
         """Up to *size* bytes of one moment; in *into* if they are many."""
         return self._fs.read(self._handles[fh], offset, size, into)
+
+    def opened(self, fh: int) -> int:
+        """The inode of an open file."""
+        return self._handles[fh].ino
 
     def write(
         self,

@@ -80,6 +80,9 @@ CREATE_IN = struct.Struct("=IIxxxxxxxx")
 OPEN_IN = struct.Struct("=Ixxxx")
 #: fh, offset, size; READ and READDIR.
 READ_IN = struct.Struct("=QQIxxxxxxxxxxxxxxxxxxxx")
+#: The low byte of a READ's flags; without this one the kernel reads pages that it will keep.
+READ_FLAGS_AT = IN_HEADER.size + 20
+READ_LOCKOWNER = 1 << 1
 #: fh, offset, size, write_flags, the file's flags; the bytes follow.
 WRITE_IN = struct.Struct("=QQIIxxxxxxxxIxxxx")
 #: mode, rdev as dev_t has its lower 32 bits; the name follows.  The kernel has applied the umask.
@@ -147,6 +150,28 @@ STATX_OUT = struct.Struct("=32xIIxxxxxxxxIIIHxxQQQxxxxxxxxqIxxxxqIxxxxqIxxxxqIxx
 STATX_BASIC_STATS, STATX_BTIME = 0x7FF, 0x800
 #: ino, cookie of the next, length of the name, type; the name follows, then zeros up to 8 bytes.
 DIRENT = struct.Struct("=QQII")
+
+# --- notifications: an OUT header with `unique` 0 and the code in place of the errno -----------
+
+NOTIFY_INVAL_INODE = 2
+NOTIFY_STORE = 4
+#: nodeid, offset, length; negative or 0: to the end.
+_INVAL_INODE_OUT = struct.Struct("=Qqq")
+#: nodeid, offset, bytes that follow.
+_STORE_OUT = struct.Struct("=QQIxxxx")
+
+
+def inval_inode(node: int) -> bytes:
+    """The message that makes the kernel drop all pages, and the attributes, of a file."""
+    body = _INVAL_INODE_OUT.pack(node, 0, 0)
+    return OUT_HEADER.pack(OUT_HEADER.size + len(body), NOTIFY_INVAL_INODE, 0) + body
+
+
+def store(node: int, offset: int, content: bytes) -> bytes:
+    """The message that puts *content* into the kernel's pages; the file grows to its end."""
+    body = _STORE_OUT.pack(node, offset, len(content)) + content
+    return OUT_HEADER.pack(OUT_HEADER.size + len(body), NOTIFY_STORE, 0) + body
+
 
 #: Open flags of an answer.
 FOPEN_DIRECT_IO = 1

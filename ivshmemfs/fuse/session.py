@@ -32,6 +32,7 @@ from ivshmemfs.fuse.loop import Loop
 from ivshmemfs.fuse.operations import Operations
 from ivshmemfs.fuse.options import MountOptions, fusermount_options, libfuse_options
 from ivshmemfs.fuse.ownership import Ownership
+from ivshmemfs.fuse.pages import Invalidator, Pages
 from ivshmemfs.fuse.pyfuse3_frontend import Pyfuse3FrontEnd
 from ivshmemfs.fuse.upkeep import Upkeep
 
@@ -64,6 +65,8 @@ class Session:
         unchecked = options.root_only and mountpoint.helper() is not None
         self._operations = Operations(fs, self.loop.pause, ownership=ownership, root_only=unchecked)
         self._upkeep = Upkeep(fs)
+        self._invalidator = Invalidator()
+        self._pages = Pages(fs, self._operations.nodes_of_file, self._invalidator.tell)
         self._options = options
         self._lifeline: mountpoint.Lifeline | None = None
         self._mount(source, options)
@@ -120,11 +123,13 @@ class Session:
         return ready
 
     def _answer_first(self, connection: Relay) -> None:
+        self._invalidator.use(connection.device)
         front_end = KernelFrontEnd(
             self._operations,
             connection,
             self.loop.spawn,
             page_cache=self._options.mmap,
+            pages=self._pages,
         )
         self.loop.answer_first(front_end, connection.device)
 
@@ -148,6 +153,7 @@ class Session:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._watch_signals, nursery.cancel_scope)
             nursery.start_soon(self._keep_up)
+            nursery.start_soon(self._pages.run)
             await pyfuse3.main(min_tasks=1, max_tasks=MAX_WORKERS)
             log.info("%s: unmounted", self._path)
             nursery.cancel_scope.cancel()
@@ -211,6 +217,7 @@ class Session:
 
         With *libfuse* False its session is left alone: closing one that it failed to make crashes.
         """
+        self._invalidator.stop()
         if self._handshake is not None:
             self._handshake.close()
         if libfuse:

@@ -390,6 +390,12 @@ class FakeFilesystem:
     def releasedir(self, handle: FakeHandle) -> None:
         self.release(handle)
 
+    def commit_word(self) -> int:
+        return 0
+
+    def look(self, _reader: Callable[[Any], dict[int, Any]]) -> dict[int, Any]:
+        return {}  # nothing of an inode block: its files are never watched
+
     def standing(self) -> Standing:
         return Standing.SOUND
 

@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -20,6 +20,7 @@ from tests.support.lab import SHARED_MAPPINGS, Lab, needs_fuse, needs_root, new_
 pytestmark = [needs_fuse, needs_root]
 shared = pytest.mark.skipif(not SHARED_MAPPINGS, reason="needs Linux 6.6: see -o mmap")
 PAGE = mmap.PAGESIZE
+PATIENCE = 20.0
 
 
 def mapped(path: Path, length: int = 0, flags: int = mmap.MAP_SHARED) -> mmap.mmap:
@@ -150,9 +151,88 @@ def test_what_is_not_flushed_is_not_seen_elsewhere(here: Path, there: Path) -> N
         assert (there / "file").read_bytes()[0:3] == b"old"
         assert other[0:3] == b"old"
         mapping.flush()
-        assert other[0:3] == b"old", "a mapping keeps the pages that it has read"
         assert (there / "file").read_bytes()[0:3] == b"new"
-        assert other[0:3] == b"new", "opening the file lets go of pages that were only read"
+        assert other[0:3] == b"new", "opening the file drops pages that were only read"
+
+
+def _comes(look: Callable[[], bytes], wanted: bytes) -> bool:
+    """Whether *look* returns *wanted* within PATIENCE seconds; nothing else touches the file."""
+    end = time.monotonic() + PATIENCE
+    while look() != wanted:
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.002)
+    return True
+
+
+@shared
+def test_a_mapped_page_follows_what_others_write(here: Path, there: Path) -> None:
+    (here / "file").write_bytes(b"0" * (64 * PAGE))
+    with mapped(here / "file") as mapping, (there / "file").open("r+b", buffering=0) as other:
+        for number in range(1, 20):
+            at = number * 3 * PAGE
+            assert mapping[at : at + 2] in (b"00", b"%02d" % (number - 1))
+            os.pwrite(other.fileno(), b"%02d" % number, at)
+            assert _comes(lambda at=at: mapping[at : at + 2], b"%02d" % number)  # type: ignore[misc]
+
+
+def _sees_it_grow(here: Path, there: Path, size: int) -> bool:
+    """In a process of its own, which a bus error may end."""
+    (here / "file").write_bytes(bytes(8 * PAGE))
+    mapping = mapped(here / "file")
+    os.truncate(here / "file", 100)
+    before = mapping[:100]
+    with (there / "file").open("r+b", buffering=0) as other:
+        other.write(b"b" * size)
+    known = _comes(lambda: mapping[:PAGE], b"b" * PAGE)
+    return known and before == bytes(100) and mapping[:size] == b"b" * size
+
+
+@shared
+@pytest.mark.parametrize("size", [2 * PAGE, 2 * PAGE + 1, 5 * PAGE + 17])
+def test_a_mapped_file_that_others_make_longer(here: Path, there: Path, size: int) -> None:
+    """The size that a page fault relies on follows too; nothing looks at the file meanwhile."""
+    pid = os.fork()
+    if pid == 0:
+        faulthandler.disable()
+        code = 1
+        try:
+            code = 0 if _sees_it_grow(here, there, size) else 2
+        finally:
+            os._exit(code)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+
+
+@shared
+def test_dirty_pages_win_as_the_later_write(here: Path, there: Path) -> None:
+    """What is stored here before the other machine's change arrives replaces the whole page."""
+    (here / "file").write_bytes(b"-" * (2 * PAGE))
+    with mapped(here / "file") as mapping, (there / "file").open("r+b", buffering=0) as other:
+        assert mapping[PAGE : PAGE + 1] == b"-"
+        mapping[0:4] = b"mine"
+        os.pwrite(other.fileno(), b"theirs", PAGE - 6)
+        os.pwrite(other.fileno(), b"theirs", PAGE)
+        assert _comes(lambda: mapping[PAGE : PAGE + 6], b"theirs")
+        assert _comes(lambda: os.pread(other.fileno(), 4, 0), b"mine")
+        assert os.pread(other.fileno(), 6, PAGE - 6) == b"------"
+        assert os.pread(other.fileno(), 6, PAGE) == b"theirs"
+
+
+@shared
+def test_many_dirty_pages_and_many_changes_elsewhere(here: Path, there: Path) -> None:
+    """The kernel writes pages back from inside the notification: nothing may hang."""
+    pages = 512
+    (here / "file").write_bytes(bytes(pages * PAGE))
+    with mapped(here / "file") as mapping, (there / "file").open("r+b", buffering=0) as other:
+        for turn in range(1, 60):
+            for page in range(0, pages, 2):
+                mapping[page * PAGE : page * PAGE + 1] = bytes([turn])
+            for page in range(1, pages, 64):
+                os.pwrite(other.fileno(), bytes([turn]), page * PAGE)
+        assert _comes(lambda: mapping[PAGE : PAGE + 1], bytes([59]))
+        mapping.flush()
+        for page in range(0, pages, 2):
+            assert os.pread(other.fileno(), 1, page * PAGE) == bytes([59])
 
 
 def test_calls_never_see_stale_pages(here: Path, there: Path) -> None:
@@ -175,16 +255,31 @@ def _sent(fd: int, to: int) -> bytes:
     return os.pread(to, 1 << 20, 0)
 
 
-def test_what_the_kernel_sends_by_itself_is_as_it_last_looked(
-    here: Path, there: Path, tmp_path: Path
-) -> None:
-    """sendfile(2) and splice(2) go through pages, too; opening and stat(2) renew them."""
+def test_what_the_kernel_sends_by_itself_follows(here: Path, there: Path, tmp_path: Path) -> None:
+    """sendfile(2) and splice(2) go through pages, too."""
     (here / "file").write_bytes(b"old" * 3000)
     fd, to = os.open(here / "file", os.O_RDONLY), os.open(tmp_path / "to", os.O_CREAT | os.O_RDWR)
     assert _sent(fd, to) == b"old" * 3000
     with (there / "file").open("r+b", buffering=0) as other:
         other.write(b"new" * 3000)
-        assert _sent(fd, to) == b"old" * 3000
+        assert _comes(lambda: _sent(fd, to), b"new" * 3000)
+        other.write(b"longer" * 1000)
+        assert _comes(lambda: _sent(fd, to), b"new" * 3000 + b"longer" * 1000)
+        os.truncate(there / "file", 6)
+        assert _comes(lambda: _sent(fd, to)[:6], b"newnew")
+    os.close(fd)
+    os.close(to)
+
+
+def test_what_the_kernel_sends_is_right_at_once_after_a_look(
+    here: Path, there: Path, tmp_path: Path
+) -> None:
+    """Opening and stat(2) renew pages without waiting."""
+    (here / "file").write_bytes(b"old" * 3000)
+    fd, to = os.open(here / "file", os.O_RDONLY), os.open(tmp_path / "to", os.O_CREAT | os.O_RDWR)
+    assert _sent(fd, to) == b"old" * 3000
+    with (there / "file").open("r+b", buffering=0) as other:
+        other.write(b"new" * 3000)
         os.fstat(fd)
         assert _sent(fd, to) == b"new" * 3000
         other.write(b"longer" * 1000)
