@@ -176,7 +176,7 @@ class Mount:
             self.collect()
 
     @property
-    def place(self) -> tuple[int, int]:
+    def peer_id(self) -> tuple[int, int]:
         """(slot, incarnation) of this mount among the peers; (0, 0) when it only looks."""
         member = self._member
         return (member.slot, member.incarnation) if member is not None else (0, 0)

@@ -94,7 +94,7 @@ def test_a_tag_that_came_back_is_no_claim() -> None:
         incarnation, counter = member.incarnation, member.counter
         fs.unmount()
         fs = made.mount()
-        assert fs.place[0] == 1
+        assert fs.peer_id[0] == 1
         go_back_to(fs, incarnation, counter)
         fs.change(replace_and_claim)
         put(made.mount(), 1, b"between", b"b" * 5000)
@@ -125,7 +125,7 @@ def test_a_plan_that_joins_again_releases_none_of_its_claims(fs: Filesystem) -> 
     def plan(tx: Transaction) -> None:
         block, _, tag = words.POINTER.unpack(tx.space.claim(1))
         tags.append((block, tag))
-        assert fs.table.retire(fs.place[0], fs.table.state(fs.place[0]))
+        assert fs.table.retire(fs.peer_id[0], fs.table.state(fs.peer_id[0]))
         fs._hold(77)
         tx.touch(ROOT_INO, mode=0o040700)
 

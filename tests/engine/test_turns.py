@@ -462,7 +462,7 @@ def test_what_a_dead_mount_had_to_release_is_collected(roomy: TestRegion) -> Non
     Scene._full(fs, b"full")
     fs.unlink(ROOT_INO, b"full", ROOT)
     assert unreachable(fs) > 1000
-    assert other.table.retire(fs.place[0], fs.table.state(fs.place[0]))
+    assert other.table.retire(fs.peer_id[0], fs.table.state(fs.peer_id[0]))
     assert other._member is not None
     other._member.must_collect = True
     costs = pieces(other)
@@ -477,7 +477,7 @@ def test_a_sleeper_releases_nothing_that_is_used_again(roomy: TestRegion) -> Non
     Scene._full(fs, b"full")
     fs.unlink(ROOT_INO, b"full", ROOT)
     assert unreachable(fs) > 1000
-    assert other.table.retire(fs.place[0], fs.table.state(fs.place[0]))
+    assert other.table.retire(fs.peer_id[0], fs.table.state(fs.peer_id[0]))
     other.collect()
     content = {b"%d" % number: os.urandom(5 * MIB) for number in range(10)}
     for name, data in content.items():
@@ -497,7 +497,7 @@ def test_collecting_for_want_of_room_takes_turns(roomy: TestRegion) -> None:
     finish(lambda: fs.fallocate(handle, 0, 0, 50 * MIB))
     fs.release(handle)
     fs.unlink(ROOT_INO, b"large", ROOT)
-    assert other.table.retire(fs.place[0], fs.table.state(fs.place[0]))
+    assert other.table.retire(fs.peer_id[0], fs.table.state(fs.peer_id[0]))
     put(other, ROOT_INO, b"next", b"")
     handle = other.open(other.lookup(ROOT_INO, b"next").ino, os.O_RDWR, ROOT)
     cost = cost_of(other, lambda: other.fallocate(handle, 0, 0, 50 * MIB))
@@ -517,7 +517,7 @@ def test_what_is_lost_is_looked_for_when_what_was_removed_is_not_enough(
     assert other._member is not None
     tag = other._member.begin()
     assert len(other.store.blocks.claim(40 * 1024, tag, 0)[0]) == 40 * 1024 * 16
-    assert fs.table.retire(other.place[0], fs.table.state(other.place[0]))
+    assert fs.table.retire(other.peer_id[0], fs.table.state(other.peer_id[0]))
     ino = put(fs, ROOT_INO, b"next", b"").ino
     handle = fs.open(ino, os.O_RDWR, ROOT)
     assert cost_of(fs, lambda: fs.fallocate(handle, 0, 0, 50 * MIB)).result is None
@@ -530,7 +530,7 @@ def test_orphans_of_a_dead_peer_are_freed_some_at_a_time(roomy: TestRegion) -> N
     for number in range(ORPHANS):
         other.create(ROOT_INO, b"%d" % number, 0o644, os.O_RDWR, ROOT)
         fs.unlink(ROOT_INO, b"%d" % number, ROOT)
-    assert other.table.retire(other.place[0], other.table.state(other.place[0]))
+    assert other.table.retire(other.peer_id[0], other.table.state(other.peer_id[0]))
     left = [fs.view().root.record.orphans]
     costs = [cost_of(fs, fs.tick)]
     while costs[-1].result is True:
@@ -579,7 +579,7 @@ def test_filling_goes_on_beside_a_writer(roomy: TestRegion) -> None:
     call: Callable[[], object] = lambda: fs.fallocate(handle, 0, 0, 4 * MIB)  # noqa: E731
     sizes: list[int] = []
     while not sizes or sizes[-1] < 4 * MIB:
-        assert other._hint.take(other.place[0])
+        assert other._hint.take(other.peer_id[0])
         with pytest.raises(Busy) as refused:
             call()
         assert not isinstance(refused.value, Unfinished)
