@@ -211,8 +211,8 @@ def test_a_holder_that_finds_no_slot_any_more(monkeypatch: pytest.MonkeyPatch) -
         assert mine.acquire(b"")
         assert other.table.retire(fs.peer_id[0], other.table.state(fs.peer_id[0]))
         for mount in (other, made.mount()):
-            assert mount._member is not None
-            mount._member.begin()  # so that its slot is nobody else's
+            assert mount._volume.member is not None
+            mount._volume.member.begin()  # so that its slot is nobody else's
         clock = Seconds(monkeypatch)
         mine.keep()  # one may still fall free
         clock.now += watch.SILENCE + 1
