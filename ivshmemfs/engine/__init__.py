@@ -4,7 +4,8 @@
 """
 
 from ivshmemfs.engine import filesystem
-from ivshmemfs.engine.filesystem import NOW, Filesystem, Handle
+from ivshmemfs.engine.filesystem import NOW, Filesystem
+from ivshmemfs.engine.handle import Handle
 from ivshmemfs.engine.inode import Attr, Context, StatFs
 from ivshmemfs.engine.lock import FileLock
 from ivshmemfs.engine.names import RENAME_EXCHANGE, RENAME_NOREPLACE, RENAME_WHITEOUT

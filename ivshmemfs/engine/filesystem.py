@@ -5,192 +5,144 @@ from __future__ import annotations
 import errno
 import os
 import stat
-import time
-from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator
-from contextlib import suppress
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
 
 from ivshmemfs.engine import data, directory, holes, names, xattr
+from ivshmemfs.engine.committer import Committer
 from ivshmemfs.engine.directory import Entry
+from ivshmemfs.engine.garbage import Garbage
+from ivshmemfs.engine.handle import Handle
 from ivshmemfs.engine.inode import MAX_RDEV, TARGET_MAX, Attr, Context, Inode, StatFs, attributes
-from ivshmemfs.engine.mount import ATTEMPTS, Mount
+from ivshmemfs.engine.lifetimes import Lifetimes
 from ivshmemfs.engine.names import RENAME_EXCHANGE, RENAME_NOREPLACE, RENAME_WHITEOUT
+from ivshmemfs.engine.openfiles import OpenFiles
+from ivshmemfs.engine.orphans import Orphans
 from ivshmemfs.engine.pieces import Pieces
 from ivshmemfs.engine.transaction import Transaction, View
-from ivshmemfs.errors import Busy, Corrupt, FsError, NoSpace, StaleHandle, Unfinished
+from ivshmemfs.engine.upkeep import Upkeep
+from ivshmemfs.engine.volume import Volume
+from ivshmemfs.errors import Corrupt, FsError, NoSpace, StaleHandle, Unfinished
 from ivshmemfs.format.dirent import NAME_MAX, TYPE_SHIFT
 
 if TYPE_CHECKING:
     from ivshmemfs.region import Region
+    from ivshmemfs.region.standing import Standing
 
 T = TypeVar("T")
 
 NOW = 1 << 63  # as a time: the time of the operation
 EARLIEST, LATEST = -(1 << 63), (1 << 63) - 1  # ns since 1970, as they can be stored
-CAREFUL = 5.0  # seconds that a mount looks up carefully after something vanished under a caller
-PINNED = 3.0  # seconds that a careful look-up lists a file as open
-UNPINNED_AT_ONCE = 8  # pins that one call lets go; each may free a file, in its own commit
-PINS = 64  # of them at once: the list is coarse, and what it seems to hold is freed late
-PINNED_SHARE = 8  # a part of the free space: as much at most is kept from being freed by pins
 _RENAME_FLAGS = RENAME_NOREPLACE | RENAME_EXCHANGE | RENAME_WHITEOUT
-GHOSTS = 4096  # removed inodes that are remembered at most
-FOLDERS = 4096  # directories, fifos and the like that are remembered at most
 KEEP_SIZE, PUNCH_HOLE, ZERO_RANGE = 1, 2, 16  # modes of fallocate(2)
 EVERY = 1 << 60  # looks, more than any directory needs
 FILLED_AT_ONCE = 1 << 20  # bytes of holes that one commit fills
 
 
-class Handle:
-    """An open file or directory.
-
-    `append`, `unprivileged`, and `outsider` (opened by nobody of the file's group) are as of its
-    opening.
-    """
-
-    __slots__ = ("append", "ino", "outsider", "readable", "unprivileged", "writable")
-
-    def __init__(
-        self, ino: int, flags: int, ctx: Context | None, *, outsider: bool = False
-    ) -> None:
-        self.ino = ino
-        self.append = bool(flags & os.O_APPEND)
-        access = flags & os.O_ACCMODE
-        self.readable = access != os.O_WRONLY
-        self.writable = access != os.O_RDONLY
-        self.unprivileged = ctx is not None and ctx.uid != 0
-        self.outsider = outsider
-
-
-class Filesystem(Mount):
+class Filesystem:
     """The operations of one mount.  Not thread-safe.
 
-    Callers look a name up first and name the inode in a second call.  Two things bridge the time
-    between, in which anybody may remove it:
-
-    * *Ghosts*: what this mount itself removed, and what is no file whoever removed it, keeps its
-      attributes, without links, until the caller forgets the inode: a directory that somebody is
-      in, a fifo that is open, a path that somebody holds.  So all but files are remembered whenever
-      they are looked up.
-    * *Pins*: once a file vanished so under a caller (ESTALE; the kernel then walks the path
-      again), files that are looked up are listed as open for a moment, so that the second walk
-      cannot fail the same way however fast others replace the name.  Some at a time only, and small
-      ones beside the free space, because what was replaced takes up room for as long.
+    Between two calls any peer may remove an inode that the caller named: see `Lifetimes`.
     """
 
-    def __init__(self, region: Region, *, readonly: bool = False) -> None:
-        super().__init__(region, readonly=readonly)
-        #: The further groups of a process, by its number; set by whoever can find out.
+    def __init__(self, volume: Volume) -> None:
+        self._volume: Final = volume
+        self._openfiles: Final = OpenFiles(volume)
+        self._garbage: Final = Garbage(volume)
+        self._committer: Final = Committer(volume, self._openfiles, self._garbage)
+        self._orphans: Final = Orphans(volume, self._openfiles, self._committer)
+        self._lifetimes: Final = Lifetimes(volume, self._openfiles, self._orphans)
+        self._upkeep: Final = Upkeep(
+            volume, self._openfiles, self._garbage, self._orphans, self._lifetimes
+        )
+        self.region: Final = volume.region
+        self.superblock: Final = volume.superblock
+        self.readonly: Final = volume.readonly
+        self.store: Final = volume.store
+        self.table: Final = volume.table
+        self.clock: Final = volume.clock
+        self.block_size: Final = volume.block_size
+        #: Returns the supplementary groups of a process, by pid; the FUSE layer sets it.
         self.groups_of: Callable[[int], Collection[int]] = _no_groups
-        #: Whether what a caller writes keeps set-ID bits; the same.
+        #: Whether set-ID bits survive a write of this caller; the FUSE layer sets it.
         self.keeps_set_id: Callable[[Context], bool] = _is_root
-        # As they were last, and their ctime since then; in the order of removal.
-        self._ghosts: OrderedDict[int, tuple[Inode, int]] = OrderedDict()
-        self._folders: dict[int, Inode] = {}  # all but files, as they were last looked up
-        # Until when, and how many blocks; by inode, in the order of pinning.
-        self._pins: dict[int, tuple[float, int]] = {}
-        self._pinned_blocks = 0
-        self._careful_until = 0.0
-        self._nameless: set[int] = set()  # open files that were made without a name
+
+    @classmethod
+    def mount(cls, region: Region, *, readonly: bool = False) -> Self:
+        """Join the peers of `region`; with `readonly`, look without joining.
+
+        Raises FormatError and its subclasses when the region holds no usable filesystem,
+        RegionUnfit, TooManyPeers, UnderRepair.
+        """
+        return cls(Volume.mount(region, readonly=readonly))
+
+    def unmount(self) -> None:
+        """Leave the peers.  Frees files that are open here and have no links."""
+        self._upkeep.unmount()
+
+    # --- the mount's parts, as callers use them ---------------------------------------------
+
+    @property
+    def peer_id(self) -> tuple[int, int]:
+        """(slot, incarnation) of this mount among the peers; (0, 0) when it only looks."""
+        return self._volume.peer_id
+
+    @property
+    def is_committing(self) -> bool:
+        """Whether a peer holds the hint word now, so that a change would raise Busy."""
+        return self._committer.hint.held
+
+    def commit_word(self) -> int:
+        """The commit word; while it does not change, no peer has changed anything.  One load."""
+        return self.store.control.load()
+
+    def only_own_commits(self, before: int, now: int) -> bool:
+        """Whether this mount made all commits after the commit word `before`, up to `now`."""
+        return self._volume.only_own_commits(before, now)
+
+    def view(self) -> View:
+        """Return the present state; the same object until the next commit."""
+        return self._volume.view()
+
+    def look(self, reader: Callable[[View], T]) -> T:
+        """Return what `reader` returns for a snapshot; see `Volume.look`."""
+        return self._volume.look(reader)
+
+    def change(self, plan: Callable[[Transaction], T], *, removal: bool = False) -> T:
+        """Commit what `plan` changes and return its result; see `Committer.change`."""
+        return self._committer.change(plan, removal=removal)
+
+    def standing(self) -> Standing:
+        """Return how the region has changed since the mount.  Never raises for what it reads."""
+        return self._volume.standing()
 
     def tick(self) -> bool:
-        """Show life and do a bounded piece of housekeeping; see `Mount.tick`.  Raises Busy."""
-        with suppress(Busy, FsError):  # neither of which may keep it from showing life
-            self._unpin(time.monotonic())
-        return super().tick()
+        """Beat and do one piece of upkeep, about once a second; see `Upkeep.tick`."""
+        return self._upkeep.tick()
 
-    # --- what vanishes between two calls ------------------------------------------------------
+    def work(self) -> bool:
+        """Do one piece of upkeep; whether there is more.  See `Upkeep.work`."""
+        return self._upkeep.work()
 
-    def _careful(self, stale: StaleHandle) -> StaleHandle:
-        """Note that something vanished under a caller."""
-        self._careful_until = time.monotonic() + CAREFUL
-        return stale
+    def collect(self) -> int:
+        """Do a whole collection now; returns how many blocks it freed."""
+        return self._garbage.collect()
 
-    def _ghost(self, ino: int, stale: StaleHandle) -> Inode:
-        self._check_identity()  # in another filesystem, or none, nothing is remembered
-        self.look(lambda view: view.find_inode(ino))
-        ghost = self._ghosts.get(ino)
-        if ghost is None:
-            folder = self._folders.pop(ino, None)
-            if folder is None:
-                raise self._careful(stale)
-            ghost = self._remember(folder, folder.record.ctime_ns)
-        inode, ctime_ns = ghost
-        return inode.evolve(nlink=0, ctime_ns=ctime_ns)
+    def reap(self) -> None:
+        """Free all inodes without links that no peer holds open.  Raises Busy."""
+        self._orphans.reap()
 
-    def _remember(self, removed: Inode, ctime_ns: int) -> tuple[Inode, int]:
-        if len(self._ghosts) >= GHOSTS:
-            self._ghosts.popitem(last=False)
-        self._ghosts[removed.ino] = ghost = removed, ctime_ns
-        return ghost
+    # --- looking ----------------------------------------------------------------------------
 
     def _found(self, inode: Inode) -> Attr:
-        """The attributes of what was looked up."""
-        if not inode.is_regular:  # nobody tells when a directory is entered, or a fifo opened
-            folders = self._folders
-            if folders.pop(inode.ino, None) is None and len(folders) >= FOLDERS:
-                del folders[next(iter(folders))]
-            folders[inode.ino] = inode  # the last, so that the first is the longest ago
+        """Return the attributes of what a look-up found."""
+        if not inode.is_regular:
+            self._lifetimes.seen(inode)
         return self._attr(inode)
 
     def forget(self, ino: int) -> None:
         """The caller will not name inode `ino` again before it has looked it up again."""
-        self._ghosts.pop(ino, None)
-        self._folders.pop(ino, None)
-
-    def _pinned(self, found: Inode, look_again: Callable[[], Inode | None]) -> Inode | None:
-        """What was looked up, made sure to exist for the next call; None when it has gone."""
-        now = time.monotonic()
-        self._unpin(now)
-        if now > self._careful_until:
-            self._careful_until = 0.0
-            return found
-        inode: Inode | None = found
-        for _ in range(ATTEMPTS):
-            if inode is None or self._secured(inode, now):
-                return inode
-            inode = look_again()
-        raise Busy("the name is replaced faster than it can be looked up")
-
-    def _secured(self, inode: Inode, now: float) -> bool:
-        """Pin a file; False when it is gone already."""
-        if inode.is_dir:
-            return True
-        ino = inode.ino
-        self._hold(ino)
-        try:
-            self._confirm(ino)
-        except StaleHandle:
-            self._let_go(ino)
-            return False
-        before = self._pins.pop(ino, None)
-        if before is not None:
-            self._let_go(ino)
-            self._pinned_blocks -= before[1]
-        blocks = inode.record.blocks
-        self._pins[ino] = now + PINNED, blocks
-        self._pinned_blocks += blocks
-        self._unpin(now)
-        return True
-
-    def _unpin(self, now: float) -> None:
-        """Let pins go whose time is over, or which are too many: some at a time."""
-        for _ in range(min(UNPINNED_AT_ONCE, len(self._pins))):
-            ino, (until, blocks) = next(iter(self._pins.items()))
-            many = len(self._pins) > PINS or self._pinned_blocks > self._pinnable()
-            if until >= now and not (many and len(self._pins) > 1):
-                break
-            del self._pins[ino]
-            self._pinned_blocks -= blocks
-            self._close(ino)
-
-    def _pinnable(self) -> int:
-        """Blocks that may be kept by pins."""
-        used = self.look(lambda view: view.root.record.used)
-        free = self.superblock.geometry.block_count - used
-        return max(free, 0) // PINNED_SHARE
-
-    # --- looking ----------------------------------------------------------------------------
+        self._lifetimes.forget(ino)
 
     def _attr(self, inode: Inode) -> Attr:
         return inode.attr or attributes(inode, self.block_size)
@@ -223,9 +175,9 @@ class Filesystem(Mount):
             view.known.add_name(parent, name, inode.ino)
             return inode
 
-        inode = self.look(read)
-        if inode is not None and self._careful_until:
-            inode = self._pinned(inode, lambda: self.look(read))
+        inode = self._volume.look(read)
+        if inode is not None and self._lifetimes.careful_until:
+            inode = self._lifetimes.pinned(inode, lambda: self._volume.look(read))
         return None if inode is None else self._found(inode)
 
     def names_lead_to(self, ino: int, places: Collection[tuple[int, bytes]]) -> bool:
@@ -241,18 +193,18 @@ class Filesystem(Mount):
                     return False
             return True
 
-        return self.look(read)
+        return self._volume.look(read)
 
     def lookup_number(self, ino: int) -> Attr:
         """The attributes of an inode that nobody has looked up before; raises ESTALE."""
-        return self._found(self.look(lambda view: view.inode(ino)))
+        return self._found(self._volume.look(lambda view: view.inode(ino)))
 
     def getattr(self, ino: int) -> Attr:
         """The attributes of an inode; raises ESTALE."""
         try:
-            return self.look(lambda view: self._attr(view.inode(ino)))
+            return self._volume.look(lambda view: self._attr(view.inode(ino)))
         except StaleHandle as stale:
-            return self._attr(self._ghost(ino, stale))
+            return self._attr(self._lifetimes.ghost(ino, stale))
 
     def birth_time(self, ino: int) -> int:
         """When an inode was made, in ns since 1970; raises ESTALE."""
@@ -275,14 +227,14 @@ class Filesystem(Mount):
     def _look_at(self, read: Callable[[View], T]) -> T:
         """Look at an inode that was looked up before."""
         try:
-            return self.look(read)
+            return self._volume.look(read)
         except StaleHandle as stale:
-            raise self._careful(stale) from None
+            raise self._lifetimes.vanished(stale) from None
 
     def statfs(self) -> StatFs:
         """Sizes; `blocks_avail`: data of one file, without its block map and the reserve."""
         geometry = self.superblock.geometry
-        record = self.look(lambda view: view.root.record)
+        record = self._volume.look(lambda view: view.root.record)
         free = max(geometry.block_count - record.used, 0)
         avail = max(free - geometry.reserve, 0)
         return StatFs(
@@ -328,11 +280,13 @@ class Filesystem(Mount):
             return self._attr(tx.put(_changed(inode, changes, tx.now)))
 
         try:
-            shrinking = size is None or self.look(lambda view: view.inode(ino).record.size >= size)
-            return self.change(plan, removal=shrinking)
+            shrinking = size is None or self._volume.look(
+                lambda view: view.inode(ino).record.size >= size
+            )
+            return self._committer.change(plan, removal=shrinking)
         except StaleHandle as stale:
-            ghost = _changed(self._ghost(ino, stale), changes, self.clock.now())
-            self._ghosts[ino] = ghost, ghost.record.ctime_ns
+            ghost = _changed(self._lifetimes.ghost(ino, stale), changes, self.clock.now())
+            self._lifetimes.replace(ghost)
             return self._attr(ghost)
 
     def _resized(self, tx: Transaction, inode: Inode, size: int, ctx: Context) -> Inode:
@@ -378,7 +332,9 @@ class Filesystem(Mount):
 
     def mkdir(self, parent: int, name: bytes, mode: int, ctx: Context) -> Attr:
         """Make a directory."""
-        return self._found(self.change(lambda tx: names.mkdir(tx, parent, name, mode, ctx)))
+        return self._found(
+            self._committer.change(lambda tx: names.mkdir(tx, parent, name, mode, ctx))
+        )
 
     def symlink(self, parent: int, name: bytes, target: bytes, ctx: Context) -> Attr:
         """Make a symbolic link."""
@@ -386,17 +342,17 @@ class Filesystem(Mount):
 
     def link(self, ino: int, parent: int, name: bytes, ctx: Context, *, over: bool = False) -> Attr:
         """Make another name for an inode that is no directory; `over` replaces another file."""
-        revive = ino in self._nameless
+        revive = ino in self._openfiles.nameless
 
         def plan(tx: Transaction) -> Attr:
             return self._attr(names.link(tx, ino, parent, name, revive=revive, over=over))
 
         attr = self._removing(plan, removal=False)
-        self._nameless.discard(ino)
+        self._openfiles.nameless.discard(ino)
         return attr
 
     def _made(self, plan: Callable[[Transaction], Inode]) -> Attr:
-        return self.change(lambda tx: self._attr(plan(tx)))
+        return self._committer.change(lambda tx: self._attr(plan(tx)))
 
     def unlink(self, parent: int, name: bytes, ctx: Context) -> None:
         """Remove a name of something that is no directory."""
@@ -425,9 +381,9 @@ class Filesystem(Mount):
         def run(tx: Transaction) -> tuple[T, Transaction]:
             return plan(tx), tx
 
-        result, tx = self.change(run, removal=removal)
+        result, tx = self._committer.change(run, removal=removal)
         for inode in tx.removed:
-            self._remember(inode, tx.now)
+            self._lifetimes.remember(inode, tx.now)
         return result
 
     # --- opening and closing ----------------------------------------------------------------
@@ -438,16 +394,16 @@ class Filesystem(Mount):
         if inode.is_dir:
             raise FsError(errno.EISDIR)
         handle = Handle(ino, flags, ctx, outsider=self._outsider(inode, ctx))
-        self._hold(ino)
+        self._openfiles.hold(ino)
         try:
-            self._confirm(ino)
+            self._openfiles.confirm(ino)
             if flags & os.O_TRUNC and inode.is_regular:
                 self.setattr(ino, ctx or Context(0, 0), size=0)
         except StaleHandle as stale:
-            self._let_go(ino)
-            raise self._careful(stale) from None
+            self._openfiles.let_go(ino)
+            raise self._lifetimes.vanished(stale) from None
         except BaseException:
-            self._let_go(ino)
+            self._openfiles.let_go(ino)
             raise
         return handle
 
@@ -477,16 +433,16 @@ class Filesystem(Mount):
             made = True
             new_mode = stat.S_IFREG | stat.S_IMODE(mode)
             inode = tx.new_inode(names.new_record(tx, folder, new_mode, ctx))
-            self._hold_new(inode.ino)
+            self._openfiles.hold_new(inode.ino)
             names.add(tx, folder, spot, inode)
             return self._attr(inode)
 
         try:
-            attr = self.change(plan)
+            attr = self._committer.change(plan)
         except BaseException:
-            self._drop_new(0)
+            self._openfiles.drop_new(0)
             raise
-        self._drop_new(attr.ino if made else 0)
+        self._openfiles.drop_new(attr.ino if made else 0)
         if made:
             return Handle(attr.ino, flags, ctx), attr
         handle = self.open(attr.ino, flags, ctx)
@@ -518,50 +474,26 @@ class Filesystem(Mount):
         def plan(tx: Transaction) -> Attr:
             folder = names.folder_of(tx, parent)
             inode = names.make_nameless(tx, folder, mode, ctx, rdev=rdev, to=target)
-            self._hold_new(inode.ino)
+            self._openfiles.hold_new(inode.ino)
             return self._attr(inode)
 
         try:
-            attr = self.change(plan)
+            attr = self._committer.change(plan)
         except BaseException:
-            self._drop_new(0)
+            self._openfiles.drop_new(0)
             raise
-        self._drop_new(attr.ino)
+        self._openfiles.drop_new(attr.ino)
         if not flags & os.O_EXCL:
-            self._nameless.add(attr.ino)
+            self._openfiles.nameless.add(attr.ino)
         return Handle(attr.ino, flags, ctx), attr
-
-    # A new file must be listed as open before the commit that makes it visible, and a lost race
-    # gives it another number, so what was listed for a failed plan is taken back.
-    _new: int = 0
-
-    def _hold_new(self, ino: int) -> None:
-        self._drop_new(0)
-        self._hold(ino)
-        self._new = ino
-
-    def _drop_new(self, kept: int) -> None:
-        if self._new and self._new != kept:
-            self._let_go(self._new)
-        self._new = 0
 
     def is_open(self, ino: int) -> bool:
         """Whether this mount holds inode `ino` open."""
-        return ino in self._open
+        return ino in self._openfiles.counts
 
     def release(self, handle: Handle) -> None:
         """Close a file; a file without links whose last handle this was is freed."""
-        self._close(handle.ino)
-
-    def _close(self, ino: int) -> None:
-        if not self._let_go(ino):
-            return
-        self._nameless.discard(ino)
-        with suppress(Busy, FsError):  # or a later tick, here or elsewhere, frees it
-            if self._member is not None and self.view().root.record.orphans:
-                inode = self.look(lambda view: view.find_inode(ino))
-                if inode is not None and inode.record.nlink == 0:
-                    self._free_orphan(ino)
+        self._orphans.close(handle.ino)
 
     # --- data -------------------------------------------------------------------------------
 
@@ -569,7 +501,9 @@ class Filesystem(Mount):
         self, handle: Handle, offset: int, length: int, into: memoryview | None = None
     ) -> data.Buffer:
         """Up to `length` bytes from `offset`, all of one moment; in `into` if they are many."""
-        return self.look(lambda view: data.read(view, view.inode(handle.ino), offset, length, into))
+        return self._volume.look(
+            lambda view: data.read(view, view.inode(handle.ino), offset, length, into)
+        )
 
     def write(
         self,
@@ -594,7 +528,7 @@ class Filesystem(Mount):
                 inode = data.write(tx, inode, inode.record.size if at_end else at, piece)
                 tx.put(self._shed(tx, inode, handle, ctx))
 
-            self.change(plan)
+            self._committer.change(plan)
 
         try:
             if content:
@@ -620,7 +554,7 @@ class Filesystem(Mount):
 
         Returns how many there were.  When this raises, what stands there is of no use.
         """
-        return self.look(
+        return self._volume.look(
             lambda view: data.read_to(view, view.inode(handle.ino), offset, length, file)
         )
 
@@ -636,14 +570,14 @@ class Filesystem(Mount):
                 tx.put(self._shed(tx, inode, handle))
             return done
 
-        return self.change(plan)
+        return self._committer.change(plan)
 
     def seek(self, handle: Handle, offset: int, whence: int) -> int:
         """Where data (SEEK_DATA) or a hole (SEEK_HOLE) begins from `offset` on; raises ENXIO."""
         if whence not in (os.SEEK_DATA, os.SEEK_HOLE):
             raise FsError(errno.EINVAL)
         find = holes.next_data if whence == os.SEEK_DATA else holes.next_hole
-        return self.look(lambda view: find(view, view.inode(handle.ino), offset))
+        return self._volume.look(lambda view: find(view, view.inode(handle.ino), offset))
 
     def fallocate(self, handle: Handle, mode: int, offset: int, length: int) -> None:
         """As fallocate(2): make or fill holes; blocks are kept within the file only.
@@ -662,7 +596,7 @@ class Filesystem(Mount):
         if mode & (PUNCH_HOLE | ZERO_RANGE):
             self._punch(handle, offset, length, grow=grow)
             return
-        record = self.look(lambda view: _file(view, handle).record)
+        record = self._volume.look(lambda view: _file(view, handle).record)
         missing = (end - offset) // self.block_size - record.blocks
         if missing > self.statfs().blocks_avail:
             raise NoSpace("the region has not that much room")
@@ -675,7 +609,7 @@ class Filesystem(Mount):
                 inode = data.truncate(tx, inode, offset + length)
             tx.put(self._shed(tx, data.modified(tx, inode), handle))
 
-        self.change(plan, removal=True)
+        self._committer.change(plan, removal=True)
 
     def _fill(self, handle: Handle, offset: int, end: int, *, grow: bool) -> None:
         def plan(tx: Transaction) -> int:
@@ -685,7 +619,7 @@ class Filesystem(Mount):
             tx.put(self._shed(tx, data.modified(tx, filled), handle))
             return following if following < upto else end
 
-        at = self.change(plan)
+        at = self._committer.change(plan)
         if at < end:
             raise Unfinished("a part is filled", lambda: self._fill(handle, at, end, grow=grow))
 
@@ -697,9 +631,9 @@ class Filesystem(Mount):
     def opendir(self, ino: int) -> Handle:
         """Open a directory for reading its entries."""
         try:
-            self.look(lambda view: view.directory(ino))
+            self._volume.look(lambda view: view.directory(ino))
         except StaleHandle as stale:
-            if not self._ghost(ino, stale).is_dir:
+            if not self._lifetimes.ghost(ino, stale).is_dir:
                 raise
         return Handle(ino, os.O_RDONLY, None)
 
@@ -754,14 +688,14 @@ class Filesystem(Mount):
             raise
 
     def _next_entries(self, ino: int, key: int) -> list[Entry]:
-        return self.look(lambda view: _entries_after(view, ino, key))
+        return self._volume.look(lambda view: _entries_after(view, ino, key))
 
     def _next_found(self, ino: int, key: int) -> list[tuple[Entry, Attr]]:
         def read(view: View) -> list[tuple[Entry, Inode]]:
             found = _entries_after(view, ino, key)
             return [(entry, names.target(view, entry)) for entry in found]
 
-        return [(entry, self._found(inode)) for entry, inode in self.look(read)]
+        return [(entry, self._found(inode)) for entry, inode in self._volume.look(read)]
 
     # --- extended attributes ----------------------------------------------------------------
 
@@ -775,9 +709,9 @@ class Filesystem(Mount):
 
     def _xattrs(self, ino: int) -> xattr.Table:
         try:
-            return self.look(lambda view: xattr.table(view, view.inode(ino)))
+            return self._volume.look(lambda view: xattr.table(view, view.inode(ino)))
         except StaleHandle as stale:
-            self._ghost(ino, stale)
+            self._lifetimes.ghost(ino, stale)
             return xattr.NO_ATTRIBUTES
 
     def listxattr(self, ino: int, ctx: Context | None = None) -> list[bytes]:
@@ -787,13 +721,15 @@ class Filesystem(Mount):
 
     def setxattr(self, ino: int, name: bytes, value: bytes, flags: int, ctx: Context) -> None:
         """Set an attribute."""
-        self.change(
+        self._committer.change(
             lambda tx: tx.put(xattr.set_value(tx, tx.inode(ino), name, bytes(value), flags))
         )
 
     def removexattr(self, ino: int, name: bytes, ctx: Context) -> None:
         """Remove an attribute; raises ENODATA."""
-        self.change(lambda tx: tx.put(xattr.remove_value(tx, tx.inode(ino), name)), removal=True)
+        self._committer.change(
+            lambda tx: tx.put(xattr.remove_value(tx, tx.inode(ino), name)), removal=True
+        )
 
 
 def _file(view: View, handle: Handle) -> Inode:

@@ -103,7 +103,7 @@ class FileLock:
             values = xattr.load(tx, inode)
             if values.get(ATTRIBUTE, b"") != over:
                 return b""
-            mine = _RECORD.pack(self._ino, *self._fs.place)
+            mine = _RECORD.pack(self._ino, *self._fs.peer_id)
             tx.put(xattr.save(tx, inode, {**values, ATTRIBUTE: mine}, silent=True))
             return mine
 
@@ -123,7 +123,7 @@ class FileLock:
             return
         except IvshmemfsError as error:  # such as that all slots are taken
             raise LockLost(f"the lock is lost: {error}") from None
-        if held != self._mine or _RECORD.unpack(held)[1:] != self._fs.place:
+        if held != self._mine or _RECORD.unpack(held)[1:] != self._fs.peer_id:
             raise LockLost("the lock was taken over while this machine showed no life")
 
     def release(self) -> None:

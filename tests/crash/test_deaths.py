@@ -195,7 +195,7 @@ def test_formatting_that_dies(laboratory: Laboratory, world: bytes, figures: Fig
         again = laboratory.newcomer()
         format_region(again.memory, geometry, Parameters(b"and yet another!"))
         fresh = laboratory.mounted()
-        if mounted.fs._member is not None:
+        if mounted.fs._volume.member is not None:
             _stale(mounted)
             mounted.run(lambda fs: fs.unmount())
         fresh.tick(12)

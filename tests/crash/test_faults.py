@@ -171,13 +171,13 @@ def test_the_last_slot(laboratory: Laboratory, world: bytes) -> None:
     peers = [laboratory.mounted() for _ in range(6)]
     for peer in peers[1:]:
         peer.pause_at(12, lambda: None)
-        assert peer.fs._member is not None
-        peer.fs._member.begin()  # at work, and silent
+        assert peer.fs._volume.member is not None
+        peer.fs._volume.member.begin()  # at work, and silent
     peers[0].run(lambda fs: fs.unmount())
     last = laboratory.mounted()
     assert last.slot() == 1
-    assert last.fs._member is not None
-    last.fs._member.begin()
+    assert last.fs._volume.member is not None
+    last.fs._volume.member.begin()
     with pytest.raises(TooManyPeers, match="evict"):
         laboratory.mounted()
     peers[3].bury()
@@ -195,8 +195,8 @@ def test_a_mount_that_finds_no_slot_again_delays_nobody(
     assert one.fs.table.retire(slot, one.fs.table.state(slot))
     others = [laboratory.mounted() for _ in range(6)]
     for other in others:
-        assert other.fs._member is not None
-        other.fs._member.begin()  # none of them can be taken over
+        assert other.fs._volume.member is not None
+        other.fs._volume.member.begin()  # none of them can be taken over
     told, now = set(), laboratory.fates.clock.now
     actions: list[Callable[[Filesystem], object]] = [
         lambda fs: fs.mkdir(ROOT_INO, b"new", 0o755, ROOT),
@@ -221,7 +221,7 @@ def test_a_mount_that_finds_no_slot_again_delays_nobody(
     assert one.slot() == 3
     one.run(lambda fs: fs.write(handle, 0, b"x"))
     one.run(lambda fs: fs.release(handle))
-    assert not one.fs._open
+    assert not one.fs._openfiles.counts
 
 
 def test_who_was_declared_gone_in_the_middle_has_one_slot(
@@ -252,8 +252,8 @@ def test_what_was_committed_is_told_even_when_no_slot_is_left(
         table = others[0].fs.table
         assert table.retire(one.slot(), table.state(one.slot()))
         for other in (*others, laboratory.mounted()):
-            assert other.fs._member is not None
-            other.fs._member.begin()
+            assert other.fs._volume.member is not None
+            other.fs._volume.member.begin()
 
     with laboratory.fates.speaking(one.pid):
         handle = one.fs.open(INOS[b"a"], os.O_WRONLY | os.O_APPEND, ROOT)

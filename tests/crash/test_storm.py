@@ -170,7 +170,9 @@ def check_region(fs: Filesystem, made: TestRegion) -> None:
             break
     assert unreachable(fs) == 0
     assert fs.view().root.record.orphans == 0
-    assert [p.slot for p in fs.table.peers()] == [fs._member.slot if fs._member else 0]
+    assert [p.slot for p in fs.table.peers()] == [
+        fs._volume.member.slot if fs._volume.member else 0
+    ]
     report = assert_sound(made.region().memory)
     assert not report.findings, str(report)
 

@@ -27,7 +27,7 @@ def test_one_holder_at_a_time(fs: Filesystem, other: Filesystem) -> None:
     assert theirs.record() == b""
     assert mine.acquire(b"")
     assert not theirs.acquire(b"")
-    assert holder_of(theirs) == (ino, *fs.place)
+    assert holder_of(theirs) == (ino, *fs.peer_id)
     mine.keep()
     mine.release()
     assert theirs.record() == b""
@@ -71,7 +71,7 @@ def test_a_holder_that_was_declared_gone(fs: Filesystem, other: Filesystem) -> N
     ino = put(fs, ROOT_INO, b"file", b"").ino
     mine, theirs = FileLock(fs, ino), FileLock(other, ino)
     assert mine.acquire(b"")
-    slot = fs.place[0]
+    slot = fs.peer_id[0]
     other.table.retire(slot, other.table.state(slot))
     assert holder_of(theirs) is None
     fs.tick()
@@ -209,10 +209,10 @@ def test_a_holder_that_finds_no_slot_any_more(monkeypatch: pytest.MonkeyPatch) -
         ino = put(fs, ROOT_INO, b"file", b"").ino
         mine = FileLock(fs, ino)
         assert mine.acquire(b"")
-        assert other.table.retire(fs.place[0], other.table.state(fs.place[0]))
+        assert other.table.retire(fs.peer_id[0], other.table.state(fs.peer_id[0]))
         for mount in (other, made.mount()):
-            assert mount._member is not None
-            mount._member.begin()  # so that its slot is nobody else's
+            assert mount._volume.member is not None
+            mount._volume.member.begin()  # so that its slot is nobody else's
         clock = Seconds(monkeypatch)
         mine.keep()  # one may still fall free
         clock.now += watch.SILENCE + 1

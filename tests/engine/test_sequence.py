@@ -64,7 +64,7 @@ def test_commits_go_on_when_their_number_wraps() -> None:
 
 def go_back_to(fs: Filesystem, incarnation: int, counter: int) -> None:
     """The next claims bear the tags of an earlier transaction, as after 2^20 mounts of the slot."""
-    member = fs._member
+    member = fs._volume.member
     assert member is not None
     member.incarnation, member.counter = incarnation, counter - 1
     member._word = words.make_state(words.IDLE, incarnation, counter - 1)
@@ -87,14 +87,14 @@ def test_a_tag_that_came_back_is_no_claim() -> None:
     """What was published under it is replaced; it is not written over before the commit."""
     with new_region() as made:
         fs = made.mount()
-        member = fs._member
+        member = fs._volume.member
         assert member is not None
         for name, value in (("small", b"s" * 100), ("large", b"l" * 9000), ("other", b"o" * 3000)):
             put(fs, 1, name.encode(), value)
         incarnation, counter = member.incarnation, member.counter
         fs.unmount()
         fs = made.mount()
-        assert fs.place[0] == 1
+        assert fs.peer_id[0] == 1
         go_back_to(fs, incarnation, counter)
         fs.change(replace_and_claim)
         put(made.mount(), 1, b"between", b"b" * 5000)
@@ -125,13 +125,13 @@ def test_a_plan_that_joins_again_releases_none_of_its_claims(fs: Filesystem) -> 
     def plan(tx: Transaction) -> None:
         block, _, tag = words.POINTER.unpack(tx.space.claim(1))
         tags.append((block, tag))
-        assert fs.table.retire(fs.place[0], fs.table.state(fs.place[0]))
-        fs._hold(77)
+        assert fs.table.retire(fs.peer_id[0], fs.table.state(fs.peer_id[0]))
+        fs._openfiles.hold(77)
         tx.touch(ROOT_INO, mode=0o040700)
 
     with pytest.raises(Busy):
         fs.change(plan)
-    fs._let_go(77)
+    fs._openfiles.let_go(77)
     assert len(tags) == 1
     assert all(fs.store.blocks.tag(block) == tag for block, tag in tags)
     while fs.tick():

@@ -10,7 +10,7 @@ from contextlib import suppress
 import pytest
 
 from ivshmemfs.engine import ROOT_INO, Filesystem
-from ivshmemfs.engine.filesystem import Handle
+from ivshmemfs.engine.handle import Handle
 from ivshmemfs.errors import NoSpace
 from tests.engine.asking import fails, names, remove_all
 from tests.support.checks import (

@@ -19,10 +19,13 @@ from ivshmemfs.engine import COMPILED, ROOT_INO, Filesystem
 from ivshmemfs.engine.collect import Collector
 from ivshmemfs.engine.data import Buffer
 from ivshmemfs.engine.dropped import RELEASED_AT_ONCE
-from ivshmemfs.engine.filesystem import KEEP_SIZE, PUNCH_HOLE, UNPINNED_AT_ONCE, ZERO_RANGE
-from ivshmemfs.engine.mount import COLLECTED_AT_ONCE, FREED_AT_ONCE, RETIRE_TICKS
+from ivshmemfs.engine.filesystem import KEEP_SIZE, PUNCH_HOLE, ZERO_RANGE
+from ivshmemfs.engine.garbage import COLLECTED_AT_ONCE
+from ivshmemfs.engine.lifetimes import UNPINNED_AT_ONCE
 from ivshmemfs.engine.names import DEPTH_MAX, RENAME_EXCHANGE
+from ivshmemfs.engine.orphans import FREED_AT_ONCE
 from ivshmemfs.engine.pieces import PIECES_AT_ONCE, Pieces
+from ivshmemfs.engine.upkeep import RETIRE_TICKS
 from ivshmemfs.engine.xattr import save
 from ivshmemfs.errors import Busy, FsError, NoSpace, Unfinished
 from ivshmemfs.format.peer import SlotRecord
@@ -50,7 +53,16 @@ PATH = b"user.%04d"
 #: Done to the end by whoever has nobody waiting for it: a command, a daemon that ends, a test.
 WHOLE = {"mount", "unmount", "collect", "reap"}
 #: Parts of operations, and what is no operation.
-PARTS = {"look", "change", "view", "place", "is_committing"}
+PARTS = {
+    "commit_word",
+    "is_open",
+    "only_own_commits",
+    "look",
+    "change",
+    "view",
+    "place",
+    "is_committing",
+}
 
 
 class Scene:
@@ -371,7 +383,7 @@ def large() -> Iterator[TestRegion]:
 def _claim_all_but(fs: Filesystem, left: int) -> bytes:
     """Claims of nobody's, under a tag that is not settled, as those of a silent peer are."""
     blocks = fs.store.blocks
-    claims, _ = blocks.claim(blocks.free_count() - left, fs._joined().begin(), 0)
+    claims, _ = blocks.claim(blocks.free_count() - left, fs._volume.joined().begin(), 0)
     return claims
 
 
@@ -382,12 +394,12 @@ def test_free_blocks_are_counted_in_turns(large: TestRegion) -> None:
     assert count > 2 * COUNTED_AT_ONCE
     _claim_all_but(other, 5000)
     used = fs.view().root.record.used
-    cost = cost_of(fs, lambda: fs._supply.free(used))
+    cost = cost_of(fs, lambda: fs._volume.supply.free(used))
     assert cost == Cost(-(-count // COUNTED_AT_ONCE), COUNTED_COST, 5000)
-    assert cost_of(fs, lambda: fs._supply.free(used - 7)) == Cost(1, 0, 5007)
-    assert fs._supply.lacking(used)
-    fs._supply.recount()
-    assert cost_of(fs, lambda: fs._supply.free(used)).turns == cost.turns
+    assert cost_of(fs, lambda: fs._volume.supply.free(used - 7)) == Cost(1, 0, 5007)
+    assert fs._volume.supply.lacking(used)
+    fs._volume.supply.recount()
+    assert cost_of(fs, lambda: fs._volume.supply.free(used)).turns == cost.turns
 
 
 def test_a_count_hides_no_block_that_is_freed_meanwhile(large: TestRegion) -> None:
@@ -396,13 +408,13 @@ def test_a_count_hides_no_block_that_is_freed_meanwhile(large: TestRegion) -> No
     claims = _claim_all_but(other, 5000)
     used, size = fs.view().root.record.used, 16 * 3000
     for at in (0, len(claims) - size):
-        fs._supply.recount()
+        fs._volume.supply.recount()
         with pytest.raises(Unfinished):
-            fs._supply.free(used)
+            fs._volume.supply.free(used)
         fs.store.blocks.release(claims[at : at + size])
-        free = finish(partial(fs._supply.free, used - 3000))
+        free = finish(partial(fs._volume.supply.free, used - 3000))
         assert free >= fs.store.blocks.free_count()
-        assert fs._supply.lacking(used - 3000), "who is not sure looks for lost blocks"
+        assert fs._volume.supply.lacking(used - 3000), "who is not sure looks for lost blocks"
         used -= 3000
 
 
@@ -462,9 +474,9 @@ def test_what_a_dead_mount_had_to_release_is_collected(roomy: TestRegion) -> Non
     Scene._full(fs, b"full")
     fs.unlink(ROOT_INO, b"full", ROOT)
     assert unreachable(fs) > 1000
-    assert other.table.retire(fs.place[0], fs.table.state(fs.place[0]))
-    assert other._member is not None
-    other._member.must_collect = True
+    assert other.table.retire(fs.peer_id[0], fs.table.state(fs.peer_id[0]))
+    assert other._volume.member is not None
+    other._volume.member.must_collect = True
     costs = pieces(other)
     assert len(costs) > 1
     assert max(cost.work for cost in costs) <= COLLECTED_AT_ONCE * NODE + CHANGE
@@ -477,14 +489,14 @@ def test_a_sleeper_releases_nothing_that_is_used_again(roomy: TestRegion) -> Non
     Scene._full(fs, b"full")
     fs.unlink(ROOT_INO, b"full", ROOT)
     assert unreachable(fs) > 1000
-    assert other.table.retire(fs.place[0], fs.table.state(fs.place[0]))
+    assert other.table.retire(fs.peer_id[0], fs.table.state(fs.peer_id[0]))
     other.collect()
     content = {b"%d" % number: os.urandom(5 * MIB) for number in range(10)}
     for name, data in content.items():
         put(other, ROOT_INO, name, data)
-    assert fs._dropped.pending
+    assert fs._garbage.dropped.pending
     pieces(fs)
-    assert not fs._dropped.pending
+    assert not fs._garbage.dropped.pending
     for name, data in content.items():
         assert get(fs, ROOT_INO, name) == get(other, ROOT_INO, name) == data
     assert_adds_up(other)
@@ -497,7 +509,7 @@ def test_collecting_for_want_of_room_takes_turns(roomy: TestRegion) -> None:
     finish(lambda: fs.fallocate(handle, 0, 0, 50 * MIB))
     fs.release(handle)
     fs.unlink(ROOT_INO, b"large", ROOT)
-    assert other.table.retire(fs.place[0], fs.table.state(fs.place[0]))
+    assert other.table.retire(fs.peer_id[0], fs.table.state(fs.peer_id[0]))
     put(other, ROOT_INO, b"next", b"")
     handle = other.open(other.lookup(ROOT_INO, b"next").ino, os.O_RDWR, ROOT)
     cost = cost_of(other, lambda: other.fallocate(handle, 0, 0, 50 * MIB))
@@ -513,11 +525,11 @@ def test_what_is_lost_is_looked_for_when_what_was_removed_is_not_enough(
     fs, other = roomy.mount(), roomy.mount()
     Scene._full(fs, b"full")
     fs.unlink(ROOT_INO, b"full", ROOT)
-    assert fs._dropped.pending
-    assert other._member is not None
-    tag = other._member.begin()
+    assert fs._garbage.dropped.pending
+    assert other._volume.member is not None
+    tag = other._volume.member.begin()
     assert len(other.store.blocks.claim(40 * 1024, tag, 0)[0]) == 40 * 1024 * 16
-    assert fs.table.retire(other.place[0], fs.table.state(other.place[0]))
+    assert fs.table.retire(other.peer_id[0], fs.table.state(other.peer_id[0]))
     ino = put(fs, ROOT_INO, b"next", b"").ino
     handle = fs.open(ino, os.O_RDWR, ROOT)
     assert cost_of(fs, lambda: fs.fallocate(handle, 0, 0, 50 * MIB)).result is None
@@ -530,7 +542,7 @@ def test_orphans_of_a_dead_peer_are_freed_some_at_a_time(roomy: TestRegion) -> N
     for number in range(ORPHANS):
         other.create(ROOT_INO, b"%d" % number, 0o644, os.O_RDWR, ROOT)
         fs.unlink(ROOT_INO, b"%d" % number, ROOT)
-    assert other.table.retire(other.place[0], other.table.state(other.place[0]))
+    assert other.table.retire(other.peer_id[0], other.table.state(other.peer_id[0]))
     left = [fs.view().root.record.orphans]
     costs = [cost_of(fs, fs.tick)]
     while costs[-1].result is True:
@@ -559,10 +571,10 @@ def test_a_collection_that_found_no_root_is_not_over(
 ) -> None:
     """Others may commit faster than it can read: it tries again."""
     fs = roomy.mount()
-    assert fs._member is not None
-    tag = fs._member.begin()
+    assert fs._volume.member is not None
+    tag = fs._volume.member.begin()
     fs.store.blocks.claim(3, tag, 0)
-    fs._member.end()
+    fs._volume.member.end()
     collector = Collector(fs.store, fs.table)
     fs.store._root = None  # as before the first look
     with monkeypatch.context() as patch:
@@ -579,11 +591,11 @@ def test_filling_goes_on_beside_a_writer(roomy: TestRegion) -> None:
     call: Callable[[], object] = lambda: fs.fallocate(handle, 0, 0, 4 * MIB)  # noqa: E731
     sizes: list[int] = []
     while not sizes or sizes[-1] < 4 * MIB:
-        assert other._hint.take(other.place[0])
+        assert other._committer.hint.take(other.peer_id[0])
         with pytest.raises(Busy) as refused:
             call()
         assert not isinstance(refused.value, Unfinished)
-        other._hint.give()
+        other._committer.hint.give()
         try:
             call()
         except Unfinished as turn:
@@ -597,11 +609,11 @@ def test_pins_are_let_go_some_at_a_time(roomy: TestRegion) -> None:
     fs = roomy.mount()
     for number in range(3 * UNPINNED_AT_ONCE):
         ino = put(fs, ROOT_INO, b"%d" % number, b"").ino
-        fs._hold(ino)
-        fs._pins[ino] = 0.0, 1
-    before = len(fs._pins)
+        fs._openfiles.hold(ino)
+        fs._lifetimes.pins[ino] = 0.0, 1
+    before = len(fs._lifetimes.pins)
     fs.tick()
-    assert len(fs._pins) == before - UNPINNED_AT_ONCE
+    assert len(fs._lifetimes.pins) == before - UNPINNED_AT_ONCE
 
 
 # --- a table that is full of silent peers ------------------------------------------------------
@@ -751,8 +763,8 @@ def test_by_the_clock(figures: Figures) -> None:
         fs.unlink(ROOT_INO, b"file", ROOT)
         timed(lambda: fs.release(handle))
         timed(fs.work)
-        assert fs._member is not None
-        fs._member.must_collect = True
+        assert fs._volume.member is not None
+        fs._volume.member.must_collect = True
         timed(fs.tick)
         timed(fs.work)
         assert_adds_up(fs)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from ivshmemfs.engine import Filesystem, mount
+from ivshmemfs.engine import Filesystem, volume
 from ivshmemfs.errors import RegionUnfit
 from ivshmemfs.region import Memory, probe
 from ivshmemfs.region.probe import Probe, Scratch
@@ -15,8 +15,8 @@ def test_a_mapping_without_compare_and_swap(monkeypatch: pytest.MonkeyPatch) -> 
     def unfit(memory: Memory, scratch: Scratch | None = None) -> Probe:
         return probe(memory)._replace(cas_ok=False)
 
-    monkeypatch.setattr(mount, "cas_works", lambda memory, word: False)
-    monkeypatch.setattr(mount, "probe", unfit)
+    monkeypatch.setattr(volume, "cas_works", lambda memory, word: False)
+    monkeypatch.setattr(volume, "probe", unfit)
     with new_region() as made:
         with pytest.raises(RegionUnfit, match="-o ro"):
             made.mount()

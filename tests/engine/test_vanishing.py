@@ -8,8 +8,7 @@ import stat
 
 import pytest
 
-from ivshmemfs.engine import NOW, ROOT_INO, Context, Filesystem
-from ivshmemfs.engine import filesystem as engine
+from ivshmemfs.engine import NOW, ROOT_INO, Context, Filesystem, lifetimes
 from tests.engine.asking import fails
 from tests.support.checks import assert_adds_up
 from tests.support.regions import ROOT, put
@@ -74,8 +73,8 @@ def test_a_directory_that_another_mount_removed(
 
 
 def test_ghosts_are_few(fs: Filesystem, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine, "GHOSTS", 3)
-    monkeypatch.setattr(engine, "FOLDERS", 1)
+    monkeypatch.setattr(lifetimes, "GHOSTS", 3)
+    monkeypatch.setattr(lifetimes, "FOLDERS", 1)
     attrs = []
     for _ in range(5):
         attrs.append(fs.mkdir(ROOT_INO, b"dir", 0o755, ROOT))

@@ -161,10 +161,10 @@ def test_live_peers_are_not_repaired_under(
     assert run("-y", "--force", made.path) == 1
     assert "peer slot 1" not in capsys.readouterr().out
     assert run("-n", made.path) == 0
-    place = fs.place
+    place = fs.peer_id
     put(fs, 1, b"after", b"the mount goes on")
     assert get(fs, 1, b"after") == b"the mount goes on"
-    assert fs.place == place
+    assert fs.peer_id == place
     fs.unmount()
     assert run("-n", made.path) == 0
 

@@ -432,8 +432,8 @@ def test_who_retires_and_leaves_collects_first(made: TestRegion, new: New, fates
     assert not whole(watcher)
     fs = made.mount()
     look_for(fs, fates, watch.SILENCE)
-    assert fs._member is not None
-    fs._member.must_collect |= fs.table.retire_gone(fs.place[0])
+    assert fs._volume.member is not None
+    fs._volume.member.must_collect |= fs.table.retire_gone(fs.peer_id[0])
     assert not whole(watcher)
     fs.unmount()
     assert whole(watcher)

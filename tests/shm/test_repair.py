@@ -92,9 +92,9 @@ def test_a_mount_says_once_that_it_is_shut_out(
 
 def test_a_mount_shows_life_during_a_repair(made: TestRegion, fs: Filesystem) -> None:
     """Also while it keeps files from being freed, of which it cannot tell whether it may."""
-    fs._hold(5)
-    fs._pins[5] = 0.0, 1
-    fs._pins[6] = float("inf"), 1
+    fs._openfiles.hold(5)
+    fs._lifetimes.pins[5] = 0.0, 1
+    fs._lifetimes.pins[6] = float("inf"), 1
     turn, _ = turn_on(made, fs)
     turn.take(force=False)
     before = fs.table.heartbeats()[1]
@@ -108,9 +108,9 @@ def test_a_mount_leaves_during_a_repair(made: TestRegion, fs: Filesystem) -> Non
     """Although it cannot collect what it should."""
     handle, _ = fs.create(1, b"open", 0o644, os.O_RDWR, ROOT)
     fs.unlink(1, b"open", ROOT)
-    assert handle.ino in fs._open
-    assert fs._member is not None
-    fs._member.must_collect = True
+    assert handle.ino in fs._openfiles.counts
+    assert fs._volume.member is not None
+    fs._volume.member.must_collect = True
     turn, _ = turn_on(made, fs)
     turn.take(force=False)
     fs.unmount()
@@ -246,7 +246,7 @@ def test_what_a_commit_left_before_a_repair_is_not_released_after_it(
             fs.rmdir(1, b"d", ROOT)
         assert fs.store.blocks.free_count() <= free
         while fs.store.blocks.free_count() < free:
-            assert fs._ticks < 10_000
+            assert fs._upkeep.ticks < 10_000
             fs.tick()
     fs.unmount()
     assert_clean(made)
@@ -258,7 +258,7 @@ def test_a_collection_starts_anew_when_a_repair_came_between(
     """A repair may have found a use for what no root reached when the marking began."""
     from ivshmemfs.engine.collect import Collector
 
-    member = fs._member
+    member = fs._volume.member
     assert member is not None
     tag = member.begin()
     pointers, _ = fs.store.blocks.claim(3, tag, 0)
@@ -286,10 +286,10 @@ def test_a_collection_that_a_repair_stops_is_not_forgotten(
     from ivshmemfs.engine.collect import Collector
 
     turn, _ = turn_on(made, fs)
-    fs._collector = Collector(fs.store, fs.table)
+    fs._garbage.collector = Collector(fs.store, fs.table)
     turn.take(force=False)
     with pytest.raises(UnderRepair):
-        fs._collect_piece()
+        fs._garbage.collect_piece()
     turn.give_up()
-    assert fs._collector is not None
-    assert fs._collector.step()
+    assert fs._garbage.collector is not None
+    assert fs._garbage.collector.step()

@@ -28,8 +28,8 @@ from ivshmemfs.region import open_region
 from ivshmemfs.shm import identity
 identity.machine_id = lambda: b"machine of tests"
 fs = Filesystem.mount(open_region(sys.argv[1]))
-fs._member.begin()
-print(fs.place[0], flush=True)
+fs._volume.member.begin()
+print(fs.peer_id[0], flush=True)
 sys.stdin.read()
 os._exit(0)
 """

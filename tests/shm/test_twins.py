@@ -319,9 +319,9 @@ def test_a_slot_that_is_left_to_the_twin_says_so_to_its_next_owner(
 
 def test_a_mount_tells_of_it_once(made: TestRegion, caplog: pytest.LogCaptureFixture) -> None:
     fs = made.mount()
-    before = fs.place
-    assert fs._member is not None
-    twin = Twin(fs._member)
+    before = fs.peer_id
+    assert fs._volume.member is not None
+    twin = Twin(fs._volume.member)
     assert twin("beat") == "None"
     fs.tick()
     assert [r.getMessage() for r in caplog.records if "identity" in r.getMessage()]
@@ -329,6 +329,6 @@ def test_a_mount_tells_of_it_once(made: TestRegion, caplog: pytest.LogCaptureFix
     fs.tick()
     put(fs, 1, b"file", b"x")
     assert not caplog.records
-    assert fs.place != before
+    assert fs.peer_id != before
     twin.end()
     fs.unmount()

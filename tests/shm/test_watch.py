@@ -231,7 +231,7 @@ def test_two_machines_with_one_uuid(
         first = made.mount()
     with fates.speaking(two):
         second = made.mount()
-        place = second.place[0]
+        place = second.peer_id[0]
     for _ in range(3):
         fates.clock.sleep(1)
         for pid, fs in ((one, first), (two, second)):
@@ -256,7 +256,7 @@ def test_a_machine_that_was_started_anew(
     before, now = fates.new(), fates.new()
     with fates.speaking(before):
         first = made.mount()
-        place = first.place[0]
+        place = first.peer_id[0]
     with fates.speaking(now):
         second = made.mount()
         assert second.table.state(place) >> words.SLOT_SHIFT == words.IDLE

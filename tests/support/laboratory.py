@@ -18,7 +18,7 @@ from typing import TypeVar, cast
 
 import pytest
 
-from ivshmemfs.engine import Filesystem, filesystem
+from ivshmemfs.engine import Filesystem, lifetimes
 from ivshmemfs.errors import Busy, Unfinished
 from ivshmemfs.format import peer, superblock
 from ivshmemfs.region import Memory, Region, open_region
@@ -101,7 +101,7 @@ class Fates:
         patch.setattr(identity, "process_exists", self.exists)
         patch.setattr(identity, "start_time", self.start_time)
         patch.setattr(identity, "surroundings", lambda: self._here)
-        patch.setattr(filesystem, "CAREFUL", -1.0)  # what was looked up is not kept open
+        patch.setattr(lifetimes, "CAREFUL", -1.0)  # what was looked up is not kept open
         for reading in ("monotonic", "monotonic_ns", "time_ns", "clock_gettime_ns", "sleep"):
             patch.setattr(time, reading, getattr(self.clock, reading))
 

@@ -1,0 +1,182 @@
+"""Changes of the region: a plan runs in a transaction until one commit publishes it.
+
+A plan is a function of a `Transaction`.  `Committer.change` runs it in this order:
+
+    take the hint        Busy if another peer commits and makes progress
+    begin                own slot IDLE -> ACTIVE; the tags of all claims carry the new counter
+      load the commit word, check that no peer has retired this incarnation
+      plan, seal         only private blocks change
+      publish            one compare-and-swap; after a lost race, plan again on the new root
+    end                  own slot ACTIVE -> IDLE
+    release              the replaced blocks, and the claims that the commit did not need
+    give the hint
+
+Nothing here waits: `Busy` means that nothing was changed and that the caller can try again.  Each
+change is one turn of bounded work (see `shm/store.py`).  A longer change raises Unfinished at the
+end of its turn.  Its progress is in the node cache (nodes read), in `Garbage` (blocks to release or
+collect), or in `go_on` of the Unfinished.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Final, TypeVar
+
+from ivshmemfs.engine.garbage import Garbage
+from ivshmemfs.engine.openfiles import OpenFiles
+from ivshmemfs.engine.transaction import Known, Transaction, View
+from ivshmemfs.engine.volume import ATTEMPTS, DAMAGE, Volume
+from ivshmemfs.errors import (
+    Busy,
+    Corrupt,
+    Fenced,
+    FsError,
+    IvshmemfsError,
+    NoSpace,
+    Restart,
+    Unfinished,
+)
+from ivshmemfs.format import repair
+from ivshmemfs.shm.control import Hint
+from ivshmemfs.shm.peers import Membership
+from ivshmemfs.shm.space import Space
+
+T = TypeVar("T")
+
+
+class Committer:
+    """The changes of one mount."""
+
+    def __init__(self, volume: Volume, openfiles: OpenFiles, garbage: Garbage) -> None:
+        self._volume: Final = volume
+        self._store: Final = volume.store
+        self._supply: Final = volume.supply
+        self._openfiles: Final = openfiles
+        self._garbage: Final = garbage
+        self.hint: Final = Hint(volume.region.memory)
+        # The repair slot's state word at the last transaction.
+        self._repairs = volume.table.state(repair.SLOT)
+
+    def change(self, plan: Callable[[Transaction], T], *, removal: bool = False) -> T:
+        """Run `plan` in a transaction and return its result; a `removal` may use the reserve.
+
+        Raises EROFS, Busy, Unfinished, NoSpace, Corrupt, EIO, ESTALE, and what `plan` raises.
+        """
+        member = self._volume.joined()
+        self._store.begin_turn()
+        try:
+            if not self.hint.take(member.slot):
+                raise Busy("another peer is committing")
+            try:
+                return self._transact(member, plan, removal)
+            except NoSpace:
+                releasing = self._garbage.dropped.pending
+                if not self._garbage.make_room(member):
+                    raise
+                return self._transact_again(member, plan, removal, releasing)
+            finally:
+                member.withdraw()
+                self.hint.give()
+        except Fenced as error:
+            self._volume.rejoin(member)
+            raise Busy(str(error)) from error
+        except DAMAGE as error:
+            raise self._volume.contained(error) from error
+        except FsError as error:  # the copy from a file into blocks failed
+            if error.errno != errno.EIO:
+                raise
+            raise self._volume.contained(error) from error
+
+    def _transact_again(
+        self, member: Membership, plan: Callable[[Transaction], T], removal: bool, releasing: bool
+    ) -> T:
+        """Run `plan` again after `make_room` freed some blocks.
+
+        Raises Unfinished if it finds no space and the blocks came from `releasing`: the next turn
+        may release more, or collect.
+        """
+        self._store.begin_turn()
+        try:
+            return self._transact(member, plan, removal)
+        except NoSpace:
+            if not releasing:
+                raise
+            raise Unfinished("blocks of what was removed are being released") from None
+
+    def _transact(self, member: Membership, plan: Callable[[Transaction], T], removal: bool) -> T:
+        volume, store = self._volume, self._store
+        space = Space(store, self._begin(member), self._supply)
+        published = False
+        try:
+            for _ in range(ATTEMPTS):
+                word, root = store.snapshot()
+                member.check()
+                tx = Transaction(
+                    store, word, root, space, self._openfiles.in_use, removal,
+                    volume.clock, self._known_of(word),
+                )  # fmt: skip
+                try:
+                    result = plan(tx)
+                    if not tx.changed:
+                        return result
+                    new_root = tx.seal()
+                except Restart as overtaken:
+                    if store.control.load() == word:
+                        raise Corrupt(f"the present root leads astray: {overtaken}") from None
+                except Unfinished:
+                    volume.latest = View(store, word, root, tx.known)
+                    raise
+                else:
+                    space.store_nodes()
+                    if new_word := space.publish(word, new_root):
+                        published = True
+                        volume.note_commit(word, new_word)
+                        volume.latest = View(store, new_word, new_root, tx.hand_over())
+                        if space.dropped:
+                            self._garbage.take(space.dropped)
+                        return result
+                space.forget_plan()
+                if not self.hint.retake(member.slot):
+                    break
+            raise Busy("other peers commit faster than this one can plan")
+        finally:
+            space.settle(published, self._end(member))
+
+    def _known_of(self, word: int) -> Known:
+        """Return what the latest view knows if it is of commit `word`, else nothing known."""
+        view = self._volume.latest
+        return view.hand_over() if view is not None and view.word == word else Known()
+
+    def _begin(self, member: Membership) -> int:
+        """Begin a transaction; returns the tag of its claims.
+
+        What was cut off before a repair is left to a collection: the repair may reach it again.
+        """
+        repairs = self._supply.begin()
+        if repairs != self._repairs:
+            self._repairs = repairs
+            member.must_collect |= self._garbage.dropped.leave()
+        try:
+            tag = member.begin()
+        except Fenced:
+            self._volume.rejoin(member)
+            tag = member.begin()
+        self._store.blocks.guard(*member.standing)
+        return tag
+
+    def _end(self, member: Membership) -> bool:
+        """End the transaction; whether this peer ended it, not the one that retired it.
+
+        A commit stays valid after the peer was retired, so a failure to rejoin raises nothing: the
+        next transaction tries again.
+        """
+        try:
+            member.end()
+        except Fenced:
+            member.must_collect = True
+            with suppress(IvshmemfsError, OSError):
+                self._volume.rejoin(member)
+            return False
+        return True

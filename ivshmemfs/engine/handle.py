@@ -1,0 +1,28 @@
+"""An open file or directory, as the caller holds it between its opening and its release."""
+
+from __future__ import annotations
+
+import os
+
+from ivshmemfs.engine.inode import Context
+
+
+class Handle:
+    """An open file or directory.  Its attributes keep their values at open time.
+
+    `unprivileged`: a user other than root opened it.  `outsider`: the opener does not belong to the
+    file's group.
+    """
+
+    __slots__ = ("append", "ino", "outsider", "readable", "unprivileged", "writable")
+
+    def __init__(
+        self, ino: int, flags: int, ctx: Context | None, *, outsider: bool = False
+    ) -> None:
+        self.ino = ino
+        self.append = bool(flags & os.O_APPEND)
+        access = flags & os.O_ACCMODE
+        self.readable = access != os.O_WRONLY
+        self.writable = access != os.O_RDONLY
+        self.unprivileged = ctx is not None and ctx.uid != 0
+        self.outsider = outsider

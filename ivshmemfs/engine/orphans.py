@@ -1,0 +1,83 @@
+"""Inodes without links: they are freed when no peer holds them open.
+
+    linked     a directory entry leads to the inode
+    orphan     its last link was removed while a peer held it open; the orphan directory lists it
+    freed      the last close of the mount that held it freed it (`close`), or the upkeep of any
+               mount did, after the holder died or found the region busy (`reap_piece`)
+
+The upkeep goes through the orphan directory in the order of its keys.  `_last_key` is where its
+present pass continues; 0 starts a new pass.
+"""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from typing import Final
+
+from ivshmemfs.engine import directory, names
+from ivshmemfs.engine.committer import Committer
+from ivshmemfs.engine.directory import Entry
+from ivshmemfs.engine.openfiles import OpenFiles
+from ivshmemfs.engine.transaction import View
+from ivshmemfs.engine.volume import Volume
+from ivshmemfs.errors import Busy, FsError
+from ivshmemfs.format.inode import ORPHANS_INO
+
+CHECKED_AT_ONCE: Final = 256  # orphans that one piece looks up in the open filters
+FREED_AT_ONCE: Final = 8  # orphans that one piece frees, each in a commit of its own
+
+
+class Orphans:
+    """Frees inodes without links, for one mount."""
+
+    def __init__(self, volume: Volume, openfiles: OpenFiles, committer: Committer) -> None:
+        self._volume: Final = volume
+        self._openfiles: Final = openfiles
+        self._committer: Final = committer
+        self._last_key = 0
+
+    def close(self, ino: int) -> None:
+        """Drop a handle of `ino`, and free the inode if it has no links and no other handle."""
+        if not self._openfiles.let_go(ino):
+            return
+        self._openfiles.nameless.discard(ino)
+        volume = self._volume
+        with suppress(Busy, FsError):  # a later tick of any mount frees it
+            if volume.member is not None and volume.view().root.record.orphans:
+                inode = volume.look(lambda view: view.find_inode(ino))
+                if inode is not None and inode.record.nlink == 0:
+                    self._free(ino)
+
+    def reap(self) -> None:
+        """Free all orphans that no peer holds open.  Raises Busy."""
+        self._last_key = 0
+        while self.reap_piece() or self._last_key:
+            pass
+
+    def reap_piece(self) -> int:
+        """Check the next orphans of this pass and free some; returns how many it freed.
+
+        The pass is over when `_last_key` is 0.
+        """
+
+        def read(view: View) -> list[Entry]:
+            return directory.leaf_after(view, view.inode(ORPHANS_INO), self._last_key)
+
+        member, freed, seen = self._volume.joined(), 0, 0
+        while seen < CHECKED_AT_ONCE:
+            found = self._volume.look(read)
+            if not found:
+                self._last_key = 0
+                break
+            for entry in found:
+                if freed == FREED_AT_ONCE:
+                    return freed
+                self._last_key = entry.key
+                ino = entry.ino
+                if ino not in self._openfiles.counts and not member.listed_elsewhere(ino):
+                    freed += self._free(ino)
+            seen += len(found)
+        return freed
+
+    def _free(self, ino: int) -> bool:
+        return self._committer.change(lambda tx: names.free_orphan(tx, ino), removal=True)
