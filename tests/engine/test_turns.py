@@ -60,7 +60,7 @@ PARTS = {
     "look",
     "change",
     "view",
-    "place",
+    "peer_id",
     "is_committing",
 }
 
