@@ -4,14 +4,14 @@ No filesystem semantics live here, and nothing outside this package knows pyfuse
 
 - ``operations``: every operation in the kernel's terms, the only caller of the engine, with
   ``nodeids``, ``walks``, ``rights`` (and ``callers``), ``ownership`` and ``retry``
-- ``kernel_frontend``: requests read from the FUSE descriptor, whose bytes ``protocol`` declares
-- ``pyfuse3_frontend``: the same requests where pyfuse3 reads them
-- ``connection``: opening the FUSE connection, so that requests can be read and files mapped
-- ``loop``: how the daemon waits for the next request
-- ``mountpoint``: what can be mounted on, what is mounted, fusermount3
-- ``options``: the ``-o`` options
-- ``session``: one mount, from the first request to the last; ``upkeep``: its housekeeping
-- ``daemon``: processes, signals; ``logs``: what the daemon tells
+- ``kernel_frontend``: reads requests from the FUSE descriptor; ``protocol`` declares their bytes
+- ``pyfuse3_frontend``: serves the same requests where pyfuse3 reads them
+- ``connection``: opens the FUSE connection and negotiates its features
+- ``loop``: waits for the next request
+- ``mountpoint``: checks mount points, lists mounts, runs fusermount3
+- ``options``: parses the ``-o`` options
+- ``session``: runs one mount from its first request to its last; ``upkeep``: its housekeeping
+- ``daemon``: starts and ends the process; ``logs``: writes its log
 
-This file imports nothing, so that commands which mount nothing start without trio and pyfuse3.
+This file imports nothing.  Commands that mount nothing therefore start without trio and pyfuse3.
 """

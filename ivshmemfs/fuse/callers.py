@@ -1,8 +1,9 @@
-"""What the kernel knows of a caller and does not send: its capabilities and groups.
+"""Capabilities and groups of a caller, which a FUSE request does not carry.
 
-A request names a thread, by its number in the daemon's pid namespace; 0 for threads of others.  The
-thread waits for the answer, so the number means it until then.  Capabilities count only in
-the user namespace that they belong to: root of a container has all of them, over nothing of ours.
+A request names a thread by its number in the daemon's pid namespace.  The number is 0 for a thread
+of another pid namespace.  The thread waits for the answer, so its number stays valid until then.
+A capability counts only in the user namespace that it belongs to.  Root of a container has all
+capabilities there, and none over the files of this mount.
 """
 
 from __future__ import annotations
@@ -18,11 +19,11 @@ _VERSION_3 = 0x20080522
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _Header = ctypes.c_uint32 * 2
-_Sets = ctypes.c_uint32 * 6  # effective, permitted, inheritable, twice 32 of each
+_Sets = ctypes.c_uint32 * 6  # effective, permitted, inheritable: low words, then high words
 
 
 def capabilities(thread: int) -> int:
-    """The effective capabilities of a thread as a bit mask; 0 when it is gone."""
+    """Return the effective capabilities of a thread as a bit mask; 0 if the thread has ended."""
     sets = _Sets()
     if _libc.capget(_Header(_VERSION_3, thread), sets):
         return 0
@@ -38,7 +39,10 @@ def _user_namespace(thread: int | str) -> tuple[int, int] | None:
 
 
 def can_tell() -> bool:
-    """Whether this process can find out about others: /proc is of its own pid namespace."""
+    """Return whether this process can read the capabilities of others.
+
+    It needs CAP_SYS_PTRACE and the /proc of its own pid namespace.
+    """
     try:
         own = os.readlink("/proc/self") == str(os.getpid())
     except OSError:
@@ -47,7 +51,10 @@ def can_tell() -> bool:
 
 
 def is_capable(thread: int, capability: int) -> bool:
-    """Whether a thread has a capability over what this process serves; not, when unknown."""
+    """Return whether a thread has a capability in this process's user namespace.
+
+    False for a thread that has ended or that has no number here.
+    """
     if not thread or not capabilities(thread) >> capability & 1:
         return False
     namespace = _user_namespace(thread)
@@ -55,11 +62,14 @@ def is_capable(thread: int, capability: int) -> bool:
 
 
 def groups(process: int) -> Collection[int]:
-    """The further groups of a process; none when it is gone, or in another pid namespace."""
-    from pyfuse3 import get_sup_groups  # not before something is mounted: it loads libfuse
+    """Return the supplementary groups of a process.
+
+    Empty for a process that has ended or that is in another pid namespace.
+    """
+    from pyfuse3 import get_sup_groups  # imported late, because it loads libfuse
 
     try:
         found: Collection[int] = get_sup_groups(process)
-    except Exception:  # whatever is wrong with the process: no group is known
+    except Exception:  # pyfuse3 raises several types for an unreadable /proc/PID/status
         return ()
     return found

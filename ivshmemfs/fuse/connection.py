@@ -1,30 +1,28 @@
-"""Opening the FUSE connection by hand: to agree with the kernel on more than libfuse asks for, and
-to read requests before libfuse does.
+"""Opening of the FUSE connection: negotiates more than libfuse asks for, and keeps the descriptor.
 
 Reads and writes bypass the page cache (``direct_io``), which keeps machines coherent.  The kernel
-then refuses shared mappings (ENODEV), unless the filesystem sets FUSE_DIRECT_IO_ALLOW_MMAP in its
-answer to FUSE_INIT, the first request on a connection (Linux 6.6 and later).  Neither libfuse 3.14
-nor pyfuse3 can set that flag.  libfuse can, however, be given an open descriptor instead of a mount
-point, written /dev/fd/N.  So that descriptor is first one end of a socket pair, and a `Handshake`
-holds the other end and the real connection:
+then refuses shared mappings with ENODEV.  It allows them if the filesystem sets
+FUSE_DIRECT_IO_ALLOW_MMAP in its answer to FUSE_INIT (Linux 6.6 and later).  FUSE_INIT is the first
+request on a connection.  Neither libfuse 3.14 nor pyfuse3 can set that flag.  libfuse accepts an
+open descriptor, written /dev/fd/N, instead of a mount point.  That descriptor is first one end of a
+socket pair.  A `Handshake` holds the other end and the real connection:
 
     state      what has happened                                         what comes next
     MOUNTED    fusermount3 has mounted; the kernel has queued INIT       `step` passes INIT on
     OFFERED    libfuse can read INIT from the socket, and answers there  `step` amends the answer
     OPEN       the kernel has the answer; see below                      nothing
-    FAILED     an error was raised; the descriptors are closed           the caller unmounts
-    CLOSED     a kept connection was closed                              nothing
+    FAILED     `step` raised an error and closed the descriptors         the caller unmounts
+    CLOSED     `close` closed a kept connection                          nothing
 
-What OPEN means depends on who reads requests.  Libfuse: the real connection has taken the place of
-the socket under the number N, and libfuse and the kernel talk directly.  Somebody else: the real
-connection is the `relay`'s, which hands on to libfuse what that reader does not answer itself.
+OPEN has two forms.  If libfuse reads the requests, the real connection has replaced the socket
+under the number N, and libfuse and the kernel talk directly.  If `kernel_frontend` reads them, the
+`relay` owns the real connection and forwards to libfuse the requests without a handler there.
 
-`step` is called before each wait for a request (`loop.Loop`), in the one thread that also runs
-libfuse, so that nothing here is ever concurrent: libfuse has answered when it waits again.
+`loop.Loop` calls `step` before each wait for a request, in the thread that also runs libfuse.  So
+nothing here is concurrent: libfuse has answered when it waits again.
 
-A kernel that does not offer the flag gets libfuse's answer unchanged.  When fusermount3 is not
-installed there is no handshake: libfuse mounts by itself (only root can), and shared mappings are
-refused.
+A kernel that does not offer a flag gets an answer without it.  Without fusermount3 there is no
+handshake: libfuse mounts by itself (only root can), and the kernel refuses shared mappings.
 """
 
 from __future__ import annotations
@@ -41,16 +39,16 @@ from ivshmemfs.fuse import protocol
 
 log = logging.getLogger(__name__)
 
-#: Bytes that the kernel wants room for when a request is read, at the least.
+#: Buffer for one request, in bytes; the kernel refuses to fill a much smaller one.
 READ_SIZE = 64 * 1024
-#: Seconds within which INIT and its answer must arrive; both are there when all is well.
+#: Seconds to wait for INIT and for its answer; normally both are queued already.
 PATIENCE = 5.0
-#: Bytes of the largest request or answer that passes through the socket.
+#: Largest request or answer that passes through the socket, in bytes.
 ROOM = 200 * 1024
 
 
 class State(enum.Enum):
-    """See the module's comment."""
+    """The states that the module's docstring lists."""
 
     MOUNTED = enum.auto()
     OFFERED = enum.auto()
@@ -60,10 +58,10 @@ class State(enum.Enum):
 
 
 class Relay:
-    """Hands requests on to libfuse, over a socket, and its answers back to the kernel."""
+    """Forwards requests to libfuse over a socket, and its answers to the kernel."""
 
     def __init__(self, device: int, ours: socket.socket, *, setxattr_ext: bool = False) -> None:
-        #: What requests are read from.
+        #: The FUSE descriptor.
         self.device = device
         #: Whether the kernel sends the longer header of SETXATTR.
         self.setxattr_ext = setxattr_ext
@@ -71,17 +69,17 @@ class Relay:
         ours.setblocking(False)
 
     def offer(self, request: bytes | memoryview) -> None:
-        """Let libfuse read *request*, which is to be the only one that it has not read."""
+        """Let libfuse read *request*.  libfuse must have read the previous one."""
         self._ours.send(request)
 
     def pump(self) -> None:
-        """Pass on what libfuse has answered so far."""
+        """Forward all answers that libfuse has written so far."""
         while True:
             try:
                 answer = self._ours.recv(ROOM)
             except BlockingIOError:
                 return
-            if not answer:  # libfuse is gone
+            if not answer:  # libfuse closed its end
                 return
             try:
                 os.write(self.device, answer)
@@ -90,15 +88,18 @@ class Relay:
 
     @staticmethod
     def unwanted(error: OSError) -> None:
-        """An answer that the kernel did not take: nobody waits for it, or all is over."""
+        """Log that the kernel refused an answer.
+
+        ENOENT is normal (the caller was killed), and so is the end of the connection.
+        """
         if error.errno != errno.ENOENT and error.errno not in protocol.ENDED:
             log.error("the kernel refused an answer: %s", error)
 
 
 class Handshake:
-    """The opening of one FUSE connection; *device* is its descriptor, owned from now on.
+    """The opening of one FUSE connection; it owns the descriptor *device*.
 
-    With *keep* somebody else than libfuse reads the requests.
+    With *keep* `kernel_frontend` reads the requests, else libfuse does.
     """
 
     def __init__(self, device: int, *, keep: bool = False) -> None:
@@ -106,7 +107,7 @@ class Handshake:
         #: Whether the kernel allows shared mappings of files opened for direct I/O.
         self.shared_mappings = False
         self._device = device
-        #: Once open, when the connection is kept.
+        #: Set in state OPEN if the connection is kept.
         self.relay: Relay | None = None
         self._keep = keep
         self._offered_flags2 = 0
@@ -118,13 +119,14 @@ class Handshake:
 
     @property
     def path(self) -> str:
-        """What libfuse takes for a mount point."""
+        """The text that libfuse accepts as a mount point."""
         return f"/dev/fd/{self._libfuse_fd}"
 
     def step(self, _fd: int) -> bool:
-        """Do what is due before libfuse waits for a request; True when the connection is open.
+        """Advance the handshake; return True when the connection is open.
 
-        Raises MountError when the kernel or libfuse do not do their part.
+        Call it each time before libfuse waits for a request.  Raises MountError if the kernel or
+        libfuse sends nothing, or something else than INIT and its answer.
         """
         try:
             if self.state is State.MOUNTED:
@@ -140,7 +142,7 @@ class Handshake:
             raise
 
     def close(self) -> None:
-        """Close what is not libfuse's to close: the connection, unless libfuse has it."""
+        """Close the connection, unless libfuse owns it."""
         ours = self.state is not State.OPEN or self.relay is not None
         if not ours or self.state in (State.FAILED, State.CLOSED):
             return
@@ -178,13 +180,13 @@ class Handshake:
         self._ours.close()
 
     def _amend(self, answer: bytearray) -> None:
-        """Make libfuse's answer one for this filesystem."""
+        """Change the flags in libfuse's answer to those of this filesystem."""
         if len(answer) < protocol.OUT_HEADER.size + protocol.INIT_OUT.size:
             return
         fields = list(protocol.INIT_OUT.unpack_from(answer, protocol.OUT_HEADER.size))
         self._setxattr_ext = bool(fields[3] & protocol.SETXATTR_EXT)
         if self._keep:
-            # The attributes would be out of date at once; pyfuse3 lists in no other way.
+            # Attributes in a listing are out of date at once.  pyfuse3 always asks for them.
             fields[3] &= ~(protocol.DO_READDIRPLUS | protocol.READDIRPLUS_AUTO)
         if self._offered_flags2 & protocol.DIRECT_IO_ALLOW_MMAP:
             if not fields[3] & protocol.INIT_EXT:

@@ -1,12 +1,11 @@
 """The process that serves a mount.
 
-In the background, the command forks once.  The parent waits on a pipe and ends with what the child
-reports: that the mount can be used, or one line that says why not.  The child is a session of its
-own, with / as its directory and /dev/null for its standard streams, so it outlives the terminal
-and keeps nothing busy.
+A background mount forks once.  The parent waits on a pipe for the child's report: the mount can be
+used, or one line with the reason why not.  The child has its own session, / as its directory and
+/dev/null as its standard streams.  So it survives its terminal, and keeps no other mount busy.
 
-The report is `<exit code> <text>`; with exit code 0 the text, if any, is a notice for the user.  A
-pipe that closes without a report means that the child died.
+The report is `<exit code> <text>`.  With exit code 0 the text is a notice for the user, or empty.
+A pipe that closes without a report means that the child died.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ log = logging.getLogger(__name__)
 EXIT_SYSTEM = 2
 EXIT_INTERNAL = 4
 EXIT_INTERRUPTED = 8
-#: As pyproject.toml says it.  3.2 answers EIO to everything, with 3.4.0 the first request hangs.
+#: The same as in pyproject.toml.  3.2 answers EIO to all requests; 3.4.0 hangs at the first one.
 PYFUSE3_NEEDED = (3, 4, 2)
 
 
@@ -42,16 +41,16 @@ class Attached(NamedTuple):
     """An engine that has joined its region."""
 
     fs: Filesystem
-    source: str  # what df(1) shows as the device
-    notice: str = ""  # one line for whoever mounts
+    source: str  # the device in the output of df(1)
+    notice: str = ""  # one line for the user
 
 
-#: Enters a region; leaves it at the end of the context.
+#: Joins a region; leaves it at the end of the context.
 Attach = Callable[[], AbstractContextManager[Attached]]
 
 
 class DaemonError(MountError):
-    """The daemon could not start; the text and exit code are its own."""
+    """The daemon could not start; it reported this text and exit code."""
 
     def __init__(self, exit_code: int, message: str) -> None:
         super().__init__(message)
@@ -65,7 +64,7 @@ def mount(
     *,
     foreground: bool = False,
 ) -> str:
-    """Mount on *path*; return when the mount can be used, or with *foreground* when it has ended.
+    """Mount on *path*; return when the mount can be used, or with *foreground* after its end.
 
     Returns a notice for the user, or "".  Raises IvshmemfsError.
     """
@@ -97,7 +96,7 @@ def _in_background(attach: Attach, target: str, options: MountOptions) -> str:
     try:
         with os.fdopen(receiving, "rb") as pipe:
             report = pipe.read().decode(errors="surrogateescape")
-    except BaseException:  # whoever mounts has changed his mind
+    except BaseException:  # the user interrupts the command
         os.kill(child, signal.SIGTERM)
         raise
     if not report:
@@ -110,13 +109,13 @@ def _in_background(attach: Attach, target: str, options: MountOptions) -> str:
 
 
 def _bug(target: str, error: BaseException) -> DaemonError:
-    """Log the traceback of an error that ends the daemon; returns what to tell the user."""
+    """Log the traceback of an error that ends the daemon; return the error for the user."""
     log.critical("%s: the daemon ends", target, exc_info=error)
     if isinstance(error, MemoryError):
         return DaemonError(EXIT_SYSTEM, "the daemon ran out of memory")
     if isinstance(error, OSError) and error.strerror:  # a limit of this system
         name = f"{os.fsdecode(error.filename)}: " if error.filename else ""
-        return DaemonError(EXIT_SYSTEM, f"the daemon cannot go on: {name}{error.strerror}")
+        return DaemonError(EXIT_SYSTEM, f"the daemon cannot continue: {name}{error.strerror}")
     if isinstance(error, RuntimeError) and "can't start new thread" in str(error):
         return DaemonError(
             EXIT_SYSTEM, "the daemon cannot start a thread: raise the limits on processes or memory"
@@ -134,7 +133,7 @@ def _death(status: int) -> str:
 
 
 def _be_daemon(attach: Attach, target: str, options: MountOptions, pipe: int) -> NoReturn:
-    """Serve the mount in this process and end it; never returns into the caller's code."""
+    """Serve the mount in this process, then end the process; never returns."""
     reported = False
 
     def report(code: int, text: str) -> None:
@@ -163,12 +162,12 @@ def _be_daemon(attach: Attach, target: str, options: MountOptions, pipe: int) ->
         code = wrong.exit_code
         report(code, str(wrong))
     finally:
-        logging.shutdown()  # which writes what was only counted so far
+        logging.shutdown()  # writes the counts of the rate limit
         os._exit(code)
 
 
 def _detach(pipe: int) -> None:
-    """Let go of the terminal, of inherited descriptors and of the current directory's use."""
+    """Leave the terminal, and close all inherited descriptors but *pipe*."""
     os.setsid()
     null = os.open(os.devnull, os.O_RDWR)
     for stream in (0, 1, 2):
@@ -180,7 +179,7 @@ def _detach(pipe: int) -> None:
 def _serve(
     attach: Attach, target: str, options: MountOptions, on_ready: Callable[[str], None]
 ) -> None:
-    """Enter the region, mount, serve, leave; *on_ready* gets the notice for the user."""
+    """Join the region, mount, serve, leave; *on_ready* gets the notice for the user."""
     session_of = _load_session()
     faulthandler.enable()
     with attach() as attached:
@@ -195,16 +194,16 @@ def _serve(
             session.run(lambda: on_ready(attached.notice))
         except OSError as error:
             raise MountError(f"the FUSE connection broke: {error}") from error
-    # Only now, with the region left behind, may whoever waits for the end of this mount go on.
+    # The daemon has left the region; clients that wait for the end of this mount may continue.
     if lifeline is not None:
         lifeline.close()
 
 
 def _load_session() -> type[Session]:
-    """The class of a mount's session; raises MountError where pyfuse3 or libfuse3 does not do.
+    """Return the class `Session`; raises MountError if pyfuse3 or libfuse3 is unusable.
 
-    trio and pyfuse3 take longer to load than everything else together, and the parent process of a
-    background mount never needs them.
+    trio and pyfuse3 take longer to load than all other modules.  The parent process of a background
+    mount does not need them.
     """
     try:
         import pyfuse3
@@ -228,14 +227,14 @@ def _load_session() -> type[Session]:
 
 
 def _numbers(version: str) -> tuple[int, ...]:
-    """The leading numbers of a version."""
+    """Return the first three numbers of a version."""
     return tuple(int(number) for number in re.findall(r"[0-9]+", version)[:3])
 
 
 def remount(path: str, options: MountOptions) -> None:
-    """Give the mount *path* the options of the kernel's mount in *options*.
+    """Change the kernel's mount at *path* to the flags in *options*.
 
-    The daemon goes on as it was mounted.  Raises MountError, UsageError.
+    The daemon keeps its options.  Raises MountError, UsageError.
     """
     if os.geteuid() != 0:
         raise UsageError("mount option 'remount' is for root alone: unmount and mount again")
@@ -252,7 +251,7 @@ def remount(path: str, options: MountOptions) -> None:
 
 
 def _ours(path: str) -> mountpoint.MountEntry:
-    """The mount of this filesystem whose mount point is *path*; raises MountError."""
+    """Return the ivshmemfs mount at *path*; raises MountError."""
     entry = mountpoint.find(mountpoint.resolve(path))
     if entry is None:
         raise MountError(f"{path} is not mounted")
@@ -264,7 +263,7 @@ def _ours(path: str) -> mountpoint.MountEntry:
 def umount(path: str, *, lazy: bool = False, seconds: float = 30.0) -> None:
     """Unmount *path* and wait until its daemon has left the region.
 
-    A mount whose daemon is dead or stopped is detached.  Raises MountError.
+    Detaches a mount with a dead or stopped daemon.  Raises MountError.
     """
     entry = _ours(path)
     grip = mountpoint.grasp_lifeline(entry.device)

@@ -1,18 +1,21 @@
-"""Requests read from the FUSE descriptor, answered without pyfuse3.
+"""The front end that reads requests from the FUSE descriptor and answers them without pyfuse3.
 
-pyfuse3 costs a request more than everything else in it: a coroutine, a chain of calls through
-libfuse, several copies of what is written.  So each request is read here, translated to a call of
-`operations`, and answered.  What the kernel seldom asks, and libfuse refuses, goes on to libfuse.
-Where there is no descriptor to read from (see `connection`), all requests come through
-`pyfuse3_frontend`.
+pyfuse3 costs more than the rest of a request: a coroutine, a chain of calls through libfuse, and
+several copies of the bytes written.  This front end reads each request, translates it to a call of
+`operations`, and answers it.  It forwards the rare requests that libfuse refuses to libfuse.
+Without a descriptor to read from (see `connection`), `pyfuse3_frontend` serves all requests.
 
-A request: *read* into the one buffer -> *answered*, or *handed on* by the caller to pyfuse3, or
-*waiting*: the engine was busy.  Then a task tries again with a copy of the request, until it is
-answered or the kernel says that its caller was interrupted (INTERRUPT).
+States of a request:
 
-A handler takes (node, who asks, buffer, end of the request in it).  It returns the body of the
-answer, None for an empty one, or ABSENT for ENOENT, which is an ordinary result.  It raises as the
-engine does.  It reads its buffer before it returns, because the next request takes the same place.
+    read       it is in the request buffer
+    answered   the kernel has the answer
+    forwarded  it has no handler here; the caller of `serve` gives it to pyfuse3
+    waiting    the engine was busy; a task retries with a copy of the request, until it is answered
+               or the kernel sends INTERRUPT for it
+
+A handler takes (node, caller, buffer, end of the request in the buffer).  It returns the body of
+the answer, None for an empty body, or ABSENT for ENOENT.  It raises the engine's errors.  It reads
+its buffer before it returns, because the next request overwrites the buffer.
 """
 
 from __future__ import annotations
@@ -34,25 +37,25 @@ from ivshmemfs.fuse.operations import LARGEST, Operations
 from ivshmemfs.fuse.pages import Pages
 from ivshmemfs.fuse.retry import errno_of
 
-#: Bytes of names that one request lists.
+#: Largest answer to READDIR, in bytes.
 LARGEST_LISTING = 1 << 17
 _HUGE = 1 << 21
 _HEADERS = protocol.IN_HEADER.size + protocol.WRITE_IN.size
 _BODY = protocol.IN_HEADER.size
 _BILLION = 10**9
-_BLOCK = 4096  # what stat(2) shows as the best size for reading
-#: Inodes that the kernel forgets at once (when it drops its caches); others follow a turn later.
+_BLOCK = 4096  # st_blksize, in bytes
+#: Inodes of one BATCH_FORGET that one turn forgets; the next turn forgets more.
 FORGOTTEN_AT_ONCE = 512
-#: Packed attributes that are kept for when the same attributes are asked for again.
+#: Entries of the cache of packed attributes; the cache is cleared when it is full.
 PACKED_KEPT = 4000
 
 Buffer = bytes | memoryview
 Answer = bytes | memoryview | None
 Handler = Callable[[int, Context, Buffer, int], Answer]
 
-#: The answer to a look-up of a name that does not exist; cheaper than an exception.
+#: The answer to a look-up of a name that does not exist; it costs less than an exception.
 ABSENT: Final = memoryview(b"ENOENT")
-#: A `Context` of (uid, gid, pid); the class itself costs a Python call more.
+#: Make a `Context` of (uid, gid, pid); calling the class would cost one more Python call.
 _context = functools.partial(tuple.__new__, Context)
 _header = protocol.IN_HEADER.unpack_from
 _out = protocol.OUT_HEADER.pack
@@ -64,14 +67,14 @@ _DIRENT_SIZE = protocol.DIRENT.size
 
 
 def _huge(size: int) -> mmap.mmap:
-    """Private memory in huge pages where there are some: the kernel looks each page up."""
+    """Return private memory, in huge pages if there are some: the kernel pins fewer pages then."""
     memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     memory.madvise(mmap.MADV_HUGEPAGE)
     return memory
 
 
 class Waiting(NamedTuple):
-    """A request that the engine was too busy for."""
+    """A request whose first attempt raised Busy."""
 
     operation: str
     handler: Handler
@@ -81,12 +84,12 @@ class Waiting(NamedTuple):
     request: Buffer
 
     def call(self) -> Answer:
-        """Try it."""
+        """Run the handler again."""
         return self.handler(self.node, self.ctx, self.request, len(self.request))
 
 
 def _answered(turn: Unfinished, answer: Callable[[Any], Answer]) -> Unfinished:
-    """*turn* with answers for its results: that so far, and that of going on."""
+    """Return *turn* with its results translated to answers: the one so far and the final one."""
     go_on = turn.go_on
     if go_on is not None:
 
@@ -103,9 +106,9 @@ def _answered(turn: Unfinished, answer: Callable[[Any], Answer]) -> Unfinished:
 
 
 class KernelFrontEnd:
-    """Reads and answers requests of one *connection*.
+    """Reads and answers the requests of one *connection*; *spawn* starts a task.
 
-    *spawn* starts a task.  *pages* learns which files the kernel keeps pages of.
+    *pages* learns which files the kernel keeps pages of.
     """
 
     def __init__(
@@ -130,7 +133,7 @@ class KernelFrontEnd:
         )
         self._spawn = spawn
         self._open_flags = 0 if page_cache else protocol.FOPEN_DIRECT_IO
-        # What is written starts at a page of the buffer, which makes copying it faster.
+        # The bytes of a WRITE start at a page boundary, which makes the copy faster.
         area = memoryview(_huge(2 * _HUGE))
         self._request = area[mmap.PAGESIZE - _HEADERS :]
         self._into = [self._request]
@@ -182,10 +185,10 @@ class KernelFrontEnd:
     # --- one request ------------------------------------------------------------------------
 
     def serve(self) -> memoryview | None:
-        """Read one request and answer it; returns it when it has no handler here.
+        """Read one request and answer it; return the request if it has no handler here.
 
-        Raises OSError: one of `protocol.ENDED` when the connection has ended; EAGAIN, ENOENT when
-        there is no request to be read after all.
+        Raises OSError: one of `protocol.ENDED` after the end of the connection; EAGAIN or ENOENT if
+        no request is queued any more.
         """
         size = os.readv(self._device, self._into)
         request = self._request
@@ -206,7 +209,7 @@ class KernelFrontEnd:
         return None
 
     def _try_again(self, waiting: Waiting, busy: Busy) -> None:
-        """Try again briefly; then let a task wait, so that others are served meanwhile."""
+        """Retry for `retry.BRIEF_SECONDS`; then start a task that retries beside other requests."""
         try:
             answer = self._retry.briefly(waiting.call, busy)
         except Busy as still:
@@ -229,7 +232,7 @@ class KernelFrontEnd:
                 os.writev(self._device, (header, answer))
         except OSError as error:
             self._unwanted(error)
-        except Exception as error:  # nothing may escape, and somebody waits for an answer
+        except Exception as error:  # the caller waits for an answer, and the loop must go on
             self._say(unique, errno_of("answer", error))
 
     def _say(self, unique: int, code: int) -> None:
@@ -239,7 +242,7 @@ class KernelFrontEnd:
             self._unwanted(error)
 
     def _silent(self, opcode: int, node: int, size: int) -> bool:
-        """Do what has no answer; False when *opcode* is nothing of that kind."""
+        """Serve a request that gets no answer; return False if *opcode* is not of that kind."""
         request = self._request
         if opcode == protocol.FORGET:
             self._forget(node, protocol.FORGET_IN.unpack_from(request, _BODY)[0])
@@ -255,7 +258,7 @@ class KernelFrontEnd:
         return True
 
     def _forget_all(self, batch: bytes) -> None:
-        """Forget what a batch names; the rest of a large one by and by, for nobody waits for it."""
+        """Forget the inodes of a batch, FORGOTTEN_AT_ONCE in a turn; no caller waits for it."""
         most = FORGOTTEN_AT_ONCE * protocol.FORGET_ONE.size
         for one, times in protocol.FORGET_ONE.iter_unpack(batch[:most]):
             self._forget(one, times)
@@ -297,7 +300,10 @@ class KernelFrontEnd:
     # --- parts of answers -------------------------------------------------------------------
 
     def _entry(self, node: int, attr: Attr) -> bytes:
-        """An entry: its number, and its attributes, which show the number of a directory too."""
+        """Return the bytes of an entry: node number and attributes.
+
+        The attributes of a directory show its node number as st_ino.
+        """
         known = self._packed.get(attr.ino)
         entry = known[1] if known is not None and known[0] is attr else self._pack(attr)
         if node == attr.ino:
@@ -308,11 +314,11 @@ class KernelFrontEnd:
         return number + entry[len(number) : _ATTR_AT] + number + entry[_ATTR_AT + len(number) :]
 
     def _attr(self, attr: Attr) -> bytes:
-        """Attributes, after the time that they may be kept: the same bytes end an entry."""
+        """Return the answer to GETATTR; an entry ends with the same bytes."""
         return self._entry(attr.ino, attr)[_ATTR_AT - protocol.ATTR_OUT_SIZE :]
 
     def _pack(self, attr: Attr) -> bytes:
-        """The entry of what is known by the number of its inode."""
+        """Return the entry of an inode whose node number is its inode number; cache it."""
         shown = self._operations.presented(attr)
         atime, atime_ns = divmod(shown.atime_ns, _BILLION)
         mtime, mtime_ns = divmod(shown.mtime_ns, _BILLION)
@@ -451,7 +457,10 @@ class KernelFrontEnd:
 
     @staticmethod
     def _sized(value: bytes, request: Buffer) -> bytes:
-        """*value*, or how long it is for a caller that asks with no room; ERANGE for too little."""
+        """Return *value*, or its length if the caller's buffer has size 0.
+
+        Raises ERANGE for a buffer that is too small.
+        """
         (room,) = protocol.GETXATTR_IN.unpack_from(request, _BODY)
         if not room:
             return protocol.GETXATTR_OUT.pack(len(value))
@@ -492,7 +501,7 @@ class KernelFrontEnd:
     def _write(self, _node: int, ctx: Context, request: Buffer, _end: int) -> Answer:
         fh, offset, size, write_flags, flags = protocol.WRITE_IN.unpack_from(request, _BODY)
         content = memoryview(request)[_HEADERS : _HEADERS + size]
-        cached = bool(write_flags & protocol.WRITE_CACHE)  # who wrote it and how is not known
+        cached = bool(write_flags & protocol.WRITE_CACHE)  # caller and O_APPEND are unknown
         append, by = not cached and bool(flags & os.O_APPEND), None if cached else ctx
         try:
             return _written(self._operations.write(fh, offset, content, append, by))

@@ -1,11 +1,11 @@
-"""Where the daemon's log goes, and how it stays readable.
+"""The daemon's log: its destination and its rate limit.
 
-In the foreground to stderr; in the background to a file when one is named, else to syslog, else
-(a guest without syslog) to the kernel's log.
+A foreground daemon logs to stderr.  A background daemon logs to the file of the option `log=`, else
+to syslog, else (a guest without syslog) to the kernel's log.
 
-A damaged region, or a hostile peer, can make every request fail, each time with another name or
-number in the line.  So lines are limited by kind: lines that differ only in what is quoted and in
-numbers are one kind.
+A damaged region or a hostile peer can make every request fail, each time with another name or
+number in the line.  So the rate of lines is limited by kind.  Lines that differ only in quoted text
+and in numbers are of one kind.
 
     unseen      the next line of the kind is written          -> counting
     counting    for REPEAT_SECONDS its lines are counted      -> unseen; the count is written
@@ -29,12 +29,12 @@ from ivshmemfs.printing import printable
 
 SYSLOG_SOCKET = "/dev/log"
 KERNEL_LOG = "/dev/kmsg"
-#: Seconds during which further lines of one kind are only counted.
+#: Seconds in which further lines of one kind are only counted.
 REPEAT_SECONDS = 60.0
-#: Kinds that are counted at once; lines of more kinds are counted together.
+#: Maximum number of kinds with a count of their own; further kinds share one count.
 KINDS = 1000
 
-#: What differs between lines of one kind: bytes and text as repr() shows them, and numbers.
+#: The parts that differ between lines of one kind: bytes and text in repr() form, and numbers.
 _VARYING = re.compile(
     r"""b?'(?:[^'\\]|\\.)*'|b?"(?:[^"\\]|\\.)*"|0x[0-9a-fA-F]+|[0-9a-fA-F]*[0-9][0-9a-fA-F]*"""
 )
@@ -42,7 +42,7 @@ _VARYING = re.compile(
 
 @dataclass
 class _Kind:
-    """One kind while it is counted: until when, what its first line was, how many came since."""
+    """One kind in state counting: its end (monotonic seconds), its first line, lines since then."""
 
     until: float
     first: logging.LogRecord
@@ -50,12 +50,12 @@ class _Kind:
 
 
 class Limited(logging.Handler):
-    """Hands records on to another handler: one of each kind a minute, and how many it were."""
+    """Passes one record of each kind in REPEAT_SECONDS to another handler, and then the count."""
 
     def __init__(self, target: logging.Handler) -> None:
         super().__init__()
         self._target = target
-        self._kinds: dict[tuple[str, int, str], _Kind] = {}  # by when they end
+        self._kinds: dict[tuple[str, int, str], _Kind] = {}  # in the order of their ends
         self._others: _Kind | None = None
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -75,7 +75,7 @@ class Limited(logging.Handler):
         self._target.handle(record)
 
     def tell(self, now: float) -> None:
-        """Write the counts of the kinds whose time is over."""
+        """Write the counts of the kinds that ended before *now*."""
         for key, kind in list(
             itertools.takewhile(lambda k: k[1].until <= now, self._kinds.items())
         ):
@@ -107,33 +107,33 @@ class Limited(logging.Handler):
 
 
 def tell() -> None:
-    """Write what was only counted and is due; to be called about once a second."""
+    """Write the counts that are due; call it about once a second."""
     for handler in logging.getLogger().handlers:
         if isinstance(handler, Limited):
             handler.tell(time.monotonic())
 
 
 class Escaped(logging.Formatter):
-    """Escapes what a line must not contain: names, labels and messages come from a region."""
+    """Escapes control characters: names, labels and messages come from a region."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:
         """Return the record as one line."""
         return printable(super().formatMessage(record))
 
     def formatException(self, ei: Any) -> str:
-        """Return the traceback, whose lines stay lines."""
+        """Return the traceback with its line breaks; all else is escaped."""
         return "\n".join(map(printable, super().formatException(ei).split("\n")))
 
 
 class KernelLog(logging.Handler):
-    """Writes to /dev/kmsg, one record a line, with the priorities of syslog."""
+    """Writes to /dev/kmsg with the priorities of syslog."""
 
     def __init__(self) -> None:
         super().__init__()
         self._fd = os.open(KERNEL_LOG, os.O_WRONLY | os.O_CLOEXEC)
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Write *record*, a line of the kernel's log for each of its own."""
+        """Write one line of the kernel's log for each line of *record*."""
         priority = 3 if record.levelno >= logging.ERROR else 6
         try:
             for line in self.format(record).splitlines():
@@ -143,11 +143,11 @@ class KernelLog(logging.Handler):
 
 
 def configure(path: str | None, *, foreground: bool) -> None:
-    """Set up logging for the whole process.  Raises MountError when *path* cannot be written."""
+    """Set up logging for the process.  Raises MountError if *path* cannot be written."""
     root = logging.getLogger()
     root.handlers[:] = [Limited(_handler(path, foreground))]
     root.setLevel(logging.INFO)
-    logging.raiseExceptions = False  # a full disk must not matter to the mount
+    logging.raiseExceptions = False  # the mount goes on when the log's disk is full
 
 
 def _handler(path: str | None, foreground: bool) -> logging.Handler:

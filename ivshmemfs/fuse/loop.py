@@ -1,33 +1,30 @@
-"""How the daemon waits for the next request: trio, with its two costly steps replaced.
+"""The wait for the next request: trio, with its two costly steps replaced.
 
-pyfuse3 runs several worker tasks.  One at a time holds a lock, waits until the FUSE descriptor is
-readable and reads one request; then it lets go of the lock and handles the request.  On plain trio
-each of these two steps ends in a trip through trio's scheduler, which costs more than everything
-else that a request needs.  pyfuse3 reaches trio through its module attribute ``trio`` alone (its
-own asyncio mode replaces that attribute too), so a `Loop` put there changes both steps:
+pyfuse3 runs several worker tasks.  One worker at a time holds a lock, waits until the FUSE
+descriptor is readable, and reads one request.  It then releases the lock and handles the request.
+On plain trio each of these two steps passes through trio's scheduler.  That costs more than the
+rest of a request.  pyfuse3 reaches trio only through its module attribute ``trio``, which its own
+asyncio mode replaces too.  A `Loop` in that place changes both steps:
 
-- **the lock** (`ReadLock`) is taken without a scheduling point when nobody holds it, and it is not
-  handed on when it is released: the worker that has just answered usually reads the next request
-  itself.  Another worker is woken only when the first one cannot go on, which is when its handler
-  pauses (`Loop.pause`) or the worker ends.  Nothing else in a handler suspends.
-- **the wait** asks the kernel first, then polls for about 50 us (not on a single CPU, where that
-  would keep the client from running), then blocks in poll(2) for a few milliseconds, and only then
-  goes to trio.  With no requests coming, all the time is spent in trio: idle costs nothing.
+- **the lock** (`ReadLock`): a worker takes a free lock without a scheduling point.  A release does
+  not wake another worker, because the same worker usually reads the next request.  It wakes another
+  one only if its handler pauses (`Loop.pause`) or if it ends.  Nothing else in a handler suspends.
+- **the wait**: the worker asks the kernel first.  Then it polls for 50 us, but not on a single CPU,
+  where the client could not run meanwhile.  Then it blocks in poll(2) for 5 ms, and then it waits
+  in trio.  Without requests it stays in trio, so an idle mount costs nothing.
 
-Where `kernel_frontend` reads requests (`answer_first`), a wait is the time until a request comes
-that is left to pyfuse3: all others are answered on the way.
+If `kernel_frontend` reads requests (`answer_first`), it answers them inside the wait.  The wait
+ends with a request that it leaves to pyfuse3.
 
-Other tasks (signals, the once-a-second upkeep) get their turn by a forced checkpoint after 64
-requests or 2 ms.
+Other tasks (signals, the upkeep) get a turn by a forced checkpoint after 64 requests or 2 ms.
 
-States of a worker: *parked* (another one holds the lock) -> *reading* (holds the lock) ->
-*handling* (does not) -> *reading* or *parked* again.  Invariant: while any worker exists that is
-not in a pause, one of them holds the lock or is on its way to take it.
+States of a worker: *parked* (another one holds the lock) -> *reading* (it holds the lock) ->
+*handling* (it does not) -> *reading* or *parked* again.  Invariant: while a worker exists outside a
+pause, one worker holds the lock or is about to take it.
 
-A worker also survives what would end pyfuse3's main loop: an exception that escapes from request
-handling is logged and the worker goes on, and a request that vanished between poll(2) and read(2)
-(its process was killed) ends in EAGAIN, because the descriptor is non-blocking, instead of in a
-read that blocks the whole process.
+A worker survives two events that would end pyfuse3's main loop.  It logs an exception that escapes
+from a handler, and goes on.  If the kernel withdraws a request between poll(2) and read(2), because
+its process was killed, the read fails with EAGAIN: the descriptor is non-blocking.
 """
 
 from __future__ import annotations
@@ -50,15 +47,15 @@ from ivshmemfs.fuse import protocol
 
 log = logging.getLogger(__name__)
 
-#: Requests handled in a row before other tasks get a turn.
+#: Maximum number of requests in a row before other tasks get a turn.
 REQUESTS_PER_TURN = 64
-#: Seconds after which other tasks get a turn, however few requests there were.
+#: Maximum time before other tasks get a turn, in seconds.
 SECONDS_PER_TURN = 0.002
-#: Seconds of busy polling after a request, when there is a second CPU.
+#: Busy polling after a request, in seconds; none on a single CPU.
 SPIN_SECONDS = 50e-6
-#: Milliseconds that a worker may block in poll(2), and so delay every other task, when idle.
+#: Maximum time that an idle worker blocks in poll(2), in milliseconds; it delays all other tasks.
 NAP_MILLISECONDS = 5
-#: Failures, less than a second apart, after which a worker gives up.
+#: Number of failures, each less than 1 s after the last, after which a worker ends.
 MAX_FAILURES = 100
 
 
@@ -68,30 +65,30 @@ def _nothing() -> Generator[Any, Any, None]:
     yield
 
 
-#: An awaitable that is done.  An exhausted generator may be awaited again and again, and costs a
-#: quarter of an object with __await__, a sixth of a coroutine.
+#: A completed awaitable.  An exhausted generator can be awaited any number of times.  It costs a
+#: quarter of an object with __await__, and a sixth of a coroutine.
 _DONE: Awaitable[None] = _nothing()
 with suppress(StopIteration):
     _DONE.send(None)  # type: ignore[attr-defined]
 
 
 class Requests(Protocol):
-    """Whoever reads requests before pyfuse3 does."""
+    """A front end that reads requests before pyfuse3 does."""
 
     def serve(self) -> memoryview | None:
-        """Read one request; returns it when it is for pyfuse3.  Raises OSError as read(2) does."""
+        """Read one request; return it if it is for pyfuse3.  Raises the OSError of read(2)."""
 
     def hand_on(self, request: memoryview) -> None:
         """Let pyfuse3 read *request* next."""
 
     def pump(self) -> None:
-        """Pass on what pyfuse3 has answered."""
+        """Forward the answers of pyfuse3 to the kernel."""
 
 
 class ReadLock:
-    """The lock that makes one worker at a time read; see the module's comment.
+    """The lock under which one worker at a time reads; see the module's docstring.
 
-    *before_entry* is called when a worker comes, having answered what it read before.
+    A worker that takes the lock calls *before_entry* first; it has answered its last request.
     """
 
     __slots__ = ("_held", "_parked", "_requests_left", "_turn_ends", "before_entry")
@@ -107,7 +104,7 @@ class ReadLock:
         if self.before_entry is not None:
             self.before_entry()
         left = self._requests_left
-        # The clock is looked at after every eighth request only.
+        # Only every eighth request reads the clock.
         if self._held or (not left & 7 and (left <= 0 or time.monotonic() > self._turn_ends)):
             return self._enter()
         self._requests_left = left - 1
@@ -128,12 +125,12 @@ class ReadLock:
         self._held = True
 
     def turn_is_over(self) -> bool:
-        """Count a request; whether it is time that other tasks get their chance to run."""
+        """Count a request; return whether other tasks must get a turn now."""
         self._requests_left = left = self._requests_left - 1
         return not left & 7 and (left <= 0 or time.monotonic() > self._turn_ends)
 
     def new_turn(self) -> None:
-        """Note that every other task has just had its chance to run."""
+        """Start a new turn: every other task has just had its chance to run."""
         self._requests_left = REQUESTS_PER_TURN
         self._turn_ends = time.monotonic() + SECONDS_PER_TURN
 
@@ -143,11 +140,11 @@ class ReadLock:
 
 
 class Loop:
-    """Stands in for the module ``trio`` inside pyfuse3.
+    """Replaces the module ``trio`` inside pyfuse3.
 
-    *before_wait* is called with the FUSE descriptor before each wait until it returns True: the
-    place where the connection is set up (see `connection`).  With *polling* False everything else
-    is left to plain trio, for comparison.
+    The loop calls *before_wait* with the FUSE descriptor before each wait until it returns True;
+    that call opens the connection (see `connection`).  With *polling* False plain trio waits, for
+    comparison.
     """
 
     ClosedResourceError = trio.ClosedResourceError
@@ -164,17 +161,17 @@ class Loop:
         self._closing = False
         self._spin = _useful_spin()
         self._ready: Callable[[], bool] = lambda: False
-        #: Returns when the descriptor has a request, or an end, to report.
+        #: Wait until the descriptor has a request or reports the end of the connection.
         self.wait_readable: Callable[[int], Awaitable[None]] = self._wait_while_opening
 
     def __getattr__(self, name: str) -> Any:
-        """Whatever is not replaced here is trio's."""
+        """Return trio's attribute of that name; this class replaces only some of them."""
         found = getattr(trio.lowlevel, name, None)
         return found if found is not None else getattr(trio, name)
 
     @contextmanager
     def installed(self) -> Iterator[None]:
-        """Let pyfuse3 use this loop for the length of a ``with`` block."""
+        """Let pyfuse3 use this loop inside a ``with`` block."""
         setattr(pyfuse3, "trio", self)
         try:
             yield
@@ -182,13 +179,13 @@ class Loop:
             setattr(pyfuse3, "trio", trio)
 
     def answer_first(self, requests: Requests, fd: int) -> None:
-        """Let *requests*, which reads from *fd*, answer what it can before pyfuse3 sees it."""
+        """Let *requests* read from *fd* and answer; pyfuse3 gets only the rest."""
         self._first = requests
         self._read_lock.before_entry = requests.pump
         self._fd = fd
 
     def adapt(self) -> None:
-        """Look again at what may change while the daemon runs: the CPUs that it may use."""
+        """Adapt the polling to the number of CPUs that the daemon may use now."""
         spin = _useful_spin()
         if spin != self._spin and self._fd >= 0 and self.polling:
             self._spin = spin
@@ -199,7 +196,7 @@ class Loop:
         if self._nursery is not None:
             self._nursery.start_soon(task)
 
-    # --- what pyfuse3 calls ---------------------------------------------------------------
+    # --- the interface of trio that pyfuse3 uses --------------------------------------------
 
     def Lock(self) -> Any:
         """The lock that the workers share."""
@@ -207,20 +204,20 @@ class Loop:
 
     @asynccontextmanager
     async def open_nursery(self) -> AsyncIterator[Workers]:
-        """A nursery whose tasks are the workers."""
+        """Open the nursery of the workers."""
         async with trio.open_nursery() as nursery:
             self._nursery = nursery
             yield Workers(nursery, self)
 
     def notify_closing(self, fd: int) -> None:
-        """pyfuse3 ends its loop: whoever waits for a request shall end too."""
+        """End all waits for a request; pyfuse3 calls this at the end of its loop."""
         self._closing = True
         trio.lowlevel.notify_closing(fd)
         if self._fd >= 0 and self._fd != fd:
             trio.lowlevel.notify_closing(self._fd)
 
     def _wait_while_opening(self, fd: int) -> Awaitable[None]:
-        """The wait until the connection is open; then another one takes its place."""
+        """Wait while the connection is not open; then replace `wait_readable`."""
         if not self._before_wait(fd):
             return trio.lowlevel.wait_readable(fd)
         if self._first is None:
@@ -239,9 +236,9 @@ class Loop:
             self.wait_readable = self._wait
 
     def _polling(self) -> Callable[[], bool]:
-        """Whether there is a request, after a wait that blocks all else but not for long.
+        """Return a function that polls and blocks briefly and returns whether there is a request.
 
-        For the CPUs that there are: a closure, because it runs for each request.
+        It fits the number of CPUs.  It is a closure, because it runs for each request.
         """
         poll = select.poll()
         poll.register(self._fd, select.POLLIN)
@@ -265,9 +262,9 @@ class Loop:
         return _DONE if self._ready() else self._wait_in_trio(fd)
 
     async def _wait_answering(self, _fd: int) -> None:
-        """Answer requests until there is one for pyfuse3.
+        """Answer requests until one is for pyfuse3.
 
-        Raises ClosedResourceError, which ends the worker, when the connection has ended.
+        Raises ClosedResourceError at the end of the connection; that ends the worker.
         """
         requests, read_lock, device = self._first, self._read_lock, self._fd
         assert requests is not None
@@ -295,10 +292,10 @@ class Loop:
         await trio.lowlevel.wait_readable(fd)
         self._read_lock.new_turn()
 
-    # --- what the rest of this package calls ----------------------------------------------
+    # --- the interface for the rest of this package -----------------------------------------
 
     async def pause(self, seconds: float) -> None:
-        """Sleep inside a request handler while other workers take over the reading."""
+        """Sleep inside a request handler; another worker reads meanwhile."""
         self._pauses += 1
         self._read_lock.pass_on()
         try:
@@ -307,33 +304,33 @@ class Loop:
             self._pauses -= 1
 
     def worker_ended(self) -> None:
-        """Somebody else must read from now on."""
+        """Wake another worker, because the caller ends."""
         if self._first is not None:
             self._first.pump()
         self._read_lock.pass_on()
 
 
 def _useful_spin() -> float:
-    """Seconds of busy polling: none on a single CPU, where the client could not run meanwhile."""
+    """Return the seconds of busy polling: 0 on a single CPU, where the client could not run."""
     return SPIN_SECONDS if len(os.sched_getaffinity(0)) > 1 else 0.0
 
 
 class Workers:
-    """The nursery that pyfuse3 starts its workers in; each is supervised."""
+    """The nursery in which pyfuse3 starts its workers; it supervises each worker."""
 
     def __init__(self, nursery: trio.Nursery, loop: Loop) -> None:
         self._nursery = nursery
         self._loop = loop
 
     def start_soon(self, worker: Callable[..., Awaitable[None]], *args: Any, name: str) -> None:
-        """Start *worker*; the arguments are what pyfuse3 passes to each."""
+        """Start *worker* with the arguments that pyfuse3 passes."""
         self._nursery.start_soon(self._supervise, worker, args, name=name)
 
     async def _supervise(self, worker: Callable[..., Awaitable[None]], args: Any) -> None:
-        """Run *worker* until it ends by itself, whatever exceptions a single request causes.
+        """Run *worker* until it returns; log the exception of a single request and go on.
 
-        Raises MountError when the connection could not be set up, and the worker's own error
-        when it fails again and again, which means that the FUSE descriptor itself fails.
+        Raises MountError if the connection cannot be opened.  Raises the worker's error after
+        MAX_FAILURES in a row, which mean that the FUSE descriptor itself fails.
         """
         failures = 0
         last_failure = 0.0
@@ -360,5 +357,5 @@ class Workers:
 
 
 def _withdrawn(error: Exception) -> bool:
-    """Whether a request was taken back before it was read, because its process was killed."""
+    """Return whether the kernel withdrew a request before the read: its process was killed."""
     return isinstance(error, OSError) and error.errno in (errno.EAGAIN, errno.ENOENT, errno.EINTR)

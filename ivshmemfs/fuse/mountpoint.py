@@ -1,12 +1,11 @@
-"""Mount points: what may be mounted on, what is mounted there, and fusermount3.
+"""Mount points: their checks, the list of mounts, and fusermount3.
 
-Mounting goes through fusermount3 for root and for ordinary users alike: it is the one program that
-may do it for a user, and it keeps nosuid and nodev on unless root asks otherwise.  Root unmounts
-by umount2(2).
+fusermount3 mounts for root and for ordinary users.  It is the only program that may mount for a
+user, and it sets nosuid and nodev unless root asks otherwise.  Root unmounts by umount2(2).
 
-A mount whose daemon is stopped blocks every caller that looks at its root.  So nothing here passes
-a path to the kernel that is the root of a mount according to /proc/self/mountinfo, or that leads
-through the root of an ivshmemfs mount; `answers` is the exception, and it bounds its wait.
+A mount with a stopped daemon blocks every caller that looks at its root.  So this module passes no
+path to the kernel that is the root of a mount in /proc/self/mountinfo, and none that leads through
+the root of an ivshmemfs mount.  The exception is `answers`, which limits its wait.
 """
 
 from __future__ import annotations
@@ -32,11 +31,11 @@ if TYPE_CHECKING:
 
 FSTYPE = "fuse.ivshmemfs"
 FUSE_DEVICE = "/dev/fuse"
-#: Seconds that fusermount3 may take; unmounting writes back what is mapped and modified.
+#: Time limit of fusermount3, in seconds; an unmount writes back modified mapped pages.
 HELPER_SECONDS = 30.0
-#: Seconds that a mount has to answer a look.
+#: Time limit for a mount to answer a stat(2), in seconds.
 ANSWER_SECONDS = 5.0
-#: Symbolic links that are followed in one path, as the kernel does.
+#: Maximum number of symbolic links in one path; the kernel's limit.
 MAX_LINKS = 40
 
 _MNT_DETACH, _UMOUNT_NOFOLLOW = 2, 8  # flags of umount2(2)
@@ -62,7 +61,7 @@ class BusyMount(MountError):
 
 
 def mounted(mountinfo: str = "/proc/self/mountinfo") -> list[MountEntry]:
-    """Everything that is mounted, in the order of mounting.  Raises MountError without /proc."""
+    """Return all mounts, in the order of mounting.  Raises MountError without /proc."""
     try:
         with open(mountinfo, "rb") as lines:
             return [_parse(line) for line in lines]
@@ -85,26 +84,26 @@ def _parse(line: bytes) -> MountEntry:
 
 
 def _unescape(field: bytes) -> str:
-    """Undo the octal escapes that the kernel uses for blanks, newlines and backslashes."""
+    """Decode the octal escapes that the kernel writes for blanks, newlines and backslashes."""
     plain = re.sub(rb"\\([0-7]{3})", lambda match: bytes([int(match[1], 8)]), field)
     return os.fsdecode(plain)
 
 
 def find(path: str) -> MountEntry | None:
-    """The topmost mount whose root is exactly *path* (absolute, resolved)."""
+    """Return the topmost mount whose root is *path* (absolute, resolved); None without one."""
     return next((entry for entry in reversed(mounted()) if entry.path == path), None)
 
 
 def ours() -> list[MountEntry]:
-    """The mounts of this filesystem, in the order of mounting."""
+    """Return the mounts of type ivshmemfs, in the order of mounting."""
     return [entry for entry in mounted() if entry.fstype == FSTYPE]
 
 
 def resolve(path: str) -> str:
-    """The absolute path of *path* without symbolic links.
+    """Return the absolute path of *path* without symbolic links.
 
-    The roots of mounts are directories, so they are not looked at.  Behind the root of an ivshmemfs
-    mount the rest of the path is taken as it is.  Raises MountError for a ring of links.
+    The roots of mounts are directories and need no look.  Below the root of an ivshmemfs mount the
+    rest of the path is not resolved.  Raises MountError for a cycle of links.
     """
     roots = {entry.path: entry.fstype for entry in mounted()}  # the topmost one counts
     todo = _parts(absolute(path, "mount point"))
@@ -131,7 +130,7 @@ def resolve(path: str) -> str:
 
 
 def absolute(path: str, what: str) -> str:
-    """The absolute form of *path*; raises MountError where there is no current directory."""
+    """Return the absolute form of *path*; raises MountError without a current directory."""
     if path.startswith("/"):
         return path
     try:
@@ -143,12 +142,12 @@ def absolute(path: str, what: str) -> str:
 
 
 def _parts(path: str) -> list[str]:
-    """The components of a path, the first one last."""
+    """Return the components of a path in reverse order."""
     return [name for name in reversed(path.split("/")) if name not in ("", ".")]
 
 
 def _link(path: str) -> str | None:
-    """Where the symbolic link *path* leads; None when it is none, or is not there."""
+    """Return the target of the symbolic link *path*; None if it is not one or does not exist."""
     try:
         return os.readlink(path)
     except OSError:
@@ -156,9 +155,9 @@ def _link(path: str) -> str | None:
 
 
 def enclosing(path: str) -> MountEntry | None:
-    """The ivshmemfs mount on which *path* is; None when it is on none."""
+    """Return the ivshmemfs mount that holds *path*; None without one."""
     target, found = resolve(path), None
-    for entry in mounted():  # the last one whose path is the longest covers the others
+    for entry in mounted():  # the last one with the longest path covers the others
         inside = target == entry.path or target.startswith(entry.path.rstrip("/") + "/")
         if inside and (found is None or len(entry.path) >= len(found.path)):
             found = entry
@@ -166,9 +165,9 @@ def enclosing(path: str) -> MountEntry | None:
 
 
 def answers(path: str, seconds: float = ANSWER_SECONDS) -> bool:
-    """Whether the mount *path* answers a look in time; also when it answers with an error.
+    """Return whether the mount *path* answers a stat(2) within *seconds*; an error is an answer.
 
-    The look is left to a thread, which the kernel ends together with the process.
+    A daemon thread calls stat(2); the kernel ends it together with the process.
     """
 
     def look() -> None:
@@ -178,14 +177,14 @@ def answers(path: str, seconds: float = ANSWER_SECONDS) -> bool:
     thread = threading.Thread(target=look, daemon=True)
     try:
         thread.start()
-    except RuntimeError:  # a limit on processes or memory: taken as an answer
+    except RuntimeError:  # a limit on processes or memory; count it as an answer
         return True
     thread.join(seconds)
     return not thread.is_alive()
 
 
 def check(path: str) -> str:
-    """Return the resolved *path* if it can be mounted on; raise MountError if not."""
+    """Return the resolved *path* if it can be a mount point; raise MountError if not."""
     target = resolve(path)
     entry = find(target)
     if entry is not None:
@@ -214,7 +213,7 @@ def _occupied(path: str, entry: MountEntry) -> str:
 
 
 def refuse_hung(entry: MountEntry) -> None:
-    """Raise MountError when the daemon of a mount does not answer."""
+    """Raise MountError if the daemon of a mount does not answer."""
     grip = grasp_lifeline(entry.device)
     if grip is not None:
         with grip:
@@ -232,7 +231,7 @@ def refuse_hung(entry: MountEntry) -> None:
 
 
 def check_fuse_device() -> None:
-    """Raise MountError, saying what to do, when this user cannot use /dev/fuse."""
+    """Raise MountError if this user cannot use /dev/fuse."""
     if not os.path.exists(FUSE_DEVICE):
         raise MountError(f"{FUSE_DEVICE} is missing: load the kernel module ('modprobe fuse')")
     if not os.access(FUSE_DEVICE, os.R_OK | os.W_OK):
@@ -246,7 +245,7 @@ def check_fuse_device() -> None:
 
 
 def helper() -> str | None:
-    """The path of fusermount3, if it is installed."""
+    """Return the path of fusermount3; None if it is not installed."""
     return shutil.which("fusermount3")
 
 
@@ -270,7 +269,7 @@ def open_mount(path: str, options: str) -> int:
 
 
 def remount(path: str, flags: int) -> None:
-    """Change the flags of the mount *path*, as mount(2) takes them.  Raises MountError."""
+    """Set the flags of mount(2) of the mount *path*.  Raises MountError."""
     libc = ctypes.CDLL(None, use_errno=True)
     target = ctypes.c_char_p(os.fsencode(path))
     if libc.mount(b"none", target, None, ctypes.c_ulong(flags), None) != 0:
@@ -278,9 +277,9 @@ def remount(path: str, flags: int) -> None:
 
 
 def refuses_changes(path: str) -> bool:
-    """Whether the daemon of the mount *path* refuses every change, as with ``ro``; changes nothing.
+    """Return whether the daemon of the mount *path* refuses every change (mounted with ``ro``).
 
-    Looks at the mount.
+    Sends a request to the mount, but changes nothing.
     """
     try:
         os.removexattr(path, "user.ivshmemfs.no such attribute")
@@ -299,11 +298,11 @@ def _receive_descriptor(channel: socket.socket) -> int:
             space = array.array("i")
             space.frombytes(payload[: space.itemsize])
             return space[0]
-    raise MountError("fusermount3 mounted nothing")
+    raise MountError("fusermount3 returned no FUSE descriptor")
 
 
 def unmount(path: str, *, lazy: bool = False) -> None:
-    """Unmount *path*; *lazy* detaches it at once even when it is in use.  Raises MountError."""
+    """Unmount *path*; *lazy* detaches it at once even if it is in use.  Raises MountError."""
     if os.geteuid() == 0 and _umount2(path, lazy=lazy):
         return
     command = unmount_command(path, lazy=lazy)
@@ -313,18 +312,21 @@ def unmount(path: str, *, lazy: bool = False) -> None:
 
 
 def _umount2(path: str, *, lazy: bool) -> bool:
-    """umount2(2), which looks at nothing; whether it did it.  Raises BusyMount."""
+    """Call umount2(2), which needs no answer of the daemon; return whether it succeeded.
+
+    Raises BusyMount.
+    """
     flags = _UMOUNT_NOFOLLOW | (_MNT_DETACH if lazy else 0)
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.umount2(ctypes.c_char_p(os.fsencode(path)), ctypes.c_int(flags)) == 0:
         return True
     if ctypes.get_errno() == errno.EBUSY:
         raise BusyMount(f"{path}: {os.strerror(errno.EBUSY)}")
-    return False  # a container's root may lack the right; fusermount3 says what is wrong
+    return False  # a container's root may lack the right; fusermount3 reports the cause
 
 
 def unmount_command(path: str, *, lazy: bool) -> list[str] | None:
-    """The command that unmounts *path*, for a caller that must not block; None without one."""
+    """Return the command that unmounts *path*, or None; for a caller that must not block."""
     command = helper()
     return None if command is None else [command, "-u", *(["-z"] if lazy else []), "--", path]
 
@@ -349,9 +351,9 @@ def _run(
 
 
 def _failure(stderr: str) -> MountError:
-    """The last line that fusermount3 said, without its name, as an error."""
+    """Return the last line that fusermount3 printed, without its name, as an error."""
     lines = [line.strip() for line in stderr.splitlines() if line.strip()]
-    text = lines[-1] if lines else "fusermount3 failed silently"
+    text = lines[-1] if lines else "fusermount3 failed without a message"
     if "busy" in text:
         return BusyMount(text)
     return MountError(text)
@@ -359,25 +361,24 @@ def _failure(stderr: str) -> MountError:
 
 # --- the end of a daemon ----------------------------------------------------------------------
 #
-# A daemon holds a listening socket, named after the device number of its mount, until its process
-# ends.  Whoever wants to know when that is connects, and waits for the connection to break; it gets
-# no answer, so a stopped or hung daemon cannot block it.
+# A lifeline is a listening socket that a daemon holds until its process ends.  Its name contains
+# the device number of the mount.  A client connects and waits until the connection breaks.  It
+# needs no answer, so a stopped or hung daemon cannot block it.
 #
-# When something happened to the region, the daemon binds a second name, with a word for it at its
-# end.  A look at who has that name asks nobody either.
+# After an event on the region, the daemon binds a second name, the sign, which ends in a word for
+# the event.  A client sees from the bind alone whether the name exists.
 #
-# The kernel gives the device number away again as soon as a mount is gone, which may be long before
-# its daemon has ended.  So the names of one device number are counted up, and the highest that
-# anybody holds is that of the mount.
+# The kernel reuses a device number after an unmount, maybe long before the daemon ends.  So the
+# names of one device number have a counter.  The highest one in use belongs to the mount.
 
-#: Daemons that can wait for their end at once with the same device number.
+#: Maximum number of daemons with the same device number.
 LIFELINES = 16
-#: Connections that wait until the daemon tidies up; a stopped one does not.
+#: Maximum number of connections that wait for `tidy`; a stopped daemon does not call it.
 BACKLOG = 256
 
 
 class Lifeline:
-    """The lifeline of one mount, and the sign beside it."""
+    """The lifeline of one mount, and its sign."""
 
     def __init__(self, listening: socket.socket) -> None:
         self._listening = listening
@@ -386,7 +387,7 @@ class Lifeline:
         self._sign: socket.socket | None = None
 
     def tidy(self) -> None:
-        """Let go of the callers that have gone."""
+        """Accept new clients, and close the connections that clients have closed."""
         with suppress(OSError):
             while True:
                 self._callers.append(self._listening.accept()[0])
@@ -397,7 +398,7 @@ class Lifeline:
                     caller.close()
 
     def show(self, standing: Standing) -> None:
-        """Show what became of the region in place of what was shown; nothing for a sound one."""
+        """Replace the sign by one for *standing*; a sound region has no sign."""
         if self._sign is not None:
             self._sign.close()
             self._sign = None
@@ -407,13 +408,13 @@ class Lifeline:
                 self._sign.bind(_sign_name(self._listening.getsockname(), standing))
 
     def close(self) -> None:
-        """Let everybody who waits for the end go on."""
+        """Close all sockets, which ends the waits of all clients."""
         for one in (self._listening, *self._callers, *([self._sign] if self._sign else [])):
             one.close()
 
 
 def hold_lifeline(device: str) -> Lifeline | None:
-    """Bind the lifeline of the mount *device*; None when there are too many of the same number."""
+    """Bind the lifeline of the mount *device*; None if LIFELINES of that number exist."""
     held = _highest_lifeline(device)
     if held is not None:
         held[1].close()
@@ -431,13 +432,13 @@ def hold_lifeline(device: str) -> Lifeline | None:
 
 
 def grasp_lifeline(device: str) -> socket.socket | None:
-    """Connect to the lifeline of the mount *device*; None when no daemon holds it."""
+    """Connect to the lifeline of the mount *device*; None if no daemon holds it."""
     held = _highest_lifeline(device)
     return None if held is None else held[1]
 
 
 def _highest_lifeline(device: str) -> tuple[int, socket.socket] | None:
-    """The number of the last lifeline that anybody holds, and a connection to it."""
+    """Return the highest counter in use for *device* and a connection to that lifeline."""
     for number in reversed(range(LIFELINES)):
         grip = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         grip.setblocking(False)
@@ -450,14 +451,14 @@ def _highest_lifeline(device: str) -> tuple[int, socket.socket] | None:
 
 
 class Serving(NamedTuple):
-    """The process that holds a lifeline; 0 when it is in a pid namespace that we do not see."""
+    """The process that holds a lifeline; pid 0 if it is in a pid namespace outside ours."""
 
     pid: int
     stopped: bool
 
 
 def serving(grip: socket.socket) -> Serving:
-    """Who is at the other end of *grip*."""
+    """Return the process at the other end of *grip*."""
     raw = grip.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
     pid: int = struct.unpack("3i", raw)[0]
     try:
@@ -469,7 +470,7 @@ def serving(grip: socket.socket) -> Serving:
 
 
 def wait_for_end(grip: socket.socket, seconds: float) -> bool:
-    """Wait until the process at the other end of *grip* is gone; False when it is still there."""
+    """Wait until the process at the other end of *grip* ends; False if it still runs."""
     grip.settimeout(seconds)
     try:
         return grip.recv(1) == b""
@@ -480,9 +481,9 @@ def wait_for_end(grip: socket.socket, seconds: float) -> bool:
 
 
 def condition(entry: MountEntry) -> str:
-    """What is wrong with an ivshmemfs mount in a word or two, "" for nothing.
+    """Return the faults of an ivshmemfs mount as words, "" for none.
 
-    Asks neither the mount nor its daemon, which may be stopped.
+    Sends nothing to the mount or its daemon, which may be stopped.
     """
     from ivshmemfs.region import Standing
 

@@ -1,30 +1,33 @@
-"""The numbers by which the kernel knows inodes: the inode's own, but for what others moved.
+"""Node numbers: the numbers by which the kernel knows inodes.
 
-The kernel keeps one place in its tree of names for each directory.  When another machine moves a
-directory, a look-up finds it in a new place while the old one still stands, and the kernel tries
-to move its own entry.  For that it needs locks which it often holds already, as inside
-rename(2); then it fails with ESTALE, and trying again changes nothing.
+A node number equals the inode number, except for directories that another machine moved.
 
-So a directory that is found below another parent than before gets a new number, never used before.
-To the kernel that is another directory, with nothing to move.  Whoever has the old one open, or
-stands in it, goes on with the old number, which leads to the same inode.  stat(2) shows the plain
-inode number in any case, because the attributes are always asked for once more.
+The kernel keeps one place in its tree of names for each directory.  After another machine moves a
+directory, a look-up finds it in its new place.  The kernel then tries to move its own entry there.
+It needs locks for that, and often holds them already, as inside rename(2).  Then it fails with
+ESTALE, and a retry fails too.
 
-States of a directory, changed by what the kernel is told and by what it does:
+So a directory that is found below another parent than before gets a new node number, never used
+before.  To the kernel that is another directory, with nothing to move.  A process that has the old
+one open, or as its current directory, goes on with the old number.  Both numbers lead to the same
+inode.  stat(2) always shows the inode number, because the kernel asks for the attributes again.
+
+States of a directory, changed by answers to the kernel and by its renames:
 
     unknown     the kernel has no number for it
-    alone       the kernel came with a number of its own (a file handle), or asked for the parent
-                of such a directory: it has no place for it yet, and takes the first one named
-    placed      `found` told the kernel a number for it, at (parent, name); parents are numbers too,
-                because each number of a parent is a tree of its own
-    displaced   it moved, but what the kernel made of that is uncertain: next time, a new number
+    alone       the kernel used a number of its own (a file handle), or asked for the parent of such
+                a directory.  It has no place for it yet, and takes the first one that is looked up
+    placed      `found` returned a number for it, at (parent, name).  The parent is a node number
+                too, because each node number of a parent is a tree of its own
+    displaced   it moved, and the place in the kernel's tree is uncertain; it gets a new number at
+                the next look-up
 
-Older numbers of a directory stay good until the kernel forgets them.
+Older numbers of a directory stay valid until the kernel forgets them.
 
-A file has one more number at most, its *passing* one.  It is told in one case only, see `walks`: a
-thread that is told the file's own number for two names might take a rename for done.  The next
-look-up leads to the file's own number again, and `operations` lets nobody open the passing one at
-first, because pages and locks follow what the kernel takes for an inode.
+A file has at most one more number, its *passing* number.  A look-up returns it in one case only,
+see `walks`: a thread that gets one number for two names may skip a rename.  The next look-up
+returns the file's own number again.  `operations` refuses the first open by the passing number,
+because the kernel keeps pages and locks by node number.
 """
 
 from __future__ import annotations
@@ -44,29 +47,29 @@ class _Place(NamedTuple):
 
 
 class NodeIds:
-    """Where the kernel knows which directories, by which numbers, until it forgets them."""
+    """The node numbers of one mount and the places of directories in the kernel's tree."""
 
     def __init__(self) -> None:
-        self._places: dict[int, _Place] = {}  # by inode: the number told last
-        self._names: dict[tuple[int, bytes], int] = {}  # the inode told last, by parent and name
-        self._told: dict[int, int] = {}  # by number: how often it was told, less what was forgotten
-        self._inodes: dict[int, int] = {}  # by number, of those that are not the inode's own
-        self._passing: dict[int, int] = {}  # by inode: the other number of a file
+        self._places: dict[int, _Place] = {}  # by inode: the number and place answered last
+        self._names: dict[tuple[int, bytes], int] = {}  # by parent and name: the last inode
+        self._told: dict[int, int] = {}  # by number: references that the kernel holds
+        self._inodes: dict[int, int] = {}  # by number, if it is not the inode number
+        self._passing: dict[int, int] = {}  # by inode: the passing number of a file
         self._last = MAX_INO
 
     def inode_of(self, node: int) -> int:
-        """The inode that a number from the kernel means; raises StaleHandle."""
+        """Return the inode number for a node number; raises StaleHandle."""
         if node <= MAX_INO:
             return node
         try:
             return self._inodes[node]
         except KeyError:
-            raise StaleHandle("the kernel was never told of this number") from None
+            raise StaleHandle(f"node {node} is unknown to this mount") from None
 
     def found(self, ino: int, parent: int, name: bytes, avoided: int = 0) -> int:
-        """The number of directory `ino`, looked up as `name` below the number `parent`.
+        """Return the number of directory `ino`, looked up as `name` below node `parent`.
 
-        It is not `avoided`.
+        The result is never `avoided`.
         """
         place = self._places.get(ino)
         if place is not None and place.parent in (parent, _ALONE[0]) and place.node != avoided:
@@ -81,7 +84,7 @@ class NodeIds:
         return node
 
     def passing(self, ino: int) -> int:
-        """The number of file `ino` that is not its own."""
+        """Return the passing number of file `ino`."""
         node = self._passing.get(ino)
         if node is None:
             node = self._passing[ino] = self._new_number(ino)
@@ -93,8 +96,8 @@ class NodeIds:
         passing = self._passing.get(ino)
         return (ino,) if passing is None else (ino, passing)
 
-    def named(self, node: int, *, file: bool = False) -> int:
-        """The number itself, by which the kernel asks for something: from a file handle."""
+    def found_by_handle(self, node: int, *, file: bool = False) -> int:
+        """Count a reference to `node`, which the kernel took from a file handle; return it."""
         ino = self.inode_of(node)
         if file:
             if node != ino:
@@ -105,8 +108,8 @@ class NodeIds:
         self._told[node] = self._told.get(node, 0) + 1
         return node
 
-    def above(self, ino: int) -> int:
-        """The number of directory `ino`, which was looked up as the parent of another one."""
+    def found_parent(self, ino: int) -> int:
+        """Return the number of directory `ino`, looked up as the parent of another one."""
         place = self._places.get(ino)
         if place is None:
             node = ino if ino not in self._told else self._new_number(ino)
@@ -135,9 +138,9 @@ class NodeIds:
     def moved(
         self, old: tuple[int, bytes], new: tuple[int, bytes], ino: int, exchanged: int = 0
     ) -> None:
-        """The kernel moved what it knows as `old`, a parent and a name; really it was `ino`.
+        """Note that the kernel moved its entry `old`, a parent and a name, to `new`.
 
-        `exchanged` is what really came back to `old`, 0 for nothing.
+        The engine moved inode `ino`, and `exchanged` back to `old` (0: none).
         """
         there, here = self._names.get(old), self._names.get(new)
         self._follow(there, ino, new)
@@ -147,7 +150,7 @@ class NodeIds:
             self._displace(here)
 
     def _follow(self, believed: int | None, ino: int, to: tuple[int, bytes]) -> None:
-        """The kernel moved `believed` to `to`, while `ino` went there."""
+        """Note that the kernel moved `believed` to `to`, and the engine moved `ino`."""
         if believed == ino:
             self._place(ino, self._places[ino].node, *to)
             return
@@ -160,10 +163,10 @@ class NodeIds:
             self._place(ino, self._places[ino].node, *_NOWHERE)
 
     def forget(self, node: int, times: int) -> bool:
-        """The kernel forgets what it was told `times` times; whether it may not name it again."""
+        """Drop `times` references to `node`; return whether the kernel can no longer name it."""
         left = self._told.get(node)
         if left is None:
-            return True  # the own number of a file
+            return True  # a file's own number, whose references are not counted
         if left > times:
             self._told[node] = left - times
             return False

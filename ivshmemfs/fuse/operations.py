@@ -1,20 +1,20 @@
-"""Every operation of a mount, in the kernel's terms, and the only caller of the engine.
+"""Every operation of a mount, in the kernel's terms; the only caller of the engine.
 
-The kernel names inodes by its own numbers (`nodeids`, "node" here), open files by the number of a
-handle ("fh"), and says who asks (`Context`).  The two front ends (`kernel_frontend` for the bytes
-of the FUSE descriptor, `pyfuse3_frontend` for the objects of pyfuse3) translate requests to these
-operations and results to answers.  What lies between the two ideas of a file system is here:
+The kernel names an inode by a node number (`nodeids`, "node" here) and an open file by the number
+of a handle ("fh").  It sends the caller's identity (`Context`).  Two front ends translate requests
+to these operations, and results to answers: `kernel_frontend` for the bytes of the FUSE descriptor,
+`pyfuse3_frontend` for the objects of pyfuse3.  This module joins:
 
-- the kernel's numbers of inodes (`nodeids`), and what each thread was told last (`walks`),
-- what callers may do (`rights`), and how owners are presented (`ownership`),
-- the table of open handles: opened -> closed, which is tried again while the engine is busy,
-- the policy for what does not succeed at once (`retry`), which the front ends apply.
+- the kernel's node numbers (`nodeids`) and the last look-up of each thread (`walks`),
+- the permissions of callers (`rights`) and the presented owners (`ownership`),
+- the table of open handles: opened -> closed; closing is retried while the engine is busy,
+- the retry policy (`retry`), which the front ends apply.
 
-The kernel caches nothing: all timeouts are 0, and a name that does not exist is ENOENT, which the
-kernel does not keep, because another machine may change everything at any time.
+The kernel caches nothing, because another machine may change everything at any time.  All timeouts
+are 0.  The answer for a name that does not exist is ENOENT, which the kernel does not cache.
 
-An operation raises as the engine does.  Its last argument says who asks, also where nothing
-depends on it yet.
+An operation raises the engine's errors.  Its last argument is the caller, even if the operation
+does not use it.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ from ivshmemfs.fuse import callers
 from ivshmemfs.fuse.nodeids import NodeIds
 from ivshmemfs.fuse.ownership import Ownership
 from ivshmemfs.fuse.retry import Retry, errno_of
-from ivshmemfs.fuse.rights import ENTER, EXECUTE, READ, WRITE, Rights
+from ivshmemfs.fuse.rights import CHANGE_NAMES, EXECUTE, READ, WRITE, Rights
 from ivshmemfs.fuse.walks import Step, Walks
 
-#: Bytes that one request reads, writes or copies.
+#: Largest read, write or copy of one request, in bytes.
 LARGEST = 1 << 20
 #: Leaves of a directory that one request lists: up to 4,096 names, or 256 with attributes.
 LEAVES = 32
@@ -47,10 +47,10 @@ T = TypeVar("T")
 
 
 class Listed(NamedTuple):
-    """One name of a directory with attributes, as the kernel is told of it."""
+    """One name of a directory with attributes, for the answer to the kernel."""
 
     name: bytes
-    node: int  # the number by which the kernel shall know it
+    node: int  # its node number
     attr: Attr
     following: int  # the cookie of the next name
 
@@ -58,8 +58,8 @@ class Listed(NamedTuple):
 class Operations:
     """The operations of one mounted engine.
 
-    *pause* sleeps for some seconds while other requests are served.  With *root_only* the kernel
-    checks no permissions, see `rights`.
+    *pause* sleeps for a number of seconds; other requests run meanwhile.  With *root_only* the
+    kernel checks no permissions, and `rights` does.
     """
 
     def __init__(
@@ -83,12 +83,12 @@ class Operations:
         self._walks = Walks()
         self._handles: dict[int, Handle] = {}
         self._numbers = itertools.count(1)
-        self._folders: dict[int, int] = {}  # by handle: the node that was opened
+        self._folders: dict[int, int] = {}  # node of an open directory, by handle
 
     # --- names ------------------------------------------------------------------------------
 
     def lookup(self, parent: int, name: bytes, ctx: Context) -> tuple[int, Attr] | None:
-        """(the node, the attributes) of an entry; None when there is no such entry."""
+        """Return (node, attributes) of an entry; None if there is no such entry."""
         ino = parent if parent <= MAX_INO else self.inode_of(parent)
         thread = ctx.pid
         attr = self._fs.lookup_number(ino) if name == b"." else self._fs.find(ino, name)
@@ -106,7 +106,10 @@ class Operations:
         return node, attr
 
     def _avoided(self, source: Step, parent: int, name: bytes) -> int:
-        """The node of *source*, unless its name and this one lead to its inode at one moment."""
+        """Return the node of *source*, which this look-up must not return; 0 for no limit.
+
+        0 if both names lead to the inode at one moment, or if this mount changed the older name.
+        """
         _, old_name, ino, node, _ = source
         try:
             folder = self.inode_of(source[0])
@@ -117,58 +120,58 @@ class Operations:
         return 0 if self._walks.is_changed(folder, source) else node
 
     def _node(self, parent: int, name: bytes, attr: Attr, avoided: int = 0) -> int:
-        """The node to tell for an entry of the directory with the node *parent*."""
+        """Return the node number to answer for an entry of the directory with node *parent*."""
         file = attr.mode & _S_IFMT != _S_IFDIR
-        if name == b".":  # a file handle names it (NFS)
-            return self._node_ids.named(parent, file=file)
+        if name == b".":  # the kernel opens a file handle (NFS)
+            return self._node_ids.found_by_handle(parent, file=file)
         if file:
             return attr.ino if attr.ino != avoided else self._node_ids.passing(attr.ino)
         if name == b"..":
-            return self._node_ids.above(attr.ino)
+            return self._node_ids.found_parent(attr.ino)
         return self._node_ids.found(attr.ino, parent, name, avoided)
 
     def forget(self, node: int, times: int) -> None:
-        """The kernel forgets what it was told *times* times.  Never raises; errors are logged."""
+        """Drop *times* references of the kernel to *node*.  Never raises; errors are logged."""
         try:
             ino = self.inode_of(node)
             if self._node_ids.forget(node, times):
                 self._fs.forget(ino)
         except StaleHandle:
             pass
-        except Exception as error:  # there is no answer that could tell
+        except Exception as error:  # FORGET has no answer that could carry an error
             errno_of("forget", error)
 
     def mknod(
         self, parent: int, name: bytes, mode: int, rdev: int, ctx: Context
     ) -> tuple[int, Attr]:
-        """(the node, the attributes) of a new file, fifo, socket or device."""
+        """Make a file, fifo, socket or device; return (node, attributes)."""
         folder = self.inode_of(parent)
-        self._rights.need(folder, ctx, ENTER)
+        self._rights.need(folder, ctx, CHANGE_NAMES)
         attr = self._fs.mknod(folder, name, mode, rdev, ctx)
         return attr.ino, attr
 
     def mkdir(self, parent: int, name: bytes, mode: int, ctx: Context) -> tuple[int, Attr]:
-        """(the node, the attributes) of a new directory."""
+        """Make a directory; return (node, attributes)."""
         folder = self.inode_of(parent)
-        self._rights.need(folder, ctx, ENTER)
+        self._rights.need(folder, ctx, CHANGE_NAMES)
         attr = self._fs.mkdir(folder, name, mode, ctx)
         return self._node(parent, name, attr), attr
 
     def symlink(self, parent: int, name: bytes, target: bytes, ctx: Context) -> tuple[int, Attr]:
-        """(the node, the attributes) of a new symbolic link."""
+        """Make a symbolic link; return (node, attributes)."""
         folder = self.inode_of(parent)
-        self._rights.need(folder, ctx, ENTER)
+        self._rights.need(folder, ctx, CHANGE_NAMES)
         attr = self._fs.symlink(folder, name, target, ctx)
         return attr.ino, attr
 
     def readlink(self, node: int, _ctx: Context) -> bytes:
-        """The target of a symbolic link."""
+        """Return the target of a symbolic link."""
         return bytes(self._fs.readlink(self.inode_of(node)))
 
     def link(self, node: int, parent: int, name: bytes, ctx: Context) -> tuple[int, Attr]:
-        """Give a file another name; returns (the node, the attributes)."""
+        """Give a file another name; return (node, attributes)."""
         ino, folder = self.inode_of(node), self.inode_of(parent)
-        self._rights.need(folder, ctx, ENTER)
+        self._rights.need(folder, ctx, CHANGE_NAMES)
         attr = self._fs.link(ino, folder, name, ctx)
         return attr.ino, attr
 
@@ -202,18 +205,18 @@ class Operations:
     # --- attributes -------------------------------------------------------------------------
 
     def getattr(self, node: int, _ctx: Context) -> Attr:
-        """The attributes; a front end shows them as `presented`."""
+        """Return the stored attributes; a front end passes them through `presented`."""
         return self._fs.getattr(node if node <= MAX_INO else self.inode_of(node))
 
     def statx(self, node: int, _ctx: Context) -> tuple[Attr, int]:
-        """The attributes, and when the inode was made."""
+        """Return the stored attributes and the birth time, in ns since 1970."""
         ino = self.inode_of(node)
         return self._fs.getattr(ino), self._fs.birth_time(ino)
 
     def setattr(self, node: int, wanted: dict[str, int], ctx: Context, *, opened: bool) -> Attr:
-        """Change what is *wanted*: mode, uid, gid, size, atime_ns, mtime_ns; times may be NOW.
+        """Change the attributes in *wanted*: mode, uid, gid, size, atime_ns, mtime_ns.
 
-        *opened*: the caller does so through an open file.
+        A time may be NOW.  *opened* is True for a change through an open file.
         """
         ino = self.inode_of(node)
         changes = self._ownership.stored(wanted)
@@ -221,35 +224,35 @@ class Operations:
         return self._fs.setattr(ino, ctx, **changes)
 
     def access(self, node: int, mask: int, ctx: Context) -> None:
-        """As access(2) and chdir(2); ENOSYS where the kernel checks permissions by itself."""
+        """Check permissions for access(2) and chdir(2); ENOSYS if the kernel checks them itself."""
         if not self._rights.enforced:
             raise FsError(errno.ENOSYS)
         self._rights.need(self.inode_of(node), ctx, mask & 7)
 
     def statfs(self, _ctx: Context) -> StatFs:
-        """Sizes of the filesystem."""
+        """Return the sizes of the filesystem."""
         return self._fs.statfs()
 
     # --- extended attributes ----------------------------------------------------------------
 
     def getxattr(self, node: int, name: bytes, ctx: Context) -> bytes:
-        """The value of an attribute."""
+        """Return the value of an extended attribute."""
         ino = self.inode_of(node)
         self._rights.need_attribute(ino, name, ctx, READ)
         return bytes(self._fs.getxattr(ino, name))
 
     def setxattr(self, node: int, name: bytes, value: bytes, flags: int, ctx: Context) -> None:
-        """Set an attribute; *flags* are XATTR_CREATE and XATTR_REPLACE."""
+        """Set an extended attribute; *flags* are XATTR_CREATE and XATTR_REPLACE."""
         ino = self.inode_of(node)
         self._rights.need_attribute(ino, name, ctx, WRITE)
         self._fs.setxattr(ino, name, value, flags, ctx)
 
     def listxattr(self, node: int, ctx: Context) -> list[bytes]:
-        """The names of the attributes that the caller may see."""
+        """Return the names of the extended attributes that the caller may see."""
         return self._fs.listxattr(self.inode_of(node), ctx)
 
     def removexattr(self, node: int, name: bytes, ctx: Context) -> None:
-        """Remove an attribute."""
+        """Remove an extended attribute."""
         ino = self.inode_of(node)
         self._rights.need_attribute(ino, name, ctx, WRITE)
         self._fs.removexattr(ino, name, ctx)
@@ -257,7 +260,7 @@ class Operations:
     # --- files ------------------------------------------------------------------------------
 
     def _keep(self, handle: Handle) -> int:
-        """The number by which the kernel names an open handle from now on."""
+        """Enter a handle in the table; return its number."""
         number = next(self._numbers)
         self._handles[number] = handle
         return number
@@ -265,24 +268,24 @@ class Operations:
     def create(
         self, parent: int, name: bytes, mode: int, flags: int, ctx: Context
     ) -> tuple[int, Attr]:
-        """(the handle, the attributes) of a file that is made, unless it exists, and opened."""
+        """Open a file and make it if it does not exist; return (handle, attributes)."""
         folder = parent if parent <= MAX_INO else self.inode_of(parent)
-        self._rights.need(folder, ctx, ENTER)
+        self._rights.need(folder, ctx, CHANGE_NAMES)
         handle, attr = self._fs.create(folder, name, mode, flags, ctx)
         return self._keep(handle), attr
 
     def tmpfile(self, parent: int, mode: int, flags: int, ctx: Context) -> tuple[int, Attr]:
-        """(the handle, the attributes) of a new file without a name, as O_TMPFILE makes it."""
+        """Make and open a file without a name (O_TMPFILE); return (handle, attributes)."""
         folder = self.inode_of(parent)
-        self._rights.need(folder, ctx, ENTER)
+        self._rights.need(folder, ctx, CHANGE_NAMES)
         handle, attr = self._fs.tmpfile(folder, mode, flags, ctx)
         return self._keep(handle), attr
 
     def open(self, node: int, flags: int, ctx: Context) -> int:
-        """The handle of a file.
+        """Open a file; return its handle.
 
-        Raises StaleHandle when the kernel names it by its passing number: the path is walked again.
-        Once only: a path that does not lead elsewhere, as /proc/self/fd, may open it so.
+        Raises StaleHandle once for a thread that names the file by its passing number.  The kernel
+        then walks the path again.  A path that cannot change, as /proc/self/fd, succeeds then.
         """
         ino = node if node <= MAX_INO else self.inode_of(node)
         if node > MAX_INO and self._walks.was_told(ctx.pid, ino, node):
@@ -292,7 +295,7 @@ class Operations:
         return self._keep(self._fs.open(ino, flags, ctx))
 
     def read(self, fh: int, offset: int, size: int, into: memoryview | None = None) -> Buffer:
-        """Up to *size* bytes of one moment; in *into* if they are many."""
+        """Return up to *size* bytes from one snapshot; many bytes are put in *into*."""
         return self._fs.read(self._handles[fh], offset, size, into)
 
     def opened(self, fh: int) -> int:
@@ -307,7 +310,7 @@ class Operations:
         append: bool | None = None,
         ctx: Context | None = None,
     ) -> int:
-        """Write *content*; returns how many bytes were written.
+        """Write *content*; return the number of bytes written.
 
         *append* and *ctx* default to their values when the file was opened.
         """
@@ -323,24 +326,24 @@ class Operations:
         through: memoryview,
         ctx: Context,
     ) -> int:
-        """Copy up to LARGEST bytes between two handles, atomic by itself; returns how many."""
+        """Copy up to LARGEST bytes between two handles in one commit; return the number copied."""
         content = self._fs.read(self._handles[source], offset, min(size, LARGEST), through)
         return self._fs.write(self._handles[to], at, content, append=False, ctx=ctx)
 
     def lseek(self, fh: int, offset: int, whence: int) -> int:
-        """Where data (SEEK_DATA) or a hole (SEEK_HOLE) begins."""
+        """Return the offset of the next data (SEEK_DATA) or hole (SEEK_HOLE)."""
         return self._fs.seek(self._handles[fh], offset, whence)
 
     def fallocate(self, fh: int, mode: int, offset: int, size: int) -> None:
-        """Make or fill holes; raises Unfinished after each piece."""
+        """Make or fill holes; raise Unfinished after each piece."""
         self._fs.fallocate(self._handles[fh], mode, offset, size)
 
     def flush(self, _fh: int) -> None:
-        """Nothing to do: each write is published when it returns.  ENOSYS: ask no more."""
+        """Raise ENOSYS, after which the kernel sends no FLUSH: each write is published already."""
         raise FsError(errno.ENOSYS)
 
     def fsync(self, fh: int, _datasync: bool) -> None:
-        """Return when what was written is in the region."""
+        """Return when all writes are in the region."""
         self._fs.fsync(self._handles[fh])
 
     def release(self, fh: int) -> None:
@@ -351,7 +354,7 @@ class Operations:
     # --- directories ------------------------------------------------------------------------
 
     def opendir(self, node: int, ctx: Context) -> int:
-        """The handle of a directory."""
+        """Open a directory; return its handle."""
         ino = self.inode_of(node)
         self._rights.need(ino, ctx, READ)
         number = self._keep(self._fs.opendir(ino))
@@ -359,11 +362,14 @@ class Operations:
         return number
 
     def readdir(self, fh: int, cookie: int, leaves: int = LEAVES) -> Iterator[list[Entry]]:
-        """The names from *cookie* on, in pieces; an entry's `key` is the cookie of the next."""
+        """Yield the names from *cookie* on, in pieces.
+
+        The `key` of an entry is the cookie of the next one.
+        """
         return _until_failure(self._fs.entries(self._handles[fh], cookie, leaves))
 
     def readdirplus(self, fh: int, cookie: int, take: Callable[[Listed], bool]) -> None:
-        """Hand the same names, with attributes, on to *take*, until it refuses one."""
+        """Pass the names from *cookie* on, with attributes, to *take* until it returns False."""
         folder = self._folders[fh]
         pieces = self.readdir(fh, cookie, LEAVES_WITH_ATTRIBUTES)
         for entry, attr in _until_failure(self._with_attributes(pieces)):
@@ -373,14 +379,14 @@ class Operations:
                 node = self._node_ids.found(node, folder, entry.name)
             if not take(Listed(entry.name, node, attr, entry.key)):
                 if counts:
-                    self.forget(node, 1)  # it was not told after all
+                    self.forget(node, 1)  # the answer does not contain it
                 return
 
     def _with_attributes(self, pieces: Iterator[list[Entry]]) -> Iterator[tuple[Entry, Attr]]:
         for entry in itertools.chain.from_iterable(pieces):
             try:
                 attr = self._fs.lookup_number(entry.ino)
-            except StaleHandle:  # it has gone since it was listed
+            except StaleHandle:  # removed after it was listed
                 continue
             yield entry, attr
 
@@ -390,12 +396,15 @@ class Operations:
         del self._handles[fh], self._folders[fh]
 
     def fsyncdir(self, fh: int, _datasync: bool) -> None:
-        """Return when changes of the names are in the region."""
+        """Return when all changes of names are in the region."""
         self._fs.fsync(self._handles[fh])
 
 
 def _until_failure(listing: Iterator[T]) -> Iterator[T]:
-    """*listing*, which fails only before its first item: the next request tells of later errors."""
+    """Yield the items of *listing*; raise its error only if it comes before the first item.
+
+    The next request of the caller gets a later error.
+    """
     begun = False
     try:
         for item in listing:

@@ -1,10 +1,9 @@
-"""The ``-o`` options of a mount: what each means, and where it goes.
+"""The ``-o`` options of a mount.
 
-Four kinds: options of the kernel's mount, handed to fusermount3 as they are; options of this
-filesystem; words without effect here, which are ignored; and words that ask for what cannot be
-had, which are refused with the reason.  Ignored are all generic options of mount(8) that only fstab
-or mount(8) itself care about, those about access times (reading does not change them), and what
-/proc/mounts shows of a mount, so that its column of options can be given back.
+There are four kinds: options of the kernel's mount, which fusermount3 gets unchanged; options of
+this filesystem; ignored words; and refused words, with a reason.  Ignored are all generic options
+of mount(8) that concern only fstab or mount(8) itself, and those about access times, which do not
+change here.  Ignored too are the words that /proc/mounts shows, so a user can copy them from there.
 """
 
 from __future__ import annotations
@@ -18,9 +17,9 @@ from dataclasses import dataclass, field
 
 from ivshmemfs.errors import UsageError
 
-#: Handed to the kernel by fusermount3.
+#: fusermount3 passes these to the kernel.
 _KERNEL_FLAGS = frozenset(("sync", "async", "dirsync", "exec", "noexec", "atime", "noatime"))
-#: Without effect here: always so, or meant for mount(8) and fstab.
+#: Words without effect here: always true here, or meant for mount(8) and fstab.
 _IGNORED = frozenset(
     (
         *("defaults", "auto", "noauto", "user", "nouser", "users", "nousers", "owner", "noowner"),
@@ -30,7 +29,7 @@ _IGNORED = frozenset(
         *("default_permissions", "nonempty", "nosuid", "nodev"),
     )
 )
-#: The same with a value: a mount's source is always its region, its type always this one.
+#: Words without effect that have a value: source and type of a mount cannot be chosen.
 _IGNORED_VALUES = frozenset(
     (
         *("fsname", "subtype", "comment", "uhelper", "helper"),
@@ -38,25 +37,25 @@ _IGNORED_VALUES = frozenset(
     )
 )
 _SELINUX = frozenset(("context", "fscontext", "defcontext", "rootcontext"))
-#: What cannot be had, and why.
+#: Refused words, and the reason.
 _REFUSED = {
     "allow_root": "use allow_other",
     "auto_unmount": "a dead daemon's mount is cleared by 'ivshmemfs umount'",
     "nosymfollow": "fusermount3 does not know it",
-    "loop": "a region is a file already; how to wait for requests is loop=poll or loop=trio",
+    "loop": "a region is a file already; loop=poll or loop=trio chooses the wait for requests",
 }
 SELINUX = "/sys/fs/selinux"
-#: Flags of mount(2) by the words for them, for a remount.
+#: Flags of mount(2) by option, for a remount.
 _MOUNT_FLAGS = {"nosuid": 2, "nodev": 4, "noexec": 8, "sync": 16, "dirsync": 128, "noatime": 1024}
 _OPPOSITES = {"exec": "noexec", "atime": "noatime", "async": "sync"}
 _MS_RDONLY, _MS_REMOUNT = 1, 32
-#: How the daemon waits for requests; see `loop`.
+#: The ways to wait for requests; see `loop`.
 LOOPS = ("poll", "trio")
 
 
 @dataclass
 class MountOptions:
-    """What the user asked for."""
+    """The options of one mount."""
 
     readonly: bool = False
     allow_other: bool = False
@@ -65,21 +64,21 @@ class MountOptions:
     #: Present every file as owned by this user or group; None presents the stored owner.
     uid: int | None = None
     gid: int | None = None
-    #: Permission bits taken away from every file, as it is presented.
+    #: Permission bits that no file shows.
     umask: int = 0
-    #: Open files through the page cache, so that shared mappings work on kernels before 6.6.
+    #: Open files through the page cache, which allows shared mappings on kernels before 6.6.
     mmap: bool = False
     loop: str = "poll"
     log: str | None = None
-    #: Change a mount that is there.
+    #: Change an existing mount.
     remount: bool = False
     kernel_flags: list[str] = field(default_factory=list)
 
     @property
     def root_only(self) -> bool:
-        """Whether only root may use the mount, and the daemon checks permissions.
+        """Whether only root may use the mount, and the daemon checks permissions (`rights`).
 
-        It costs the kernel a request more for each look at a name.  See `rights`.
+        Checks by the kernel cost one more request for each look-up.
         """
         if self.allow_other or self.loop != "poll" or os.geteuid() != 0:
             return False
@@ -128,13 +127,13 @@ def _apply(options: MountOptions, word: str) -> None:
 
 
 def _means_nothing(name: str, equals: str) -> bool:
-    """Whether an option is without effect; raises UsageError where SELinux would need it."""
+    """Return whether an option has no effect; raises UsageError if SELinux would need it."""
     if name.startswith(("x-", "X-")):
         return True
     if name in _SELINUX and equals:
         if os.path.isdir(SELINUX):
             raise UsageError(
-                f"mount option '{name}' cannot be had: fusermount3 does not pass it on"
+                f"mount option '{name}' cannot be had: fusermount3 does not pass it to the kernel"
             )
         return True
     return name in (_IGNORED_VALUES if equals else _IGNORED)
@@ -147,7 +146,7 @@ def _check(options: MountOptions) -> None:
 
 
 def remount_flags(options: MountOptions) -> int:
-    """The flags of mount(2) that give a mount these options."""
+    """Return the flags of mount(2) for a remount with these options."""
     on = {f"no{name}" for name in ("suid", "dev") if not getattr(options, name)}
     for word in options.kernel_flags:
         on.discard(_OPPOSITES.get(word, ""))
@@ -157,14 +156,14 @@ def remount_flags(options: MountOptions) -> int:
 
 
 def fusermount_options(options: MountOptions, source: str) -> str:
-    """The options in fusermount3's syntax; *source* is what df(1) shows as the device."""
+    """Return the options in fusermount3's syntax; df(1) shows *source* as the device."""
     escaped = source.replace("\\", "\\\\").replace(",", "\\,")
     words = [f"fsname={escaped}", "subtype=ivshmemfs", *_common(options, direct=True)]
     return ",".join(words)
 
 
 def libfuse_options(options: MountOptions, source: str) -> set[str]:
-    """The options for a mount by libfuse itself, which takes them one by one, in ASCII."""
+    """Return the options for a mount by libfuse, which takes single words in ASCII."""
     escaped = re.sub(r"[^ -~]|[,\\]", "?", source)
     return {f"fsname={escaped}", "subtype=ivshmemfs", *_common(options, direct=False)}
 
@@ -177,7 +176,7 @@ def _common(options: MountOptions, *, direct: bool) -> list[str]:
     return words + options.kernel_flags
 
 
-# --- the words --------------------------------------------------------------------------------
+# --- options with a value -----------------------------------------------------------------------
 
 
 def _set_uid(options: MountOptions, value: str) -> None:

@@ -1,4 +1,4 @@
-"""How owners and permissions are presented: the mount options uid=, gid= and umask=."""
+"""Presented owners and permissions: the mount options uid=, gid= and umask=."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import NamedTuple
 from ivshmemfs.engine import Attr
 from ivshmemfs.errors import FsError
 
-#: Changes with which the kernel sends a mode only to take set-ID bits away.
+#: With one of these changes, the kernel sends a mode only to clear set-ID bits.
 _SHEDDING = {"uid", "gid", "size"}
 
 
 class Ownership(NamedTuple):
-    """What every file shows in place of what is stored, which stays as it is."""
+    """Values that every file shows in place of the stored ones; the stored ones do not change."""
 
     uid: int | None = None
     gid: int | None = None
@@ -22,7 +22,7 @@ class Ownership(NamedTuple):
 
     @property
     def presenter(self) -> Callable[[Attr], Attr]:
-        """A function that returns attributes as they are presented."""
+        """Return a function from stored to presented attributes."""
         return _as_stored if self == Ownership() else self._presented
 
     def _presented(self, attr: Attr) -> Attr:
@@ -33,10 +33,10 @@ class Ownership(NamedTuple):
         )
 
     def stored(self, wanted: dict[str, int]) -> dict[str, int]:
-        """The changes to store for what setattr *wanted*, as the engine takes them.
+        """Return the changes to store for the attributes that setattr *wanted*.
 
-        A presented owner can only be set to what it is: EPERM.  A mode that comes with an owner or
-        a size only takes set-ID bits away; its other bits are as the kernel last saw them.
+        Raises EPERM for a new owner if the mount fixes the owner.  A mode that comes with an owner
+        or a size becomes `kept`: it only clears set-ID bits, because its other bits may be old.
         """
         changes = dict(wanted)
         for field, fixed in (("uid", self.uid), ("gid", self.gid)):

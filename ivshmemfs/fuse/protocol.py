@@ -1,7 +1,8 @@
-"""The FUSE protocol's bytes, as far as this package speaks it itself: linux/fuse.h, ABI 7.
+"""The part of the FUSE protocol that this package speaks itself: linux/fuse.h, ABI 7.
 
-A request is an IN header and a body, an answer an OUT header and a body; all in the machine's own
-byte order.  Only what `connection` and `kernel_frontend` need is declared; libfuse speaks the rest.
+A request is an IN header and a body.  An answer is an OUT header and a body.  Both use the
+machine's own byte order.  This module declares only what `connection` and `kernel_frontend` need;
+libfuse speaks the rest.
 """
 
 from __future__ import annotations
@@ -9,10 +10,10 @@ from __future__ import annotations
 import errno
 import struct
 
-#: Errors of the FUSE descriptor that mean that the connection has ended: unmounted (ENODEV), or
-#: aborted, as /sys/fs/fuse/connections and an unmount under load do it.
+#: Errors of the FUSE descriptor after the connection has ended: ENODEV after an unmount, the others
+#: after an abort (through /sys/fs/fuse/connections, or by an unmount under load).
 ENDED = frozenset((errno.ENODEV, errno.ECONNABORTED, errno.ENOTCONN))
-#: The kernel takes no larger errno in an answer; the request would never be answered.
+#: Largest errno in an answer.  The kernel refuses an answer with a larger one.
 MAX_ERRNO = 511
 
 # --- operations -------------------------------------------------------------------------------
@@ -87,7 +88,7 @@ READ_LOCKOWNER = 1 << 1
 WRITE_IN = struct.Struct("=QQIIxxxxxxxxIxxxx")
 #: mode, rdev as dev_t has its lower 32 bits; the name follows.  The kernel has applied the umask.
 MKNOD_IN = struct.Struct("=IIxxxxxxxx")
-#: nodeid of what gets another name; that name follows.
+#: nodeid of the file; its new name follows.
 LINK_IN = struct.Struct("=Q")
 #: fh, flags; FSYNC and FSYNCDIR.
 FSYNC_IN = struct.Struct("=QIxxxx")
@@ -95,17 +96,18 @@ FSYNC_IN = struct.Struct("=QIxxxx")
 #: where SETXATTR_EXT was agreed on.
 SETXATTR_IN = struct.Struct("=II")
 SETXATTR_EXT_SIZE = 16
-#: room that the caller has, 0 to ask for the size; GETXATTR, where the name follows, and LISTXATTR.
+#: size of the caller's buffer, 0 to ask for the size needed; GETXATTR (the name follows) and
+#: LISTXATTR.
 GETXATTR_IN = struct.Struct("=Ixxxx")
 #: fh; RELEASE and RELEASEDIR.
 RELEASE_IN = struct.Struct("=Qxxxxxxxxxxxxxxxx")
 #: mask, as access(2) takes it.
 ACCESS_IN = struct.Struct("=Ixxxx")
-#: unique of the request that is not waited for any more.
+#: unique of the request whose caller was interrupted.
 INTERRUPT_IN = struct.Struct("=Q")
 #: nodeid of the new directory; both names follow.
 RENAME_IN = struct.Struct("=Q")
-#: The same, and flags.
+#: nodeid of the new directory, flags; both names follow.
 RENAME2_IN = struct.Struct("=QIxxxx")
 
 #: fh, offset, length, mode.
@@ -118,9 +120,9 @@ LSEEK_IN = struct.Struct("=QQIxxxx")
 # Bits of SETATTR_IN's first field.
 SET_MODE, SET_UID, SET_GID, SET_SIZE, SET_ATIME, SET_MTIME, SET_FH = 1, 2, 4, 8, 16, 32, 64
 SET_ATIME_NOW, SET_MTIME_NOW = 1 << 7, 1 << 8
-#: In FSYNC_IN's flags: without the attributes.
+#: In FSYNC_IN's flags: fdatasync(2), which leaves out the attributes.
 FSYNC_FDATASYNC = 1
-#: In write_flags: written back from the page cache, with whatever handle there is.
+#: In write_flags: the kernel writes back its page cache, through any handle of the file.
 WRITE_CACHE = 1
 
 # --- bodies of answers ------------------------------------------------------------------------
@@ -129,26 +131,26 @@ WRITE_CACHE = 1
 ATTR = struct.Struct("=QQQqqqIIIIIIIIIxxxx")
 #: The first field of ATTR.
 INO = struct.Struct("=Q")
-#: Before ATTR: how long it may be kept (0 here).
+#: Bytes before ATTR in the answer to GETATTR: how long the kernel may cache it (0 here).
 ATTR_OUT_SIZE = 16
-#: nodeid; before ATTR: generation and how long name and attributes may be kept (all 0 here).
+#: nodeid; then up to ATTR: generation and cache times of name and attributes (all 0 here).
 ENTRY_OUT = struct.Struct("=Q32x")
 #: fh, open flags.
 OPEN_OUT = struct.Struct("=QIxxxx")
 #: size.
 WRITE_OUT = struct.Struct("=Ixxxx")
-#: size of an attribute, or of their names.
+#: size of the value of an attribute, or of the list of names.
 GETXATTR_OUT = struct.Struct("=Ixxxx")
 #: blocks, bfree, bavail, files, ffree, bsize, namelen, frsize.
 STATFS_OUT = struct.Struct("=QQQQQIIIxxxx24x")
 #: offset.
 LSEEK_OUT = struct.Struct("=Q")
-#: After how long it may be kept and flags (all 0 here): mask, blksize, nlink, uid, gid, mode, ino,
-#: size, blocks, seconds and nanoseconds of atime, btime, ctime and mtime, rdev's major and minor.
+#: After a cache time and flags (all 0 here): mask, blksize, nlink, uid, gid, mode, ino, size,
+#: blocks, seconds and nanoseconds of atime, btime, ctime and mtime, major and minor of rdev.
 STATX_OUT = struct.Struct("=32xIIxxxxxxxxIIIHxxQQQxxxxxxxxqIxxxxqIxxxxqIxxxxqIxxxxII120x")
-#: In its mask: all that stat(2) tells, and when it was made.
+#: In its mask: the fields of stat(2), and the birth time.
 STATX_BASIC_STATS, STATX_BTIME = 0x7FF, 0x800
-#: ino, cookie of the next, length of the name, type; the name follows, then zeros up to 8 bytes.
+#: ino, cookie of the next entry, length of the name, type; the name follows, padded to 8 bytes.
 DIRENT = struct.Struct("=QQII")
 
 # --- notifications: an OUT header with `unique` 0 and the code in place of the errno -----------
@@ -173,7 +175,7 @@ def store(node: int, offset: int, content: bytes) -> bytes:
     return OUT_HEADER.pack(OUT_HEADER.size + len(body), NOTIFY_STORE, 0) + body
 
 
-#: Open flags of an answer.
+#: In the flags of OPEN_OUT: reads and writes bypass the page cache.
 FOPEN_DIRECT_IO = 1
 
 # --- INIT -------------------------------------------------------------------------------------
@@ -183,11 +185,11 @@ INIT_IN = struct.Struct("=IIIII")
 #: Up to flags2: major, minor, max_readahead, flags, max_background, congestion_threshold,
 #: max_write, time_gran, max_pages, map_alignment, flags2.
 INIT_OUT = struct.Struct("=IIIIHHIIHHI")
-#: In ``flags``: the second word of flags counts.
+#: In ``flags``: the second word of flags is valid.
 INIT_EXT = 1 << 30
-#: In ``flags``: listings come with attributes, always or as the kernel likes.
+#: In ``flags``: listings carry attributes, always or when the kernel asks for them.
 DO_READDIRPLUS, READDIRPLUS_AUTO = 1 << 13, 1 << 14
-#: In ``flags``: SETXATTR_IN is longer.
+#: In ``flags``: SETXATTR_IN is SETXATTR_EXT_SIZE bytes long.
 SETXATTR_EXT = 1 << 29
-#: In the second word of flags (bit 36 of both words together).
+#: In ``flags2`` (bit 36 of both words together): shared mappings with direct I/O.
 DIRECT_IO_ALLOW_MMAP = 1 << (36 - 32)

@@ -1,15 +1,15 @@
-"""Requests that come through pyfuse3, where the FUSE descriptor cannot be read directly.
+"""The front end for requests that pyfuse3 reads.
 
-A handler translates objects of pyfuse3 to a call of `operations`, and its result to objects.  Most
-do so alike: `_forwarded` makes them from the name of the operation and the kind of its result.
+A handler translates objects of pyfuse3 to a call of `operations`, and its result to objects.
+`_forwarded` makes most handlers from the name of the operation and the kind of its result.
 
 pyfuse3 has no handlers for O_TMPFILE, fallocate(2), SEEK_DATA and SEEK_HOLE, statx(2) and
-copy_file_range(2), and does not say how and by whom a handle is written through.
+copy_file_range(2).  It does not pass the caller of a write, nor its current O_APPEND flag.
 
-The objects that replies are made of (`EntryAttributes`, `FileInfo`, `StatvfsData`) are used again
-and again: pyfuse3 copies them to the kernel before anything else can run, and changes none.
+The handlers reuse their reply objects (`EntryAttributes`, `FileInfo`, `StatvfsData`).  pyfuse3
+copies a reply to the kernel before another task runs, and does not change it.
 """
-# ruff: noqa: D102 - what each handler is for, pyfuse3.Operations says
+# ruff: noqa: D102 - pyfuse3.Operations documents each handler
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ Handler = Callable[..., Coroutine[Any, Any, Any]]
 def _forwarded(
     operation: str, reply: Callable[[Pyfuse3FrontEnd, Any], Any] = lambda _, result: result
 ) -> Handler:
-    """A handler that calls *operation* with what pyfuse3 passes, and makes a *reply*."""
+    """Return a handler that calls *operation* with pyfuse3's arguments and makes a *reply*."""
 
     async def handler(self: Pyfuse3FrontEnd, /, *words: Any) -> Any:
         ours = [_context(one) if one.__class__ is RequestContext else one for one in words]
@@ -46,7 +46,7 @@ def _forwarded(
 
 
 class Pyfuse3FrontEnd(pyfuse3.Operations):
-    """Hands requests on to *operations*; with *page_cache* files are opened through it."""
+    """Translates requests to *operations*; with *page_cache* files use the page cache."""
 
     supports_dot_lookup = True
     enable_writeback_cache = False
@@ -62,7 +62,7 @@ class Pyfuse3FrontEnd(pyfuse3.Operations):
         self._statvfs = pyfuse3.StatvfsData()
 
     async def completed(self, operation: str, call: Callable[[], T]) -> T:
-        """The result of *call*, tried until it succeeds or fails; errors become errno here."""
+        """Call *call*, with retries; return its result.  Raises FUSEError with the errno."""
         try:
             return await self.operations.retry.complete(operation, call)
         except Exception as error:
@@ -148,7 +148,7 @@ class Pyfuse3FrontEnd(pyfuse3.Operations):
         fh: int | None,
         ctx: RequestContext,
     ) -> EntryAttributes:
-        # UTIME_NOW has become the time of the request already.
+        # pyfuse3 has already replaced UTIME_NOW by the time of the request.
         wanted = {
             name: getattr(attr, f"st_{name}")
             for name in ("uid", "gid", "size", "mode", "atime_ns", "mtime_ns")
@@ -159,9 +159,9 @@ class Pyfuse3FrontEnd(pyfuse3.Operations):
             "setattr", lambda: self._attributes(change(inode, wanted, _context(ctx)))
         )
 
-    # pyfuse3 does not hand on XATTR_CREATE and XATTR_REPLACE.  For them it calls getxattr with the
-    # same context object first, and at once setxattr if that found what the flag demands.  What
-    # getxattr found tells which flag it was.  The engine gets it: only its own check is safe.
+    # pyfuse3 does not pass XATTR_CREATE and XATTR_REPLACE.  For them it first calls getxattr with
+    # the same context object, and then setxattr if the result agrees with the flag.  The result of
+    # getxattr tells which flag it was.  The engine gets the flag, because only its check is atomic.
 
     async def getxattr(self, inode: int, name: bytes, ctx: RequestContext) -> bytes:
         def look() -> bytes:

@@ -1,12 +1,12 @@
-"""What happens to an operation that does not succeed at once: one policy for both front ends.
+"""The retry policy of both front ends.
 
-Busy          `briefly` tries again for BRIEF_SECONDS: the commit of another peer usually takes
-              less time than switching to another request
-still Busy    `patiently` pauses between attempts, while other requests are served
-Unfinished    the operation has used up its turn, and goes on with `patiently`; each turn is
-              progress, so the patience starts again
-too late      PATIENCE has passed, or the mount ends: what was done so far, or EIO
-other errors  `errno_of` says what the caller gets, and logs what nobody expects
+Busy          `briefly` retries for BRIEF_SECONDS: another peer's commit usually takes less time
+              than a switch to another request
+still Busy    `patiently` pauses between attempts; other requests run meanwhile
+Unfinished    the operation has used up its turn and continues in `patiently`; each turn is
+              progress, so PATIENCE starts again
+too late      PATIENCE has passed, or the mount ends: the partial result, or EIO
+other errors  `errno_of` returns the caller's errno and logs unexpected errors
 """
 
 from __future__ import annotations
@@ -29,20 +29,20 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-#: Seconds for which `briefly` tries again; it spins for the first SPIN_SECONDS and then sleeps
-#: between the attempts, from FIRST_NAP to LONGEST_NAP.
+#: Retry budget of `briefly`, in seconds: it spins for the first SPIN_SECONDS, then sleeps between
+#: the attempts, from FIRST_NAP to LONGEST_NAP.
 BRIEF_SECONDS = 0.0015
 SPIN_SECONDS = 40e-6
 FIRST_NAP = 0.0001
 LONGEST_NAP = 0.001
-#: Seconds that `patiently` pauses: before its first attempt, and at most between later ones.
+#: Pauses of `patiently`, in seconds: before its first attempt, and the maximum between later ones.
 FIRST_DELAY = 0.001
 LONGEST_DELAY = 0.005
-#: Seconds after which a busy operation fails.  It fails with EIO, which programs know as the end
-#: of an operation.  EAGAIN tells many of them to wait until the file is readable, which it is.
+#: Seconds after which a busy operation fails with EIO.  EAGAIN would tell many programs to wait
+#: until the file is readable, and it always is.
 PATIENCE = 10.0
 
-#: Errors that point to damage or a dead region: the log must name them.
+#: Errors that point to damage or a dead region; they are always logged.
 _ALARMING = frozenset((errno.EUCLEAN, errno.EIO, errno.EFAULT, errno.ENODEV))
 
 T = TypeVar("T")
@@ -57,7 +57,7 @@ class Refused(Exception):
 
 
 def errno_of(operation: str, error: Exception) -> int:
-    """The errno that the caller of *operation* gets for *error*; logs what nobody expects."""
+    """Return the errno for the caller of *operation*; log an unexpected *error*."""
     if isinstance(error, Refused):
         return error.errno
     if isinstance(error, IvshmemfsError):
@@ -69,26 +69,23 @@ def errno_of(operation: str, error: Exception) -> int:
         log.error("%s: an error with the impossible errno %d", operation, code)
         return errno.EIO
     if isinstance(error, OSError) and error.errno == errno.EIO:
-        log.error("%s: %s", operation, error)  # the region was truncated, or its device is gone
+        log.error("%s: %s", operation, error)  # a truncated region, or a removed device
         return errno.EIO
     log.error("%s: unexpected %s", operation, type(error).__name__, exc_info=error)
     return errno.ENOMEM if isinstance(error, MemoryError) else errno.EIO
 
 
 class Retry:
-    """Tries operations of *fs* again.
-
-    *pause* sleeps for some seconds while other requests are served.
-    """
+    """Retries operations of *fs*; *pause* sleeps while other requests run."""
 
     def __init__(self, fs: Filesystem, pause: Callable[[float], Awaitable[None]]) -> None:
         self._fs = fs
         self._pause = pause
-        #: Set when the mount is ending: operations that wait fail now.
+        #: Set at the end of the mount: waiting operations then fail.
         self.ending = False
 
     async def complete(self, operation: str, call: Callable[[], T]) -> T:
-        """The result of *call*, tried until it succeeds; raises what is not Busy."""
+        """Call *call* until it succeeds; return its result.  Raises errors other than Busy."""
         try:
             return call()
         except Busy as error:
@@ -100,7 +97,7 @@ class Retry:
         return await self.patiently(operation, call, busy)
 
     def briefly(self, call: Callable[[], T], busy: Busy) -> T:
-        """Try *call*, which ended in *busy*, again for BRIEF_SECONDS; raises the last Busy."""
+        """Retry *call*, which raised *busy*, for BRIEF_SECONDS; raise the last Busy."""
         if not isinstance(busy, Unfinished):
             for _ in self._moments():
                 try:
@@ -112,11 +109,11 @@ class Retry:
         raise busy
 
     def _moments(self) -> Iterator[None]:
-        """Short waits, one before each attempt.
+        """Wait before each attempt, and yield.
 
-        A commit takes less time than going to sleep and waking up, so the daemon spins while a
-        peer on another CPU commits.  That peer may also be waiting for this CPU, hence the naps.
-        They grow: each vain attempt takes time away from the peers that commit.
+        A commit takes less time than a sleep, so the daemon first spins while a peer commits.  That
+        peer may need this CPU, so the daemon then sleeps.  The sleeps grow, because each vain
+        attempt takes time from the committing peers.
         """
         now = time.monotonic()
         end = now + BRIEF_SECONDS
@@ -133,10 +130,10 @@ class Retry:
             now = time.monotonic()
 
     async def patiently(self, operation: str, call: Callable[[], T], busy: Busy) -> T:
-        """Try *call*, which ended in *busy*, again while other requests are served.
+        """Retry *call*, which raised *busy*, while other requests run.
 
-        Where it ends early, what it did so far is its result, if that is one: also for a caller
-        that is interrupted.  Else raises Refused when it is too late, and what is not Busy.
+        If it must stop early, it returns the partial result, also for an interrupted caller.
+        Without one it raises Refused after PATIENCE.  Raises errors other than Busy.
         """
         attempt: Callable[[], Any] = call
         started = time.monotonic()
@@ -167,6 +164,6 @@ class Retry:
             if so_far is not None:
                 result = so_far
                 return result
-            if not self.ending and not isinstance(busy, UnderRepair):  # of which the upkeep tells
+            if not self.ending and not isinstance(busy, UnderRepair):  # the upkeep logs a repair
                 log.error("%s: still busy after %.0f s: %s", operation, PATIENCE, busy)
             raise Refused(errno.EIO)

@@ -1,13 +1,13 @@
-"""Permissions of a mount that only root may use, where the kernel leaves checking to the daemon.
+"""Permission checks of a mount that only root may use.
 
-The kernel checks them by itself for the price of a request more for each look at a name.  Root is
-nearly always permitted, and most often as the owner: that is seen from the attributes alone.  Where
-they do not permit it, the caller's capabilities decide (see `callers`), as the kernel does it in
-generic_permission and setattr_prepare: a process may be root and have none, in a container, after
-capset(2), or in a user namespace of its own.
+On other mounts the kernel checks permissions, which costs one more request for each look-up.  On a
+root-only mount the daemon checks them.  Root is nearly always permitted, usually as the owner; the
+attributes alone show that.  If they do not permit an operation, the caller's capabilities decide
+(see `callers`), as in the kernel's generic_permission and setattr_prepare.  A root process may have
+no capabilities: in a container, after capset(2), or in its own user namespace.
 
-The kernel still checks by itself what it checks for every file system: read-only mounts, who may
-use other extended attributes than those of users.  Sticky bits it is not told of.
+The kernel still checks what it checks for every file system: read-only mounts, and extended
+attributes other than those of users.  It does not see sticky bits here.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ from ivshmemfs.fuse.callers import (
 )
 
 EXECUTE, WRITE, READ = 1, 2, 4
-#: What changes names in a directory.
-ENTER = WRITE | EXECUTE
-_FMODE_EXEC = 0x20  # among the flags of an open: the file is to be run
+#: The permissions on a directory that are needed to change its names.
+CHANGE_NAMES = WRITE | EXECUTE
+_FMODE_EXEC = 0x20  # flag of an open by execve(2)
 _OPENED = {os.O_RDONLY: READ, os.O_WRONLY: WRITE}
 _PRIVILEGES = stat.S_ISUID | stat.S_ISGID
 
 
 class Rights:
-    """Checks callers of *fs*; *presented* shows attributes as the mount options want them.
+    """Checks the callers of *fs*; *presented* applies the mount options uid=, gid= and umask=.
 
-    Where *enforced* is False the kernel checks, and everything is permitted here.
+    With *enforced* False the kernel checks, and this class permits everything.
     """
 
     def __init__(
@@ -58,10 +58,10 @@ class Rights:
         attr = self._presented(self._fs.getattr(ino))
         if attr.uid == 0 and attr.mode >> 6 & mask == mask:
             return
-        self._judge(attr, ctx, mask)
+        self._check_permission(attr, ctx, mask)
 
-    def _judge(self, attr: Attr, ctx: Context, mask: int) -> None:
-        """As generic_permission in the kernel."""
+    def _check_permission(self, attr: Attr, ctx: Context, mask: int) -> None:
+        """Raise EACCES by the rules of the kernel's generic_permission."""
         mode = attr.mode
         shift = 6 if ctx.uid == attr.uid else 3 if self._in_group(ctx, attr.gid) else 0
         if mode >> shift & mask == mask:
@@ -80,7 +80,7 @@ class Rights:
         return ctx.gid == gid or gid in self._fs.groups_of(ctx.pid)
 
     def need_open(self, ino: int, ctx: Context, flags: int) -> None:
-        """Raise EACCES unless the caller may open a file so."""
+        """Raise EACCES unless the caller may open a file with these flags."""
         if self.enforced:
             mask = _OPENED.get(flags & os.O_ACCMODE, READ | WRITE)
             if flags & _FMODE_EXEC:
@@ -88,10 +88,10 @@ class Rights:
             self.need(ino, ctx, mask | (WRITE if flags & os.O_TRUNC else 0))
 
     def need_removal(self, folder: int, name: bytes, ctx: Context) -> Attr | None:
-        """Raise EACCES, or EPERM, unless the caller may take a name away; returns what it is."""
+        """Raise EACCES or EPERM unless the caller may remove a name; return its attributes."""
         if not self.enforced:
             return None
-        self.need(folder, ctx, ENTER)
+        self.need(folder, ctx, CHANGE_NAMES)
         victim = self._fs.find(folder, name)
         if victim is not None:
             above = self._presented(self._fs.getattr(folder))
@@ -101,7 +101,7 @@ class Rights:
         return victim
 
     def need_rename(self, old: int, name: bytes, new: int, new_name: bytes, ctx: Context) -> None:
-        """The same for moving an entry between two directories."""
+        """Raise EACCES or EPERM unless the caller may move an entry between two directories."""
         if not self.enforced:
             return
         moved = self.need_removal(old, name, ctx)
@@ -117,9 +117,9 @@ class Rights:
             raise FsError(errno.EPERM)
 
     def need_attribute(self, ino: int, name: bytes, ctx: Context, mask: int) -> None:
-        """Raise EACCES, or EPERM, unless the caller may use an extended attribute.
+        """Raise EACCES or EPERM unless the caller may use an extended attribute.
 
-        Names of other kinds are checked by the kernel.
+        The kernel checks names of other namespaces than `user`.
         """
         if not self.enforced or not name.startswith(b"user."):
             return
@@ -130,10 +130,10 @@ class Rights:
             self._need_ownership(ctx)
 
     def need_change(self, ino: int, ctx: Context, changes: dict[str, int], *, opened: bool) -> None:
-        """Raise EPERM, or EACCES, unless the caller may change attributes, as setattr takes them.
+        """Raise EPERM or EACCES unless the caller may make these changes of attributes.
 
-        *opened*: through a handle, which may be open for writing.  A mode loses its set-group-ID
-        where the caller could not give it.
+        *opened* is True for a change through a handle.  Clears the set-group-ID bit of a new mode
+        if the caller may not set it.
         """
         if not self.enforced:
             return
@@ -154,13 +154,13 @@ class Rights:
             self._need_times(attr, ctx, changes)
 
     def _need_times(self, attr: Attr, ctx: Context, changes: dict[str, int]) -> None:
-        """Whoever may write may touch."""
+        """Raise unless the caller may set times: "now" needs write permission, others ownership."""
         times = [changes[field] for field in ("atime_ns", "mtime_ns") if field in changes]
         if not times or callers.is_capable(ctx.pid, CAP_FOWNER):
             return
         if times != [NOW, NOW]:
             raise FsError(errno.EPERM)
-        self._judge(attr, ctx, WRITE)
+        self._check_permission(attr, ctx, WRITE)
 
     def _need_owner_change(
         self, attr: Attr, ctx: Context, changes: dict[str, int], *, owns: bool
@@ -173,7 +173,11 @@ class Rights:
             raise FsError(errno.EPERM)
 
     def _need_mode(self, attr: Attr, ctx: Context, mode: int, *, owns: bool) -> None:
-        """The kernel also takes set-ID bits away by itself, from whoever writes."""
+        """Raise EPERM unless the caller may set the mode.
+
+        A change that only clears set-ID bits is allowed: the kernel makes it for a caller that
+        writes.
+        """
         sheds = attr.mode & 0o7777 & ~_PRIVILEGES == mode & ~_PRIVILEGES and not (
             mode & ~attr.mode & _PRIVILEGES
         )
@@ -182,5 +186,5 @@ class Rights:
 
     @staticmethod
     def keeps_set_id(ctx: Context) -> bool:
-        """Whether what a caller writes keeps its set-ID bits."""
+        """Return whether a file keeps its set-ID bits when the caller writes to it."""
         return not ctx.uid and callers.is_capable(ctx.pid, CAP_FSETID)

@@ -2,12 +2,13 @@
 
     state        what ends it
     opening      the kernel and libfuse have agreed (see `connection`): `on_ready` is called
-    serving      the file system is unmounted from outside, or a signal asks for the end
-    unmounting   (after a signal) requests are still served, because unmounting writes back what
-                 is mapped and modified; a mount that is in use is detached, and its open files fail
+    serving      another process unmounts the file system, or a signal arrives
+    unmounting   (after a signal) the unmount succeeds, or the mount is in use and is detached.
+                 Requests are still served, because the kernel writes back modified mapped pages.
+                 Open files of a detached mount fail
     ended        `run` returns; the caller leaves the region
 
-pyfuse3 keeps its session in global variables: one `Session` per process and at a time.
+pyfuse3 keeps its session in global variables, so a process has one `Session` at a time.
 """
 
 from __future__ import annotations
@@ -40,19 +41,19 @@ log = logging.getLogger(__name__)
 
 #: Seconds between two calls of the engine's upkeep.
 UPKEEP_SECONDS = 0.7
-#: Seconds between two pieces of the work that the upkeep found.
+#: Seconds between two pieces of upkeep work.
 WORK_PAUSE = 0.005
-#: Workers at most; more than one matters only while handlers wait for a busy engine.
+#: Maximum number of workers; more than one matters only while handlers wait for a busy engine.
 MAX_WORKERS = 32
-#: What is cached lives long and holds no cycles, so that looking through it often (by default
-#: after 700 new objects) gains nothing: it cost a third of the time of creating a file.
+#: Cached objects are long-lived and acyclic, so frequent passes of the garbage collector are
+#: wasted.  The default of 700 new objects cost a third of the time to create a file.
 GC_THRESHOLDS = (20_000, 20, 100)
-#: Seconds that requests in flight have to finish once the mount is gone.
+#: Seconds that requests in flight have to finish after the unmount.
 GRACE_SECONDS = 12.0
 
 
 class Session:
-    """A mounted file system.  *path* is a resolved, checked mount point."""
+    """A mounted file system; *path* is a resolved and checked mount point."""
 
     def __init__(self, fs: Filesystem, path: str, source: str, options: MountOptions) -> None:
         self._path = path
@@ -90,25 +91,25 @@ class Session:
 
     @property
     def device(self) -> str | None:
-        """The device number of the mount, as in "0:45"."""
+        """The device number of the mount, such as "0:45"."""
         return self._device
 
     def hold(self, lifeline: mountpoint.Lifeline) -> None:
-        """Show on `lifeline` what becomes of the region."""
+        """Show the state of the region on `lifeline`."""
         self._lifeline = lifeline
         self._upkeep.on_standing = lifeline.show
 
     @property
     def shared_mappings(self) -> bool:
-        """Whether the kernel allows shared mappings with direct I/O; known once ready."""
+        """Whether the kernel allows shared mappings with direct I/O; valid after `on_ready`."""
         return self._handshake is not None and self._handshake.shared_mappings
 
     def _before_wait(self, fd: int) -> bool:
-        """Called before each wait for a request until the connection is open."""
+        """Advance the opening before a wait for a request; return True when it is complete."""
         if self._handshake is not None:
             ready = self._handshake.step(fd)
         else:
-            # The first wait is for FUSE_INIT; libfuse has answered it when the second one comes.
+            # The first wait is for FUSE_INIT.  libfuse has answered it before the second wait.
             self._waits += 1
             ready = self._waits > 1
         if ready:
@@ -136,9 +137,9 @@ class Session:
     # --- serving --------------------------------------------------------------------------
 
     def run(self, on_ready: Callable[[], None]) -> None:
-        """Serve until the mount ends; *on_ready* is called once the mount can be used.
+        """Serve until the mount ends; call *on_ready* when the mount can be used.
 
-        Raises MountError when the connection could not be opened.
+        Raises MountError if the connection cannot be opened.
         """
         self._on_ready = on_ready
         try:
@@ -180,13 +181,13 @@ class Session:
                 break
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._end, everything)
-                async for _number in signals:  # asked twice: do not wait for anything
+                async for _number in signals:  # a second signal ends all waits
                     everything.cancel()
 
     async def _end(self, everything: trio.CancelScope) -> None:
-        """Unmount, or detach what is in use, and end the loop."""
+        """Unmount, or detach a mount that is in use, and end the loop."""
         if not await self._unmount(lazy=False):
-            log.warning("%s is in use: detached; what is open there fails now", self._path)
+            log.warning("%s is in use: detached; its open files fail now", self._path)
             await self._unmount(lazy=True)
         self._operations.retry.ending = True
         pyfuse3.terminate()
@@ -208,14 +209,15 @@ class Session:
     # --- ending ---------------------------------------------------------------------------
 
     def _still_mounted(self) -> bool:
-        """Whether the topmost mount at our mount point is ours."""
+        """Return whether the topmost mount at the mount point is this one."""
         entry = mountpoint.find(self._path)
         return entry is not None and (self._device is None or entry.device == self._device)
 
     def _abandon(self, *, libfuse: bool = True) -> None:
-        """Leave nothing behind: no connection, no mount, whatever has happened before.
+        """Close the connection and remove the mount, in every state.
 
-        With *libfuse* False its session is left alone: closing one that it failed to make crashes.
+        With *libfuse* False, libfuse's session stays: libfuse crashes if it closes a session that
+        it failed to make.
         """
         self._invalidator.stop()
         if self._handshake is not None:
@@ -228,7 +230,7 @@ class Session:
 
 
 def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:
-    """The first plain exception inside nested groups."""
+    """Return the first plain exception inside nested groups."""
     error: BaseException = group
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
@@ -237,7 +239,7 @@ def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:
 
 @contextmanager
 def _stderr_captured() -> Iterator[Callable[[], str]]:
-    """Catch what libfuse prints; yields a function that returns its last line so far."""
+    """Capture stderr, to which libfuse prints; yield a function that returns the last line."""
     saved = os.dup(2)
     caught = os.memfd_create("stderr")
     os.dup2(caught, 2)

@@ -1,7 +1,9 @@
-"""What a mount does without being asked: housekeeping, and watching the region.
+"""Upkeep of a mount: housekeeping of the engine, and a check of the region at every tick.
 
-SOUND    the region is what was mounted
-another  a `Standing`: what became of the region; the log says so once, and once when it is over
+States, the values of `Standing`:
+
+SOUND    the region is the one that was mounted
+another  something happened to the region; the log has one line when that begins and one at its end
 """
 
 from __future__ import annotations
@@ -25,30 +27,30 @@ class Upkeep:
 
     def __init__(self, fs: Filesystem) -> None:
         self._fs = fs
-        #: What became of the region, when it was last looked at.
+        #: The state of the region at the last check.
         self.standing = Standing.SOUND
-        #: Called with each change of that.
+        #: Called with each new state.
         self.on_standing: Callable[[Standing], None] = lambda _standing: None
 
     def run(self) -> bool:
-        """Do what is due about once a second.
+        """Do the work of one tick; call it about once a second.
 
-        Returns whether there is more to do, for which `work` is to be called soon.
+        Returns whether work is left; then call `work` soon.
         """
         self._logged(self._watch_region)
         return self._logged(lambda: self._fs.tick())
 
     def work(self) -> bool:
-        """Do another piece of that; returns whether there is still more."""
+        """Do another piece of the work; return whether work is left."""
         return self._logged(lambda: self._fs.work())
 
     def _logged(self, call: Callable[[], bool]) -> bool:
         try:
             return call()
         except Busy:
-            pass  # next time
+            pass  # the next tick retries
         except Exception as error:
-            if self.standing is Standing.SOUND:  # else the log says why already
+            if self.standing is Standing.SOUND:  # else the log has the cause already
                 errno_of("upkeep", error)
         return False
 
@@ -57,7 +59,7 @@ class Upkeep:
         if self.standing is before:
             return False
         if self.standing is Standing.SOUND:
-            log.warning("the region is as it was mounted again; it was %s", before.value)
+            log.warning("the region is sound again; it was %s", before.value)
         else:
             log.error("%s", self.standing.explained)
         self.on_standing(self.standing)

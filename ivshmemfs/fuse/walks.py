@@ -1,36 +1,34 @@
-"""What each thread of the kernel's side looked up last, so that no rename is skipped.
+"""The last look-ups of each calling thread, so that the kernel skips no rename.
 
-rename(2) looks its two names up, one after the other.  When both lead to one inode, the kernel
-returns success without asking: they are hard links.  But when another machine renamed the file
-between the two look-ups, both led to it as well, although never at one moment.  Then two machines
-would both be told that they renamed it.
+rename(2) looks up its two names, one after the other.  If both lead to one node number, the kernel
+returns success without a request: the names are hard links.  If another machine renames the file
+between the two look-ups, both names lead to it as well, but never at one moment.  Then two machines
+would both report that they renamed it.
 
-So the answer to a look-up must not name the number that the same thread was told for the name
-before, unless both names lead to the inode at one moment.  For the same reason a name that is
-looked up twice is still compared with the name before it: the kernel asks again when it believes
-something else of a name.
+So a look-up must not return the node number of the same thread's look-up of another name before it,
+unless both names lead to the inode at one moment.  A name that is looked up twice is compared with
+the name before it, too: the kernel repeats a look-up if its own entry differs.
 
-A name that this mount itself changed since is no such case: rename(2) locks both directories before
-it looks its names up, so this kernel changes neither meanwhile. Programs that look at the old name
-of a directory, and then at the new one, must find the same directory: somebody may stand in it.
+The rule leaves out a name that this mount changed since then.  rename(2) locks both directories
+before its look-ups, so this kernel changes neither name meanwhile.  A program that looks up the old
+name of a directory and then its new name must find the same directory.
 
 States of a thread:
 
-    unknown     it looked nothing up, or has changed names since then (`forget`)
-    walking     `last` is what it was told last; `source` what it was told before, by another name
+    unknown     it looked up nothing, or it changed a name since then (`forget`)
+    walking     `last` is its last look-up; `source` is the one before it, by another name
 
-The table is bounded: a thread that looks nothing up while MANY others do is forgotten.  Threads of
-other pid namespaces all have number 0 here; what they look up is kept by inode instead.
+The table is bounded: it forgets a thread after look-ups by MANY other threads.  Threads of other
+pid namespaces all have number 0 here; their look-ups are kept by inode instead.
 """
 
 from __future__ import annotations
 
-#: Threads that are remembered at least; at most twice as many.
+#: Minimum number of threads in the table; the maximum is twice as many.
 MANY = 2048
 
-#: The answer to a look-up: the kernel's number of the directory, the name, the inode that it leads
-#: to, the kernel's number of that, and `Walks.changes` then.  A plain tuple, because every look-up
-#: makes one.
+#: One look-up: node of the directory, name, inode found, its node, and `Walks.changes` then.
+#: A plain tuple, because every look-up makes one.
 Step = tuple[int, bytes, int, int, int]
 _Walk = tuple[Step, Step | None]
 
@@ -51,7 +49,7 @@ class Walks:
         return self._young.get(key) or self._old.get(key)
 
     def source(self, thread: int, parent: int, name: bytes, ino: int) -> Step | None:
-        """What a thread was told before for another name than this, which leads to `ino`."""
+        """Return the thread's last look-up of another name than this one, which leads to `ino`."""
         walk = self._get(thread or -ino)
         if walk is None:
             return None
@@ -59,7 +57,7 @@ class Walks:
         return walk[1] if last[1] == name and last[0] == parent else last
 
     def note(self, thread: int, step: Step, source: Step | None) -> None:
-        """A thread is told `step`, and before that by another name `source`."""
+        """Note the look-up `step` of a thread, and the one by another name before it."""
         key = thread or -step[2]
         young = self._young
         if len(young) >= MANY and key not in young:
@@ -68,26 +66,27 @@ class Walks:
         young[key] = step, source
 
     def forget(self, thread: int, ino: int = 0) -> None:
-        """A thread changed what names lead to, or shall be told afresh."""
+        """Forget the look-ups of a thread, because it changed a name or walks its path again."""
         key = thread or -ino
         self._young.pop(key, None)
         self._old.pop(key, None)
 
     def was_told(self, thread: int, ino: int, node: int) -> bool:
-        """Whether a thread has just been told the number `node` for `ino`."""
+        """Return whether the thread's last look-up returned `node` for `ino`."""
         walk = self._get(thread or -ino)
         return walk is not None and walk[0][3] == node
 
     def change(self, folder: int, name: bytes) -> None:
-        """This mount has changed what a name in the directory with the inode `folder` leads to."""
+        """Note that this mount changed a name in the directory with inode `folder`."""
         self.changes += 1
         if len(self._changed) >= MANY:
             self._changed_before, self._changed = self._changed, {}
         self._changed[folder, name] = self.changes
 
     def is_changed(self, folder: int, step: Step) -> bool:
-        """Whether it did so to the name of `step`, in the directory with the inode `folder`, since
-        that was told; not, when that is forgotten.
+        """Return whether this mount changed the name of `step`, in directory `folder`, since then.
+
+        False if the table no longer holds that change.
         """
         key = folder, step[1]
         last = self._changed.get(key) or self._changed_before.get(key, 0)

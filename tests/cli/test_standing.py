@@ -90,7 +90,7 @@ def test_that_it_is_over_is_said_too(formatted: TestRegion, place: Path, tmp_pat
     formatted.path.rename(away)
     assert eventually(lambda: f"({Standing.RENAMED.value})" in ivshmemfs("list").stdout)
     away.rename(formatted.path)
-    assert eventually(lambda: "as it was mounted again; it was renamed" in log.read_text())
+    assert eventually(lambda: "the region is sound again; it was renamed" in log.read_text())
     assert f"{place}\n" in ivshmemfs("list").stdout
     (place / "f").write_text("goes on")
     ivshmemfs("umount", place)

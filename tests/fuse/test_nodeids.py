@@ -107,18 +107,18 @@ def test_an_exchange_with_a_file() -> None:
 
 def test_a_directory_looked_up_by_itself() -> None:
     nodes = NodeIds()
-    assert nodes.named(7) == 7
-    assert nodes.above(3) == 3
+    assert nodes.found_by_handle(7) == 7
+    assert nodes.found_parent(3) == 3
     assert nodes.found(7, 3, A) == 7  # its place, at last
     assert nodes.found(3, 1, B) == 3
     moved = nodes.found(7, 4, A)
     assert moved != 7
-    assert nodes.named(7) == 7  # an older number is good as long as somebody comes with it
-    assert nodes.named(moved) == nodes.above(7) == moved
+    assert nodes.found_by_handle(7) == 7  # an older number stays valid
+    assert nodes.found_by_handle(moved) == nodes.found_parent(7) == moved
     assert nodes.forget(7, 3) is False
     assert nodes.forget(moved, 3)
     with pytest.raises(StaleHandle):
-        nodes.named(moved)
+        nodes.found_by_handle(moved)
 
 
 def test_a_number_that_is_avoided() -> None:
@@ -135,12 +135,12 @@ def test_the_passing_number_of_a_file() -> None:
     assert passing > MAX_INO
     assert nodes.passing(7) == passing
     assert nodes.inode_of(passing) == 7
-    assert nodes.named(passing, file=True) == passing
+    assert nodes.found_by_handle(passing, file=True) == passing
     assert not nodes.forget(passing, 2)
     assert nodes.inode_of(passing) == 7
     assert not nodes.forget(passing, 1)
     with pytest.raises(StaleHandle):
         nodes.inode_of(passing)
     assert nodes.passing(7) not in (7, passing)
-    assert nodes.named(7, file=True) == 7
+    assert nodes.found_by_handle(7, file=True) == 7
     assert nodes.forget(7, 1)
