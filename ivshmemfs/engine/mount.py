@@ -38,9 +38,9 @@ from typing import TYPE_CHECKING, Self, TypeVar
 from ivshmemfs.engine import directory, names
 from ivshmemfs.engine.clock import Clock
 from ivshmemfs.engine.collect import Collector
-from ivshmemfs.engine.directory import Entry
+from ivshmemfs.engine.directory import Dirent
 from ivshmemfs.engine.dropped import Dropped
-from ivshmemfs.engine.transaction import Known, Transaction, View
+from ivshmemfs.engine.transaction import CommitCache, Transaction, View
 from ivshmemfs.errors import (
     Busy,
     Corrupt,
@@ -192,7 +192,7 @@ class Mount:
         """The present state; the same object while nobody commits."""
         word, root = self.store.snapshot()
         if self._view is None or self._view.word != word:
-            self._view = View(self.store, word, root, Known())
+            self._view = View(self.store, word, root, CommitCache())
         return self._view
 
     def look(self, reader: Callable[[View], T]) -> T:
@@ -273,9 +273,9 @@ class Mount:
             for _ in range(ATTEMPTS):
                 word, root = self.store.snapshot()
                 member.check()
-                known = self._known_of(word)
+                cache = self._cache_of(word)
                 tx = Transaction(
-                    self.store, word, root, space, self._in_use, removal, self.clock, known
+                    self.store, word, root, space, self._in_use, removal, self.clock, cache
                 )
                 try:
                     result = plan(tx)
@@ -286,7 +286,7 @@ class Mount:
                     if self.store.control.load() == word:
                         raise Corrupt(f"the present root leads astray: {overtaken}") from None
                 except Unfinished:
-                    self._view = View(self.store, word, root, tx.known)
+                    self._view = View(self.store, word, root, tx.cache)
                     raise
                 else:
                     space.store_nodes()
@@ -304,10 +304,10 @@ class Mount:
         finally:
             space.settle(published, self._end(member))
 
-    def _known_of(self, word: int) -> Known:
+    def _cache_of(self, word: int) -> CommitCache:
         """What is known of the commit with this word, taken from the view of it."""
         view = self._view
-        return view.hand_over() if view is not None and view.word == word else Known()
+        return view.hand_over() if view is not None and view.word == word else CommitCache()
 
     def _begin(self, member: Membership) -> int:
         repairs = self._supply.begin()
@@ -579,7 +579,7 @@ class Mount:
         `_reaped` is 0 once all were looked at.
         """
 
-        def read(view: View) -> list[Entry]:
+        def read(view: View) -> list[Dirent]:
             return directory.leaf_after(view, view.inode(ORPHANS_INO), self._reaped)
 
         member, freed, seen = self._joined(), 0, 0
