@@ -25,7 +25,7 @@ from collections.abc import Iterator
 
 from ivshmemfs.engine.inode import Inode
 from ivshmemfs.engine.radix import NULL, SIZE
-from ivshmemfs.engine.transaction import Known, View
+from ivshmemfs.engine.transaction import CommitCache, View
 from ivshmemfs.errors import Corrupt, InUse, Restart, UnderRepair
 from ivshmemfs.format import inode as fmt
 from ivshmemfs.format import repair, words
@@ -86,7 +86,7 @@ class Collector:
             word = 0
             try:
                 word, root = self._store.snapshot()
-                yield from self._mark_root(View(self._store, word, root, Known()))
+                yield from self._mark_root(View(self._store, word, root, CommitCache()))
                 break
             except Restart as overtaken:
                 if self._store.control.load() == word:

@@ -26,7 +26,7 @@ from typing import Final, TypeVar
 
 from ivshmemfs.engine.garbage import Garbage
 from ivshmemfs.engine.openfiles import OpenFiles
-from ivshmemfs.engine.transaction import Known, Transaction, View
+from ivshmemfs.engine.transaction import CommitCache, Transaction, View
 from ivshmemfs.engine.volume import ATTEMPTS, DAMAGE, Volume
 from ivshmemfs.errors import (
     Busy,
@@ -115,7 +115,7 @@ class Committer:
                 member.check()
                 tx = Transaction(
                     store, word, root, space, self._openfiles.in_use, removal,
-                    volume.clock, self._known_of(word),
+                    volume.clock, self._cache_of(word),
                 )  # fmt: skip
                 try:
                     result = plan(tx)
@@ -126,7 +126,7 @@ class Committer:
                     if store.control.load() == word:
                         raise Corrupt(f"the present root leads astray: {overtaken}") from None
                 except Unfinished:
-                    volume.latest = View(store, word, root, tx.known)
+                    volume.latest = View(store, word, root, tx.cache)
                     raise
                 else:
                     space.store_nodes()
@@ -144,10 +144,10 @@ class Committer:
         finally:
             space.settle(published, self._end(member))
 
-    def _known_of(self, word: int) -> Known:
+    def _cache_of(self, word: int) -> CommitCache:
         """Return what the latest view knows if it is of commit `word`, else nothing known."""
         view = self._volume.latest
-        return view.hand_over() if view is not None and view.word == word else Known()
+        return view.hand_over() if view is not None and view.word == word else CommitCache()
 
     def _begin(self, member: Membership) -> int:
         """Begin a transaction; returns the tag of its claims.

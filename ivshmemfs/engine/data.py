@@ -17,7 +17,7 @@ from typing import Any, Final
 
 from ivshmemfs.engine import radix
 from ivshmemfs.engine.inode import Inode
-from ivshmemfs.engine.radix import NULL, SIZE, Tree
+from ivshmemfs.engine.radix import NULL, SIZE, RadixTree
 from ivshmemfs.engine.transaction import Transaction, View
 from ivshmemfs.errors import FsError
 from ivshmemfs.format import inode as fmt
@@ -45,7 +45,7 @@ def read(
     size = view.block_size
     first, skip = divmod(offset, size)
     count = (skip + length - 1) // size + 1
-    tree = Tree(record.height, inode.data)
+    tree = RadixTree(record.height, inode.data)
     pointers = radix.find_range(view.nodes, tree, inode.ino, first, count)
     return view.store.gather(pointers, skip, length, into)
 
@@ -61,7 +61,7 @@ def read_to(view: View, inode: Inode, offset: int, length: int, file: int) -> in
     if record.payload == fmt.MAP and length:
         first, skip = divmod(offset, view.block_size)
         count = (skip + length - 1) // view.block_size + 1
-        tree = Tree(record.height, inode.data)
+        tree = RadixTree(record.height, inode.data)
         pointers = radix.find_range(view.nodes, tree, inode.ino, first, count)
         view.store.drain(pointers, skip, length, file, offset)
         return length
@@ -147,7 +147,7 @@ def _with_blocks(
     tx: Transaction, inode: Inode, first: int, pointers: bytes, size: int, blocks: int
 ) -> Inode:
     """`inode` with filled blocks from the `first` on; `blocks`: used by it, less the balance."""
-    tree = Tree(inode.record.height, inode.data)
+    tree = RadixTree(inode.record.height, inode.data)
     tree = radix.store(tx.space, tree, inode.ino, first, pointers, slots(tx, inode))
     now = tx.modified(inode.record.mtime_ns)
     return inode.evolve(
@@ -194,7 +194,7 @@ def _old_bytes(tx: Transaction, inode: Inode, offset: int, length: int) -> Buffe
 def _read_map(tx: Transaction, inode: Inode, offset: int, length: int) -> Buffer:
     if length <= 0:
         return b""
-    tree = Tree(inode.record.height, inode.data)
+    tree = RadixTree(inode.record.height, inode.data)
     first, skip = divmod(offset, tx.block_size)
     pointer = radix.find(tx.space, tree, inode.ino, first)
     return tx.store.gather(pointer, skip, length)
@@ -230,7 +230,7 @@ def truncate(tx: Transaction, inode: Inode, size: int) -> Inode:
 
 def _cut(tx: Transaction, inode: Inode, size: int) -> Inode:
     block_size, ino = tx.block_size, inode.ino
-    tree = Tree(inode.record.height, inode.data)
+    tree = RadixTree(inode.record.height, inode.data)
     tree = radix.cut(tx.space, tree, ino, -(-size // block_size))
     last, rest = divmod(size, block_size)
     if rest:

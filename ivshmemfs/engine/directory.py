@@ -44,7 +44,7 @@ from ivshmemfs.format.dirent import (
 from ivshmemfs.format.node import DIRLEAF, DIRNODE, HEADER_SIZE
 
 
-class Entry:
+class Dirent:
     """One name in a directory; `kind` is the file type bits of its mode, shifted right by 12."""
 
     __slots__ = ("ino", "key", "kind", "name")
@@ -71,7 +71,7 @@ class Step:
         return self.interior.pointer(self.at)
 
 
-class Spot:
+class LeafPosition:
     """Where a name stands in a directory, or would stand: good until the directory changes.
 
     `at` is its index in `leaf`, -1 when it is not there; `base` is the lowest key it may have.
@@ -87,10 +87,10 @@ class Spot:
         self.at: Final = leaf.find(base, name)
 
     @property
-    def entry(self) -> Entry | None:
+    def entry(self) -> Dirent | None:
         """The entry, if there is one."""
         at = self.at
-        return Entry(self.leaf.key(at), self.leaf.ino(at), self.name) if at >= 0 else None
+        return Dirent(self.leaf.key(at), self.leaf.ino(at), self.name) if at >= 0 else None
 
 
 NOTHING: Final[dict[str, int]] = {}
@@ -181,19 +181,19 @@ def _way(view: View, inode: Inode, key: int) -> tuple[list[Step], Leaf]:
     return [], _inline_leaf(inode)
 
 
-def locate(view: View, inode: Inode, name: bytes) -> Spot:
-    """The spot of `name`, whether it is there or not."""
+def locate(view: View, inode: Inode, name: bytes) -> LeafPosition:
+    """The position of `name`, whether it is there or not."""
     key = name_key(name, view.secret)
     path, leaf = _way(view, inode, key)
-    return Spot(name, key, path, leaf)
+    return LeafPosition(name, key, path, leaf)
 
 
-def find(view: View, inode: Inode, name: bytes) -> Entry | None:
+def find(view: View, inode: Inode, name: bytes) -> Dirent | None:
     """The entry called `name`, or None."""
     return locate(view, inode, name).entry
 
 
-def leaf_after(view: View, inode: Inode, key: int) -> list[Entry]:
+def leaf_after(view: View, inode: Inode, key: int) -> list[Dirent]:
     """Entries with keys above `key`, LISTED at most, of one leaf; empty at the directory's end.
 
     No leaf of a tree is empty and each holds what its bounds say, so the second leaf at the latest
@@ -221,18 +221,18 @@ def leaf_after(view: View, inode: Inode, key: int) -> list[Entry]:
     return found
 
 
-def _entries_after(leaf: Leaf, key: int) -> list[Entry]:
+def _entries_after(leaf: Leaf, key: int) -> list[Dirent]:
     keys, inos, sizes = leaf.keys, leaf.inos, leaf.sizes
-    first, found = leaf.lower(key + 1), list[Entry]()
+    first, found = leaf.lower(key + 1), list[Dirent]()
     start = leaf.name_at(first)
     for at in range(first, min(first + LISTED, leaf.count)):
         name = leaf.raw[start : start + sizes[at]]
-        found.append(Entry(keys[at], inos[at], name))
+        found.append(Dirent(keys[at], inos[at], name))
         start += sizes[at]
     return found
 
 
-def entries(view: View, inode: Inode) -> Iterator[Entry]:
+def entries(view: View, inode: Inode) -> Iterator[Dirent]:
     """All entries in the order of their keys."""
     key = 0
     while found := leaf_after(view, inode, key):
@@ -263,7 +263,7 @@ class Plan:
 def insert(
     tx: Transaction,
     inode: Inode,
-    spot: Spot,
+    position: LeafPosition,
     ino: int,
     kind: int,
     changes: dict[str, int] = NOTHING,
@@ -273,15 +273,17 @@ def insert(
     The caller made sure that the name is one (`check_name`), and found it not to be there.
     """
     plan = Plan(tx, inode, changes, 1)
-    key = _free_key(spot.leaf, spot.base)
-    leaf = spot.leaf.insert(key, ino | kind << TYPE_SHIFT, spot.name)
-    return _put_leaf(plan, spot.path, leaf)
+    key = _free_key(position.leaf, position.base)
+    leaf = position.leaf.insert(key, ino | kind << TYPE_SHIFT, position.name)
+    return _put_leaf(plan, position.path, leaf)
 
 
-def remove(tx: Transaction, inode: Inode, spot: Spot, changes: dict[str, int] = NOTHING) -> Inode:
-    """The directory without what stands at `spot`; raises ENOENT."""
-    plan, path = Plan(tx, inode, changes, -1), spot.path
-    leaf = spot.leaf.remove(_present(spot))
+def remove(
+    tx: Transaction, inode: Inode, position: LeafPosition, changes: dict[str, int] = NOTHING
+) -> Inode:
+    """The directory without what stands at `position`; raises ENOENT."""
+    plan, path = Plan(tx, inode, changes, -1), position.path
+    leaf = position.leaf.remove(_present(position))
     if path and not leaf.count:
         tx.space.replace(path[-1].taken)
         return _put_children(plan, path, NO_CHILDREN)
@@ -293,21 +295,21 @@ def remove(tx: Transaction, inode: Inode, spot: Spot, changes: dict[str, int] = 
 def replace(
     tx: Transaction,
     inode: Inode,
-    spot: Spot,
+    position: LeafPosition,
     ino: int,
     kind: int,
     changes: dict[str, int] = NOTHING,
 ) -> Inode:
-    """The directory in which the name at `spot` leads to another inode; raises ENOENT."""
+    """The directory in which the name at `position` leads to another inode; raises ENOENT."""
     plan = Plan(tx, inode, changes, 0)
-    leaf = spot.leaf.replace(_present(spot), ino | kind << TYPE_SHIFT)
-    return _put_leaf(plan, spot.path, leaf)
+    leaf = position.leaf.replace(_present(position), ino | kind << TYPE_SHIFT)
+    return _put_leaf(plan, position.path, leaf)
 
 
-def _present(spot: Spot) -> int:
-    if spot.at < 0:
+def _present(position: LeafPosition) -> int:
+    if position.at < 0:
         raise FsError(errno.ENOENT)
-    return spot.at
+    return position.at
 
 
 def _free_key(leaf: Leaf, base: int) -> int:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
 
 from ivshmemfs.engine import data, directory, holes, names, xattr
 from ivshmemfs.engine.committer import Committer
-from ivshmemfs.engine.directory import Entry
+from ivshmemfs.engine.directory import Dirent
 from ivshmemfs.engine.garbage import Garbage
 from ivshmemfs.engine.handle import Handle
 from ivshmemfs.engine.inode import MAX_RDEV, TARGET_MAX, Attr, Context, Inode, StatFs, attributes
@@ -158,7 +158,7 @@ class Filesystem:
         """The same; None when there is no such entry, which is cheaper than ENOENT."""
 
         def read(view: View) -> Inode | None:
-            ino = view.known.find_name(parent, name)
+            ino = view.cache.find_name(parent, name)
             if ino:
                 return view.find_inode(ino)
             folder = names.folder_of(view, parent)
@@ -172,7 +172,7 @@ class Filesystem:
             if entry is None:
                 return None
             inode = names.target(view, entry)
-            view.known.add_name(parent, name, inode.ino)
+            view.cache.add_name(parent, name, inode.ino)
             return inode
 
         inode = self._volume.look(read)
@@ -421,8 +421,8 @@ class Filesystem:
             nonlocal made
             made = False
             folder = names.parent_of(tx, parent, name)
-            spot = directory.locate(tx, folder, name)
-            entry = spot.entry
+            position = directory.locate(tx, folder, name)
+            entry = position.entry
             if entry is not None:
                 if flags & os.O_EXCL:
                     raise FsError(errno.EEXIST)
@@ -434,7 +434,7 @@ class Filesystem:
             new_mode = stat.S_IFREG | stat.S_IMODE(mode)
             inode = tx.new_inode(names.new_record(tx, folder, new_mode, ctx))
             self._openfiles.hold_new(inode.ino)
-            names.add(tx, folder, spot, inode)
+            names.add(tx, folder, position, inode)
             return self._attr(inode)
 
         try:
@@ -662,7 +662,7 @@ class Filesystem:
                 yield entry.name, attr, entry.key
             key = found[-1][0].key
 
-    def entries(self, handle: Handle, cookie: int, looks: int = EVERY) -> Iterator[list[Entry]]:
+    def entries(self, handle: Handle, cookie: int, looks: int = EVERY) -> Iterator[list[Dirent]]:
         """The same without looking at any inode, in pieces of one look each.
 
         An entry's `key` is the cookie of the next.
@@ -672,7 +672,7 @@ class Filesystem:
                 attr = self._dot(handle.ino, name)
                 if attr is None:
                     return
-                yield [Entry(number + 1, attr.ino | attr.mode >> 12 << TYPE_SHIFT, name)]
+                yield [Dirent(number + 1, attr.ino | attr.mode >> 12 << TYPE_SHIFT, name)]
         key = cookie if cookie > 1 else 0
         while looks > 0 and (found := self._next_entries(handle.ino, key)):
             looks -= 1
@@ -687,11 +687,11 @@ class Filesystem:
                 return None  # the directory was removed: nothing in it
             raise
 
-    def _next_entries(self, ino: int, key: int) -> list[Entry]:
+    def _next_entries(self, ino: int, key: int) -> list[Dirent]:
         return self._volume.look(lambda view: _entries_after(view, ino, key))
 
-    def _next_found(self, ino: int, key: int) -> list[tuple[Entry, Attr]]:
-        def read(view: View) -> list[tuple[Entry, Inode]]:
+    def _next_found(self, ino: int, key: int) -> list[tuple[Dirent, Attr]]:
+        def read(view: View) -> list[tuple[Dirent, Inode]]:
             found = _entries_after(view, ino, key)
             return [(entry, names.target(view, entry)) for entry in found]
 
@@ -752,7 +752,7 @@ def _changed(inode: Inode, changes: dict[str, int], now: int) -> Inode:
     return inode.evolve(ctime_ns=now, **fields)
 
 
-def _entries_after(view: View, ino: int, key: int) -> list[Entry]:
+def _entries_after(view: View, ino: int, key: int) -> list[Dirent]:
     """As `directory.leaf_after`; nothing is left of a directory that is gone."""
     folder = view.find_inode(ino)
     return [] if folder is None else directory.leaf_after(view, folder, key)

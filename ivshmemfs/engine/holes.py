@@ -10,7 +10,7 @@ import errno
 
 from ivshmemfs.engine import data, radix
 from ivshmemfs.engine.inode import Inode
-from ivshmemfs.engine.radix import NULL, Tree
+from ivshmemfs.engine.radix import NULL, RadixTree
 from ivshmemfs.engine.transaction import Transaction, View
 from ivshmemfs.errors import FsError
 from ivshmemfs.format import inode as fmt
@@ -18,8 +18,8 @@ from ivshmemfs.format import inode as fmt
 PIECES = 32  # holes that one call of `fill` fills
 
 
-def _tree(inode: Inode) -> Tree:
-    return Tree(inode.record.height, inode.data)
+def _tree(inode: Inode) -> RadixTree:
+    return RadixTree(inode.record.height, inode.data)
 
 
 def next_data(view: View, inode: Inode, offset: int) -> int:

@@ -13,7 +13,7 @@ import stat
 from typing import Any
 
 from ivshmemfs.engine import data, directory
-from ivshmemfs.engine.directory import Entry, Spot
+from ivshmemfs.engine.directory import Dirent, LeafPosition
 from ivshmemfs.engine.inode import TARGET_MAX, Context, Inode
 from ivshmemfs.engine.transaction import Transaction, View
 from ivshmemfs.errors import Corrupt, FsError
@@ -43,7 +43,7 @@ def parent_of(view: View, ino: int, name: bytes) -> Inode:
     return folder_of(view, ino)
 
 
-def target(view: View, entry: Entry) -> Inode:
+def target(view: View, entry: Dirent) -> Inode:
     """The inode of a directory entry."""
     inode = view.find_inode(entry.ino)
     if inode is None:
@@ -51,22 +51,22 @@ def target(view: View, entry: Entry) -> Inode:
     return inode
 
 
-def _existing(view: View, parent: int, name: bytes) -> tuple[Inode, Spot, Inode]:
-    """(directory, spot in it, inode that stands there)"""
+def _existing(view: View, parent: int, name: bytes) -> tuple[Inode, LeafPosition, Inode]:
+    """(directory, position in it, inode that stands there)"""
     folder = parent_of(view, parent, name)
-    spot = directory.locate(view, folder, name)
-    entry = spot.entry
+    position = directory.locate(view, folder, name)
+    entry = position.entry
     if entry is None:
         raise FsError(errno.ENOENT)
-    return folder, spot, target(view, entry)
+    return folder, position, target(view, entry)
 
 
-def _vacant(view: View, parent: int, name: bytes) -> tuple[Inode, Spot]:
+def _vacant(view: View, parent: int, name: bytes) -> tuple[Inode, LeafPosition]:
     folder = parent_of(view, parent, name)
-    spot = directory.locate(view, folder, name)
-    if spot.at >= 0:
+    position = directory.locate(view, folder, name)
+    if position.at >= 0:
         raise FsError(errno.EEXIST)
-    return folder, spot
+    return folder, position
 
 
 def _kind(inode: Inode) -> int:
@@ -134,19 +134,21 @@ def _dated(tx: Transaction, folder: Inode, links: int) -> dict[str, int]:
     return {"mtime_ns": tx.now, "ctime_ns": tx.now, "nlink": folder.record.nlink + links}
 
 
-def add(tx: Transaction, folder: Inode, spot: Spot, inode: Inode, links: int = 0) -> Inode:
-    """Enter `inode` at `spot`; `links` more links on the directory, which is returned."""
+def add(
+    tx: Transaction, folder: Inode, position: LeafPosition, inode: Inode, links: int = 0
+) -> Inode:
+    """Enter `inode` at `position`; `links` more links on the directory, which is returned."""
     changes = _dated(tx, folder, links)
-    return tx.put(directory.insert(tx, folder, spot, inode.ino, _kind(inode), changes))
+    return tx.put(directory.insert(tx, folder, position, inode.ino, _kind(inode), changes))
 
 
 def make(
     tx: Transaction, folder_ino: int, name: bytes, mode: int, ctx: Context, **fields: int
 ) -> Inode:
     """A new inode of any kind; raises EEXIST."""
-    folder, spot = _vacant(tx, folder_ino, name)
+    folder, position = _vacant(tx, folder_ino, name)
     inode = tx.new_inode(new_record(tx, folder, mode, ctx, **fields))
-    add(tx, folder, spot, inode, links=int(stat.S_ISDIR(mode)))
+    add(tx, folder, position, inode, links=int(stat.S_ISDIR(mode)))
     return inode
 
 
@@ -162,10 +164,10 @@ def symlink(tx: Transaction, parent: int, name: bytes, to: bytes, ctx: Context) 
         raise FsError(errno.ENOENT)
     if len(to) > TARGET_MAX:
         raise FsError(errno.ENAMETOOLONG)
-    folder, spot = _vacant(tx, parent, name)
+    folder, position = _vacant(tx, parent, name)
     inode = tx.new_inode(new_record(tx, folder, stat.S_IFLNK | 0o777, ctx))
     inode = tx.put(data.write(tx, inode, 0, to))
-    add(tx, folder, spot, inode)
+    add(tx, folder, position, inode)
     return inode
 
 
@@ -205,8 +207,8 @@ def link(
         raise FsError(errno.ENOENT)
     if inode.record.nlink >= LINK_MAX:
         raise FsError(errno.EMLINK)
-    spot = directory.locate(tx, folder, name)
-    entry = spot.entry
+    position = directory.locate(tx, folder, name)
+    entry = position.entry
     if entry is not None and not over:
         raise FsError(errno.EEXIST)
     if entry is not None and entry.ino == ino:
@@ -214,19 +216,21 @@ def link(
     if inode.record.nlink == 0:
         _forget_orphan(tx, ino)
     if entry is None:
-        add(tx, folder, spot, inode)
+        add(tx, folder, position, inode)
     else:
-        _take_name(tx, folder, spot, target(tx, entry), inode)
+        _take_name(tx, folder, position, target(tx, entry), inode)
     return tx.touch(ino, nlink=inode.record.nlink + 1)
 
 
-def _take_name(tx: Transaction, folder: Inode, spot: Spot, victim: Inode, inode: Inode) -> None:
-    """Have the name of `victim` at `spot` lead to `inode`."""
+def _take_name(
+    tx: Transaction, folder: Inode, position: LeafPosition, victim: Inode, inode: Inode
+) -> None:
+    """Have the name of `victim` at `position` lead to `inode`."""
     if victim.is_dir:
         raise FsError(errno.EISDIR)
     _unlinked(tx, victim)
     changes = _dated(tx, folder, 0)
-    tx.put(directory.replace(tx, folder, spot, inode.ino, _kind(inode), changes))
+    tx.put(directory.replace(tx, folder, position, inode.ino, _kind(inode), changes))
 
 
 # --- removing -------------------------------------------------------------------------------
@@ -239,8 +243,8 @@ def _orphan_name(ino: int) -> bytes:
 def _keep_orphan(tx: Transaction, inode: Inode) -> None:
     """Enter an inode without links among the orphans."""
     orphans = tx.inode(ORPHANS_INO)
-    spot = directory.locate(tx, orphans, _orphan_name(inode.ino))
-    tx.put(directory.insert(tx, orphans, spot, inode.ino, _kind(inode)))
+    position = directory.locate(tx, orphans, _orphan_name(inode.ino))
+    tx.put(directory.insert(tx, orphans, position, inode.ino, _kind(inode)))
     tx.orphans += 1
 
 
@@ -274,22 +278,22 @@ def free_orphan(tx: Transaction, ino: int) -> bool:
 
 def unlink(tx: Transaction, parent: int, name: bytes) -> None:
     """Remove a name of something that is no directory; raises ENOENT, EISDIR."""
-    folder, spot, inode = _existing(tx, parent, name)
+    folder, position, inode = _existing(tx, parent, name)
     if inode.is_dir:
         raise FsError(errno.EISDIR)
-    tx.put(directory.remove(tx, folder, spot, _dated(tx, folder, 0)))
+    tx.put(directory.remove(tx, folder, position, _dated(tx, folder, 0)))
     _unlinked(tx, inode)
 
 
 def rmdir(tx: Transaction, parent: int, name: bytes) -> None:
     """Remove an empty directory; raises ENOENT, ENOTDIR, ENOTEMPTY."""
-    folder, spot, inode = _existing(tx, parent, name)
+    folder, position, inode = _existing(tx, parent, name)
     if not inode.is_dir:
         raise FsError(errno.ENOTDIR)
     if inode.record.entries:
         raise FsError(errno.ENOTEMPTY)
     links = max(folder.record.nlink - 1, 2) - folder.record.nlink
-    tx.put(directory.remove(tx, folder, spot, _dated(tx, folder, links)))
+    tx.put(directory.remove(tx, folder, position, _dated(tx, folder, links)))
     tx.remove(inode)
 
 
@@ -310,7 +314,7 @@ def rename(
     With RENAME_WHITEOUT a device node 0:0 takes the old place, which overlay mounts know.
     Returns which inode was moved, and which was moved back in exchange (0: none).
     """
-    _, spot, inode = _existing(tx, parent, name)
+    _, position, inode = _existing(tx, parent, name)
     folder = parent_of(tx, new_parent, new_name)
     entry = directory.find(tx, folder, new_name)
     if inode.is_dir:
@@ -323,7 +327,7 @@ def rename(
         if entry.ino == inode.ino:
             return inode.ino, 0
         _take_away(tx, new_parent, inode, target(tx, entry))
-    _move(tx, parent, spot, new_parent, new_name, inode, over=entry is not None)
+    _move(tx, parent, position, new_parent, new_name, inode, over=entry is not None)
     if flags & RENAME_WHITEOUT:
         make(tx, parent, name, stat.S_IFCHR, ctx)
     return inode.ino, 0
@@ -365,12 +369,19 @@ def _take_away(tx: Transaction, folder: int, inode: Inode, victim: Inode) -> Non
 
 
 def _move(
-    tx: Transaction, old: int, spot: Spot, new: int, name: bytes, inode: Inode, *, over: bool
+    tx: Transaction,
+    old: int,
+    position: LeafPosition,
+    new: int,
+    name: bytes,
+    inode: Inode,
+    *,
+    over: bool,
 ) -> None:
-    """Move `inode` from its spot in directory `old` to a name in `new`, which may be the same."""
+    """Move `inode` from `position` in directory `old` to `name` in `new`; both may be one."""
     links = int(inode.is_dir and old != new)
     source = tx.inode(old)
-    tx.put(directory.remove(tx, source, spot, _dated(tx, source, -links)))
+    tx.put(directory.remove(tx, source, position, _dated(tx, source, -links)))
     folder = tx.inode(new)
     place, changes = directory.locate(tx, folder, name), _dated(tx, folder, links)
     enter = directory.replace if over else directory.insert
@@ -383,7 +394,7 @@ def _exchange(
     old: tuple[int, bytes],
     new: tuple[int, bytes],
     inode: Inode,
-    entry: Entry | None,
+    entry: Dirent | None,
 ) -> tuple[int, int]:
     if entry is None:
         raise FsError(errno.ENOENT)
@@ -395,7 +406,7 @@ def _exchange(
     for (folder, name), comes, goes in ((old, other, inode), (new, inode, other)):
         links = int(comes.is_dir) - int(goes.is_dir) if old[0] != new[0] else 0
         inside = tx.inode(folder)
-        spot, changes = directory.locate(tx, inside, name), _dated(tx, inside, links)
-        tx.put(directory.replace(tx, inside, spot, comes.ino, _kind(comes), changes))
+        position, changes = directory.locate(tx, inside, name), _dated(tx, inside, links)
+        tx.put(directory.replace(tx, inside, position, comes.ino, _kind(comes), changes))
         tx.touch(comes.ino, **({"parent": folder} if comes.is_dir else {}))
     return inode.ino, other.ino

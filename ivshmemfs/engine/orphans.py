@@ -16,7 +16,7 @@ from typing import Final
 
 from ivshmemfs.engine import directory, names
 from ivshmemfs.engine.committer import Committer
-from ivshmemfs.engine.directory import Entry
+from ivshmemfs.engine.directory import Dirent
 from ivshmemfs.engine.openfiles import OpenFiles
 from ivshmemfs.engine.transaction import View
 from ivshmemfs.engine.volume import Volume
@@ -60,7 +60,7 @@ class Orphans:
         The pass is over when `_last_key` is 0.
         """
 
-        def read(view: View) -> list[Entry]:
+        def read(view: View) -> list[Dirent]:
             return directory.leaf_after(view, view.inode(ORPHANS_INO), self._last_key)
 
         member, freed, seen = self._volume.joined(), 0, 0

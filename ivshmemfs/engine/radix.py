@@ -26,7 +26,7 @@ NULL: Final = words.NULL
 _NO_NODE: Final = bytes(HEADER_SIZE)  # one without slots
 
 
-class Tree:
+class RadixTree:
     """Top slots, and levels of index nodes below them."""
 
     __slots__ = ("height", "slots")
@@ -36,7 +36,7 @@ class Tree:
         self.slots: Final = slots
 
 
-def find(nodes: Nodes, tree: Tree, owner: int, index: int) -> bytes:
+def find(nodes: Nodes, tree: RadixTree, owner: int, index: int) -> bytes:
     """The packed pointer of leaf `index`; NULL for a hole."""
     data, base, height = tree.slots, 0, tree.height
     while height:
@@ -52,7 +52,7 @@ def find(nodes: Nodes, tree: Tree, owner: int, index: int) -> bytes:
     return data[at : at + SIZE] or NULL
 
 
-def find_range(nodes: Nodes, tree: Tree, owner: int, first: int, count: int) -> bytes:
+def find_range(nodes: Nodes, tree: RadixTree, owner: int, first: int, count: int) -> bytes:
     """The packed pointers of leaves [first, first + count), holes as nulls."""
     parts: list[bytes] = []
     _collect(nodes, tree.slots, tree.height, owner, first, count, parts)
@@ -80,7 +80,7 @@ def _collect(
         count -= here
 
 
-def next_leaf(nodes: Nodes, tree: Tree, owner: int, first: int, *, present: bool) -> int:
+def next_leaf(nodes: Nodes, tree: RadixTree, owner: int, first: int, *, present: bool) -> int:
     """The index of the first leaf from `first` on that is there, or with not `present` is not.
 
     -1 when all the rest are holes; for holes, what is behind the tree counts as one.  Reads at most
@@ -170,7 +170,9 @@ def weight(slots: bytes) -> int:
     return sum(memoryview(slots).cast("I")[1::4].tolist())
 
 
-def store(space: Space, tree: Tree, owner: int, first: int, pointers: bytes, capacity: int) -> Tree:
+def store(
+    space: Space, tree: RadixTree, owner: int, first: int, pointers: bytes, capacity: int
+) -> RadixTree:
     """A tree whose leaves from `first` on are `pointers` (packed; nulls make holes).
 
     `capacity` is how many top slots the owner has room for.  Leaves that were there before are
@@ -179,16 +181,16 @@ def store(space: Space, tree: Tree, owner: int, first: int, pointers: bytes, cap
     last = first + len(pointers) // SIZE - 1
     tree = fit(space, tree, owner, last, capacity)
     slots, _ = _store(space, tree.slots, 0, tree.height, owner, [(first, pointers)])
-    return Tree(tree.height, slots)
+    return RadixTree(tree.height, slots)
 
 
 def store_some(
-    space: Space, tree: Tree, owner: int, leaves: list[tuple[int, bytes]], capacity: int
-) -> Tree:
+    space: Space, tree: RadixTree, owner: int, leaves: list[tuple[int, bytes]], capacity: int
+) -> RadixTree:
     """The same for scattered leaves: (index, pointer) by ascending index; no node twice."""
     tree = fit(space, tree, owner, leaves[-1][0], capacity)
     slots, _ = _store(space, tree.slots, 0, tree.height, owner, leaves)
-    return Tree(tree.height, slots)
+    return RadixTree(tree.height, slots)
 
 
 def _store(
@@ -245,7 +247,7 @@ def _by_child(
     return found
 
 
-def fit(space: Space, tree: Tree, owner: int, last: int, capacity: int) -> Tree:
+def fit(space: Space, tree: RadixTree, owner: int, last: int, capacity: int) -> RadixTree:
     """The same leaves in a tree that has place for leaf `last` under `capacity` top slots."""
     height, slots = tree.height, tree.slots
     while last >= capacity * span_of(space.fanout, height) or len(slots) > capacity * SIZE:
@@ -255,7 +257,7 @@ def fit(space: Space, tree: Tree, owner: int, last: int, capacity: int) -> Tree:
         pieces = [slots[at : at + step] for at in range(0, len(slots), step)]
         slots = b"".join(_node(space, height, owner, piece) for piece in pieces)
         height += 1
-    return Tree(height, slots)
+    return RadixTree(height, slots)
 
 
 def _node(space: Space, level: int, owner: int, slots: bytes) -> bytes:
@@ -284,12 +286,12 @@ def _renewed(
     return space.add_node(INDEX, level, owner, 0, below, new_weight), new_weight - old_weight
 
 
-def cut(space: Space, tree: Tree, owner: int, first: int) -> Tree:
+def cut(space: Space, tree: RadixTree, owner: int, first: int) -> RadixTree:
     """A tree without leaves from `first` on; what is cut off is dropped whole."""
     return clear(space, tree, owner, first, len(tree.slots) // SIZE * _span(space, tree))
 
 
-def clear(space: Space, tree: Tree, owner: int, first: int, last: int) -> Tree:
+def clear(space: Space, tree: RadixTree, owner: int, first: int, last: int) -> RadixTree:
     """A tree without leaves from `first` up to `last`, which is not one of them.
 
     Subtrees between are dropped whole, so at most two nodes of each level are read and replaced,
@@ -297,10 +299,10 @@ def clear(space: Space, tree: Tree, owner: int, first: int, last: int) -> Tree:
     """
     last = min(last, len(tree.slots) // SIZE * _span(space, tree))
     slots, _ = _clear(space, tree.slots, tree.height, owner, first, last)
-    return Tree(tree.height if slots else 0, slots)
+    return RadixTree(tree.height if slots else 0, slots)
 
 
-def _span(space: Space, tree: Tree) -> int:
+def _span(space: Space, tree: RadixTree) -> int:
     return span_of(space.fanout, tree.height)
 
 

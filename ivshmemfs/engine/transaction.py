@@ -19,7 +19,7 @@ from ivshmemfs.engine import inode as inodes
 from ivshmemfs.engine import radix
 from ivshmemfs.engine.clock import Clock
 from ivshmemfs.engine.inode import Inode
-from ivshmemfs.engine.radix import NULL, Tree
+from ivshmemfs.engine.radix import NULL, RadixTree
 from ivshmemfs.errors import Corrupt, FsError, NoSpace, StaleHandle
 from ivshmemfs.format import inode as fmt
 from ivshmemfs.format import node as node_format
@@ -41,21 +41,21 @@ from ivshmemfs.shm.space import Space
 from ivshmemfs.shm.store import Node, Nodes, Store
 
 LARGEST_CLAIM: Final = 2048  # blocks; more than one request needs
-FOUND_MAX: Final = 1000  # inodes, and names, that a mount knows besides the node cache
+CACHED_MAX: Final = 1000  # inodes, and names, that a mount knows besides the node cache
 
 
-class Root:
+class RootNode:
     """A parsed root block."""
 
     __slots__ = ("pointer", "record", "table")
 
-    def __init__(self, record: RootRecord, table: Tree, pointer: bytes) -> None:
+    def __init__(self, record: RootRecord, table: RadixTree, pointer: bytes) -> None:
         self.record: Final = record
         self.table: Final = table
         self.pointer: Final = pointer
 
 
-def parse_root(node: Node) -> Root:
+def parse_root(node: Node) -> RootNode:
     """Raises Corrupt when the root contradicts itself."""
     if len(node.data) < ROOT_POINTERS:
         raise Corrupt(f"the root in block {node.block} is cut short")
@@ -64,10 +64,10 @@ def parse_root(node: Node) -> Root:
     if len(slots) != record.slots * words.POINTER_SIZE or record.height > node_format.MAX_HEIGHT:
         raise Corrupt(f"the root in block {node.block} has {record.slots} pointers, "
                       f"{len(slots)} bytes of them, height {record.height}")  # fmt: skip
-    return Root(record, Tree(record.height, slots), node.pointer)
+    return RootNode(record, RadixTree(record.height, slots), node.pointer)
 
 
-class Known:
+class CommitCache:
     """Some of what is true of one commit: inodes, and where names lead, by directory."""
 
     __slots__ = ("inodes", "names", "room")
@@ -75,7 +75,7 @@ class Known:
     def __init__(self) -> None:
         self.inodes: Final[dict[int, Inode]] = {}
         self.names: Final[dict[int, dict[bytes, int]]] = {}
-        self.room = FOUND_MAX  # for names
+        self.room = CACHED_MAX  # for names
 
     def find_name(self, folder: int, name: bytes) -> int:
         """The inode that a name leads to; 0 when that is not known."""
@@ -94,7 +94,7 @@ class Known:
 
     def change(self, inodes: dict[int, Inode | None]) -> None:
         """Become what is true once these inodes have changed, or gone; names stand in them."""
-        if len(self.inodes) + len(inodes) > FOUND_MAX:
+        if len(self.inodes) + len(inodes) > CACHED_MAX:
             self.inodes.clear()
         for ino, inode in inodes.items():
             names = self.names.pop(ino, None)
@@ -109,7 +109,7 @@ class Known:
 class View:
     """The filesystem as of one commit."""
 
-    def __init__(self, store: Store, word: int, root: Node, known: Known) -> None:
+    def __init__(self, store: Store, word: int, root: Node, cache: CommitCache) -> None:
         self.store = store
         self.nodes: Nodes = store
         self.word = word
@@ -117,8 +117,8 @@ class View:
         self.secret = store.superblock.uuid
         if root.parsed is None:
             root.parsed = parse_root(root)
-        self.root: Root = root.parsed
-        self.known = known
+        self.root: RootNode = root.parsed
+        self.cache = cache
         self.tables: dict[bytes, Any] = {}  # of extended attributes that a plan has changed
 
     def inode(self, ino: int) -> Inode:
@@ -130,21 +130,21 @@ class View:
 
     def find_inode(self, ino: int) -> Inode | None:
         """An inode, or None."""
-        inodes = self.known.inodes
+        inodes = self.cache.inodes
         found = inodes.get(ino)
         if found is None:
             pointer = self.pointer_to(ino)
             if pointer == NULL:
                 return None
             found = self._parsed(self.nodes.node(pointer, INODE, 0, ino))
-            if len(inodes) < FOUND_MAX:
+            if len(inodes) < CACHED_MAX:
                 inodes[ino] = found
         return found
 
-    def hand_over(self) -> Known:
-        """What is known, for whoever goes on from here; this view finds it anew."""
-        known, self.known = self.known, Known()
-        return known
+    def hand_over(self) -> CommitCache:
+        """The cache, for whoever goes on from here; this view finds it anew."""
+        cache, self.cache = self.cache, CommitCache()
+        return cache
 
     def pointer_to(self, ino: int) -> bytes:
         """Where an inode stands, packed; null when there is none."""
@@ -180,9 +180,9 @@ class Transaction(View):
         in_use: Callable[[int], bool],
         removal: bool,
         clock: Clock,
-        known: Known,
+        cache: CommitCache,
     ) -> None:
-        super().__init__(store, word, root, known)
+        super().__init__(store, word, root, cache)
         self.in_use = in_use  # whether anybody holds an inode open; announces that it may go
         self.space = space
         self.nodes = space
@@ -206,13 +206,13 @@ class Transaction(View):
             return self._dirty[ino]
         return super().find_inode(ino)
 
-    def hand_over(self) -> Known:
+    def hand_over(self) -> CommitCache:
         """The same as of the new root; after the commit."""
-        known = super().hand_over()
-        known.change(self._dirty)
+        cache = super().hand_over()
+        cache.change(self._dirty)
         for key, table in self.tables.items():
             self.store.recent.put(key, table)
-        return known
+        return cache
 
     # --- changes ---
 
@@ -319,7 +319,7 @@ class Transaction(View):
         self.space.replace(self.root.pointer)
         pointer = self.space.add_node(ROOT, 0, 0, 0, ROOT_RECORD.pack(new) + table.slots)
         node = self.space.node(pointer, ROOT, 0, 0)
-        node.parsed = Root(new, table, pointer)
+        node.parsed = RootNode(new, table, pointer)
         return node
 
     def _next_sequence(self) -> int:

@@ -30,7 +30,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Final, TypeVar
 
 from ivshmemfs.engine.clock import Clock
-from ivshmemfs.engine.transaction import Known, View
+from ivshmemfs.engine.transaction import CommitCache, View
 from ivshmemfs.errors import (
     Busy,
     Corrupt,
@@ -153,7 +153,7 @@ class Volume:
         """Return the present state; the same object until the next commit."""
         word, root = self.store.snapshot()
         if self.latest is None or self.latest.word != word:
-            self.latest = View(self.store, word, root, Known())
+            self.latest = View(self.store, word, root, CommitCache())
         return self.latest
 
     def note_commit(self, before: int, after: int) -> None:

@@ -15,7 +15,7 @@ from typing import Final
 
 from ivshmemfs.engine import radix
 from ivshmemfs.engine.inode import Inode
-from ivshmemfs.engine.radix import NULL, SIZE, Tree
+from ivshmemfs.engine.radix import NULL, SIZE, RadixTree
 from ivshmemfs.engine.transaction import Transaction, View
 from ivshmemfs.errors import Corrupt, FsError
 from ivshmemfs.format import inode as fmt
@@ -120,7 +120,7 @@ def _string(view: View, inode: Inode) -> bytes:
     if record.xattr_size > TOTAL_MAX:
         raise Corrupt(f"inode {inode.ino}: {record.xattr_size} bytes of extended attributes")
     count = -(-record.xattr_size // view.block_size)
-    tree = Tree(record.xattr_height, record.xattr_pointer)
+    tree = RadixTree(record.xattr_height, record.xattr_pointer)
     pointers = radix.find_range(view.nodes, tree, inode.ino, 0, count)
     return bytes(view.store.gather(pointers, 0, record.xattr_size))
 
@@ -180,7 +180,7 @@ def _stored(tx: Transaction, inode: Inode, new: Table, *, silent: bool = False) 
         raise FsError(errno.ENOSPC)
     raw = b"".join(new.entries)
     record, before = inode.record, tx.space.balance
-    old = Tree(record.xattr_height, record.xattr_pointer)
+    old = RadixTree(record.xattr_height, record.xattr_pointer)
     if old.slots != NULL:
         if old.height:
             tx.space.drop(old.slots, INDEX, old.height - 1, inode.ino)
@@ -188,11 +188,11 @@ def _stored(tx: Transaction, inode: Inode, new: Table, *, silent: bool = False) 
             tx.space.replace(old.slots)
     capacity = fmt.payload_capacity(tx.block_size)
     inline = len(raw) <= capacity // 2 and len(inode.data) + len(raw) <= capacity
-    tree, beside = Tree(0, NULL), raw
+    tree, beside = RadixTree(0, NULL), raw
     if not inline:
         pointers = tx.space.claim(-(-len(raw) // tx.block_size))
         tx.space.fill(pointers, raw)
-        tree = radix.store(tx.space, Tree(0, b""), inode.ino, 0, pointers, 1)
+        tree = radix.store(tx.space, RadixTree(0, b""), inode.ino, 0, pointers, 1)
         beside = b""
     assert len(tree.slots) == SIZE
     inode = inode.evolve(

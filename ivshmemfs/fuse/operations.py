@@ -26,7 +26,7 @@ from typing import NamedTuple, TypeVar
 
 from ivshmemfs.engine import Attr, Context, Filesystem, Handle, StatFs
 from ivshmemfs.engine.data import Buffer
-from ivshmemfs.engine.directory import Entry
+from ivshmemfs.engine.directory import Dirent
 from ivshmemfs.errors import FsError, StaleHandle
 from ivshmemfs.format.inode import MAX_INO
 from ivshmemfs.fuse import callers
@@ -361,7 +361,7 @@ class Operations:
         self._folders[number] = node
         return number
 
-    def readdir(self, fh: int, cookie: int, leaves: int = LEAVES) -> Iterator[list[Entry]]:
+    def readdir(self, fh: int, cookie: int, leaves: int = LEAVES) -> Iterator[list[Dirent]]:
         """Yield the names from *cookie* on, in pieces.
 
         The `key` of an entry is the cookie of the next one.
@@ -382,7 +382,7 @@ class Operations:
                     self.forget(node, 1)  # the answer does not contain it
                 return
 
-    def _with_attributes(self, pieces: Iterator[list[Entry]]) -> Iterator[tuple[Entry, Attr]]:
+    def _with_attributes(self, pieces: Iterator[list[Dirent]]) -> Iterator[tuple[Dirent, Attr]]:
         for entry in itertools.chain.from_iterable(pieces):
             try:
                 attr = self._fs.lookup_number(entry.ino)

@@ -6,7 +6,7 @@ import os
 import random
 
 from ivshmemfs.engine import RENAME_EXCHANGE, ROOT_INO, Attr, Filesystem
-from ivshmemfs.engine.transaction import FOUND_MAX
+from ivshmemfs.engine.transaction import CACHED_MAX
 from ivshmemfs.errors import FsError, StaleHandle
 from tests.support.regions import ROOT, TestRegion, get, put
 
@@ -55,7 +55,7 @@ def test_what_is_known_is_what_stands_there(made: TestRegion) -> None:
 
 def test_more_than_is_remembered(roomy: TestRegion) -> None:
     fs = roomy.mount()
-    count = 2 * FOUND_MAX + 10
+    count = 2 * CACHED_MAX + 10
     numbers = [put(fs, ROOT_INO, b"%d" % at, b"%d" % at).ino for at in range(count)]
     assert [get(fs, ROOT_INO, b"%d" % at) for at in range(count)] == [
         b"%d" % at for at in range(count)

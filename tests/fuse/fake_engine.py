@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ivshmemfs.engine import NOW, ROOT_INO, Attr, Context, StatFs
-from ivshmemfs.engine.directory import Entry
+from ivshmemfs.engine.directory import Dirent
 from ivshmemfs.errors import Busy, Corrupt, FsError, IvshmemfsError, Unfinished
 from ivshmemfs.format.dirent import TYPE_SHIFT
 from ivshmemfs.region import Standing
@@ -383,9 +383,9 @@ class FakeFilesystem:
             elif name in directory.entries:
                 yield name, self._inode(directory.entries[name]).attr(), position + 1
 
-    def entries(self, handle: FakeHandle, cookie: int, _looks: int) -> Iterator[list[Entry]]:
+    def entries(self, handle: FakeHandle, cookie: int, _looks: int) -> Iterator[list[Dirent]]:
         for name, attr, following in self._listed(handle, cookie):
-            yield [Entry(following, attr.ino | attr.mode >> 12 << TYPE_SHIFT, name)]
+            yield [Dirent(following, attr.ino | attr.mode >> 12 << TYPE_SHIFT, name)]
 
     def releasedir(self, handle: FakeHandle) -> None:
         self.release(handle)

@@ -18,7 +18,7 @@ from typing import TypeVar
 
 from ivshmemfs import fsck
 from ivshmemfs.engine import Filesystem
-from ivshmemfs.engine.directory import Entry
+from ivshmemfs.engine.directory import Dirent
 from ivshmemfs.engine.filesystem import KEEP_SIZE, PUNCH_HOLE, ZERO_RANGE
 from ivshmemfs.errors import Busy, Corrupt, FormatError, IvshmemfsError, Unfinished
 from ivshmemfs.region import Region
@@ -153,7 +153,7 @@ def inspect(fs: Filesystem, ledger: Ledger, ino: int) -> None:
     ledger.attempt(lambda: [entry.key for entry in islice(_named(fs, ino), ENTRIES)])
 
 
-def _named(fs: Filesystem, ino: int) -> Iterator[Entry]:
+def _named(fs: Filesystem, ino: int) -> Iterator[Dirent]:
     return chain.from_iterable(fs.entries(fs.opendir(ino), 0))
 
 
