@@ -1,6 +1,6 @@
-"""Filesystem semantics, synchronous and without any knowledge of FUSE.
+"""Filesystem semantics, synchronous and independent of FUSE.
 
-`Filesystem` is what callers use; a change goes through exactly one kind of `Transaction`.
+Callers use `Filesystem`.  Every change of the region goes through a `Transaction`.
 """
 
 from ivshmemfs.engine import filesystem
@@ -11,7 +11,7 @@ from ivshmemfs.engine.lock import FileLock
 from ivshmemfs.engine.names import RENAME_EXCHANGE, RENAME_NOREPLACE, RENAME_WHITEOUT
 from ivshmemfs.format.inode import ROOT_INO
 
-COMPILED = not filesystem.__file__.endswith(".py")  # ahead of time, as setup.py says
+COMPILED = not filesystem.__file__.endswith(".py")  # setup.py compiles ahead of time
 
 __all__ = [
     "COMPILED",

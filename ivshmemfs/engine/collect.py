@@ -1,21 +1,22 @@
-"""Collection: giving back blocks that nobody will ever reach.
+"""Collection: it frees blocks that no peer will ever reach.
 
-A block leaks when a peer dies between claiming it and publishing or releasing it, or between a
-commit and the release of what that replaced.  Collection finds such blocks in this order:
+A block leaks when a peer dies between claiming it and publishing or releasing it.  It leaks too
+when a peer dies between a commit and the release of what the commit replaced.  A collection finds
+such blocks in this order:
 
-1. `limits`: which claims are settled, from all slots' state words, *before* the root is loaded;
-2. mark: walk from the root and note the tag of every block that is reachable;
-3. sweep: release every block whose claim is settled and which was not marked under its tag.
+    limits    read from all slots' state words which claims are settled, *before* it loads the root
+    mark      walk from the root and note the tag of every reachable block
+    sweep     release every block with a settled claim that has no mark of its present tag
 
-A settled claim that is unreachable from one root is so from all later ones, so the tree may
-change while it is walked.  A node that turns out replaced sends the walk to the new root;
-subtrees that were walked whole need no second walk, because a pair (block, tag) never changes its
-contents.  What they mark needlessly is collected another time.
+A settled claim that one root does not reach is not reached by a later root either.  So the tree may
+change during the walk.  When the walk meets a replaced node, it starts again at the new root.  It
+skips subtrees that it has walked, because the contents of a pair (block, tag) never change.  Blocks
+that it marked and that were replaced since are collected next time.
 
-It goes on in pieces of as many nodes as the caller says, so that nothing waits for it.
+The caller says how many nodes one piece takes, so no request waits for a collection.
 
-A repair may reach again what no root reached.  So a collection starts anew when it finds that a
-repair has been, and during a repair it pauses.
+A repair may reach blocks that no root reached.  So a collection starts again when it finds that a
+repair took place, and it pauses during a repair.
 """
 
 from __future__ import annotations
@@ -35,14 +36,16 @@ from ivshmemfs.shm.peers import PeerTable
 from ivshmemfs.shm.store import ENDLESS, Store
 
 _POINTER = words.POINTER
-SWEEP_STEP = 1 << 14  # blocks that are swept at once
-SWEEP_COST = 32  # of that, in nodes
+SWEEP_STEP = 1 << 14  # blocks that one piece sweeps
+SWEEP_COST = 32  # nodes that take as long as sweeping SWEEP_STEP blocks
 
 
 class Collector:
-    """One collection, done in slices.
+    """One collection, in pieces.
 
-    LIMITS -> MARKING (restarting as often as it is overtaken) -> SWEEPING -> done.
+    LIMITS -> MARKING (again from the new root after each Restart) -> SWEEPING -> `done`.
+
+    A repair takes it back to LIMITS.  Only `step` moves it on.
     """
 
     def __init__(self, store: Store, table: PeerTable) -> None:
@@ -55,17 +58,17 @@ class Collector:
     def _begin(self) -> None:
         self._repairs = self._table.state(repair.SLOT)
         self._limits = self._table.limits()
-        # A word per block.  Anonymous memory is zero until it is used, so making it costs nothing.
+        # One word per block.  The kernel zeroes anonymous memory at its first use, page by page.
         size = self._store.geometry.block_count * words.WORD
         self._marks = memoryview(mmap.mmap(-1, size)).cast("Q")
         self._work = self._run()
 
     def step(self, most: int = ENDLESS) -> bool:
-        """Work on for as long as `most` nodes take; returns whether it is done.
+        """Do a piece of about `most` nodes; returns whether the collection is done.
 
-        Raises UnderRepair, after which it starts anew.
+        Raises UnderRepair; the next call starts the collection again.
         """
-        self._store.begin_turn(ENDLESS)  # the steps are counted instead
+        self._store.begin_turn(ENDLESS)  # `most` bounds this turn instead
         try:
             while not self.done and most > 0:
                 cost = next(self._work, -1)
@@ -93,7 +96,7 @@ class Collector:
                     raise Corrupt(f"the present root leads astray: {overtaken}") from None
                 yield 1
         for start in range(0, self._store.geometry.block_count, SWEEP_STEP):
-            yield 0  # `step` looks for a repair before each
+            yield 0  # `step` checks for a repair before each sweep
             stop = min(start + SWEEP_STEP, self._store.geometry.block_count)
             garbage = self._store.blocks.sweep(self._marks, self._limits, start, stop)
             self.released += self._store.blocks.release(garbage)
@@ -112,7 +115,7 @@ class Collector:
         self._mark(view.root.pointer)
 
     def _mark_slots(self, view: View, slots: bytes, height: int, owner: int) -> Iterator[int]:
-        """Walk what `slots` lead to; a mark on a pointer means that all below it is done."""
+        """Mark what `slots` lead to; a marked pointer means that everything below it is marked."""
         if height == 0 and owner:
             self._mark(slots)
             return
@@ -152,10 +155,10 @@ class Collector:
 
 
 def evict(store: Store, table: PeerTable, slot: int, word: int) -> int:
-    """Declare the owner of a slot in state `word` gone, and collect what it had claimed.
+    """Retire the owner of a slot in state `word`, and collect what it claimed.
 
-    The caller answers for its being gone, and need not have joined.  Returns how many blocks were
-    given back; raises InUse when the slot moved on meanwhile, Corrupt.
+    The caller vouches that the owner is gone, and needs no slot of its own.  Returns the number of
+    freed blocks.  Raises InUse when the owner has changed the state word since, Corrupt.
     """
     if not table.retire(slot, word):
         raise InUse(f"the peer in slot {slot} is moving on: try again")

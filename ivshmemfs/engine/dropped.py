@@ -1,14 +1,15 @@
-"""Subtrees that commits of this mount cut off, and the release of their blocks, piece by piece.
+"""Subtrees that commits of this mount cut off, and the release of their blocks, in pieces.
 
-    cut off     `Transaction` drops a subtree: one pointer, whatever stands below it
-    queued      the commit succeeded; nothing reaches the subtree any more (`add`)
-    walked      `step` reads its nodes and releases their children, then the nodes themselves
+    cut off     `Transaction` drops a subtree, by the pointer to its top node
+    queued      the commit succeeded, and no root reaches the subtree (`add`)
+    walked      `step` reads its nodes, releases their children, then the nodes themselves
     released    all its blocks are free
+    left        `leave` emptied the queue: a collection frees the blocks
 
-A file of 16 GiB has 16,000 index nodes, too many for one turn.  So the commit releases a first
-piece, and upkeep, or an allocation that finds no room, the rest.  The order does not matter:
-only a collector may compete, and each skips what the other released.  When this mount dies or
-leaves, what is queued is garbage, which is collected as after any death.
+A file of 16 GiB has 16,000 index nodes, too many for one turn.  So the commit releases the first
+piece.  The upkeep, or an allocation that finds no space, releases the others.  Only a collector can
+release the same blocks meanwhile, and each of the two skips what the other released.
+When this mount dies, the blocks in its queue are garbage for a collection.
 """
 
 from __future__ import annotations
@@ -24,50 +25,50 @@ from ivshmemfs.shm.store import Store
 
 SIZE: Final = words.POINTER_SIZE
 NULL: Final = words.NULL
-RELEASED_AT_ONCE: Final = 128  # nodes of one step; of a file in blocks of 4 KiB, 127 MiB
+RELEASED_AT_ONCE: Final = 128  # nodes of one step; with blocks of 4 KiB, 127 MiB of a file
 
 
 class _Walk:
-    """A node whose children are being released."""
+    """A node whose children `step` releases."""
 
     __slots__ = ("at", "kind", "level", "owner", "pointer", "pointers")
 
     def __init__(self, pointer: bytes, kind: int, level: int, owner: int, pointers: bytes) -> None:
         self.pointer: Final = pointer
-        self.kind: Final = kind  # of its children
-        self.level: Final = level  # of its children
+        self.kind: Final = kind  # of the children
+        self.level: Final = level  # of the children
         self.owner: Final = owner
         self.pointers: Final = pointers
-        self.at = 0  # the next child, in bytes
+        self.at = 0  # offset of the next child in `pointers`, in bytes
 
 
 class Dropped:
-    """The queue of one mount."""
+    """The queue of one mount.  Its release does not change what any root reaches."""
 
     def __init__(self, store: Store, supply: Supply) -> None:
         self._store = store
         self._supply = supply
         self._queue: deque[tuple[bytes, int, int, int]] = deque()
-        self._walks: list[_Walk] = []  # from the root of a subtree down
+        self._walks: list[_Walk] = []  # from the top node of a subtree down to the present one
 
     @property
     def pending(self) -> bool:
-        """Whether anything is left to release."""
+        """Whether any block is left to release."""
         return bool(self._queue or self._walks)
 
     def add(self, subtrees: list[tuple[bytes, int, int, int]]) -> None:
-        """Queue (pointer, kind, level, owner) of subtrees that no root reaches any more."""
+        """Queue subtrees that no root reaches: (pointer, kind, level, owner) of their top nodes."""
         self._queue.extend(subtrees)
 
     def leave(self) -> bool:
-        """Leave what is queued to a collection; returns whether that was anything."""
+        """Empty the queue, for a collection to free its blocks; returns whether it held any."""
         left = self.pending
         self._queue.clear()
         self._walks.clear()
         return left
 
     def step(self, most: int = RELEASED_AT_ONCE) -> bool:
-        """Release what `most` nodes lead to; returns whether that was anything."""
+        """Release what `most` nodes lead to; returns whether there was any node."""
         left = most
         while left > 0 and (self._walks or self._queue):
             left -= 1
@@ -95,9 +96,9 @@ class Dropped:
         return b""
 
     def _enter(self, pointer: bytes, kind: int, level: int, owner: int) -> None:
-        """Release a node that leads to blocks alone, or begin with its children.
+        """Release the data blocks of a lowest index node, or begin with the node's children.
 
-        What was released already is skipped: a forged subtree reaches a node by endless ways.
+        Skips a node that is released already: a forged subtree may reach it by many paths.
         """
         block, _, tag = words.POINTER.unpack(pointer)
         known = block < self._store.geometry.block_count and tag != 0

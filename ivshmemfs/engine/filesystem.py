@@ -1,4 +1,18 @@
-"""The filesystem as callers see it: POSIX operations, each one look or one change."""
+"""The filesystem as callers see it: POSIX operations, each one look or one change.
+
+    mounted      `Filesystem.mount` made the parts of the mount, which live as long as it does
+    unmounted    `unmount` gave the slot back: looks still work, changes raise EROFS
+
+`Filesystem` has no state of its own.  Its parts, each of which uses only the parts above it:
+
+    Volume       the region as this peer sees it: membership, snapshots, damage
+    OpenFiles    handles by inode, and their listing in the open filter
+    Garbage      releases and collects blocks
+    Committer    changes: one plan, one commit
+    Orphans      frees inodes without links
+    Lifetimes    ghosts and pins: what callers name after it is gone
+    Upkeep       what a mount does without a request
+"""
 
 from __future__ import annotations
 
@@ -19,6 +33,7 @@ from ivshmemfs.engine.names import RENAME_EXCHANGE, RENAME_NOREPLACE, RENAME_WHI
 from ivshmemfs.engine.openfiles import OpenFiles
 from ivshmemfs.engine.orphans import Orphans
 from ivshmemfs.engine.pieces import Pieces
+from ivshmemfs.engine.privileges import Privileges
 from ivshmemfs.engine.transaction import Transaction, View
 from ivshmemfs.engine.upkeep import Upkeep
 from ivshmemfs.engine.volume import Volume
@@ -31,11 +46,14 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-NOW = 1 << 63  # as a time: the time of the operation
-EARLIEST, LATEST = -(1 << 63), (1 << 63) - 1  # ns since 1970, as they can be stored
+NOW = 1 << 63  # in place of a timestamp: the time of the operation
+EARLIEST, LATEST = (
+    -(1 << 63),
+    (1 << 63) - 1,
+)  # timestamps that the inode record can store, in ns since 1970
 _RENAME_FLAGS = RENAME_NOREPLACE | RENAME_EXCHANGE | RENAME_WHITEOUT
 KEEP_SIZE, PUNCH_HOLE, ZERO_RANGE = 1, 2, 16  # modes of fallocate(2)
-EVERY = 1 << 60  # looks, more than any directory needs
+EVERY = 1 << 60  # looks of one listing without a limit; no directory needs as many
 FILLED_AT_ONCE = 1 << 20  # bytes of holes that one commit fills
 
 
@@ -62,10 +80,7 @@ class Filesystem:
         self.table: Final = volume.table
         self.clock: Final = volume.clock
         self.block_size: Final = volume.block_size
-        #: Returns the supplementary groups of a process, by pid; the FUSE layer sets it.
-        self.groups_of: Callable[[int], Collection[int]] = _no_groups
-        #: Whether set-ID bits survive a write of this caller; the FUSE layer sets it.
-        self.keeps_set_id: Callable[[Context], bool] = _is_root
+        self._privileges: Final = Privileges()
 
     @classmethod
     def mount(cls, region: Region, *, readonly: bool = False) -> Self:
@@ -99,6 +114,24 @@ class Filesystem:
     def only_own_commits(self, before: int, now: int) -> bool:
         """Whether this mount made all commits after the commit word `before`, up to `now`."""
         return self._volume.only_own_commits(before, now)
+
+    @property
+    def groups_of(self) -> Callable[[int], Collection[int]]:
+        """Returns the supplementary groups of a process, by pid.  The FUSE layer sets it."""
+        return self._privileges.groups_of
+
+    @groups_of.setter
+    def groups_of(self, groups_of: Callable[[int], Collection[int]]) -> None:
+        self._privileges.groups_of = groups_of
+
+    @property
+    def keeps_set_id(self) -> Callable[[Context], bool]:
+        """Whether set-ID bits survive a write by this caller.  The FUSE layer sets it."""
+        return self._privileges.keeps_set_id
+
+    @keeps_set_id.setter
+    def keeps_set_id(self, keeps_set_id: Callable[[Context], bool]) -> None:
+        self._privileges.keeps_set_id = keeps_set_id
 
     def view(self) -> View:
         """Return the present state; the same object until the next commit."""
@@ -141,21 +174,21 @@ class Filesystem:
         return self._attr(inode)
 
     def forget(self, ino: int) -> None:
-        """The caller will not name inode `ino` again before it has looked it up again."""
+        """Drop what is kept of `ino`: the caller looks it up before it names it again."""
         self._lifetimes.forget(ino)
 
     def _attr(self, inode: Inode) -> Attr:
         return inode.attr or attributes(inode, self.block_size)
 
     def lookup(self, parent: int, name: bytes) -> Attr:
-        """The attributes of an entry; raises ENOENT, ENOTDIR."""
+        """Return the attributes of an entry; raises ENOENT, ENOTDIR."""
         found = self.find(parent, name)
         if found is None:
             raise FsError(errno.ENOENT)
         return found
 
     def find(self, parent: int, name: bytes) -> Attr | None:
-        """The same; None when there is no such entry, which is cheaper than ENOENT."""
+        """Return what `lookup` returns, or None for ENOENT, which costs less than an exception."""
 
         def read(view: View) -> Inode | None:
             ino = view.cache.find_name(parent, name)
@@ -181,7 +214,7 @@ class Filesystem:
         return None if inode is None else self._found(inode)
 
     def names_lead_to(self, ino: int, places: Collection[tuple[int, bytes]]) -> bool:
-        """Whether all these names, of inodes of directories, lead to inode `ino` at one moment."""
+        """Whether one snapshot has inode `ino` under all `places`: (inode of a directory, name)."""
 
         def read(view: View) -> bool:
             for parent, name in places:
@@ -196,22 +229,22 @@ class Filesystem:
         return self._volume.look(read)
 
     def lookup_number(self, ino: int) -> Attr:
-        """The attributes of an inode that nobody has looked up before; raises ESTALE."""
+        """Return the attributes of an inode that no look-up has found yet; raises ESTALE."""
         return self._found(self._volume.look(lambda view: view.inode(ino)))
 
     def getattr(self, ino: int) -> Attr:
-        """The attributes of an inode; raises ESTALE."""
+        """Return the attributes of an inode or of its ghost; raises ESTALE."""
         try:
             return self._volume.look(lambda view: self._attr(view.inode(ino)))
         except StaleHandle as stale:
             return self._attr(self._lifetimes.ghost(ino, stale))
 
     def birth_time(self, ino: int) -> int:
-        """When an inode was made, in ns since 1970; raises ESTALE."""
+        """Return the creation time of an inode, in ns since 1970; raises ESTALE."""
         return self._look_at(lambda view: view.inode(ino).record.btime_ns)
 
     def readlink(self, ino: int) -> bytes:
-        """The target of a symbolic link."""
+        """Return the target of a symbolic link; raises EINVAL, ESTALE, Corrupt."""
 
         def read(view: View) -> bytes:
             inode = view.inode(ino)
@@ -225,14 +258,17 @@ class Filesystem:
         return self._look_at(read)
 
     def _look_at(self, read: Callable[[View], T]) -> T:
-        """Look at an inode that was looked up before."""
+        """Look at an inode that the caller has looked up; ESTALE makes look-ups careful."""
         try:
             return self._volume.look(read)
         except StaleHandle as stale:
             raise self._lifetimes.vanished(stale) from None
 
     def statfs(self) -> StatFs:
-        """Sizes; `blocks_avail`: data of one file, without its block map and the reserve."""
+        """Return the sizes of the filesystem.
+
+        `blocks_avail` counts blocks of data in one new file, without its block map and the reserve.
+        """
         geometry = self.superblock.geometry
         record = self._volume.look(lambda view: view.root.record)
         free = max(geometry.block_count - record.used, 0)
@@ -257,11 +293,11 @@ class Filesystem:
         mtime_ns: int | None = None,
         kept: int | None = None,
     ) -> Attr:
-        """Change attributes; times may be NOW.
+        """Change attributes and return them all.  Times are in ns since 1970, or NOW.
 
-        `kept` is a mode: privileges that are not in it are shed, all else stays.
+        `kept` is a mode: it clears those set-ID bits that it does not have, and changes no other.
+        Raises EISDIR, EINVAL, EFBIG, ESTALE.
         """
-
         wanted = {"mode": mode, "uid": uid, "gid": gid, "atime_ns": atime_ns, "mtime_ns": mtime_ns}
         changes = {field: value for field, value in wanted.items() if value is not None}
         for moment in (atime_ns, mtime_ns):
@@ -273,8 +309,7 @@ class Filesystem:
             if size is not None:
                 inode = self._resized(tx, inode, size, ctx)
             if uid is not None or gid is not None:
-                sheds, outsider = not inode.is_dir, self._outsider(inode, ctx)
-                inode = _without_privileges(tx, inode, unprivileged=sheds, outsider=outsider)
+                inode = self._privileges.after_chown(tx, inode, ctx)
             if kept is not None:
                 changes["mode"] = inode.record.mode & (kept | ~names.PRIVILEGES)
             return self._attr(tx.put(_changed(inode, changes, tx.now)))
@@ -300,28 +335,12 @@ class Filesystem:
             inode = data.modified(tx, inode)
         else:
             inode = data.truncate(tx, inode, size)
-        outsider = self._outsider(inode, ctx)
-        return _without_privileges(
-            tx, inode, unprivileged=self._sheds(inode, ctx), outsider=outsider
-        )
-
-    def _sheds(self, inode: Inode, ctx: Context) -> bool:
-        """Whether `inode` has set-ID bits, which go when `ctx` changes its contents."""
-        return bool(inode.record.mode & names.PRIVILEGES) and not self.keeps_set_id(ctx)
-
-    def _outsider(self, inode: Inode, ctx: Context | None) -> bool:
-        """Whether a set-group-ID of a file that is no program goes, too, when `ctx` changes it."""
-        record = inode.record
-        if ctx is None or record.mode & names.SET_GROUP_ID != stat.S_ISGID:
-            return False
-        if self.keeps_set_id(ctx):
-            return False
-        return record.gid != ctx.gid and record.gid not in self.groups_of(ctx.pid)
+        return self._privileges.after_resize(tx, inode, ctx)
 
     # --- names ------------------------------------------------------------------------------
 
     def mknod(self, parent: int, name: bytes, mode: int, rdev: int, ctx: Context) -> Attr:
-        """Make a file, fifo, socket or device node."""
+        """Make a file, fifo, socket or device node; returns its attributes.  Raises EEXIST."""
         if stat.S_IFMT(mode) == 0:
             mode |= stat.S_IFREG
         if stat.S_IFMT(mode) == stat.S_IFDIR:
@@ -331,17 +350,17 @@ class Filesystem:
         return self._made(lambda tx: names.make(tx, parent, name, mode, ctx, rdev=rdev))
 
     def mkdir(self, parent: int, name: bytes, mode: int, ctx: Context) -> Attr:
-        """Make a directory."""
+        """Make a directory; returns its attributes.  Raises EEXIST."""
         return self._found(
             self._committer.change(lambda tx: names.mkdir(tx, parent, name, mode, ctx))
         )
 
     def symlink(self, parent: int, name: bytes, target: bytes, ctx: Context) -> Attr:
-        """Make a symbolic link."""
+        """Make a symbolic link; returns its attributes.  Raises EEXIST, ENAMETOOLONG."""
         return self._made(lambda tx: names.symlink(tx, parent, name, target, ctx))
 
     def link(self, ino: int, parent: int, name: bytes, ctx: Context, *, over: bool = False) -> Attr:
-        """Make another name for an inode that is no directory; `over` replaces another file."""
+        """Make another name for an inode, not of a directory; `over` replaces an existing file."""
         revive = ino in self._openfiles.nameless
 
         def plan(tx: Transaction) -> Attr:
@@ -355,19 +374,20 @@ class Filesystem:
         return self._committer.change(lambda tx: self._attr(plan(tx)))
 
     def unlink(self, parent: int, name: bytes, ctx: Context) -> None:
-        """Remove a name of something that is no directory."""
+        """Remove a name; raises ENOENT, EISDIR for a directory."""
         self._removing(lambda tx: names.unlink(tx, parent, name))
 
     def rmdir(self, parent: int, name: bytes, ctx: Context) -> None:
-        """Remove an empty directory."""
+        """Remove an empty directory; raises ENOENT, ENOTDIR, ENOTEMPTY."""
         self._removing(lambda tx: names.rmdir(tx, parent, name))
 
     def rename(
         self, parent: int, name: bytes, new_parent: int, new_name: bytes, flags: int, ctx: Context
     ) -> tuple[int, int]:
-        """Move an entry, also over another one; RENAME_NOREPLACE, _EXCHANGE, _WHITEOUT.
+        """Move an entry, also over an existing one.
 
-        Returns which inode was moved, and which was moved back in exchange (0: none).
+        `flags`: 0, RENAME_NOREPLACE or RENAME_EXCHANGE, the former also with RENAME_WHITEOUT.
+        Returns the number of the moved inode, and of the inode exchanged for it (0: none).
         """
         if flags & ~_RENAME_FLAGS or (flags & RENAME_EXCHANGE and flags != RENAME_EXCHANGE):
             raise FsError(errno.EINVAL)
@@ -389,11 +409,11 @@ class Filesystem:
     # --- opening and closing ----------------------------------------------------------------
 
     def open(self, ino: int, flags: int, ctx: Context | None = None) -> Handle:
-        """Open a file; honours O_TRUNC and O_APPEND."""
+        """Open a file, with O_TRUNC and O_APPEND of `flags`; raises EISDIR, ESTALE."""
         inode = self._look_at(lambda view: view.inode(ino))
         if inode.is_dir:
             raise FsError(errno.EISDIR)
-        handle = Handle(ino, flags, ctx, outsider=self._outsider(inode, ctx))
+        handle = Handle(ino, flags, ctx, outsider=self._privileges.is_outsider(inode, ctx))
         self._openfiles.hold(ino)
         try:
             self._openfiles.confirm(ino)
@@ -410,10 +430,11 @@ class Filesystem:
     def create(
         self, parent: int, name: bytes, mode: int, flags: int, ctx: Context
     ) -> tuple[Handle, Attr]:
-        """Open a file, making it first if there is none (or failing with EEXIST for O_EXCL).
+        """Make and open a file; open an existing one, or raise EEXIST with O_EXCL.
 
-        The caller has seen that there is none; for what another machine made meanwhile nobody has
-        checked permissions.  ESTALE, so that the path is walked again, unless they are plain.
+        The caller has seen that there is no file.  If another machine has made one since then,
+        nothing has checked its permissions.  Unless uid and gid alone permit the access, this
+        raises ESTALE, and the kernel walks the path again.
         """
         made = False
 
@@ -449,7 +470,7 @@ class Filesystem:
         return handle, self.getattr(attr.ino)
 
     def tmpfile(self, parent: int, mode: int, flags: int, ctx: Context) -> tuple[Handle, Attr]:
-        """Make and open a file without a name, as O_TMPFILE does; `link` may give it one."""
+        """Make and open a file without a name (O_TMPFILE); `link` can give it one."""
         return self.make_nameless(parent, stat.S_IFREG | stat.S_IMODE(mode), flags, ctx)
 
     def make_nameless(
@@ -462,9 +483,11 @@ class Filesystem:
         rdev: int = 0,
         target: bytes = b"",
     ) -> tuple[Handle, Attr]:
-        """The same for any kind but directories; `target` is that of a symbolic link.
+        """Make and open an inode without a name, of any kind except directories.
 
-        It is gone when it is released, or its owner dies, before `link` has named it.
+        `rdev` belongs to device nodes, `target` to symbolic links.  The release of the handle or
+        the end of this mount frees the inode unless `link` has named it.  With O_EXCL in `flags`,
+        `link` refuses it.  Raises ENAMETOOLONG, EINVAL.
         """
         if len(target) > TARGET_MAX:
             raise FsError(errno.ENAMETOOLONG)
@@ -492,7 +515,7 @@ class Filesystem:
         return ino in self._openfiles.counts
 
     def release(self, handle: Handle) -> None:
-        """Close a file; a file without links whose last handle this was is freed."""
+        """Close a file; the last close of a file without links frees it."""
         self._orphans.close(handle.ino)
 
     # --- data -------------------------------------------------------------------------------
@@ -500,7 +523,10 @@ class Filesystem:
     def read(
         self, handle: Handle, offset: int, length: int, into: memoryview | None = None
     ) -> data.Buffer:
-        """Up to `length` bytes from `offset`, all of one moment; in `into` if they are many."""
+        """Return up to `length` bytes from `offset`, of one snapshot.
+
+        A long result is a part of `into`, if the caller gives it.
+        """
         return self._volume.look(
             lambda view: data.read(view, view.inode(handle.ino), offset, length, into)
         )
@@ -514,11 +540,11 @@ class Filesystem:
         append: bool | None = None,
         ctx: Context | None = None,
     ) -> int:
-        """Write `content` at `offset`, or at the end when it is to be appended; atomic.
+        """Write `content` at `offset`, or with `append` at the end of the file; atomic.
 
-        Whether it is, and who writes, is as of the opening if the caller does not know better.
-        Returns how many bytes were written: fewer when only a part fits the region.  Where free
-        room is short it takes several commits, and turns: see `Pieces`.
+        `append` and `ctx` default to their values at open time.  Returns the number of bytes
+        written, fewer than given if the region is full.  When space is short, the write takes
+        several commits and turns: see `Pieces`.
         """
         at_end = handle.append if append is None else append
 
@@ -526,7 +552,7 @@ class Filesystem:
             def plan(tx: Transaction) -> None:
                 inode = tx.inode(handle.ino)
                 inode = data.write(tx, inode, inode.record.size if at_end else at, piece)
-                tx.put(self._shed(tx, inode, handle, ctx))
+                tx.put(self._privileges.after_write(tx, inode, handle, ctx))
 
             self._committer.change(plan)
 
@@ -539,53 +565,43 @@ class Filesystem:
             return Pieces(store, offset, content, self.block_size, appending=at_end).turn()
         return len(content)
 
-    def _shed(
-        self, tx: Transaction, inode: Inode, handle: Handle, ctx: Context | None = None
-    ) -> Inode:
-        """`inode` without what it loses when `ctx`, or whoever opened it, writes."""
-        if ctx is None:
-            sheds, outsider = handle.unprivileged, handle.outsider
-        else:
-            sheds, outsider = self._sheds(inode, ctx), self._outsider(inode, ctx)
-        return _without_privileges(tx, inode, unprivileged=sheds, outsider=outsider)
-
     def read_to(self, handle: Handle, offset: int, length: int, file: int) -> int:
-        """Copy up to `length` bytes, all of one moment, to the same place in an open local file.
+        """Copy up to `length` bytes of one snapshot to the same offset of an open local file.
 
-        Returns how many there were.  When this raises, what stands there is of no use.
+        `file` is its descriptor.  Returns the number of bytes.  After an exception the local file
+        has undefined contents there.
         """
         return self._volume.look(
             lambda view: data.read_to(view, view.inode(handle.ino), offset, length, file)
         )
 
     def write_from(self, handle: Handle, offset: int, length: int, file: int) -> int:
-        """Copy up to `length` bytes from the same place in an open local file; atomic.
+        """Copy up to `length` bytes from the same offset of an open local file; atomic.
 
-        Returns how many there were.
+        `file` is its descriptor.  Returns the number of bytes.
         """
 
         def plan(tx: Transaction) -> int:
             inode, done = data.write_from(tx, tx.inode(handle.ino), offset, length, file)
             if done:
-                tx.put(self._shed(tx, inode, handle))
+                tx.put(self._privileges.after_write(tx, inode, handle))
             return done
 
         return self._committer.change(plan)
 
     def seek(self, handle: Handle, offset: int, whence: int) -> int:
-        """Where data (SEEK_DATA) or a hole (SEEK_HOLE) begins from `offset` on; raises ENXIO."""
+        """Return the next offset of data (SEEK_DATA) or of a hole (SEEK_HOLE); raises ENXIO."""
         if whence not in (os.SEEK_DATA, os.SEEK_HOLE):
             raise FsError(errno.EINVAL)
         find = holes.next_data if whence == os.SEEK_DATA else holes.next_hole
         return self._volume.look(lambda view: find(view, view.inode(handle.ino), offset))
 
     def fallocate(self, handle: Handle, mode: int, offset: int, length: int) -> None:
-        """As fallocate(2): make or fill holes; blocks are kept within the file only.
+        """Make or fill holes, as fallocate(2); allocates no blocks beyond the end of the file.
 
-        Room that is written over needs new blocks all the same, so this promises nothing about
-        later writes.  Making holes is one change.  Filling them takes a commit and a turn for each
-        1 MiB: after it Unfinished is raised, whose `go_on` does the rest.  Raises NoSpace,
-        EOPNOTSUPP.
+        A later write may still find no space, because it replaces blocks by new ones.  Making holes
+        is one change.  Filling them takes a commit and a turn per FILLED_AT_ONCE bytes; after each
+        it raises Unfinished, and `go_on` continues.  Raises NoSpace, EOPNOTSUPP, EFBIG, ENODEV.
         """
         if mode not in (0, KEEP_SIZE, PUNCH_HOLE | KEEP_SIZE, ZERO_RANGE, ZERO_RANGE | KEEP_SIZE):
             raise FsError(errno.EOPNOTSUPP)
@@ -599,7 +615,7 @@ class Filesystem:
         record = self._volume.look(lambda view: _file(view, handle).record)
         missing = (end - offset) // self.block_size - record.blocks
         if missing > self.statfs().blocks_avail:
-            raise NoSpace("the region has not that much room")
+            raise NoSpace("the region has fewer free blocks than that")
         self._fill(handle, offset, end, grow=grow)
 
     def _punch(self, handle: Handle, offset: int, length: int, *, grow: bool) -> None:
@@ -607,7 +623,7 @@ class Filesystem:
             inode = holes.punch(tx, _file(tx, handle), offset, length)
             if grow and offset + length > inode.record.size:
                 inode = data.truncate(tx, inode, offset + length)
-            tx.put(self._shed(tx, data.modified(tx, inode), handle))
+            tx.put(self._privileges.after_write(tx, data.modified(tx, inode), handle))
 
         self._committer.change(plan, removal=True)
 
@@ -616,7 +632,7 @@ class Filesystem:
             inode = _file(tx, handle)
             upto = end if grow else min(end, inode.record.size)
             filled, following = holes.fill(tx, inode, offset, upto, FILLED_AT_ONCE)
-            tx.put(self._shed(tx, data.modified(tx, filled), handle))
+            tx.put(self._privileges.after_write(tx, data.modified(tx, filled), handle))
             return following if following < upto else end
 
         at = self._committer.change(plan)
@@ -624,12 +640,12 @@ class Filesystem:
             raise Unfinished("a part is filled", lambda: self._fill(handle, at, end, grow=grow))
 
     def fsync(self, handle: Handle) -> None:
-        """Nothing to do: what has returned is in the region."""
+        """Do nothing: each write is in the region before it returns."""
 
     # --- directories ------------------------------------------------------------------------
 
     def opendir(self, ino: int) -> Handle:
-        """Open a directory for reading its entries."""
+        """Open a directory to list it; raises ENOTDIR, ESTALE."""
         try:
             self._volume.look(lambda view: view.directory(ino))
         except StaleHandle as stale:
@@ -643,11 +659,11 @@ class Filesystem:
     def readdir(
         self, handle: Handle, cookie: int, looks: int = EVERY
     ) -> Iterator[tuple[bytes, Attr, int]]:
-        """(name, attributes, cookie of the next) from `cookie` on; 0 is the start.
+        """Yield (name, attributes, cookie of the next entry) from `cookie` on; 0 is the start.
 
-        Entries that exist throughout appear exactly once, whatever changes meanwhile.  An entry
-        that goes while it is being listed is left out.  Ends after so many `looks`, each of which
-        finds at least one entry, or at the end of the directory.
+        An entry that exists all the time appears exactly once.  An entry that is removed meanwhile
+        may be missing.  Ends with the directory, or after `looks` looks, each of which finds at
+        least one entry.
         """
         for number, name in enumerate((b".", b"..")):
             if cookie <= number:
@@ -663,9 +679,9 @@ class Filesystem:
             key = found[-1][0].key
 
     def entries(self, handle: Handle, cookie: int, looks: int = EVERY) -> Iterator[list[Dirent]]:
-        """The same without looking at any inode, in pieces of one look each.
+        """Yield the entries of one look at a time, as `readdir` but without attributes.
 
-        An entry's `key` is the cookie of the next.
+        An entry's `key` is the cookie of the next entry.
         """
         for number, name in enumerate((b".", b"..")):
             if cookie <= number:
@@ -684,7 +700,7 @@ class Filesystem:
             return self.lookup(ino, name)
         except FsError as error:
             if error.errno in (errno.ENOENT, errno.ESTALE):
-                return None  # the directory was removed: nothing in it
+                return None  # the directory was removed: it has no entries
             raise
 
     def _next_entries(self, ino: int, key: int) -> list[Dirent]:
@@ -700,7 +716,7 @@ class Filesystem:
     # --- extended attributes ----------------------------------------------------------------
 
     def getxattr(self, ino: int, name: bytes) -> bytes:
-        """The value of an attribute; raises ENODATA."""
+        """Return the value of an extended attribute; raises ENODATA."""
         xattr.check_namespace(name)
         value = self._xattrs(ino).get(name)
         if value is None:
@@ -715,25 +731,25 @@ class Filesystem:
             return xattr.NO_ATTRIBUTES
 
     def listxattr(self, ino: int, ctx: Context | None = None) -> list[bytes]:
-        """The names of all attributes; only root sees trusted ones."""
+        """Return the names of all extended attributes; only root sees trusted ones."""
         shown = xattr.NAMESPACES if ctx is None or ctx.uid == 0 else xattr.PUBLIC
         return [name for name in self._xattrs(ino).names if name.startswith(shown)]
 
     def setxattr(self, ino: int, name: bytes, value: bytes, flags: int, ctx: Context) -> None:
-        """Set an attribute."""
+        """Set an extended attribute; `flags` as for setxattr(2).  Raises EEXIST, ENODATA."""
         self._committer.change(
             lambda tx: tx.put(xattr.set_value(tx, tx.inode(ino), name, bytes(value), flags))
         )
 
     def removexattr(self, ino: int, name: bytes, ctx: Context) -> None:
-        """Remove an attribute; raises ENODATA."""
+        """Remove an extended attribute; raises ENODATA."""
         self._committer.change(
             lambda tx: tx.put(xattr.remove_value(tx, tx.inode(ino), name)), removal=True
         )
 
 
 def _file(view: View, handle: Handle) -> Inode:
-    """What is open, if it is a regular file."""
+    """Return the inode of `handle`; raises ENODEV unless it is a regular file."""
     inode = view.inode(handle.ino)
     if not inode.is_regular:
         raise FsError(errno.ENODEV)
@@ -741,7 +757,7 @@ def _file(view: View, handle: Handle) -> Inode:
 
 
 def _changed(inode: Inode, changes: dict[str, int], now: int) -> Inode:
-    """`inode` with other attributes, as setattr takes them."""
+    """Return `inode` with `changes`, which name fields of its record."""
     fields: dict[str, Any] = dict(changes)
     if "mode" in fields:
         fields["mode"] = stat.S_IFMT(inode.record.mode) | stat.S_IMODE(fields["mode"])
@@ -753,26 +769,6 @@ def _changed(inode: Inode, changes: dict[str, int], now: int) -> Inode:
 
 
 def _entries_after(view: View, ino: int, key: int) -> list[Dirent]:
-    """As `directory.leaf_after`; nothing is left of a directory that is gone."""
+    """Return the entries after `key` as `directory.leaf_after`; none of a removed directory."""
     folder = view.find_inode(ino)
     return [] if folder is None else directory.leaf_after(view, folder, key)
-
-
-def _is_root(ctx: Context) -> bool:
-    return not ctx.uid
-
-
-def _no_groups(_pid: int) -> Collection[int]:
-    return ()
-
-
-def _without_privileges(
-    tx: Transaction, inode: Inode, *, unprivileged: bool, outsider: bool
-) -> Inode:
-    """What a change of contents or owner leaves: no capabilities, no set-ID of the unprivileged."""
-    record = inode.record
-    if record.xattr_size:
-        inode = xattr.without_capability(tx, inode)
-    if unprivileged and record.mode & names.PRIVILEGES:
-        inode = names.without_privileges(inode, outsider=outsider)
-    return inode

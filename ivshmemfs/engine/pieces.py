@@ -1,13 +1,14 @@
-"""A write that finds less free room than it needs: pieces of it, each in a commit of its own.
+"""A write that finds too few free blocks: it is done in pieces, each in a commit of its own.
 
-Contents are never overwritten in place, so a piece needs free blocks for all that it brings, until
-its commit releases what it replaced.
+No write replaces contents in place.  So a piece needs free blocks for all its bytes until its
+commit releases the blocks that it replaced.
 
-    HALVING   no piece was stored yet; each NoSpace halves the next one
-    GOING ON  some were stored: `done` bytes of the content, from its start
-    ENDED     all are stored, or the rest fails: `done` is the result, if it is not 0
+    HALVING   no piece is stored; each NoSpace halves the next piece
+    GOING ON  the first `done` bytes of the content are stored
+    ENDED     all bytes are stored, or the next piece fails; the result is `done` unless it is 0
 
-`done` only grows, the size of a piece only shrinks.  Nothing that was stored is stored again.
+`turn` alone changes the state.  `done` only grows, and the size of a piece only shrinks.  No byte
+is stored twice.
 """
 
 from __future__ import annotations
@@ -18,13 +19,13 @@ from typing import Final
 from ivshmemfs.engine.data import Buffer
 from ivshmemfs.errors import Busy, IvshmemfsError, NoSpace, Unfinished
 
-PIECES_AT_ONCE: Final = 8  # commits of one turn, in about 5 ms
+PIECES_AT_ONCE: Final = 8  # maximum commits of one turn, in about 5 ms
 
 
 class Pieces:
     """The pieces of one write of `content` at `offset`; `store` writes one of them.
 
-    At the end of a file (`appending`) one piece is all: another writer may come between two.
+    An `appending` write ends after one piece: another writer may append between two pieces.
     """
 
     def __init__(
@@ -41,15 +42,15 @@ class Pieces:
         self._rest = memoryview(content)
         self._block_size = block_size
         self._appending = appending
-        self._kept = False  # whether `_rest` is ours, and outlives the request
-        self._size = self._half(len(content))  # of the next piece; the whole did not fit
+        self._kept = False  # whether `_rest` is a copy, which outlives the request's buffer
+        self._size = self._half(len(content))  # of the next piece; the whole content did not fit
         self.done = 0
 
     def turn(self) -> int:
-        """Store some pieces; returns how many bytes of the content are stored in the end.
+        """Store some pieces; returns how many bytes of the content are stored at the end.
 
-        Raises Unfinished, whose `go_on` takes the next turn; what `store` raises if nothing is
-        stored; Busy if this turn stored nothing, and then another try goes on.
+        Raises Unfinished, whose `go_on` takes the next turn.  Raises Busy if this turn stored
+        nothing; the caller can call it again.  Raises what `store` raises if no byte is stored.
         """
         before = self.done
         try:
@@ -60,7 +61,7 @@ class Pieces:
         except Busy:
             if self.done == before:
                 raise
-        except IvshmemfsError:  # the next write will tell the caller
+        except IvshmemfsError:  # the next write of the caller raises it
             if not self.done:
                 raise
             return self.done
@@ -69,7 +70,7 @@ class Pieces:
         raise Unfinished("a part is written", self.turn, self.done)
 
     def _store_next(self) -> None:
-        """Store a piece that fits, the largest by halves; raises NoSpace if none does."""
+        """Store the next piece, halved until it fits; raises NoSpace if one block does not fit."""
         while True:
             piece = self._rest[: self._size]
             try:
@@ -85,7 +86,7 @@ class Pieces:
             return
 
     def _half(self, length: int) -> int:
-        """About half of a piece, ending at a block boundary of the file where possible."""
+        """Return about half of `length`; the piece ends at a block boundary if possible."""
         half = length // 2
         aligned = half - (self._at + half) % self._block_size
         return max(aligned, min(half, self._block_size), 1)

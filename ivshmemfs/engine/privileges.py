@@ -1,0 +1,71 @@
+"""Privileges that a file loses when its contents or its owner change.
+
+    capabilities       go with every change of contents, owner or group
+    set-user-ID        goes when an unprivileged caller changes the file
+    set-group-ID       of a program (the group may execute it): the same;
+                       of another file: goes when that caller is an outsider, not in its group
+
+The FUSE layer sets `groups_of` and `keeps_set_id` once, before the first request.  Without them a
+caller has one group, and only root keeps set-ID bits.
+"""
+
+from __future__ import annotations
+
+import stat
+from collections.abc import Callable, Collection
+
+from ivshmemfs.engine import names, xattr
+from ivshmemfs.engine.handle import Handle
+from ivshmemfs.engine.inode import Context, Inode
+from ivshmemfs.engine.transaction import Transaction
+
+
+class Privileges:
+    """Decides what a caller's change takes from a file."""
+
+    def __init__(self) -> None:
+        self.groups_of: Callable[[int], Collection[int]] = _no_groups
+        self.keeps_set_id: Callable[[Context], bool] = _is_root
+
+    def is_outsider(self, inode: Inode, ctx: Context | None) -> bool:
+        """Whether a change by `ctx` takes set-group-ID from `inode`, which is not a program."""
+        record = inode.record
+        if ctx is None or record.mode & names.SET_GROUP_ID != stat.S_ISGID:
+            return False
+        if self.keeps_set_id(ctx):
+            return False
+        return record.gid != ctx.gid and record.gid not in self.groups_of(ctx.pid)
+
+    def after_write(
+        self, tx: Transaction, inode: Inode, handle: Handle, ctx: Context | None = None
+    ) -> Inode:
+        """Return `inode` as a write leaves it; without `ctx`, a write by the opener of `handle`."""
+        if ctx is None:
+            return _without(tx, inode, handle.unprivileged, handle.outsider)
+        return self.after_resize(tx, inode, ctx)
+
+    def after_resize(self, tx: Transaction, inode: Inode, ctx: Context) -> Inode:
+        """Return `inode` as a change of contents by `ctx` leaves it."""
+        unprivileged = bool(inode.record.mode & names.PRIVILEGES) and not self.keeps_set_id(ctx)
+        return _without(tx, inode, unprivileged, self.is_outsider(inode, ctx))
+
+    def after_chown(self, tx: Transaction, inode: Inode, ctx: Context) -> Inode:
+        """Return `inode` as a change of owner or group leaves it; directories keep set-ID bits."""
+        return _without(tx, inode, not inode.is_dir, self.is_outsider(inode, ctx))
+
+
+def _without(tx: Transaction, inode: Inode, unprivileged: bool, outsider: bool) -> Inode:
+    record = inode.record
+    if record.xattr_size:
+        inode = xattr.without_capability(tx, inode)
+    if unprivileged and record.mode & names.PRIVILEGES:
+        inode = names.without_privileges(inode, outsider=outsider)
+    return inode
+
+
+def _is_root(ctx: Context) -> bool:
+    return not ctx.uid
+
+
+def _no_groups(_pid: int) -> Collection[int]:
+    return ()
