@@ -28,7 +28,7 @@ MACHINE_PROVES: Final = 2  # the hardware UUID: no container's, and not known to
 START_PROVES: Final = 4  # the start time: read from a /proc of its own pid namespace
 ALL_PROOFS: Final = BOOT_PROVES | MACHINE_PROVES | START_PROVES
 
-DOUBLED: Final = (1 << 64) - 1  # nonce of a slot in which two owners were found
+TWIN_MARK: Final = (1 << 64) - 1  # nonce of a slot in which two owners were found
 
 
 class SlotRecord(NamedTuple):
