@@ -15,7 +15,7 @@ a plan, a function of a `Transaction`, that `change` runs:
 Nothing here waits: `Busy` means that nothing was changed and that trying again will do.
 
 Nothing here computes for long: each look and each change is one turn of bounded work (see
-`shm/store.py`), and whatever may be more is done in pieces.  Its progress is kept by this mount
+`shm/published.py`), and whatever may be more is done in pieces.  Its progress is kept by this mount
 (what is to be released, collected, or freed), by the node cache (what was read), or by `go_on` of
 the Unfinished that ends a turn.  `work` does the next piece of what nobody waits for.
 
@@ -57,12 +57,14 @@ from ivshmemfs.errors import (
 from ivshmemfs.format import repair, superblock, words
 from ivshmemfs.format.geometry import SCRATCH_OFFSET, SCRATCH_SIZE
 from ivshmemfs.format.inode import ORPHANS_INO
+from ivshmemfs.region.condition import Condition
 from ivshmemfs.region.probe import Scratch, cas_works, probe, refuse_unfit
-from ivshmemfs.region.standing import Standing
-from ivshmemfs.shm.control import Hint
-from ivshmemfs.shm.peers import Membership, PeerTable, Retirement
-from ivshmemfs.shm.space import Space, Supply
-from ivshmemfs.shm.store import ENDLESS, Store
+from ivshmemfs.shm.commit import Hint
+from ivshmemfs.shm.freelist import FreeList
+from ivshmemfs.shm.membership import Membership
+from ivshmemfs.shm.peers import PeerTable, Retirement
+from ivshmemfs.shm.published import ENDLESS, Store
+from ivshmemfs.shm.workspace import Workspace
 
 if TYPE_CHECKING:
     from ivshmemfs.region import Region
@@ -105,13 +107,13 @@ class Mount:
         self.superblock = superblock.decode(self._raw, region.size)
         self.readonly = readonly or region.readonly or self.superblock.read_only
         self.store = Store(region.memory, self.superblock)
-        self.table = PeerTable(region.memory, self.superblock.geometry, self.store.control)
+        self.table = PeerTable(region.memory, self.superblock.geometry, self.store.commit_word)
         self.block_size = self.superblock.geometry.block_size
         self.clock = Clock()
         self._hint = Hint(region.memory)
         self._member: Membership | None = None
         self._open: dict[int, int] = {}  # handles by inode
-        self._supply = Supply(self.store)
+        self._supply = FreeList(self.store)
         self._dropped = Dropped(self.store, self._supply)
         self._reaped = 0  # the key of the last orphan that this pass has looked at
         self._view: View | None = None
@@ -147,7 +149,7 @@ class Mount:
             self._member = member
             count = self.superblock.geometry.block_count
             start = (member.slot - 1) * count // self.table.count
-            self._supply = Supply(self.store, start)
+            self._supply = FreeList(self.store, start)
             self._dropped = Dropped(self.store, self._supply)
         return self
 
@@ -204,7 +206,7 @@ class Mount:
                 try:
                     return reader(view)
                 except Restart as overtaken:
-                    if self.store.control.load() == view.word:
+                    if self.store.commit_word.load() == view.word:
                         self._refute(reader, view, overtaken)
         except (*_UPSET, OSError, Corrupt) as error:
             raise self._contained(error) from error
@@ -215,7 +217,7 @@ class Mount:
         try:
             reader(view)
         except Restart:
-            if self.store.control.load() == view.word:
+            if self.store.commit_word.load() == view.word:
                 raise Corrupt(f"the present root leads astray: {overtaken}") from None
 
     def change(self, plan: Callable[[Transaction], T], *, removal: bool = False) -> T:
@@ -267,7 +269,7 @@ class Mount:
             raise Unfinished("blocks of what was removed are being released") from None
 
     def _transact(self, member: Membership, plan: Callable[[Transaction], T], removal: bool) -> T:
-        space = Space(self.store, self._begin(member), self._supply)
+        space = Workspace(self.store, self._begin(member), self._supply)
         published = False
         try:
             for _ in range(ATTEMPTS):
@@ -283,7 +285,7 @@ class Mount:
                         return result
                     new_root = tx.seal()
                 except Restart as overtaken:
-                    if self.store.control.load() == word:
+                    if self.store.commit_word.load() == word:
                         raise Corrupt(f"the present root leads astray: {overtaken}") from None
                 except Unfinished:
                     self._view = View(self.store, word, root, tx.known)
@@ -319,7 +321,7 @@ class Mount:
         except Fenced:
             self._rejoin(member)
             tag = member.begin()
-        self.store.blocks.guard(*member.standing)
+        self.store.blocks.guard(*member.own_state)
         return tag
 
     def _end(self, member: Membership) -> bool:
@@ -342,10 +344,10 @@ class Mount:
         Raises Busy, or TooManyPeers when all slots have been taken for long.
         """
         self._check_identity()
-        if member.stands:
+        if member.owns_slot:
             return  # joined again already, on the way out of the transaction
         member.rejoin()
-        log.warning("%s; it joined again", _TWIN if member.doubled else _SILENT)
+        log.warning("%s; it joined again", _TWIN if member.twin_seen else _SILENT)
 
     # --- what the region may do to us -------------------------------------------------------
 
@@ -382,23 +384,23 @@ class Mount:
         except OSError as error:
             raise FsError(errno.EIO, f"the region cannot be accessed any more: {error}") from None
 
-    def standing(self) -> Standing:
+    def condition(self) -> Condition:
         """What became of the region since it was mounted.  Never raises for what it reads."""
-        found = self.region.standing()
-        if found is not Standing.SOUND:
+        found = self.region.condition()
+        if found is not Condition.SOUND:
             return found
         try:
             raw = self.store.memory.read(0, superblock.SUPERBLOCK.size)
             if raw == self._raw:
-                return Standing.SOUND
+                return Condition.SOUND
             if raw == b"\xff" * len(raw):
-                return Standing.ONES
+                return Condition.ONES
             same = superblock.decode(raw) == self.superblock
-            return Standing.SOUND if same else Standing.REFORMATTED
+            return Condition.SOUND if same else Condition.REFORMATTED
         except OSError:
-            return Standing.UNREADABLE
+            return Condition.UNREADABLE
         except (FormatError, Corrupt):
-            return Standing.OVERWRITTEN
+            return Condition.OVERWRITTEN
 
     # --- space ----------------------------------------------------------------------------
 
@@ -624,7 +626,7 @@ class Mount:
     def _confirm(self, ino: int) -> None:
         """After `_hold`: make sure that nobody who did not see that frees the inode."""
         if self._member is not None and self._member.intended_elsewhere(ino):
-            self.store.control.fence()
+            self.store.commit_word.fence()
         self.look(lambda view: view.inode(ino))
 
     def _let_go(self, ino: int) -> bool:

@@ -35,7 +35,7 @@ from ivshmemfs.fsck.image import Overtaken
 from ivshmemfs.fsck.mend import Mended
 from ivshmemfs.fsck.survey import SIZE, pointers_in
 from ivshmemfs.region import crc32c
-from ivshmemfs.shm.repair import Turn
+from ivshmemfs.shm.repair import RepairSession
 
 _POINTER = words.POINTER
 
@@ -64,7 +64,7 @@ def weigh(slots: bytes) -> int:
 class Builder:
     """One repair of one surveyed region."""
 
-    def __init__(self, graph: Graph, turn: Turn, living: frozenset[int]) -> None:
+    def __init__(self, graph: Graph, turn: RepairSession, living: frozenset[int]) -> None:
         self.graph = graph
         self._turn = turn
         self._living = living | {repair.SLOT}  # slots that keep their state

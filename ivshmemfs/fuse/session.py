@@ -93,7 +93,7 @@ class Session:
     def hold(self, lifeline: mountpoint.Lifeline) -> None:
         """Show on `lifeline` what becomes of the region."""
         self._lifeline = lifeline
-        self._upkeep.on_standing = lifeline.show
+        self._upkeep.on_condition = lifeline.show
 
     @property
     def shared_mappings(self) -> bool:

@@ -1,7 +1,7 @@
 """What a mount does without being asked: housekeeping, and watching the region.
 
 SOUND    the region is what was mounted
-another  a `Standing`: what became of the region; the log says so once, and once when it is over
+another  a `Condition`: what became of the region; the log says so once, and once when it is over
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from ivshmemfs.errors import Busy
 from ivshmemfs.fuse.retry import errno_of
-from ivshmemfs.region import Standing
+from ivshmemfs.region import Condition
 
 if TYPE_CHECKING:
     from ivshmemfs.engine import Filesystem
@@ -26,9 +26,9 @@ class Upkeep:
     def __init__(self, fs: Filesystem) -> None:
         self._fs = fs
         #: What became of the region, when it was last looked at.
-        self.standing = Standing.SOUND
+        self.condition = Condition.SOUND
         #: Called with each change of that.
-        self.on_standing: Callable[[Standing], None] = lambda _standing: None
+        self.on_condition: Callable[[Condition], None] = lambda _condition: None
 
     def run(self) -> bool:
         """Do what is due about once a second.
@@ -48,17 +48,17 @@ class Upkeep:
         except Busy:
             pass  # next time
         except Exception as error:
-            if self.standing is Standing.SOUND:  # else the log says why already
+            if self.condition is Condition.SOUND:  # else the log says why already
                 errno_of("upkeep", error)
         return False
 
     def _watch_region(self) -> bool:
-        before, self.standing = self.standing, self._fs.standing()
-        if self.standing is before:
+        before, self.condition = self.condition, self._fs.condition()
+        if self.condition is before:
             return False
-        if self.standing is Standing.SOUND:
+        if self.condition is Condition.SOUND:
             log.warning("the region is as it was mounted again; it was %s", before.value)
         else:
-            log.error("%s", self.standing.explained)
-        self.on_standing(self.standing)
+            log.error("%s", self.condition.explained)
+        self.on_condition(self.condition)
         return False

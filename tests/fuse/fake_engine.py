@@ -28,7 +28,7 @@ from ivshmemfs.engine import NOW, ROOT_INO, Attr, Context, StatFs
 from ivshmemfs.engine.directory import Entry
 from ivshmemfs.errors import Busy, Corrupt, FsError, IvshmemfsError, Unfinished
 from ivshmemfs.format.dirent import TYPE_SHIFT
-from ivshmemfs.region import Standing
+from ivshmemfs.region import Condition
 
 BLOCK = 4096
 NAME_MAX = 255
@@ -390,8 +390,8 @@ class FakeFilesystem:
     def releasedir(self, handle: FakeHandle) -> None:
         self.release(handle)
 
-    def standing(self) -> Standing:
-        return Standing.SOUND
+    def condition(self) -> Condition:
+        return Condition.SOUND
 
     def tick(self) -> bool:
         self.ticks += 1
