@@ -34,6 +34,7 @@ COMPILED = (
     "ivshmemfs/shm/published.py",
     "ivshmemfs/shm/workspace.py",
     "ivshmemfs/format/dirent.py",
+    "ivshmemfs/format/open_filter.py",
     "ivshmemfs/format/record.py",
     "ivshmemfs/format/words.py",
 )

@@ -19,7 +19,6 @@ INTENT_OFFSET: Final = 16
 NONCE_OFFSET: Final = 24
 IDENTITY_OFFSET: Final = 64
 FILTER_OFFSET: Final = 256
-FILTER_WORDS: Final = 32
 HOST_SIZE: Final = 64
 
 # What of an identity may prove that its owner is gone (`shm/identity.py` says how).

@@ -10,14 +10,13 @@ from contextlib import suppress
 from typing import Final
 
 from ivshmemfs.errors import Busy, Fenced, TooManyPeers
-from ivshmemfs.format import peer, words
+from ivshmemfs.format import open_filter, peer, words
 from ivshmemfs.format.words import ACTIVE, FREE, IDLE, JOINING
 from ivshmemfs.shm import identity, watch
 from ivshmemfs.shm.peers import PeerTable
 
 _NEVER: Final = (1 << 64) - 1  # all bits of a word; no state word is ever this
 JOIN_ATTEMPTS = 20
-FILTER_SIZE = peer.FILTER_WORDS * words.FILTER_BITS
 
 
 def _fresh_nonce() -> int:
@@ -49,8 +48,8 @@ class Membership:
         self._proofs = peer.ALL_PROOFS  # what may prove our end
         self._record: peer.SlotRecord | None = None
         self._own = b""  # identity as it stands in the slot
-        self._filter = [0] * peer.FILTER_WORDS
-        self._opens = [0] * FILTER_SIZE
+        self._filter = [0] * open_filter.WORDS
+        self._opens = [0] * open_filter.SIZE
         self._intent = 0
         self._waiting: tuple[float, dict[int, tuple[int, int]]] | None = None
         self.must_collect = False
@@ -153,8 +152,7 @@ class Membership:
         self._store(peer.INTENT_OFFSET, bytes(words.WORD))
         self._intent = 0
         self._beat = self.table.memory.load(self.table.offset(self.slot, peer.HEARTBEAT_OFFSET))
-        base = (self.incarnation & 0xFFFF) << words.FILTER_BITS
-        self._filter = [base | word & words.FILTER_MASK for word in self._filter]
+        self._filter = [open_filter.stamped(word, self.incarnation) for word in self._filter]
         self._store(peer.FILTER_OFFSET, array("Q", self._filter).tobytes())
         self._move(IDLE, _first_counter())
 
@@ -318,28 +316,25 @@ class Membership:
 
     # --- open inodes ---
 
-    def _index(self, ino: int) -> int:
-        return (ino * 0x9E3779B97F4A7C15 >> 20) % FILTER_SIZE
-
     def list_open(self, ino: int) -> None:
         """Tell everybody that `ino` is open here; ends with a fence.  Raises Fenced."""
-        index = self._index(ino)
+        index = open_filter.index_of(ino)
         self._opens[index] += 1
         if self._opens[index] == 1:
-            place, bit = divmod(index, words.FILTER_BITS)
+            place, mask = open_filter.split_index(index)
             try:
-                self._filter_word(place, self._filter[place] | 1 << bit)
+                self._filter_word(place, self._filter[place] | mask)
             except Fenced:
-                self._filter[place] |= 1 << bit  # rejoining publishes it
+                self._filter[place] |= mask  # rejoining publishes it
                 raise
 
     def unlist_open(self, ino: int) -> None:
         """One handle of `ino` less.  Ends with a fence; never raises."""
-        index = self._index(ino)
+        index = open_filter.index_of(ino)
         self._opens[index] -= 1
         if self._opens[index] == 0:
-            place, bit = divmod(index, words.FILTER_BITS)
-            new = self._filter[place] & ~(1 << bit)
+            place, mask = open_filter.split_index(index)
+            new = self._filter[place] & ~mask
             try:
                 self._filter_word(place, new)
             except Fenced:
@@ -372,7 +367,7 @@ class Membership:
 
     def listed_elsewhere(self, ino: int) -> bool:
         """Whether another peer may hold `ino` open."""
-        return self.table.lists(self._index(ino), self.slot)
+        return self.table.lists(open_filter.index_of(ino), self.slot)
 
     def intended_elsewhere(self, ino: int) -> bool:
         """Whether another peer is about to free `ino`."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any, Final
 
+from ivshmemfs.format.words import block_of
+
 
 class Node:
     """One metadata block in private memory.  Immutable; `parsed` is what a reader made of it."""
@@ -24,7 +26,7 @@ class Node:
     @property
     def block(self) -> int:
         """Where it stands."""
-        return int.from_bytes(self.pointer[:4], "little")
+        return block_of(self.pointer)
 
 
 class NodeSource:

@@ -43,7 +43,7 @@ from array import array
 from collections.abc import Iterator
 from typing import Final
 
-from ivshmemfs.format import peer, words
+from ivshmemfs.format import open_filter, peer, words
 from ivshmemfs.format.geometry import Geometry
 from ivshmemfs.format.peer import Occupant
 from ivshmemfs.format.words import ACTIVE, DEAD, FREE, IDLE, JOINING
@@ -149,15 +149,14 @@ class PeerTable:
 
     def lists(self, index: int, own: int) -> bool:
         """Whether any slot but `own` lists filter index `index` as open."""
-        place, bit = index // words.FILTER_BITS, index % words.FILTER_BITS
+        place, mask = open_filter.split_index(index)
         at = self.offset(1, peer.FILTER_OFFSET + place * words.WORD)
-        mask = 1 << bit
         for number, listed in enumerate(self.memory.load_column(at, _SLOT, self.count)):
             if not listed & mask or number + 1 == own:
                 continue
             word = self.state(number + 1)
-            low = word >> words.INCARNATION_SHIFT & 0xFFFF
-            if word >> words.SLOT_SHIFT in _LISTING and listed >> words.FILTER_BITS == low:
+            state, incarnation, _ = words.split_state(word)
+            if state in _LISTING and open_filter.has_stamp(listed, incarnation):
                 return True
         return False
 

@@ -186,7 +186,7 @@ class Store(NodeSource):
                 raise
         if root is not None and self.commit_word.load() != word:
             return None
-        if root is not None and root.data[32:40] != self.superblock.uuid[:8]:
+        if root is not None and fmt.fsid_bytes(root.data) != self.superblock.uuid[: words.WORD]:
             raise StaleHandle("the region was formatted anew: unmount it and mount it again")
         return root
 

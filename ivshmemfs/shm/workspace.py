@@ -23,22 +23,17 @@ from typing import Any, Final
 
 from ivshmemfs.errors import Fenced, FsError, NoSpace
 from ivshmemfs.format.node import HEADER, HEADER_SIZE
+from ivshmemfs.format.words import TAG_AT, WEIGHT_AT, WORD, weight_of
 from ivshmemfs.shm.freelist import BULK, RECOUNT, SIZE, FreeList
 from ivshmemfs.shm.nodes import Node, NodeSource
 from ivshmemfs.shm.published import Store
 
-_TAG: Final = 8  # where a packed pointer's tag stands
-_FREE: Final = bytes(8)
-_ONE: Final = (1).to_bytes(4, "little")
+_FREE: Final = bytes(WORD)
+_ONE: Final = (1).to_bytes(TAG_AT - WEIGHT_AT, "little")
 _pack_header = HEADER.pack_values
 FIRST_CLAIM: Final = 6  # blocks that an ordinary transaction needs
 SMALL_CLAIM: Final = 4
 _NOT_OURS = "another peer declared this mount gone in the middle of a transaction"
-
-
-def weight_of(pointer: bytes) -> int:
-    """Blocks of the subtree that a packed pointer leads to."""
-    return int.from_bytes(pointer[4:8], "little")
 
 
 class Workspace(NodeSource):
@@ -52,7 +47,7 @@ class Workspace(NodeSource):
         self._store = store
         self._free_list = free_list
         self._tag = tag
-        self._mark = tag.to_bytes(8, "little")  # as pointers bear it
+        self._mark = tag.to_bytes(WORD, "little")  # as pointers bear it
         self._claims = b""  # in a row, all but those for bulk
         self._pool: list[bytes] = []  # those of them that are not in use
         self._nodes: dict[bytes, Node] = {}
@@ -131,7 +126,11 @@ class Workspace(NodeSource):
         """
         pointer = self._take()
         if weight != 1:
-            pointer = pointer[:4] + weight.to_bytes(4, "little") + pointer[_TAG:]
+            pointer = (
+                pointer[:WEIGHT_AT]
+                + weight.to_bytes(TAG_AT - WEIGHT_AT, "little")
+                + pointer[TAG_AT:]
+            )
         size = HEADER_SIZE + len(body)
         data = _pack_header(0, kind, level, count, size, owner, self._tag) + body
         node = Node(pointer, kind, level, owner, count, data)
@@ -146,10 +145,10 @@ class Workspace(NodeSource):
 
     def replace(self, pointer: bytes) -> None:
         """The new root will not reach this block (the block alone, not what it points at)."""
-        tag = pointer[_TAG:]
+        tag = pointer[TAG_AT:]
         if tag == self._mark and self._claimed(pointer):
             self._nodes.pop(pointer, None)
-            self._pool.append(pointer[:4] + _ONE + tag)
+            self._pool.append(pointer[:WEIGHT_AT] + _ONE + tag)
         elif tag != _FREE:
             self._replaced.append(pointer)
             self.replaced_count += 1
@@ -159,7 +158,7 @@ class Workspace(NodeSource):
 
         Tags come back after 2^20 mounts of one slot, and the block may have been there since.
         """
-        claim = pointer[:4] + _ONE + self._mark
+        claim = pointer[:WEIGHT_AT] + _ONE + self._mark
         for claims in (self._claims, self._bulk):
             at = claims.find(claim)
             while at >= 0 and at % SIZE:
