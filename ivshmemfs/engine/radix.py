@@ -17,9 +17,10 @@ from typing import Final
 from ivshmemfs.errors import Corrupt
 from ivshmemfs.format import words
 from ivshmemfs.format.node import HEADER_SIZE, INDEX, MAX_HEIGHT
+from ivshmemfs.format.words import weight_of
 from ivshmemfs.native import put_slots
 from ivshmemfs.shm.nodes import NodeSource
-from ivshmemfs.shm.workspace import Workspace, weight_of
+from ivshmemfs.shm.workspace import Workspace
 
 SIZE: Final = words.POINTER_SIZE
 NULL: Final = words.NULL
