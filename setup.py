@@ -26,11 +26,15 @@ COMPILE = os.environ.get("IVSHMEMFS_COMPILE", "1") != "0"
 # Only what is hot, and nothing that declares records: they are read from their annotations.
 COMPILED = (
     "ivshmemfs/engine/[a-z]*.py",
-    "ivshmemfs/shm/control.py",
+    "ivshmemfs/shm/commit.py",
+    "ivshmemfs/shm/freelist.py",
+    "ivshmemfs/shm/membership.py",
+    "ivshmemfs/shm/nodes.py",
     "ivshmemfs/shm/peers.py",
-    "ivshmemfs/shm/space.py",
-    "ivshmemfs/shm/store.py",
+    "ivshmemfs/shm/published.py",
+    "ivshmemfs/shm/workspace.py",
     "ivshmemfs/format/dirent.py",
+    "ivshmemfs/format/open_filter.py",
     "ivshmemfs/format/record.py",
     "ivshmemfs/format/words.py",
 )

@@ -20,7 +20,7 @@ from ivshmemfs.errors import ForeignFormat, InUse
 from ivshmemfs.format import peer, superblock, words
 from ivshmemfs.format.geometry import COMMIT_OFFSET, HINT_OFFSET, PEERS_OFFSET, Geometry
 from ivshmemfs.region import Found, Memory, Region, find_data
-from ivshmemfs.shm.repair import Turn, describe
+from ivshmemfs.shm.repair import RepairSession, describe
 from ivshmemfs.shm.watch import living
 from mkfs.image import Image, Parameters, make_image
 
@@ -62,7 +62,7 @@ def examine(region: Region) -> Existing:
     geometry = _old_geometry(page, memory.length)
     if geometry is None:
         return Existing(known, _UNSEARCHED, (), "")
-    repair = describe(memory) if Turn(memory, geometry).contested else ""
+    repair = describe(memory) if RepairSession(memory, geometry).contested else ""
     return Existing(known, _UNSEARCHED, living(memory, geometry), repair)
 
 

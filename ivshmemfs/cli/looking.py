@@ -11,7 +11,7 @@ from ivshmemfs.cli.naming import region_of, shown
 from ivshmemfs.cli.output import show
 from ivshmemfs.cli.peering import enter
 from ivshmemfs.errors import IvshmemfsError, MountError, RegionDenied
-from ivshmemfs.format import superblock
+from ivshmemfs.format import superblock, words
 from ivshmemfs.fuse.mountpoint import ours
 from ivshmemfs.printing import say
 from ivshmemfs.region import (
@@ -113,7 +113,7 @@ def info_command(region: str) -> None:
         ("used", readable_size((stats.blocks - stats.blocks_free) * size)),
         ("free", f"{free} for data"),
         ("inodes", str(stats.files - stats.files_free)),
-        ("commit", f"{word >> 28} at block {word & (1 << 28) - 1}"),
+        ("commit", "{} at block {}".format(*words.split_commit(word))),
         ("peers", f"{peers} of {geometry.peer_count}"),
         ("mapping", measured.describe()),
     ]

@@ -17,7 +17,7 @@ from ivshmemfs.format.words import under_repair
 from ivshmemfs.fuse.mountpoint import condition
 from ivshmemfs.printing import say, shown
 from ivshmemfs.region import open_region
-from ivshmemfs.shm.control import Control
+from ivshmemfs.shm.commit import CommitWord
 from ivshmemfs.shm.peers import PeerTable
 from ivshmemfs.shm.repair import describe
 from ivshmemfs.shm.watch import POLL, SILENCE, Watch
@@ -28,7 +28,7 @@ def _peer_table(spec: str, *, readonly: bool) -> Iterator[PeerTable]:
     with open_region(region_of(spec), readonly=readonly, identify=superblock.identify) as region:
         raw = region.memory.read(0, superblock.SUPERBLOCK.size)
         checked = superblock.decode(raw, region.size)
-        yield PeerTable(region.memory, checked.geometry, Control(region.memory))
+        yield PeerTable(region.memory, checked.geometry, CommitWord(region.memory))
 
 
 def _alive(watch: Watch, slots: set[int]) -> set[int]:
@@ -53,7 +53,7 @@ def peers_command(region: str) -> None:
         present, watch = list(peers.peers()), peers.watch
         alive = _alive(watch, {peer.slot for peer in present})
         rows = [_row(peer, _life(watch, peer, alive)) for peer in present]
-        repaired = under_repair(peers.control.load())
+        repaired = under_repair(peers.commit_word.load())
         told = describe(peers.memory) if repaired else ""
     if told:
         say(told)

@@ -33,7 +33,7 @@ from ivshmemfs.format import repair, words
 from ivshmemfs.format.dirent import decode_interior
 from ivshmemfs.format.node import DIRNODE, HEADER_SIZE, INDEX
 from ivshmemfs.shm.peers import PeerTable
-from ivshmemfs.shm.store import ENDLESS, Store
+from ivshmemfs.shm.published import ENDLESS, Store
 
 _POINTER = words.POINTER
 SWEEP_STEP = 1 << 14  # blocks that one piece sweeps
@@ -92,7 +92,7 @@ class Collector:
                 yield from self._mark_root(View(self._store, word, root, CommitCache()))
                 break
             except Restart as overtaken:
-                if self._store.control.load() == word:
+                if self._store.commit_word.load() == word:
                     raise Corrupt(f"the present root leads astray: {overtaken}") from None
                 yield 1
         for start in range(0, self._store.geometry.block_count, SWEEP_STEP):

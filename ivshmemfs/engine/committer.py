@@ -12,9 +12,9 @@ A plan is a function of a `Transaction`.  `Committer.change` runs it in this ord
     give the hint
 
 Nothing here waits: `Busy` means that nothing was changed and that the caller can try again.  Each
-change is one turn of bounded work (see `shm/store.py`).  A longer change raises Unfinished at the
-end of its turn.  Its progress is in the node cache (nodes read), in `Garbage` (blocks to release or
-collect), or in `go_on` of the Unfinished.
+change is one turn of bounded work (see `shm/published.py`).  A longer change raises Unfinished at
+the end of its turn.  Its progress is in the node cache (nodes read), in `Garbage` (blocks to
+release or collect), or in `go_on` of the Unfinished.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ from ivshmemfs.errors import (
     Unfinished,
 )
 from ivshmemfs.format import repair
-from ivshmemfs.shm.control import Hint
-from ivshmemfs.shm.peers import Membership
-from ivshmemfs.shm.space import Space
+from ivshmemfs.shm.commit import Hint
+from ivshmemfs.shm.membership import Membership
+from ivshmemfs.shm.workspace import Workspace
 
 T = TypeVar("T")
 
@@ -107,7 +107,7 @@ class Committer:
 
     def _transact(self, member: Membership, plan: Callable[[Transaction], T], removal: bool) -> T:
         volume, store = self._volume, self._store
-        space = Space(store, self._begin(member), self._supply)
+        space = Workspace(store, self._begin(member), self._supply)
         published = False
         try:
             for _ in range(ATTEMPTS):
@@ -123,7 +123,7 @@ class Committer:
                         return result
                     new_root = tx.seal()
                 except Restart as overtaken:
-                    if store.control.load() == word:
+                    if store.commit_word.load() == word:
                         raise Corrupt(f"the present root leads astray: {overtaken}") from None
                 except Unfinished:
                     volume.latest = View(store, word, root, tx.cache)
@@ -163,7 +163,7 @@ class Committer:
         except Fenced:
             self._volume.rejoin(member)
             tag = member.begin()
-        self._store.blocks.guard(*member.standing)
+        self._store.blocks.guard(*member.own_state)
         return tag
 
     def _end(self, member: Membership) -> bool:

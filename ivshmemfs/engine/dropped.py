@@ -20,8 +20,8 @@ from typing import Final
 from ivshmemfs.errors import Corrupt, Restart
 from ivshmemfs.format import words
 from ivshmemfs.format.node import DIRLEAF, DIRNODE, HEADER_SIZE, INDEX
-from ivshmemfs.shm.space import BULK, Supply
-from ivshmemfs.shm.store import Store
+from ivshmemfs.shm.freelist import BULK, FreeList
+from ivshmemfs.shm.published import Store
 
 SIZE: Final = words.POINTER_SIZE
 NULL: Final = words.NULL
@@ -45,7 +45,7 @@ class _Walk:
 class Dropped:
     """The queue of one mount.  Its release does not change what any root reaches."""
 
-    def __init__(self, store: Store, supply: Supply) -> None:
+    def __init__(self, store: Store, supply: FreeList) -> None:
         self._store = store
         self._supply = supply
         self._queue: deque[tuple[bytes, int, int, int]] = deque()

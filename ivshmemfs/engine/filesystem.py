@@ -42,7 +42,7 @@ from ivshmemfs.format.dirent import NAME_MAX, TYPE_SHIFT
 
 if TYPE_CHECKING:
     from ivshmemfs.region import Region
-    from ivshmemfs.region.standing import Standing
+    from ivshmemfs.region.condition import Condition
 
 T = TypeVar("T")
 
@@ -109,7 +109,7 @@ class Filesystem:
 
     def commit_word(self) -> int:
         """The commit word; while it does not change, no peer has changed anything.  One load."""
-        return self.store.control.load()
+        return self.store.commit_word.load()
 
     def only_own_commits(self, before: int, now: int) -> bool:
         """Whether this mount made all commits after the commit word `before`, up to `now`."""
@@ -145,9 +145,9 @@ class Filesystem:
         """Commit what `plan` changes and return its result; see `Committer.change`."""
         return self._committer.change(plan, removal=removal)
 
-    def standing(self) -> Standing:
+    def condition(self) -> Condition:
         """Return how the region has changed since the mount.  Never raises for what it reads."""
-        return self._volume.standing()
+        return self._volume.condition()
 
     def tick(self) -> bool:
         """Beat and do one piece of upkeep, about once a second; see `Upkeep.tick`."""

@@ -24,8 +24,8 @@ from ivshmemfs.engine.dropped import Dropped
 from ivshmemfs.engine.volume import DAMAGE, Volume
 from ivshmemfs.errors import Busy, Unfinished
 from ivshmemfs.format import words
-from ivshmemfs.shm.peers import Membership
-from ivshmemfs.shm.store import ENDLESS
+from ivshmemfs.shm.membership import Membership
+from ivshmemfs.shm.published import ENDLESS
 
 COLLECTED_AT_ONCE: Final = 128  # nodes that one piece of a collection reads, in about 5 ms
 COLLECT_PAUSE: Final = 1.0  # seconds between two collections that failed allocations begin

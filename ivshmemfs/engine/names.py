@@ -17,7 +17,7 @@ from ivshmemfs.engine.directory import Dirent, LeafPosition
 from ivshmemfs.engine.inode import TARGET_MAX, Context, Inode
 from ivshmemfs.engine.transaction import Transaction, View
 from ivshmemfs.errors import Corrupt, FsError
-from ivshmemfs.format.inode import INODE, ORPHANS_INO, ROOT_INO, InodeRecord
+from ivshmemfs.format.inode import INODE, ORPHANS_INO, ROOT_INO, InodeRecord, orphan_name
 
 RENAME_NOREPLACE, RENAME_EXCHANGE, RENAME_WHITEOUT = 1, 2, 4
 LINK_MAX = (1 << 31) - 1
@@ -236,21 +236,17 @@ def _take_name(
 # --- removing -------------------------------------------------------------------------------
 
 
-def _orphan_name(ino: int) -> bytes:
-    return b"%016x" % ino
-
-
 def _keep_orphan(tx: Transaction, inode: Inode) -> None:
     """Enter an inode without links among the orphans."""
     orphans = tx.inode(ORPHANS_INO)
-    position = directory.locate(tx, orphans, _orphan_name(inode.ino))
+    position = directory.locate(tx, orphans, orphan_name(inode.ino))
     tx.put(directory.insert(tx, orphans, position, inode.ino, _kind(inode)))
     tx.orphans += 1
 
 
 def _forget_orphan(tx: Transaction, ino: int) -> None:
     orphans = tx.inode(ORPHANS_INO)
-    tx.put(directory.remove(tx, orphans, directory.locate(tx, orphans, _orphan_name(ino))))
+    tx.put(directory.remove(tx, orphans, directory.locate(tx, orphans, orphan_name(ino))))
     tx.orphans -= 1
 
 

@@ -18,7 +18,7 @@ from typing import Final
 
 from ivshmemfs.engine.volume import Volume
 from ivshmemfs.errors import Fenced
-from ivshmemfs.shm.peers import Membership
+from ivshmemfs.shm.membership import Membership
 
 
 class OpenFiles:
@@ -48,7 +48,7 @@ class OpenFiles:
         """Raise StaleHandle if a peer that did not see `hold` has freed `ino`."""
         member = self._volume.member
         if member is not None and member.intended_elsewhere(ino):
-            self._volume.store.control.fence()
+            self._volume.store.commit_word.fence()
         self._volume.look(lambda view: view.inode(ino))
 
     def let_go(self, ino: int) -> bool:

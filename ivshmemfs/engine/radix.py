@@ -6,7 +6,7 @@ node of level h - 1 with `fanout` slots, itself trimmed.  A missing slot is a nu
 null pointers are holes.
 
 Nodes are never changed in place: a change writes new nodes along the path into the transaction's
-`Space` and reports what it replaced.  A pointer's weight counts the blocks below it and itself,
+`Workspace` and reports what it replaced.  A pointer's weight counts the blocks below it and itself,
 so that dropping a subtree costs a look at its pointer.
 """
 
@@ -17,9 +17,10 @@ from typing import Final
 from ivshmemfs.errors import Corrupt
 from ivshmemfs.format import words
 from ivshmemfs.format.node import HEADER_SIZE, INDEX, MAX_HEIGHT
+from ivshmemfs.format.words import weight_of
 from ivshmemfs.native import put_slots
-from ivshmemfs.shm.space import Space, weight_of
-from ivshmemfs.shm.store import Nodes
+from ivshmemfs.shm.nodes import NodeSource
+from ivshmemfs.shm.workspace import Workspace
 
 SIZE: Final = words.POINTER_SIZE
 NULL: Final = words.NULL
@@ -36,7 +37,7 @@ class RadixTree:
         self.slots: Final = slots
 
 
-def find(nodes: Nodes, tree: RadixTree, owner: int, index: int) -> bytes:
+def find(nodes: NodeSource, tree: RadixTree, owner: int, index: int) -> bytes:
     """The packed pointer of leaf `index`; NULL for a hole."""
     data, base, height = tree.slots, 0, tree.height
     while height:
@@ -52,7 +53,7 @@ def find(nodes: Nodes, tree: RadixTree, owner: int, index: int) -> bytes:
     return data[at : at + SIZE] or NULL
 
 
-def find_range(nodes: Nodes, tree: RadixTree, owner: int, first: int, count: int) -> bytes:
+def find_range(nodes: NodeSource, tree: RadixTree, owner: int, first: int, count: int) -> bytes:
     """The packed pointers of leaves [first, first + count), holes as nulls."""
     parts: list[bytes] = []
     _collect(nodes, tree.slots, tree.height, owner, first, count, parts)
@@ -60,7 +61,13 @@ def find_range(nodes: Nodes, tree: RadixTree, owner: int, first: int, count: int
 
 
 def _collect(
-    nodes: Nodes, slots: bytes, height: int, owner: int, first: int, count: int, out: list[bytes]
+    nodes: NodeSource,
+    slots: bytes,
+    height: int,
+    owner: int,
+    first: int,
+    count: int,
+    out: list[bytes],
 ) -> None:
     if height == 0:
         got = slots[first * SIZE : (first + count) * SIZE]
@@ -80,7 +87,7 @@ def _collect(
         count -= here
 
 
-def next_leaf(nodes: Nodes, tree: RadixTree, owner: int, first: int, *, present: bool) -> int:
+def next_leaf(nodes: NodeSource, tree: RadixTree, owner: int, first: int, *, present: bool) -> int:
     """The index of the first leaf from `first` on that is there, or with not `present` is not.
 
     -1 when all the rest are holes; for holes, what is behind the tree counts as one.  Reads at most
@@ -90,7 +97,9 @@ def next_leaf(nodes: Nodes, tree: RadixTree, owner: int, first: int, *, present:
     return _next(nodes, tree.slots, tree.height, owner, first, present)
 
 
-def _next(nodes: Nodes, slots: bytes, height: int, owner: int, first: int, present: bool) -> int:
+def _next(
+    nodes: NodeSource, slots: bytes, height: int, owner: int, first: int, present: bool
+) -> int:
     span = span_of(nodes.fanout, height)
     (top, inner), count = divmod(first, span), len(slots) // SIZE
     if inner and top < count:
@@ -118,7 +127,7 @@ def _next(nodes: Nodes, slots: bytes, height: int, owner: int, first: int, prese
     return top * span + found
 
 
-def _slots_at(nodes: Nodes, pointer: bytes, level: int, owner: int) -> bytes:
+def _slots_at(nodes: NodeSource, pointer: bytes, level: int, owner: int) -> bytes:
     return nodes.node(pointer, INDEX, level, owner).data[HEADER_SIZE:]
 
 
@@ -171,7 +180,7 @@ def weight(slots: bytes) -> int:
 
 
 def store(
-    space: Space, tree: RadixTree, owner: int, first: int, pointers: bytes, capacity: int
+    space: Workspace, tree: RadixTree, owner: int, first: int, pointers: bytes, capacity: int
 ) -> RadixTree:
     """A tree whose leaves from `first` on are `pointers` (packed; nulls make holes).
 
@@ -185,7 +194,7 @@ def store(
 
 
 def store_some(
-    space: Space, tree: RadixTree, owner: int, leaves: list[tuple[int, bytes]], capacity: int
+    space: Workspace, tree: RadixTree, owner: int, leaves: list[tuple[int, bytes]], capacity: int
 ) -> RadixTree:
     """The same for scattered leaves: (index, pointer) by ascending index; no node twice."""
     tree = fit(space, tree, owner, leaves[-1][0], capacity)
@@ -194,7 +203,12 @@ def store_some(
 
 
 def _store(
-    space: Space, node: bytes, start: int, height: int, owner: int, runs: list[tuple[int, bytes]]
+    space: Workspace,
+    node: bytes,
+    start: int,
+    height: int,
+    owner: int,
+    runs: list[tuple[int, bytes]],
 ) -> tuple[bytes, int]:
     """(new slots in place of those that `node` has from byte `start` on, change of weight)
 
@@ -217,7 +231,7 @@ def _store(
     return put_slots(node, start, changes), total
 
 
-def _replace(space: Space, leaves: bytes) -> int:
+def _replace(space: Workspace, leaves: bytes) -> int:
     """Replace leaves; returns how many there were."""
     gone = count_pointers(leaves)
     if gone == 1 and len(leaves) == SIZE:
@@ -247,7 +261,7 @@ def _by_child(
     return found
 
 
-def fit(space: Space, tree: RadixTree, owner: int, last: int, capacity: int) -> RadixTree:
+def fit(space: Workspace, tree: RadixTree, owner: int, last: int, capacity: int) -> RadixTree:
     """The same leaves in a tree that has place for leaf `last` under `capacity` top slots."""
     height, slots = tree.height, tree.slots
     while last >= capacity * span_of(space.fanout, height) or len(slots) > capacity * SIZE:
@@ -260,20 +274,20 @@ def fit(space: Space, tree: RadixTree, owner: int, last: int, capacity: int) -> 
     return RadixTree(height, slots)
 
 
-def _node(space: Space, level: int, owner: int, slots: bytes) -> bytes:
+def _node(space: Workspace, level: int, owner: int, slots: bytes) -> bytes:
     slots = trim(slots)
     if not slots:
         return NULL
     return space.add_node(INDEX, level, owner, 0, slots, 1 + weight(slots))
 
 
-def _below(space: Space, child: bytes, level: int, owner: int) -> bytes:
+def _below(space: Workspace, child: bytes, level: int, owner: int) -> bytes:
     """The node that a child is, with its header; the child may be null."""
     return space.node(child, INDEX, level, owner).data if child != NULL else _NO_NODE
 
 
 def _renewed(
-    space: Space, child: bytes, level: int, owner: int, below: bytes, delta: int
+    space: Workspace, child: bytes, level: int, owner: int, below: bytes, delta: int
 ) -> tuple[bytes, int]:
     """(pointer to a child with trimmed slots `below`, which weigh `delta` more; its change)"""
     old_weight = 0
@@ -286,12 +300,12 @@ def _renewed(
     return space.add_node(INDEX, level, owner, 0, below, new_weight), new_weight - old_weight
 
 
-def cut(space: Space, tree: RadixTree, owner: int, first: int) -> RadixTree:
+def cut(space: Workspace, tree: RadixTree, owner: int, first: int) -> RadixTree:
     """A tree without leaves from `first` on; what is cut off is dropped whole."""
     return clear(space, tree, owner, first, len(tree.slots) // SIZE * _span(space, tree))
 
 
-def clear(space: Space, tree: RadixTree, owner: int, first: int, last: int) -> RadixTree:
+def clear(space: Workspace, tree: RadixTree, owner: int, first: int, last: int) -> RadixTree:
     """A tree without leaves from `first` up to `last`, which is not one of them.
 
     Subtrees between are dropped whole, so at most two nodes of each level are read and replaced,
@@ -302,12 +316,12 @@ def clear(space: Space, tree: RadixTree, owner: int, first: int, last: int) -> R
     return RadixTree(tree.height if slots else 0, slots)
 
 
-def _span(space: Space, tree: RadixTree) -> int:
+def _span(space: Workspace, tree: RadixTree) -> int:
     return span_of(space.fanout, tree.height)
 
 
 def _clear(
-    space: Space, slots: bytes, height: int, owner: int, first: int, last: int
+    space: Workspace, slots: bytes, height: int, owner: int, first: int, last: int
 ) -> tuple[bytes, int]:
     """(slots without leaves from `first` up to `last`, change of weight)"""
     if height == 0:
@@ -334,7 +348,7 @@ def _clear(
 
 
 def _cleared(
-    space: Space, child: bytes, level: int, owner: int, first: int, count: int
+    space: Workspace, child: bytes, level: int, owner: int, first: int, count: int
 ) -> tuple[bytes, int]:
     """(pointer to a child without `count` leaves from `first` on, change of weight)"""
     if count == span_of(space.fanout, level + 1):

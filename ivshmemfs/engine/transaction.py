@@ -6,7 +6,7 @@ root; `Filesystem` publishes it, or plans again.
 
 Order within a transaction: the plan reads and puts inodes (`inode`, `put`, `remove`), directories
 and maps write their nodes into `space` as they go; `seal` writes the inode blocks, then the inode
-table's path, then the root.  Nothing reaches the region before `Space.store_nodes`.
+table's path, then the root.  Nothing reaches the region before `Workspace.store_nodes`.
 """
 
 from __future__ import annotations
@@ -37,8 +37,9 @@ from ivshmemfs.format.node import (
     ROOT_RECORD,
     RootRecord,
 )
-from ivshmemfs.shm.space import Space
-from ivshmemfs.shm.store import Node, Nodes, Store
+from ivshmemfs.shm.nodes import Node, NodeSource
+from ivshmemfs.shm.published import Store
+from ivshmemfs.shm.workspace import Workspace
 
 LARGEST_CLAIM: Final = 2048  # blocks; more than one request needs
 CACHED_MAX: Final = 1000  # inodes, and names, that a mount knows besides the node cache
@@ -111,7 +112,7 @@ class View:
 
     def __init__(self, store: Store, word: int, root: Node, cache: CommitCache) -> None:
         self.store = store
-        self.nodes: Nodes = store
+        self.nodes: NodeSource = store
         self.word = word
         self.block_size = store.block_size
         self.secret = store.superblock.uuid
@@ -176,7 +177,7 @@ class Transaction(View):
         store: Store,
         word: int,
         root: Node,
-        space: Space,
+        space: Workspace,
         in_use: Callable[[int], bool],
         removal: bool,
         clock: Clock,

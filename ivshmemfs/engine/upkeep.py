@@ -30,7 +30,8 @@ from ivshmemfs.engine.openfiles import OpenFiles
 from ivshmemfs.engine.orphans import Orphans
 from ivshmemfs.engine.volume import DAMAGE, Volume
 from ivshmemfs.errors import Busy, Fenced, FsError, IvshmemfsError, UnderRepair
-from ivshmemfs.shm.peers import Membership, Retirement
+from ivshmemfs.shm.membership import Membership
+from ivshmemfs.shm.peers import Retirement
 
 log = logging.getLogger(__name__)
 

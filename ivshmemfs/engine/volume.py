@@ -11,7 +11,7 @@ may find the peer FENCED, and then calls `rejoin`.
 
 A look takes a snapshot and runs on it.  When commits of other peers overtake it, it starts again
 on a newer snapshot.  It never waits: `Busy` means that the caller can try again.  Each look is one
-turn of bounded work (see `shm/store.py`).
+turn of bounded work (see `shm/published.py`).
 
 Damage of the region is contained here.  An exception that damaged metadata causes in arithmetic
 becomes Corrupt.  A failed access (the file was truncated) becomes EIO.  Both become ESTALE when the
@@ -43,11 +43,12 @@ from ivshmemfs.errors import (
 )
 from ivshmemfs.format import superblock, words
 from ivshmemfs.format.geometry import SCRATCH_OFFSET, SCRATCH_SIZE
+from ivshmemfs.region.condition import Condition
 from ivshmemfs.region.probe import Scratch, cas_works, probe, refuse_unfit
-from ivshmemfs.region.standing import Standing
-from ivshmemfs.shm.peers import Membership, PeerTable
-from ivshmemfs.shm.space import Supply
-from ivshmemfs.shm.store import Store
+from ivshmemfs.shm.freelist import FreeList
+from ivshmemfs.shm.membership import Membership
+from ivshmemfs.shm.peers import PeerTable
+from ivshmemfs.shm.published import Store
 
 if TYPE_CHECKING:
     from ivshmemfs.region import Region
@@ -85,11 +86,13 @@ class Volume:
         self.superblock: Final = superblock.decode(self._raw, region.size)
         self.readonly: Final = readonly or region.readonly or self.superblock.read_only
         self.store: Final = Store(region.memory, self.superblock)
-        self.table: Final = PeerTable(region.memory, self.superblock.geometry, self.store.control)
+        self.table: Final = PeerTable(
+            region.memory, self.superblock.geometry, self.store.commit_word
+        )
         self.block_size: Final = self.superblock.geometry.block_size
         self.clock: Final = Clock()
         self.member: Membership | None = None
-        self.supply = Supply(self.store)  # the blocks that this peer claims next
+        self.supply = FreeList(self.store)  # the blocks that this peer claims next
         self.latest: View | None = None  # the view of the last commit that this peer saw
         self._own_word = 0  # the commit word after the last commit of this peer
         self._own_since = 0  # the commit word before the unbroken row of own commits up to that
@@ -120,7 +123,7 @@ class Volume:
             raise
         self.member = member
         count = self.superblock.geometry.block_count
-        self.supply = Supply(self.store, (member.slot - 1) * count // self.table.count)
+        self.supply = FreeList(self.store, (member.slot - 1) * count // self.table.count)
 
     # --- membership -------------------------------------------------------------------------
 
@@ -142,10 +145,10 @@ class Volume:
         Raises Busy, or TooManyPeers when all slots have been taken for a long time.
         """
         self.check_identity()
-        if member.stands:
+        if member.owns_slot:
             return  # the end of the failed transaction has already rejoined
         member.rejoin()
-        log.warning("%s; it joined again", _TWIN if member.doubled else _SILENT)
+        log.warning("%s; it joined again", _TWIN if member.twin_seen else _SILENT)
 
     # --- looking ----------------------------------------------------------------------------
 
@@ -175,7 +178,7 @@ class Volume:
                 try:
                     return reader(view)
                 except Restart as overtaken:
-                    if self.store.control.load() == view.word:
+                    if self.store.commit_word.load() == view.word:
                         self._refute(reader, view, overtaken)
         except DAMAGE as error:
             raise self.contained(error) from error
@@ -189,7 +192,7 @@ class Volume:
         try:
             reader(view)
         except Restart:
-            if self.store.control.load() == view.word:
+            if self.store.commit_word.load() == view.word:
                 raise Corrupt(f"the present root leads astray: {overtaken}") from None
 
     def is_leaking(self) -> bool:
@@ -239,20 +242,20 @@ class Volume:
         except OSError as error:
             raise FsError(errno.EIO, f"the region cannot be accessed any more: {error}") from None
 
-    def standing(self) -> Standing:
+    def condition(self) -> Condition:
         """Return how the region has changed since the mount.  Never raises for what it reads."""
-        found = self.region.standing()
-        if found is not Standing.SOUND:
+        found = self.region.condition()
+        if found is not Condition.SOUND:
             return found
         try:
             raw = self.store.memory.read(0, superblock.SUPERBLOCK.size)
             if raw == self._raw:
-                return Standing.SOUND
+                return Condition.SOUND
             if raw == b"\xff" * len(raw):
-                return Standing.ONES
+                return Condition.ONES
             same = superblock.decode(raw) == self.superblock
-            return Standing.SOUND if same else Standing.REFORMATTED
+            return Condition.SOUND if same else Condition.REFORMATTED
         except OSError:
-            return Standing.UNREADABLE
+            return Condition.UNREADABLE
         except (FormatError, Corrupt):
-            return Standing.OVERWRITTEN
+            return Condition.OVERWRITTEN

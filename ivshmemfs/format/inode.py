@@ -59,3 +59,8 @@ PAYLOAD_OFFSET = node.HEADER_SIZE + INODE.size
 def payload_capacity(block_size: int) -> int:
     """Bytes that payload and inline extended attributes may take together."""
     return block_size - PAYLOAD_OFFSET
+
+
+def orphan_name(ino: int) -> bytes:
+    """Return the name of inode `ino` in the list of inodes without links."""
+    return b"%016x" % ino

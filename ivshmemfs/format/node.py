@@ -9,6 +9,7 @@ from typing import Annotated, Final, NamedTuple
 
 from ivshmemfs.format import words
 from ivshmemfs.format.record import At, Layout
+from ivshmemfs.native import crc32c
 
 ROOT: Final = 1
 INODE: Final = 2
@@ -42,6 +43,13 @@ class HeaderRecord(NamedTuple):
 HEADER = Layout(HeaderRecord, HEADER_SIZE)
 
 
+def seal(header: HeaderRecord, body: bytes) -> bytes:
+    """Return the bytes of a metadata block up to `used`, with `used` and the checksum set."""
+    raw = HEADER.pack(header._replace(used=HEADER_SIZE + len(body))) + body
+    covered = raw[HEADER.offset("crc") + 4 :]
+    return crc32c(covered).to_bytes(4, "little") + covered
+
+
 class RootRecord(NamedTuple):
     """What follows the header in a root block; the inode table's pointers follow at byte 128."""
 
@@ -58,6 +66,12 @@ class RootRecord(NamedTuple):
 
 ROOT_RECORD = Layout(RootRecord, 96)
 ROOT_POINTERS = HEADER_SIZE + ROOT_RECORD.size
+_FSID = HEADER_SIZE + ROOT_RECORD.offset("fsid")
+
+
+def fsid_bytes(root: bytes) -> bytes:
+    """Return the bytes of field `fsid` of a root block: the start of the filesystem's UUID."""
+    return root[_FSID : _FSID + words.WORD]
 
 
 def index_fanout(block_size: int) -> int:

@@ -19,7 +19,6 @@ INTENT_OFFSET: Final = 16
 NONCE_OFFSET: Final = 24
 IDENTITY_OFFSET: Final = 64
 FILTER_OFFSET: Final = 256
-FILTER_WORDS: Final = 32
 HOST_SIZE: Final = 64
 
 # What of an identity may prove that its owner is gone (`shm/identity.py` says how).
@@ -28,7 +27,7 @@ MACHINE_PROVES: Final = 2  # the hardware UUID: no container's, and not known to
 START_PROVES: Final = 4  # the start time: read from a /proc of its own pid namespace
 ALL_PROOFS: Final = BOOT_PROVES | MACHINE_PROVES | START_PROVES
 
-DOUBLED: Final = (1 << 64) - 1  # nonce of a slot in which two owners were found
+TWIN_MARK: Final = (1 << 64) - 1  # nonce of a slot in which two owners were found
 
 
 class SlotRecord(NamedTuple):

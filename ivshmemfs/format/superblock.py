@@ -15,7 +15,7 @@ from ivshmemfs.errors import (
     NotFormatted,
     UnsupportedVersion,
 )
-from ivshmemfs.format import peer, words
+from ivshmemfs.format import open_filter, peer, words
 from ivshmemfs.format.geometry import CONTROL_SIGNATURE, Geometry
 from ivshmemfs.format.record import At, Buffer, Layout
 from ivshmemfs.native import crc32c
@@ -74,11 +74,16 @@ def layout_signature() -> int:
             peer.SLOT.signature(),
             words.POINTER_LAYOUT.signature(),
             CONTROL_SIGNATURE,
-            f"tag 8/20/36 commit 36/{words.BLOCK_BITS} filter {words.FILTER_BITS}",
-            f"filter words {peer.FILTER_WORDS} at {peer.FILTER_OFFSET}",
+            f"tag 8/20/36 commit 36/{words.BLOCK_BITS} filter {open_filter.BITS}",
+            f"filter words {open_filter.WORDS} at {peer.FILTER_OFFSET}",
         )
     )
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+
+
+def fsid_of(uuid: bytes) -> int:
+    """Return the number that every root block repeats: the first eight bytes of the UUID."""
+    return int.from_bytes(uuid[:8], "little")
 
 
 class Superblock(NamedTuple):
@@ -93,7 +98,7 @@ class Superblock(NamedTuple):
     @property
     def fsid(self) -> int:
         """The first eight bytes of the UUID, which every root block repeats."""
-        return int.from_bytes(self.uuid[:8], "little")
+        return fsid_of(self.uuid)
 
 
 def encode(uuid: bytes, label: str, geometry: Geometry, created_ns: int) -> bytes:

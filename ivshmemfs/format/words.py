@@ -5,7 +5,6 @@
                                                            (root block 2^28 - 1: under repair)
     state word   state 8 | incarnation 20 | counter 36     what a peer slot is doing
     hint word    slot 8 | need 8 | progress 48             who is about to commit (advice only)
-    filter word  incarnation (low 16) | filter bits 48     which inodes a peer holds open
 
 A tag never comes back to the same block: the counter grows with each transaction of an
 incarnation and the incarnation with each mount that uses a slot.  Counters wrap after 2^36
@@ -21,6 +20,8 @@ from ivshmemfs.format.pointer import NULL as NULL
 from ivshmemfs.format.pointer import POINTER as POINTER
 from ivshmemfs.format.pointer import POINTER_LAYOUT as POINTER_LAYOUT
 from ivshmemfs.format.pointer import POINTER_SIZE as POINTER_SIZE
+from ivshmemfs.format.pointer import TAG_AT as TAG_AT
+from ivshmemfs.format.pointer import WEIGHT_AT as WEIGHT_AT
 from ivshmemfs.format.pointer import PointerRecord as PointerRecord
 
 WORD: Final = 8
@@ -40,8 +41,6 @@ MAX_BLOCKS: Final = BLOCK_MASK
 NEED_SHIFT: Final = 48
 NEED_MASK: Final = (1 << 8) - 1
 PROGRESS_MASK: Final = (1 << NEED_SHIFT) - 1
-FILTER_BITS: Final = 48
-FILTER_MASK: Final = (1 << FILTER_BITS) - 1
 
 # States of a peer slot, in the order in which they follow each other (shm/peers.py says who may
 # change which).
@@ -65,6 +64,21 @@ def split_tag(tag: int) -> tuple[int, int, int]:
         tag >> INCARNATION_SHIFT & INCARNATION_MASK,
         tag & COUNTER_MASK,
     )
+
+
+def block_of(pointer: bytes) -> int:
+    """Return the block number of a packed pointer."""
+    return int.from_bytes(pointer[:WEIGHT_AT], "little")
+
+
+def weight_of(pointer: bytes) -> int:
+    """Return the number of blocks in the subtree that a packed pointer leads to."""
+    return int.from_bytes(pointer[WEIGHT_AT:TAG_AT], "little")
+
+
+def with_weight(pointer: bytes, weight: int) -> bytes:
+    """Return a packed pointer to the same block, with another weight."""
+    return pointer[:WEIGHT_AT] + weight.to_bytes(TAG_AT - WEIGHT_AT, "little") + pointer[TAG_AT:]
 
 
 def make_commit(sequence: int, block: int) -> int:

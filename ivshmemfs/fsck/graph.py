@@ -24,6 +24,7 @@ from ivshmemfs.format.dirent import (
     decode_leaf,
     name_key,
 )
+from ivshmemfs.format.inode import orphan_name
 from ivshmemfs.format.node import HEADER, HEADER_SIZE
 from ivshmemfs.fsck import invariants as inv
 from ivshmemfs.fsck.mend import Mended, mend
@@ -251,7 +252,7 @@ class Graph:
         listed: dict[int, Entry] = {}
         for entry in found.entries:
             at = self.rows.index(entry.ino)
-            name = b"%016x" % entry.ino
+            name = orphan_name(entry.ino)
             base = name_key(name, self.secret)
             good = at >= 0 and entry.ino not in (ROOT, ORPHANS) and entry.ino not in listed
             good = good and not self.rows.links[at] and not self.rows.nlinks[at]

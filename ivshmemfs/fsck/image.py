@@ -26,7 +26,7 @@ from ivshmemfs.format import peer, repair, superblock, words
 from ivshmemfs.format.geometry import COMMIT_OFFSET, REPAIR_OFFSET, Geometry
 from ivshmemfs.format.superblock import SUPERBLOCK, Superblock
 from ivshmemfs.region import Memory
-from ivshmemfs.shm.repair import Turn, abandoned, describe
+from ivshmemfs.shm.repair import RepairSession, abandoned, describe
 
 
 class Overtaken(Exception):
@@ -103,7 +103,7 @@ class Image:
     """
 
     def __init__(
-        self, memory: Memory, usable: Superblock, commit: int = 0, turn: Turn | None = None
+        self, memory: Memory, usable: Superblock, commit: int = 0, turn: RepairSession | None = None
     ) -> None:
         self.memory = memory
         self.superblock = usable

@@ -17,7 +17,7 @@ from ivshmemfs.format import node as node_format
 from ivshmemfs.format import superblock, words, xattr
 from ivshmemfs.format.dirent import COLLISIONS, NAME_MAX, name_key
 from ivshmemfs.format.geometry import Geometry
-from ivshmemfs.format.inode import InodeRecord
+from ivshmemfs.format.inode import InodeRecord, orphan_name
 from ivshmemfs.format.node import KIND_NAMES, HeaderRecord, RootRecord
 from ivshmemfs.format.record import Buffer
 from ivshmemfs.fsck.report import Check
@@ -387,7 +387,7 @@ def check_orphan(listed: bool, linked: bool) -> Iterator[str]:
 @_invariant(26)
 def check_orphan_name(name: bytes, target: int) -> Iterator[str]:
     """An entry of the list of inodes without links is named after the inode that it leads to."""
-    if name != b"%016x" % target:
+    if name != orphan_name(target):
         yield f"{show(name)} leads to inode {target}"
 
 

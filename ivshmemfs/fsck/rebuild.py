@@ -12,7 +12,6 @@ survey saw, and a peer that was faster starts the survey again.
 
 from __future__ import annotations
 
-import struct
 import time
 from array import array
 from collections import Counter
@@ -24,7 +23,14 @@ from ivshmemfs.errors import NoSpace
 from ivshmemfs.format import inode as ino_format
 from ivshmemfs.format import node as node_format
 from ivshmemfs.format import repair, words, xattr
-from ivshmemfs.format.dirent import COLLISIONS, ENTRY_FIXED, NODE_ENTRY, TYPE_SHIFT
+from ivshmemfs.format.dirent import (
+    COLLISIONS,
+    ENTRY_FIXED,
+    NODE_ENTRY,
+    TYPE_SHIFT,
+    encode_leaf,
+    interior_of,
+)
 from ivshmemfs.format.geometry import REPAIR_OFFSET
 from ivshmemfs.format.inode import InodeRecord
 from ivshmemfs.format.node import HEADER, HEADER_SIZE, ROOT_RECORD, HeaderRecord, RootRecord
@@ -34,8 +40,7 @@ from ivshmemfs.fsck.graph import DIRECTORY, ORPHANS, Entry, Graph
 from ivshmemfs.fsck.image import Overtaken
 from ivshmemfs.fsck.mend import Mended
 from ivshmemfs.fsck.survey import SIZE, pointers_in
-from ivshmemfs.region import crc32c
-from ivshmemfs.shm.repair import Turn
+from ivshmemfs.shm.repair import RepairSession
 
 _POINTER = words.POINTER
 
@@ -64,7 +69,7 @@ def weigh(slots: bytes) -> int:
 class Builder:
     """One repair of one surveyed region."""
 
-    def __init__(self, graph: Graph, turn: Turn, living: frozenset[int]) -> None:
+    def __init__(self, graph: Graph, turn: RepairSession, living: frozenset[int]) -> None:
         self.graph = graph
         self._turn = turn
         self._living = living | {repair.SLOT}  # slots that keep their state
@@ -174,9 +179,8 @@ class Builder:
                     "the region is too full to store what must be made anew: nothing was changed"
                 )
             block, self.crowded = self._retired.pop(), True
-        header = HeaderRecord(0, kind, level, count, HEADER_SIZE + len(body), owner, self.tag)
-        raw = HEADER.pack(header) + body
-        self.nodes[block] = crc32c(raw[4:]).to_bytes(4, "little") + raw[4:]
+        header = HeaderRecord(0, kind, level, count, 0, owner, self.tag)
+        self.nodes[block] = node_format.seal(header, body)
         return self._keep(block, weight, self.tag)
 
     # --- radix trees ---
@@ -398,7 +402,7 @@ class Builder:
             parts = [pairs[at : at + per_node] for at in range(0, len(pairs), per_node)]
             pairs = [(part[0][0], self._interior(ino, level, part)) for part in parts]
             level += 1
-        data = _columns(pairs)
+        data = interior_of(pairs).raw
         below = sum(_POINTER.unpack(pointer)[1] for _, pointer in pairs)
         return Packed(ino_format.DIRTREE, level, data, below)
 
@@ -409,7 +413,7 @@ class Builder:
 
     def _interior(self, ino: int, level: int, pairs: list[tuple[int, bytes]]) -> bytes:
         weight = 1 + sum(_POINTER.unpack(pointer)[1] for _, pointer in pairs)
-        body = _columns(pairs)
+        body = interior_of(pairs).raw
         return self._node(node_format.DIRNODE, level, ino, len(pairs), body, weight)
 
     # --- inode table and root ---
@@ -573,16 +577,8 @@ def _size(entries: list[Entry]) -> int:
 
 
 def _encode(entries: list[Entry]) -> bytes:
-    keys = [entry.key for entry in entries]
-    inos = [entry.ino | entry.kind << TYPE_SHIFT for entry in entries]
-    numbers = struct.pack(f"<{2 * len(keys)}Q", *keys, *inos)
-    sizes = bytes(len(entry.name) for entry in entries)
-    return numbers + sizes + b"".join(entry.name for entry in entries)
-
-
-def _columns(pairs: list[tuple[int, bytes]]) -> bytes:
-    keys = struct.pack(f"<{len(pairs)}Q", *(key for key, _ in pairs))
-    return keys + b"".join(pointer for _, pointer in pairs)
+    triples = [(entry.key, entry.ino | entry.kind << TYPE_SHIFT, entry.name) for entry in entries]
+    return encode_leaf(triples)
 
 
 def _leaves(entries: list[Entry], wanted: int) -> Iterator[list[Entry]]:

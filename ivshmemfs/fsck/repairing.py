@@ -19,7 +19,7 @@ from ivshmemfs.fsck.report import Report
 from ivshmemfs.fsck.survey import Log, Survey
 from ivshmemfs.fsck.walk import Walker
 from ivshmemfs.region import Memory, Region
-from ivshmemfs.shm.repair import Turn
+from ivshmemfs.shm.repair import RepairSession
 from ivshmemfs.shm.watch import Watch
 
 ROUNDS = 3  # a repair may bring to light what hid behind the damage
@@ -49,7 +49,7 @@ def repair(region: Region | Memory, *, force: bool = False) -> Report:
             "the filesystem has features that this program may not write: repair it with a newer "
             "version of ivshmemfs"
         )
-    turn = Turn(memory, found.usable.geometry)
+    turn = RepairSession(memory, found.usable.geometry)
     watch = Watch(memory, found.usable.geometry)
     before: Report | None = None
     if not turn.marks:
@@ -102,7 +102,9 @@ def _look(memory: Memory) -> Report | None:
 class _Repair:
     """What happens between the mark and the commit."""
 
-    def __init__(self, memory: Memory, found: Superblocks, turn: Turn, watch: Watch) -> None:
+    def __init__(
+        self, memory: Memory, found: Superblocks, turn: RepairSession, watch: Watch
+    ) -> None:
         self._memory = memory
         self._found = found
         self._turn = turn

@@ -12,7 +12,6 @@ so time and memory are bounded by the size of the region.
 from __future__ import annotations
 
 import stat
-import struct
 from array import array
 from bisect import bisect_left
 from collections.abc import Callable
@@ -37,7 +36,6 @@ from ivshmemfs.fsck.report import Place, Report
 
 KEY_END = 1 << 64
 _FIXED = (ino_format.ROOT_INO, ino_format.ORPHANS_INO)
-_POINTERS = struct.Struct("<IIQ")
 
 
 class Inodes:
@@ -197,7 +195,7 @@ class Walker:
         if height == 0 and tree.on_leaf is None:
             return self._data_slots(slots[:whole], tree, first)
         span, total = self.image.fanout**height, 0
-        for block, weight, tag in _POINTERS.iter_unpack(slots[:whole]):
+        for block, weight, tag in words.POINTER.iter_unpack(slots[:whole]):
             if tag and first >= tree.limit:
                 tree.beyond += 1
             if block or weight or tag:
@@ -227,7 +225,7 @@ class Walker:
         """The same for data blocks, which there are most of and nothing to look into."""
         refs, tags, count = self.refs, self.image.tags, self.image.block_count
         mark, limit, total, taken = tree.owner + 1, tree.limit, 0, 0
-        for block, weight, tag in _POINTERS.iter_unpack(slots):
+        for block, weight, tag in words.POINTER.iter_unpack(slots):
             if tag and first >= limit:
                 tree.beyond += 1
             first += 1
@@ -366,7 +364,7 @@ class Walker:
         names, ino = 0, self.inodes.numbers[row]
         bounds = inv.child_bounds(node.keys, *span)
         for (block, weight, tag), child in zip(
-            _POINTERS.iter_unpack(node.pointers), bounds, strict=True
+            words.POINTER.iter_unpack(node.pointers), bounds, strict=True
         ):
             here = Place(block, ino)
             if not tag:

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from ivshmemfs.errors import MountError
 
 if TYPE_CHECKING:
-    from ivshmemfs.region import Standing
+    from ivshmemfs.region import Condition
 
 FSTYPE = "fuse.ivshmemfs"
 FUSE_DEVICE = "/dev/fuse"
@@ -397,15 +397,15 @@ class Lifeline:
                     self._callers.remove(caller)
                     caller.close()
 
-    def show(self, standing: Standing) -> None:
-        """Replace the sign by one for *standing*; a sound region has no sign."""
+    def show(self, condition: Condition) -> None:
+        """Replace the sign by one for *condition*; a sound region has no sign."""
         if self._sign is not None:
             self._sign.close()
             self._sign = None
-        if standing.explained:
+        if condition.explained:
             self._sign = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
             with suppress(OSError):
-                self._sign.bind(_sign_name(self._listening.getsockname(), standing))
+                self._sign.bind(_sign_name(self._listening.getsockname(), condition))
 
     def close(self) -> None:
         """Close all sockets, which ends the waits of all clients."""
@@ -485,7 +485,7 @@ def condition(entry: MountEntry) -> str:
 
     Sends nothing to the mount or its daemon, which may be stopped.
     """
-    from ivshmemfs.region import Standing
+    from ivshmemfs.region import Condition
 
     held = _highest_lifeline(entry.device)
     if held is None:
@@ -494,7 +494,9 @@ def condition(entry: MountEntry) -> str:
     with grip:
         words = ["daemon stopped"] if serving(grip).stopped else []
     lifeline = _lifeline_name(entry.device, number)
-    words += [standing.value for standing in Standing if _is_bound(_sign_name(lifeline, standing))]
+    words += [
+        condition.value for condition in Condition if _is_bound(_sign_name(lifeline, condition))
+    ]
     return ", ".join(words)
 
 
@@ -503,8 +505,8 @@ def _is_bound(name: bytes) -> bool:
         return caller.connect_ex(name) == 0
 
 
-def _sign_name(lifeline: bytes, standing: Standing) -> bytes:
-    return lifeline + b" " + standing.value.encode()
+def _sign_name(lifeline: bytes, condition: Condition) -> bytes:
+    return lifeline + b" " + condition.value.encode()
 
 
 def _lifeline_name(device: str, number: int) -> bytes:

@@ -97,7 +97,7 @@ class Session:
     def hold(self, lifeline: mountpoint.Lifeline) -> None:
         """Show the state of the region on `lifeline`."""
         self._lifeline = lifeline
-        self._upkeep.on_standing = lifeline.show
+        self._upkeep.on_condition = lifeline.show
 
     @property
     def shared_mappings(self) -> bool:

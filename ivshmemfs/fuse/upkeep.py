@@ -1,6 +1,6 @@
 """Upkeep of a mount: housekeeping of the engine, and a check of the region at every tick.
 
-States, the values of `Standing`:
+States, the values of `Condition`:
 
 SOUND    the region is the one that was mounted
 another  something happened to the region; the log has one line when that begins and one at its end
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from ivshmemfs.errors import Busy
 from ivshmemfs.fuse.retry import errno_of
-from ivshmemfs.region import Standing
+from ivshmemfs.region import Condition
 
 if TYPE_CHECKING:
     from ivshmemfs.engine import Filesystem
@@ -28,9 +28,9 @@ class Upkeep:
     def __init__(self, fs: Filesystem) -> None:
         self._fs = fs
         #: The state of the region at the last check.
-        self.standing = Standing.SOUND
+        self.condition = Condition.SOUND
         #: Called with each new state.
-        self.on_standing: Callable[[Standing], None] = lambda _standing: None
+        self.on_condition: Callable[[Condition], None] = lambda _standing: None
 
     def run(self) -> bool:
         """Do the work of one tick; call it about once a second.
@@ -50,17 +50,17 @@ class Upkeep:
         except Busy:
             pass  # the next tick retries
         except Exception as error:
-            if self.standing is Standing.SOUND:  # else the log has the cause already
+            if self.condition is Condition.SOUND:  # else the log has the cause already
                 errno_of("upkeep", error)
         return False
 
     def _watch_region(self) -> bool:
-        before, self.standing = self.standing, self._fs.standing()
-        if self.standing is before:
+        before, self.condition = self.condition, self._fs.condition()
+        if self.condition is before:
             return False
-        if self.standing is Standing.SOUND:
+        if self.condition is Condition.SOUND:
             log.warning("the region is sound again; it was %s", before.value)
         else:
-            log.error("%s", self.standing.explained)
-        self.on_standing(self.standing)
+            log.error("%s", self.condition.explained)
+        self.on_condition(self.condition)
         return False

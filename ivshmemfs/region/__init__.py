@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from ivshmemfs.native import DEVICE, NORMAL, WRITE_COMBINING, Blocks, Memory, crc32c
 from ivshmemfs.region.blank import Found, find_data
+from ivshmemfs.region.condition import Condition
 from ivshmemfs.region.file import create_file, reserve
 from ivshmemfs.region.locate import (
     Candidate,
@@ -22,7 +23,6 @@ from ivshmemfs.region.pci import no_device
 from ivshmemfs.region.probe import Probe, Scratch, probe, refuse_unfit
 from ivshmemfs.region.roots import Roots
 from ivshmemfs.region.sizes import exact_size, parse_size, readable_size
-from ivshmemfs.region.standing import Standing
 
 __all__ = [
     "DEVICE",
@@ -30,13 +30,13 @@ __all__ = [
     "WRITE_COMBINING",
     "Blocks",
     "Candidate",
+    "Condition",
     "Found",
     "Memory",
     "Probe",
     "Region",
     "Roots",
     "Scratch",
-    "Standing",
     "Unreadable",
     "crc32c",
     "create_file",

@@ -15,8 +15,8 @@ from types import TracebackType
 from ivshmemfs.errors import RegionDenied, RegionError, RegionMissing, RegionSize, RegionUnfit
 from ivshmemfs.native import DEVICE, NORMAL, WRITE_COMBINING, Memory
 from ivshmemfs.printing import printable
+from ivshmemfs.region.condition import Anchor, Condition
 from ivshmemfs.region.sizes import readable_size
-from ivshmemfs.region.standing import Anchor, Standing
 
 SHORT = 256 << 10  # bytes: with less left, a file system counts as full
 _F_SEAL_FUTURE_WRITE = 16  # fcntl has it from Python 3.12 on
@@ -76,9 +76,9 @@ class Region:
             f"{shown(self.path)} gets no more memory: make room there"
         )
 
-    def standing(self) -> Standing:
+    def condition(self) -> Condition:
         """What became of the file or device since it was opened."""
-        return Standing.SOUND if self.anchor is None else self.anchor.standing(self.path)
+        return Condition.SOUND if self.anchor is None else self.anchor.condition(self.path)
 
     def close(self) -> None:
         """Unmap; closing twice is harmless."""

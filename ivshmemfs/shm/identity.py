@@ -68,7 +68,7 @@ class Presence(Enum):
     UNKNOWN = "unknown"
 
 
-class Here(NamedTuple):
+class Surroundings(NamedTuple):
     """What this process knows of its own surroundings; the fields as in a slot's record."""
 
     boot: bytes
@@ -152,9 +152,9 @@ def is_placeholder(machine: bytes) -> bool:
     return len(set(machine)) == 1 or machine in PLACEHOLDERS
 
 
-def surroundings() -> Here:
+def surroundings() -> Surroundings:
     """Where this process runs."""
-    here = Here(boot_id(), machine_id(), pid_namespace(), time_namespace(), 0)
+    here = Surroundings(boot_id(), machine_id(), pid_namespace(), time_namespace(), 0)
     if here.boot == _UNKNOWN or not boot_id_is_genuine():
         return here
     proofs = BOOT_PROVES
@@ -221,7 +221,7 @@ def current(incarnation: int) -> peer.SlotRecord:
 
 
 def presence(
-    record: peer.SlotRecord, here: Here | None = None, shared: Container[bytes] = ()
+    record: peer.SlotRecord, here: Surroundings | None = None, shared: Container[bytes] = ()
 ) -> Presence:
     """What is known of the process that `record` speaks of.
 
@@ -231,7 +231,7 @@ def presence(
     """
     here = here or surroundings()
     both = record.proofs & here.proofs
-    if not both & BOOT_PROVES or record.nonce == peer.DOUBLED:
+    if not both & BOOT_PROVES or record.nonce == peer.TWIN_MARK:
         return Presence.UNKNOWN
     if record.boot == here.boot:
         return _under_this_kernel(record, here, bool(both & START_PROVES))
@@ -241,7 +241,7 @@ def presence(
     return Presence.UNKNOWN
 
 
-def _under_this_kernel(record: peer.SlotRecord, here: Here, starts_known: bool) -> Presence:
+def _under_this_kernel(record: peer.SlotRecord, here: Surroundings, starts_known: bool) -> Presence:
     if not record.pid_namespace or record.pid_namespace != here.pid_namespace:
         return Presence.UNKNOWN
     exists = process_exists(record.pid)

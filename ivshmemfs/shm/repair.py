@@ -32,7 +32,7 @@ from ivshmemfs.format.peer import Occupant
 from ivshmemfs.printing import shown
 from ivshmemfs.region import Memory
 from ivshmemfs.shm import identity
-from ivshmemfs.shm.control import Control
+from ivshmemfs.shm.commit import CommitWord
 from ivshmemfs.shm.peers import PeerTable
 from ivshmemfs.shm.watch import POLL, Watch
 
@@ -78,14 +78,14 @@ def _named(raw: bytes) -> str:
     return f" by pid {record.pid} on {host}{since}"
 
 
-class Turn:
+class RepairSession:
     """One repair's possession of a region.  Not thread-safe."""
 
     def __init__(self, memory: Memory, geometry: Geometry) -> None:
         self._memory = memory
-        self._control = Control(memory)
+        self._commit_word = CommitWord(memory)
         self._geometry = geometry
-        self._table = PeerTable(memory, geometry, self._control)
+        self._table = PeerTable(memory, geometry, self._commit_word)
         self._word = 0  # of slot 0, while it is ours
         self._beaten = 0.0
         self.former = 0  # the commit word before the repair
@@ -96,7 +96,7 @@ class Turn:
     @property
     def marks(self) -> bool:
         """Whether anybody's mark is on the region."""
-        return words.under_repair(self._control.load())
+        return words.under_repair(self._commit_word.load())
 
     @property
     def contested(self) -> bool:
@@ -150,7 +150,7 @@ class Turn:
     def _mark(self) -> None:
         """Swap the mark in, and note what stood there before: that first."""
         for _ in range(MARK_ATTEMPTS):
-            word = self._control.load()
+            word = self._commit_word.load()
             self.inherited = words.under_repair(word)
             if self.inherited:
                 self.former = self._memory.load(REPAIR_OFFSET + repair.FORMER_OFFSET)
@@ -159,7 +159,7 @@ class Turn:
                 self._store(repair.FORMER_OFFSET, word.to_bytes(words.WORD, "little"))
             self._memory.fence()
             self.check()
-            self.marked = self._control.publish(word, words.UNDER_REPAIR)
+            self.marked = self._commit_word.publish(word, words.UNDER_REPAIR)
             if self.marked:
                 if words.under_repair(self.former):
                     self.former = 0  # what stood there means nothing
@@ -196,14 +196,14 @@ class Turn:
         """Replace the mark by a root, and let everybody in again."""
         self.check()
         self._memory.fence()
-        if not self._control.publish(self.marked, root_block):
+        if not self._commit_word.publish(self.marked, root_block):
             raise InUse("the region was formatted, or repaired by another, meanwhile")
         self._free()
 
     def give_up(self) -> None:
         """Leave all as it was: the former root, under a later sequence.  Never raises."""
         if self.former:
-            self._control.publish(self.marked, words.split_commit(self.former)[1])
+            self._commit_word.publish(self.marked, words.split_commit(self.former)[1])
         elif self.marked:
             self._memory.cas(COMMIT_OFFSET, self.marked, 0)
         self._free()

@@ -19,7 +19,7 @@ from ivshmemfs.format.geometry import Geometry
 from ivshmemfs.format.peer import MACHINE_PROVES, Occupant
 from ivshmemfs.region import Memory
 from ivshmemfs.shm import identity
-from ivshmemfs.shm.identity import Here, Presence
+from ivshmemfs.shm.identity import Presence, Surroundings
 
 SILENCE = 3.0  # seconds without a sign of life; a living mount shows one each second
 LOOK = 1.0  # seconds between two looks that count at most
@@ -70,7 +70,7 @@ class Watch:
         self._silence: dict[int, float] = {}
         self._beating: set[int] = set()  # in the present incarnation
         self._known: dict[int, tuple[int, bytes, bytes]] = {}  # incarnation, machine, boot
-        self._here: Here | None = None
+        self._here: Surroundings | None = None
 
     # --- looking --------------------------------------------------------------------------
 
@@ -152,14 +152,14 @@ class Watch:
         seen = self._signs.get(slot)
         return seen is not None and seen[0] == word and self._silence[slot] >= SILENCE
 
-    def absent(self, other: Occupant, here: Here | None = None) -> bool:
+    def absent(self, other: Occupant, here: Surroundings | None = None) -> bool:
         """Whether the owner of a slot is surely gone: the one rule by which this is decided."""
         if not self.silent(other.slot, other.word) or not self.vanished(other, here):
             return False
         self.see(other.slot)  # before its end it may have said that somebody else goes by its name
         return self.silent(other.slot, other.word)
 
-    def vanished(self, other: Occupant, here: Here | None = None) -> bool:
+    def vanished(self, other: Occupant, here: Surroundings | None = None) -> bool:
         """Whether its process is gone, so that silence is all that is missing for `absent`."""
         if not other.identity_valid:
             return False

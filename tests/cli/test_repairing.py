@@ -12,23 +12,25 @@ import pytest
 from ivshmemfs.format import words
 from ivshmemfs.format.geometry import COMMIT_OFFSET
 from ivshmemfs.fsck.image import read_superblocks
-from ivshmemfs.shm.repair import Turn
+from ivshmemfs.shm.repair import RepairSession
 from tests.cli.conftest import complains, impatient, ivshmemfs
 from tests.support.mounts import eventually, needs_fuse
 from tests.support.regions import TestRegion
 
 
 @pytest.fixture
-def turn(formatted: TestRegion) -> Iterator[Turn]:
+def turn(formatted: TestRegion) -> Iterator[RepairSession]:
     """The region's repair, under way."""
     memory = formatted.region().memory
-    turn = Turn(memory, read_superblocks(memory).usable.geometry)
+    turn = RepairSession(memory, read_superblocks(memory).usable.geometry)
     turn.take(force=False)
     yield turn
     turn.give_up()
 
 
-def test_they_say_who_repairs_it(formatted: TestRegion, turn: Turn, tmp_path: Path) -> None:
+def test_they_say_who_repairs_it(
+    formatted: TestRegion, turn: RepairSession, tmp_path: Path
+) -> None:
     assert words.under_repair(turn.marked)
     says = f"the region is being repaired by pid {os.getpid()} on "
     (tmp_path / "place").mkdir()
@@ -51,7 +53,7 @@ def test_they_say_who_repairs_it(formatted: TestRegion, turn: Turn, tmp_path: Pa
         linked.unlink(missing_ok=True)
 
 
-def test_one_that_ends_soon_is_waited_for(formatted: TestRegion, turn: Turn) -> None:
+def test_one_that_ends_soon_is_waited_for(formatted: TestRegion, turn: RepairSession) -> None:
     threading.Timer(1.0, turn.give_up).start()
     assert "0 of 16" in ivshmemfs("info", formatted.path).stdout
 
@@ -62,7 +64,7 @@ def test_a_mount_waits_and_goes_on(formatted: TestRegion, place: Path, tmp_path:
     done = ivshmemfs("mount", "-o", f"log={log}", formatted.path, place)
     assert done.returncode == 0, done.stderr
     memory = formatted.region().memory
-    turn = Turn(memory, read_superblocks(memory).usable.geometry)
+    turn = RepairSession(memory, read_superblocks(memory).usable.geometry)
     (place / "before").mkdir()
     turn.take(force=False)
     threading.Timer(3.0, turn.give_up).start()

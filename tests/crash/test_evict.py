@@ -11,7 +11,7 @@ from ivshmemfs.engine.collect import evict
 from ivshmemfs.errors import InUse
 from ivshmemfs.format import superblock, words
 from ivshmemfs.shm.peers import PeerTable
-from ivshmemfs.shm.store import Store
+from ivshmemfs.shm.published import Store
 from tests.crash.cases import claims
 from tests.crash.workloads import pattern
 from tests.support.checks import assert_sound, unreachable
@@ -52,7 +52,7 @@ def test_an_administrator_evicts(laboratory: Laboratory, world: bytes) -> None:
     region = laboratory.newcomer().region
     found = superblock.decode(region.memory.read(0, superblock.SUPERBLOCK.size), region.size)
     store = Store(region.memory, found)
-    table = PeerTable(region.memory, found.geometry, store.control)
+    table = PeerTable(region.memory, found.geometry, store.commit_word)
     seen = table.state(slot)
     assert evict(store, table, slot, seen) == lost > 0
     assert table.state(slot) >> words.SLOT_SHIFT == words.FREE

@@ -25,7 +25,7 @@ def test_fences_count_as_commits() -> None:
     with new_region() as region:
         fs = region.mount()
         for _ in range(3):
-            fs.store.control.fence()
+            fs.store.commit_word.fence()
             put(fs, 1, b"file", b"x")
             assert_numbered(fs)
 
@@ -43,9 +43,9 @@ def test_the_commit_word_is_never_0() -> None:
     with new_region() as made:
         at_the_last_number(made)
         fs = made.mount()
-        assert words.split_commit(fs.store.control.load()) == (words.SEQUENCE_MASK, 0)
-        fs.store.control.fence()
-        assert words.split_commit(fs.store.control.load()) == (1, 0)
+        assert words.split_commit(fs.store.commit_word.load()) == (words.SEQUENCE_MASK, 0)
+        fs.store.commit_word.fence()
+        assert words.split_commit(fs.store.commit_word.load()) == (1, 0)
         put(fs, 1, b"file", b"x")
         assert_numbered(fs)
         assert_clean(made)

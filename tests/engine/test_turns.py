@@ -1,5 +1,5 @@
 """No operation computes for long: what each turn of each may cost, on a region that is large in
-every way.  Work is counted as the store counts it, in nodes: see `shm/store.py`."""
+every way.  Work is counted as the store counts it, in nodes: see `shm/published.py`."""
 
 from __future__ import annotations
 
@@ -30,11 +30,12 @@ from ivshmemfs.engine.xattr import save
 from ivshmemfs.errors import Busy, FsError, NoSpace, Unfinished
 from ivshmemfs.format.peer import SlotRecord
 from ivshmemfs.format.words import FREE, SLOT_SHIFT
-from ivshmemfs.shm import identity, store
+from ivshmemfs.shm import identity, published
+from ivshmemfs.shm.freelist import COUNTED_AT_ONCE, COUNTED_COST
 from ivshmemfs.shm.identity import Presence
-from ivshmemfs.shm.peers import DECIDED_AT_ONCE, Membership
-from ivshmemfs.shm.space import COUNTED_AT_ONCE, COUNTED_COST
-from ivshmemfs.shm.store import KNOWN_TURNS, READ_COST, TURN, NodeCache
+from ivshmemfs.shm.membership import Membership
+from ivshmemfs.shm.peers import DECIDED_AT_ONCE
+from ivshmemfs.shm.published import KNOWN_TURNS, READ_COST, TURN, NodeCache
 from tests.support.checks import assert_adds_up, assert_clean, unreachable
 from tests.support.figures import Figures
 from tests.support.regions import ROOT, TestRegion, get, new_region, put
@@ -201,7 +202,7 @@ TABLE = [
         lambda fs, s: fs.release(fs.make_nameless(s.crowd, stat.S_IFIFO | 0o600, 0, ROOT)[0])),
     Row("names_lead_to", 4 * LOOK, 1,
         lambda fs, s: fs.names_lead_to(s.child, ((s.crowd, b"2345"), (s.crowd, b"none")))),
-    Row("standing", 0, 1, lambda fs, s: fs.standing()),
+    Row("condition", 0, 1, lambda fs, s: fs.condition()),
     Row("read", DATA, 1, lambda fs, s: opened(fs, s.full, lambda h: fs.read(h, 99, MIB))),
     Row("read", DATA, 1, lambda fs, s: opened(fs, s.sparse, lambda h: fs.read(h, 1 << 50, MIB))),
     Row("write", DATA, 1, lambda fs, s: opened(fs, s.full, lambda h: fs.write(h, 99, bytes(MIB)))),
@@ -578,7 +579,7 @@ def test_a_collection_that_found_no_root_is_not_over(
     collector = Collector(fs.store, fs.table)
     fs.store._root = None  # as before the first look
     with monkeypatch.context() as patch:
-        patch.setattr(store, "ROOT_TRIES", 0)
+        patch.setattr(published, "ROOT_TRIES", 0)
         assert not collector.step(3)
     assert collector.step()
     assert collector.released == 3

@@ -19,7 +19,7 @@ from ivshmemfs.engine.xattr import (
     save,
 )
 from ivshmemfs.format import xattr as encoding
-from ivshmemfs.shm.store import RECENT
+from ivshmemfs.shm.published import RECENT
 from tests.engine.asking import fails, names
 from tests.support.checks import assert_adds_up, free_blocks
 from tests.support.regions import ROOT, TestRegion, get, put

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from ivshmemfs.format import geometry, inode, node, peer, superblock, words, xattr
+from ivshmemfs.format import geometry, inode, node, open_filter, peer, superblock, words, xattr
 from ivshmemfs.format.tables import LAYOUTS
 
 TOP = Path(__file__).resolve().parents[2]
@@ -36,6 +36,11 @@ def test_the_numbers_in_the_text() -> None:
         (inode.PAYLOAD_OFFSET, "the payload at byte {}"),
         (inode.FIRST_INO, "Other inodes have numbers from {} to"),
         (peer.FILTER_OFFSET, "follows at byte {}"),
+        (open_filter.WORDS, "byte 256: {} filter words"),
+        (f"{open_filter.FACTOR:#X}".replace("X", "x"), "`(n * {} >> "),
+        (open_filter.SHIFT, "C15 >> {}) mod "),
+        (open_filter.SIZE, " mod {}` (bit"),
+        (open_filter.BITS, "word `i div {}`"),
         (node.MAX_HEIGHT, "No tree is higher than {}"),
         (f"{xattr.BLOB_MAX:,}", "at most {} long"),
         (f"{xattr.VALUE_MAX:,}", "values up to {}"),

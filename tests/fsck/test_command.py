@@ -18,7 +18,7 @@ from ivshmemfs.fsck import checking
 from ivshmemfs.fsck.image import Overtaken, read_superblocks
 from ivshmemfs.fsck.main import main
 from ivshmemfs.region import open_region
-from ivshmemfs.shm.repair import Turn
+from ivshmemfs.shm.repair import RepairSession
 from tests.support.damage import Knife, Names
 from tests.support.regions import TestRegion, get, put
 
@@ -210,7 +210,7 @@ def test_a_region_that_another_repairs_is_8(
 ) -> None:
     damage(made)
     memory = made.region().memory
-    turn = Turn(memory, read_superblocks(memory).usable.geometry)
+    turn = RepairSession(memory, read_superblocks(memory).usable.geometry)
     turn.take(force=False)
     for option in ("-n", "-y"):
         assert run(option, made.path) == 8

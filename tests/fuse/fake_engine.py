@@ -28,7 +28,7 @@ from ivshmemfs.engine import NOW, ROOT_INO, Attr, Context, StatFs
 from ivshmemfs.engine.directory import Dirent
 from ivshmemfs.errors import Busy, Corrupt, FsError, IvshmemfsError, Unfinished
 from ivshmemfs.format.dirent import TYPE_SHIFT
-from ivshmemfs.region import Standing
+from ivshmemfs.region import Condition
 
 BLOCK = 4096
 NAME_MAX = 255
@@ -396,8 +396,8 @@ class FakeFilesystem:
     def look(self, _reader: Callable[[Any], dict[int, Any]]) -> dict[int, Any]:
         return {}  # nothing of an inode block: its files are never watched
 
-    def standing(self) -> Standing:
-        return Standing.SOUND
+    def condition(self) -> Condition:
+        return Condition.SOUND
 
     def tick(self) -> bool:
         self.ticks += 1

@@ -345,7 +345,7 @@ if KERNEL >= (6, 2):
 if KERNEL >= (6, 6):
     OPERATIONS["birth_time"] = lambda root: _statx(root / "file")
 #: The client is not told how these end.
-SILENT_OPERATIONS = ("release", "releasedir", "tick", "work", "standing", "forget")
+SILENT_OPERATIONS = ("release", "releasedir", "tick", "work", "condition", "forget")
 #: Requests that pyfuse3 does not hand on.
 DIRECT_ONLY = ("seek", "fallocate", "tmpfile", "birth_time")
 #: What only pyfuse3 asks for: it lists names with attributes.  Else NFS alone does.

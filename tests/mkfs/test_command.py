@@ -18,7 +18,7 @@ from ivshmemfs.engine import Filesystem
 from ivshmemfs.errors import FsError, InUse
 from ivshmemfs.format import superblock
 from ivshmemfs.region import blank, create_file, open_region
-from ivshmemfs.shm.repair import Turn
+from ivshmemfs.shm.repair import RepairSession
 from mkfs.main import main
 from tests.support.regions import TestRegion, get, new_region, put
 
@@ -477,7 +477,7 @@ def test_peers_of_another_version_count_as_well(
 
 def test_a_repair_counts_as_a_peer(made: TestRegion, capsys: pytest.CaptureFixture[str]) -> None:
     memory = made.region().memory
-    turn = Turn(memory, read(made.path).geometry)
+    turn = RepairSession(memory, read(made.path).geometry)
     turn.take(force=False)
     for options in ((), ("--force",)):
         assert "is being repaired by pid" in refused(capsys, *options, made.path)

@@ -128,13 +128,13 @@ byte lock;              /* a lock that its holder alone may release */
 
 /* The committed tree: each block claimed under its pointer's tag, each object whole. */
 inline check_tree() {
-    assert(blk[ROOT].tag == blk[ROOT].own);                     /* P4 */
-    assert(blk[blk[ROOT].a].tag == blk[ROOT].ta);               /* P4 */
-    assert(blk[blk[ROOT].b].tag == blk[ROOT].tb);               /* P4 */
-    assert(blk[ROOT].a != blk[ROOT].b && blk[ROOT].a != ROOT && blk[ROOT].b != ROOT);   /* P4 */
+    assert(blk[ROOT].tag == blk[ROOT].own);                     /* M4 */
+    assert(blk[blk[ROOT].a].tag == blk[ROOT].ta);               /* M4 */
+    assert(blk[blk[ROOT].b].tag == blk[ROOT].tb);               /* M4 */
+    assert(blk[ROOT].a != blk[ROOT].b && blk[ROOT].a != ROOT && blk[ROOT].b != ROOT);   /* M4 */
 #ifndef BREAK_STORE_UNFENCED    /* there the reader shall find it */
-    assert(blk[blk[ROOT].a].a == value[0] && blk[blk[ROOT].a].b == value[0]);   /* P2 */
-    assert(blk[blk[ROOT].b].a == value[1] && blk[blk[ROOT].b].b == value[1])    /* P2 */
+    assert(blk[blk[ROOT].a].a == value[0] && blk[blk[ROOT].a].b == value[0]);   /* M2 */
+    assert(blk[blk[ROOT].b].a == value[1] && blk[blk[ROOT].b].b == value[1])    /* M2 */
 #endif
 }
 
@@ -173,7 +173,7 @@ inline take(x) {
     if
     :: x == NONE -> goto abort                                      /* no space */
     :: else ->
-        assert(!REACHABLE(x));                                      /* P4 */
+        assert(!REACHABLE(x));                                      /* M4 */
         blk[x].tag = tag;
         used = used | (1 << x)
     fi
@@ -195,12 +195,12 @@ inline release(x, t) {
         if
 #if defined(BREAK_RELEASE_BY_STORE)
         :: x != NONE ->
-            assert(!REACHABLE(x));                                  /* P5 */
-            assert(blk[x].tag == t || !IN_FLIGHT(blk[x].tag));      /* P5 */
+            assert(!REACHABLE(x));                                  /* M5 */
+            assert(blk[x].tag == t || !IN_FLIGHT(blk[x].tag));      /* M5 */
             blk[x].tag = 0
 #else
         :: x != NONE && blk[x].tag == t ->
-            assert(!REACHABLE(x));                                  /* P5 */
+            assert(!REACHABLE(x));                                  /* M5 */
             blk[x].tag = 0
 #endif
         :: else                     /* none, or somebody collected it meanwhile */
@@ -212,13 +212,13 @@ inline release(x, t) {
 
 inline store_data() {
     atomic {
-        assert(MAY_STORE(n_data));                                  /* P1 */
+        assert(MAY_STORE(n_data));                                  /* M1 */
         blk[n_data].own = tag;
         blk[n_data].a = v + 1;
 #if HALVES
     };
     atomic {
-        assert(MAY_STORE(n_data));                                  /* P1 */
+        assert(MAY_STORE(n_data));                                  /* M1 */
 #endif
 #ifndef BREAK_STORE_UNFENCED        /* there it is still on its way when the commit is seen */
         blk[n_data].b = v + 1
@@ -228,14 +228,14 @@ inline store_data() {
 
 inline store_root() {
     atomic {
-        assert(MAY_STORE(n_root));                                  /* P1 */
+        assert(MAY_STORE(n_root));                                  /* M1 */
         blk[n_root].own = tag;
         blk[n_root].a = (obj == 0 -> n_data : k_blk);
         blk[n_root].ta = (obj == 0 -> tag : k_tag);
 #if HALVES
     };
     atomic {
-        assert(MAY_STORE(n_root));                                  /* P1 */
+        assert(MAY_STORE(n_root));                                  /* M1 */
 #endif
         blk[n_root].b = (obj == 1 -> n_data : k_blk);
         blk[n_root].tb = (obj == 1 -> tag : k_tag);
@@ -527,7 +527,7 @@ again:
     if :: W != w -> goto again :: else fi;
 #endif
     atomic {
-        assert(a < NB && b < NB)                                    /* P3 */
+        assert(a < NB && b < NB)                                    /* M3 */
     };
 #ifdef BREAK_RETRY_OLD_ROOT         /* a stale copy: copied again, not looked for in the new root */
 retry:
@@ -556,17 +556,17 @@ retry:
 copied:
 #endif
     atomic {
-        assert(x == y);             /* whole */                     /* P3 */
+        assert(x == y);             /* whole */                     /* M3 */
         v0 = x
     };
     x = blk[b].a;
     y = blk[b].b;
     if :: blk[b].tag != tb -> goto again :: else fi;
     atomic {
-        assert(x == y);                                             /* P3 */
+        assert(x == y);                                             /* M3 */
         /* both of one committed state, which is no older than the call */
-        assert(v0 < 4 && x < 4 && committed & STATE(v0, x));        /* P3 */
-        assert(v0 >= e0 && x >= e1);                                /* P3 */
+        assert(v0 < 4 && x < 4 && committed & STATE(v0, x));        /* M3 */
+        assert(v0 >= e0 && x >= e1);                                /* M3 */
         reads--; v0 = 0; a = 0; ta = 0; b = 0; tb = 0; x = 0; y = 0;
         if :: reads > 0 -> goto begin :: else fi
     };
@@ -708,8 +708,8 @@ sweep:
 #else
         :: blk[i].tag == t ->
 #endif
-            assert(!REACHABLE(i));                                  /* P5 */
-            assert(!IN_FLIGHT(blk[i].tag));                         /* P5 */
+            assert(!REACHABLE(i));                                  /* M5 */
+            assert(!IN_FLIGHT(blk[i].tag));                         /* M5 */
             blk[i].tag = 0
         :: else
         fi;
@@ -828,7 +828,7 @@ init {
     };
     if
     :: busy == 0 && (over[1] || gone[1]) && (over[2] || gone[2]) && (over[3] || gone[3])
-    :: timeout -> assert(false)     /* somebody waits for the dead */   /* P8 */
+    :: timeout -> assert(false)     /* somebody waits for the dead */   /* M8 */
     fi;
     d_step {
         /*
@@ -844,7 +844,7 @@ init {
         :: k <= NS ->
             if
             :: slot[k].state == ACTIVE ->
-                assert(gone[owner[k]]);                             /* P6 */
+                assert(gone[owner[k]]);                             /* M6 */
                 quiet++;
                 slot[k].state = FREE
             :: else
@@ -852,8 +852,8 @@ init {
             k++
         :: else -> break
         od;
-        assert(garbage <= 2 * quiet);                               /* P6 */
+        assert(garbage <= 2 * quiet);                               /* M6 */
         collect_all();
-        assert(garbage == 0)                                        /* P6 */
+        assert(garbage == 0)                                        /* M6 */
     }
 }

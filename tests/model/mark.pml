@@ -63,7 +63,7 @@ inline claim(x) {
     :: CLAIMABLE(5) -> x = 5
     :: CLAIMABLE(6) -> x = 6
     fi;
-    assert(!REACHABLE(x));                                          /* P4 */
+    assert(!REACHABLE(x));                                          /* M4 */
     blk[x].tag = counter;
     used = used | (1 << x)
 }
@@ -72,7 +72,7 @@ inline release(x, t) {
     atomic {
         if
         :: x != NONE && blk[x].tag == t ->
-            assert(!REACHABLE(x));                                  /* P5 */
+            assert(!REACHABLE(x));                                  /* M5 */
             blk[x].tag = 0
         :: else
         :: true                         /* died here: garbage */
@@ -221,8 +221,8 @@ sweep:
     atomic {
         if
         :: blk[i].tag == t ->
-            assert(!REACHABLE(i));                                  /* P5 */
-            assert(t != inflight);                                  /* P5 */
+            assert(!REACHABLE(i));                                  /* M5 */
+            assert(t != inflight);                                  /* M5 */
             blk[i].tag = 0
         :: else
         fi;
@@ -235,7 +235,7 @@ swept:
         passes--;
         if
         :: passes > 0 -> goto pass
-        :: else -> assert(FREE_BLOCKS == NB - 4)                    /* P6 */
+        :: else -> assert(FREE_BLOCKS == NB - 4)                    /* M6 */
         fi
     }
 }

@@ -98,9 +98,9 @@ end:
     od
 
 inline check_unused() {
-    assert(!in_use[1] && !in_use[2]);                               /* P7 */
+    assert(!in_use[1] && !in_use[2]);                               /* M7 */
 #if PEERS > 2
-    assert(!in_use[3]);                                             /* P7 */
+    assert(!in_use[3]);                                             /* M7 */
 #endif
     freed = true
 }
@@ -260,7 +260,7 @@ opened:
         }
     :: atomic { unlinks > 0 && W % 4 == LINKED -> unlinks--; goto unlink_own }
     :: atomic {                         /* close */
-            assert(W % 4 != ABSENT);                                /* P7 */
+            assert(W % 4 != ABSENT);                                /* M7 */
             in_use[me] = false; own = false;
             goto unlist
         }
@@ -297,6 +297,6 @@ init {
     atomic {
         over == PEERS && buffer[1] == 0 && buffer[2] == 0 && buffer[PEERS] == 0 ->
         /* nobody has it open: nobody forgot to free it */
-        assert(W % 4 != ORPHAN)                                     /* P6 */
+        assert(W % 4 != ORPHAN)                                     /* M6 */
     }
 }

@@ -169,7 +169,7 @@ idle:
     fi;
     atomic {
         if
-        :: W == w -> W = NEXT_W(w, ABSENT); assert(!other_in_use)   /* P7 */
+        :: W == w -> W = NEXT_W(w, ABSENT); assert(!other_in_use)   /* M7 */
         :: else
         fi
     };
@@ -191,7 +191,7 @@ end_transaction:
         atomic {                    /* look again */
             if
             :: W % 4 == LINKED ->
-                assert(!late);                                      /* P7 */
+                assert(!late);                                      /* M7 */
                 in_use[me] = true; in_use_inc[me] = inc
             :: else
             fi
@@ -199,7 +199,7 @@ end_transaction:
         if                          /* another open while it is listed already */
         :: atomic { opens > 0 && in_use[me] -> opens--; late = (state.inc != inc) };
             still_mine();
-            atomic { if :: W % 4 == LINKED -> assert(!late) :: else fi }    /* P7 */
+            atomic { if :: W % 4 == LINKED -> assert(!late) :: else fi }    /* M7 */
         :: true
         fi;
         atomic { late = false; in_use[me] = false; in_use_inc[me] = 0 };    /* close */
@@ -265,8 +265,8 @@ proctype freer() {
         if
         :: W == w ->
             W = NEXT_W(w, ABSENT);
-            assert(!(in_use[1] && !gone[1] && in_use_inc[1] == state.inc));   /* P7 */
-            assert(!(in_use[2] && !gone[2] && in_use_inc[2] == state.inc))    /* P7 */
+            assert(!(in_use[1] && !gone[1] && in_use_inc[1] == state.inc));   /* M7 */
+            assert(!(in_use[2] && !gone[2] && in_use_inc[2] == state.inc))    /* M7 */
         :: else
         fi
     };
@@ -303,7 +303,7 @@ proctype judge() {
 #else
             :: st != FREE && state.what == st && state.inc == st_inc ->
 #endif
-                assert(gone[owner]);                                /* P9 */
+                assert(gone[owner]);                                /* M9 */
                 state.what = FREE
             :: else
             fi;

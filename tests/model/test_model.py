@@ -1,7 +1,7 @@
 """The protocol between machines, checked exhaustively by a model checker.
 
 Each ``*.pml`` beside this file is a model of one part of the protocol; README.md says what each
-property (P1, P2, ...) means and which broken rule shows that the check can fail.  spin turns a
+property (M1, M2, ...) means and which broken rule shows that the check can fail.  spin turns a
 model into C, gcc compiles it, and the result visits every reachable state:
 
 - `test_rules_hold`: the protocol as it is has no reachable state that violates a property, with
@@ -126,78 +126,78 @@ LONG = [
 
 # What is broken, where it shows, and which property then fails.
 BROKEN = [
-    (WRITE, "BREAK_CLAIM_BY_STORE", "P4"),
-    (WRITE, "BREAK_IN_PLACE", "P1"),
-    (WRITE, "BREAK_COMMIT_BY_STORE", "P2"),
-    (WRITE, "BREAK_NO_SEQUENCE", "P2"),
-    (WRITE, "BREAK_RELEASE_FIRST", "P5"),
-    (COLLECT, "BREAK_RELEASE_BY_STORE", "P5"),
-    (READ, "BREAK_STORE_UNFENCED", "P3"),
-    (READ, "BREAK_ROOT_UNCHECKED", "P3"),
-    (READ, "BREAK_ROOT_BY_OWN_TAG", "P3"),
-    (READ, "BREAK_CHECK_BEFORE_COPY", "P3"),
-    (READ, "BREAK_DATA_UNCHECKED", "P3"),
-    (READ, "BREAK_TAG_NOT_FREE", "P3"),
-    (REREAD, "BREAK_CACHE_UNCONFIRMED", "P3"),
-    (Case("commit", ONE + "TX1=2 TX2=1 READS=1 HALVES=1"), "BREAK_COUNTER_STUCK", "P3"),
-    (Case("commit", READ.bounds, progress=True), "BREAK_RETRY_OLD_ROOT", "P8"),
-    (DIE, "BREAK_LOCK", "P8"),
-    (COLLECT, "BREAK_NOT_ACTIVE", "P5"),
-    (COLLECT, "BREAK_IDLE_FIRST", "P5"),
-    (COLLECT, "BREAK_ACTIVE_SETTLED", "P5"),
-    (COLLECT, "BREAK_IDLE_ALL_SETTLED", "P5"),
-    (COLLECT, "BREAK_ROOT_BEFORE_LIMITS", "P5"),
-    (COLLECT, "BREAK_COLLECT_BY_STORE", "P5"),
-    (DIE, "BREAK_IDLE_UNSETTLED", "P6"),
-    (DIE, "BREAK_EVICT_PAUSED", "P1"),
-    (EVICT, "BREAK_NO_FENCE", "P4"),
-    (EVICT, "BREAK_NO_STATE_CHECK", "P1"),
-    (EVICT, "BREAK_CHECK_BEFORE_LOAD", "P1"),
-    (EVICT, "BREAK_REJOIN_WITHIN", "P1"),
-    (EVICT, "BREAK_OTHER_INCARNATION", "P5"),
-    (EVICT, "BREAK_SAME_INCARNATION", "P5"),
-    (EVICT, "BREAK_TAKE_OVER_ACTIVE", "P5"),
-    (EVICT_TWICE, "BREAK_DEAD_SETTLED", "P4"),
-    (EVICT_TWICE, "BREAK_FREE_BEFORE_FENCE", "P4"),
-    (REWIND, "BREAK_BEGIN_BY_STORE", "P6"),
-    (REWIND, "BREAK_NO_GUARD", "P1"),
-    (REWIND, "BREAK_RELEASE_UNENDED", "P5"),
-    (MARK, "BREAK_ROOT_UNCHECKED", "P5"),
-    (MARK, "BREAK_NODE_UNCHECKED", "P5"),
-    (MARK, "BREAK_PARENT_FIRST", "P5"),
-    (MARK, "BREAK_MARKS_WITHOUT_TAG", "P5"),
-    (MARK, "BREAK_SWEEP_UNFINISHED", "P5"),
-    (OPEN, "BREAK_LIST_UNFENCED", "P7"),
-    (OPEN, "BREAK_LIST_LAST", "P7"),
-    (OPEN, "BREAK_CREATE_LISTS_LATER", "P7"),
-    (OPEN, "BREAK_LOOK_BEFORE_INTENTS", "P7"),
-    (OPEN, "BREAK_INTENTS_IGNORED", "P7"),
-    (OPEN, "BREAK_OPEN_WITHOUT_FENCE", "P7"),
-    (OPEN, "BREAK_INTENT_UNFENCED", "P7"),
-    (OPEN, "BREAK_NO_INTENT", "P7"),
-    (OPEN, "BREAK_INTENT_AFTER_SCAN", "P7"),
-    (OPEN, "BREAK_WITHDRAW_EARLY", "P7"),
-    (OPEN, "BREAK_NO_SCAN", "P7"),
-    (OPEN, "BREAK_SCAN_FIRST", "P7"),
-    (OPEN, "BREAK_NO_RESCAN", "P7"),
-    (OPEN, "BREAK_NO_TICK", "P6"),
-    (SLOT, "BREAK_WORD_BY_STORE", "P7"),
-    (SLOT, "BREAK_WORD_UNSTAMPED", "P7"),
-    (SLOT, "BREAK_CLEAR_BY_STORE", "P7"),
-    (SLOT, "BREAK_LISTED_UNCHECKED", "P7"),
-    (FREE, "BREAK_WORD_BY_STORE", "P7"),
-    (FREE, "BREAK_WORD_UNSTAMPED", "P7"),
-    (FREE, "BREAK_CLEAR_BY_STORE", "P7"),
-    (JUDGE, "BREAK_IDENTITY_UNSTAMPED", "P9"),
-    (JUDGE, "BREAK_JUDGE_ANY_INCARNATION", "P9"),
-    (TWINS, "BREAK_STATE_BEFORE_NONCE", "P9"),
-    (TWINS, "BREAK_NONCE_BEFORE_BEGIN", "P9"),
-    (TWINS, "BREAK_BEGIN_IGNORES_NONCE", "P9"),
-    (TWINS, "BREAK_LEAVE_UNSIGNED", "P9"),
-    (TWINS, "BREAK_NO_MARK", "P9"),
-    (TWINS, "BREAK_MARK_ONCE", "P9"),
-    (TWINS, "BREAK_MARK_IGNORED", "P9"),
-    (TWINS, "BREAK_MARK_BEFORE_PROCESS", "P9"),
+    (WRITE, "BREAK_CLAIM_BY_STORE", "M4"),
+    (WRITE, "BREAK_IN_PLACE", "M1"),
+    (WRITE, "BREAK_COMMIT_BY_STORE", "M2"),
+    (WRITE, "BREAK_NO_SEQUENCE", "M2"),
+    (WRITE, "BREAK_RELEASE_FIRST", "M5"),
+    (COLLECT, "BREAK_RELEASE_BY_STORE", "M5"),
+    (READ, "BREAK_STORE_UNFENCED", "M3"),
+    (READ, "BREAK_ROOT_UNCHECKED", "M3"),
+    (READ, "BREAK_ROOT_BY_OWN_TAG", "M3"),
+    (READ, "BREAK_CHECK_BEFORE_COPY", "M3"),
+    (READ, "BREAK_DATA_UNCHECKED", "M3"),
+    (READ, "BREAK_TAG_NOT_FREE", "M3"),
+    (REREAD, "BREAK_CACHE_UNCONFIRMED", "M3"),
+    (Case("commit", ONE + "TX1=2 TX2=1 READS=1 HALVES=1"), "BREAK_COUNTER_STUCK", "M3"),
+    (Case("commit", READ.bounds, progress=True), "BREAK_RETRY_OLD_ROOT", "M8"),
+    (DIE, "BREAK_LOCK", "M8"),
+    (COLLECT, "BREAK_NOT_ACTIVE", "M5"),
+    (COLLECT, "BREAK_IDLE_FIRST", "M5"),
+    (COLLECT, "BREAK_ACTIVE_SETTLED", "M5"),
+    (COLLECT, "BREAK_IDLE_ALL_SETTLED", "M5"),
+    (COLLECT, "BREAK_ROOT_BEFORE_LIMITS", "M5"),
+    (COLLECT, "BREAK_COLLECT_BY_STORE", "M5"),
+    (DIE, "BREAK_IDLE_UNSETTLED", "M6"),
+    (DIE, "BREAK_EVICT_PAUSED", "M1"),
+    (EVICT, "BREAK_NO_FENCE", "M4"),
+    (EVICT, "BREAK_NO_STATE_CHECK", "M1"),
+    (EVICT, "BREAK_CHECK_BEFORE_LOAD", "M1"),
+    (EVICT, "BREAK_REJOIN_WITHIN", "M1"),
+    (EVICT, "BREAK_OTHER_INCARNATION", "M5"),
+    (EVICT, "BREAK_SAME_INCARNATION", "M5"),
+    (EVICT, "BREAK_TAKE_OVER_ACTIVE", "M5"),
+    (EVICT_TWICE, "BREAK_DEAD_SETTLED", "M4"),
+    (EVICT_TWICE, "BREAK_FREE_BEFORE_FENCE", "M4"),
+    (REWIND, "BREAK_BEGIN_BY_STORE", "M6"),
+    (REWIND, "BREAK_NO_GUARD", "M1"),
+    (REWIND, "BREAK_RELEASE_UNENDED", "M5"),
+    (MARK, "BREAK_ROOT_UNCHECKED", "M5"),
+    (MARK, "BREAK_NODE_UNCHECKED", "M5"),
+    (MARK, "BREAK_PARENT_FIRST", "M5"),
+    (MARK, "BREAK_MARKS_WITHOUT_TAG", "M5"),
+    (MARK, "BREAK_SWEEP_UNFINISHED", "M5"),
+    (OPEN, "BREAK_LIST_UNFENCED", "M7"),
+    (OPEN, "BREAK_LIST_LAST", "M7"),
+    (OPEN, "BREAK_CREATE_LISTS_LATER", "M7"),
+    (OPEN, "BREAK_LOOK_BEFORE_INTENTS", "M7"),
+    (OPEN, "BREAK_INTENTS_IGNORED", "M7"),
+    (OPEN, "BREAK_OPEN_WITHOUT_FENCE", "M7"),
+    (OPEN, "BREAK_INTENT_UNFENCED", "M7"),
+    (OPEN, "BREAK_NO_INTENT", "M7"),
+    (OPEN, "BREAK_INTENT_AFTER_SCAN", "M7"),
+    (OPEN, "BREAK_WITHDRAW_EARLY", "M7"),
+    (OPEN, "BREAK_NO_SCAN", "M7"),
+    (OPEN, "BREAK_SCAN_FIRST", "M7"),
+    (OPEN, "BREAK_NO_RESCAN", "M7"),
+    (OPEN, "BREAK_NO_TICK", "M6"),
+    (SLOT, "BREAK_WORD_BY_STORE", "M7"),
+    (SLOT, "BREAK_WORD_UNSTAMPED", "M7"),
+    (SLOT, "BREAK_CLEAR_BY_STORE", "M7"),
+    (SLOT, "BREAK_LISTED_UNCHECKED", "M7"),
+    (FREE, "BREAK_WORD_BY_STORE", "M7"),
+    (FREE, "BREAK_WORD_UNSTAMPED", "M7"),
+    (FREE, "BREAK_CLEAR_BY_STORE", "M7"),
+    (JUDGE, "BREAK_IDENTITY_UNSTAMPED", "M9"),
+    (JUDGE, "BREAK_JUDGE_ANY_INCARNATION", "M9"),
+    (TWINS, "BREAK_STATE_BEFORE_NONCE", "M9"),
+    (TWINS, "BREAK_NONCE_BEFORE_BEGIN", "M9"),
+    (TWINS, "BREAK_BEGIN_IGNORES_NONCE", "M9"),
+    (TWINS, "BREAK_LEAVE_UNSIGNED", "M9"),
+    (TWINS, "BREAK_NO_MARK", "M9"),
+    (TWINS, "BREAK_MARK_ONCE", "M9"),
+    (TWINS, "BREAK_MARK_IGNORED", "M9"),
+    (TWINS, "BREAK_MARK_BEFORE_PROCESS", "M9"),
 ]
 
 
@@ -227,14 +227,14 @@ def need_tools() -> None:
 
 
 def property_violated(case: Case, directory: Path) -> str:
-    """The property (`P1` ...) noted beside the assertion in which the run that was found ends."""
+    """The property (`M1` ...) noted beside the assertion in which the run that was found ends."""
     if case.progress:
-        return "P8"
+        return "M8"
     replay = run(["spin", "-t", *case.defines, case.source], directory)
     where = re.search(rf"{re.escape(case.source)}:(\d+), Error: assertion violated", replay)
     assert where, replay[-2000:]
     line = (directory / case.source).read_text().splitlines()[int(where[1]) - 1]
-    noted = re.search(r"/\* (P\d) \*/", line)
+    noted = re.search(r"/\* (M\d) \*/", line)
     assert noted, f"{case.source}:{where[1]} names no property: {line}"
     return noted[1]
 
@@ -323,7 +323,7 @@ def test_every_step_is_taken(model: str, tmp_path: Path) -> None:
         taken |= outcome.steps - outcome.untaken
     lines = [""] + (HERE / f"{model}.pml").read_text().splitlines()
     # But for what must never be reached, and the ends of processes that never end.
-    missed = [n for n in sorted(steps - taken) if "P8" not in lines[n] and lines[n] != "}"]
+    missed = [n for n in sorted(steps - taken) if "M8" not in lines[n] and lines[n] != "}"]
     assert [f"{model}.pml:{n}: {lines[n]}" for n in missed] == []
 
 

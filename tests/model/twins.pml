@@ -115,7 +115,7 @@ proctype owner(byte me) provided (!gone[me]) {
 
 lost:                                       /* only a twin, or the judge, stores to our words */
     /* Else it would join again under an identity by which others judge it. */
-    assert(version != mine || nonce != my_nonce);                           /* P9 */
+    assert(version != mine || nonce != my_nonce);                           /* M9 */
 #ifdef BREAK_MARK_ONCE
     seen = nonce;
     atomic { if :: nonce == seen -> nonce = MARK :: else fi };
@@ -158,7 +158,7 @@ active proctype judge() {
         atomic {
             if
             :: seen != MARK && what == st && version == ver ->
-                assert(!(working && st == ACTIVE));                     /* P9 */
+                assert(!(working && st == ACTIVE));                     /* M9 */
                 what = FREE
             :: else
             fi

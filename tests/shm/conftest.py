@@ -9,9 +9,10 @@ import pytest
 from ivshmemfs.format import superblock
 from ivshmemfs.format.superblock import Superblock
 from ivshmemfs.region import Memory
-from ivshmemfs.shm.control import Control
-from ivshmemfs.shm.peers import Membership, PeerTable
-from ivshmemfs.shm.store import Store
+from ivshmemfs.shm.commit import CommitWord
+from ivshmemfs.shm.membership import Membership
+from ivshmemfs.shm.peers import PeerTable
+from ivshmemfs.shm.published import Store
 from tests.support.checks import assert_sound
 from tests.support.laboratory import Fates
 from tests.support.regions import TestRegion, new_region
@@ -25,12 +26,12 @@ class Member:
     def __init__(self, memory: Memory, found: Superblock) -> None:
         self.memory = memory
         self.store = Store(memory, found)
-        self.table = PeerTable(memory, found.geometry, self.store.control)
+        self.table = PeerTable(memory, found.geometry, self.store.commit_word)
         self.membership = Membership(self.table)
 
     @property
-    def control(self) -> Control:
-        return self.store.control
+    def commit_word(self) -> CommitWord:
+        return self.store.commit_word
 
 
 @pytest.fixture

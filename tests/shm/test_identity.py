@@ -10,10 +10,10 @@ import pytest
 from ivshmemfs.format import peer
 from ivshmemfs.format.peer import ALL_PROOFS, BOOT_PROVES, MACHINE_PROVES, START_PROVES
 from ivshmemfs.shm import identity
-from ivshmemfs.shm.identity import Here, Presence
+from ivshmemfs.shm.identity import Presence, Surroundings
 
 ALIVE, GONE, UNKNOWN = Presence.ALIVE, Presence.GONE, Presence.UNKNOWN
-HERE = Here(b"b" * 16, b"machine of tests", 40, 50, ALL_PROOFS)
+HERE = Surroundings(b"b" * 16, b"machine of tests", 40, 50, ALL_PROOFS)
 OTHER_BOOT = {"boot": b"o" * 16}
 
 # What differs in the record, what differs here, whether such a process exists, its start time.
@@ -46,8 +46,8 @@ TABLE = [
     (OTHER_BOOT, {"proofs": BOOT_PROVES | START_PROVES}, False, 0, UNKNOWN),
     ({**OTHER_BOOT, "proofs": MACHINE_PROVES}, {}, False, 0, UNKNOWN),
     # a second owner was found
-    ({"nonce": peer.DOUBLED}, {}, False, 0, UNKNOWN),
-    ({**OTHER_BOOT, "nonce": peer.DOUBLED}, {}, False, 0, UNKNOWN),
+    ({"nonce": peer.TWIN_MARK}, {}, False, 0, UNKNOWN),
+    ({**OTHER_BOOT, "nonce": peer.TWIN_MARK}, {}, False, 0, UNKNOWN),
 ]
 
 

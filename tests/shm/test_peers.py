@@ -217,10 +217,10 @@ def test_retiring_what_moved_on_does_nothing(new: New) -> None:
 def test_retiring_fences_what_was_planned(new: New) -> None:
     one, two = joined(new), joined(new)
     two.membership.begin()
-    planned_on = two.control.load()
+    planned_on = two.commit_word.load()
     one.table.retire(2, one.table.state(2))
-    assert one.control.load() != planned_on
-    assert not two.control.publish(planned_on, planned_on & words.BLOCK_MASK)
+    assert one.commit_word.load() != planned_on
+    assert not two.commit_word.publish(planned_on, planned_on & words.BLOCK_MASK)
     with pytest.raises(Fenced):
         two.membership.check()
     with pytest.raises(Fenced):
@@ -229,9 +229,9 @@ def test_retiring_fences_what_was_planned(new: New) -> None:
 
 def test_retiring_an_idle_peer_leaves_commits_alone(new: New) -> None:
     one, _ = joined(new), joined(new)
-    word = one.control.load()
+    word = one.commit_word.load()
     one.table.retire(2, one.table.state(2))
-    assert one.control.load() == word
+    assert one.commit_word.load() == word
 
 
 # --- surely gone ----------------------------------------------------------------------------
@@ -488,7 +488,7 @@ def test_a_mount_that_joined_again_ended_no_transaction(new: New) -> None:
     one.membership.begin()
     assert two.table.retire(1, two.table.state(1))
     one.membership.rejoin()
-    assert one.membership.stands
+    assert one.membership.owns_slot
     for step in (one.membership.check, one.membership.end):
         with pytest.raises(Fenced):
             step()

@@ -1,4 +1,4 @@
-"""The turn of a repair: who gets it, what others see of it, and what its death leaves."""
+"""The session of a repair: who gets it, what others see of it, and what its death leaves."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ivshmemfs.format.repair import FORMER_OFFSET
 from ivshmemfs.region import Memory
 from ivshmemfs.shm import watch
 from ivshmemfs.shm.peers import PeerTable
-from ivshmemfs.shm.repair import Turn
+from ivshmemfs.shm.repair import RepairSession
 from tests.support.checks import assert_clean
 from tests.support.regions import ROOT, TestRegion, get, new_region, put
 
@@ -32,17 +32,17 @@ def fs(made: TestRegion) -> Filesystem:
     return made.mount()
 
 
-def turn_on(made: TestRegion, fs: Filesystem) -> tuple[Turn, Memory]:
+def session_on(made: TestRegion, fs: Filesystem) -> tuple[RepairSession, Memory]:
     memory = made.region().memory
-    return Turn(memory, fs.superblock.geometry), memory
+    return RepairSession(memory, fs.superblock.geometry), memory
 
 
 def test_everybody_else_is_shut_out_until_it_is_over(made: TestRegion, fs: Filesystem) -> None:
     put(fs, 1, b"before", b"here")
     looker = made.mount(readonly=True)
-    turn, memory = turn_on(made, fs)
+    session, memory = session_on(made, fs)
     word = memory.load(COMMIT_OFFSET)
-    turn.take(force=False)
+    session.take(force=False)
     told = rf"is being repaired by pid {os.getpid()} on .* run fsck.ivshmemfs -y again"
     for attempt in (
         lambda: fs.mkdir(1, b"d", 0o755, ROOT),
@@ -55,7 +55,7 @@ def test_everybody_else_is_shut_out_until_it_is_over(made: TestRegion, fs: Files
         with pytest.raises(UnderRepair, match=told):
             attempt()
     assert [peer.slot for peer in fs.table.peers()] == [1]  # who was refused left no slot behind
-    turn.publish(words.split_commit(word)[1])
+    session.publish(words.split_commit(word)[1])
     sequence, block = words.split_commit(memory.load(COMMIT_OFFSET))
     assert (sequence - words.split_commit(word)[0], block) == (2, words.split_commit(word)[1])
     assert get(looker, 1, b"before") == b"here"
@@ -66,7 +66,7 @@ def test_everybody_else_is_shut_out_until_it_is_over(made: TestRegion, fs: Files
 
 def test_a_mark_without_a_repair_is_damage(made: TestRegion, fs: Filesystem) -> None:
     memory = made.region().memory
-    memory.store(COMMIT_OFFSET, fs.store.control.load() | words.UNDER_REPAIR)
+    memory.store(COMMIT_OFFSET, fs.store.commit_word.load() | words.UNDER_REPAIR)
     for attempt in (lambda: fs.lookup(1, b"x"), made.mount):
         with pytest.raises(Corrupt, match=r"run fsck\.ivshmemfs -y"):
             attempt()
@@ -76,13 +76,13 @@ def test_a_mark_without_a_repair_is_damage(made: TestRegion, fs: Filesystem) -> 
 def test_a_mount_says_once_that_it_is_shut_out(
     made: TestRegion, fs: Filesystem, readonly: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
-    turn, _ = turn_on(made, fs)
+    session, _ = session_on(made, fs)
     mount = made.mount(readonly=readonly)
-    turn.take(force=False)
+    session.take(force=False)
     for _ in range(3):
         with pytest.raises(UnderRepair):
             mount.tick()
-    turn.give_up()
+    session.give_up()
     for _ in range(3):
         mount.tick()
     first, second = (record.message for record in caplog.records)
@@ -95,13 +95,13 @@ def test_a_mount_shows_life_during_a_repair(made: TestRegion, fs: Filesystem) ->
     fs._openfiles.hold(5)
     fs._lifetimes.pins[5] = 0.0, 1
     fs._lifetimes.pins[6] = float("inf"), 1
-    turn, _ = turn_on(made, fs)
-    turn.take(force=False)
+    session, _ = session_on(made, fs)
+    session.take(force=False)
     before = fs.table.heartbeats()[1]
     with pytest.raises(UnderRepair):
         fs.tick()
     assert fs.table.heartbeats()[1] != before
-    turn.give_up()
+    session.give_up()
 
 
 def test_a_mount_leaves_during_a_repair(made: TestRegion, fs: Filesystem) -> None:
@@ -111,11 +111,11 @@ def test_a_mount_leaves_during_a_repair(made: TestRegion, fs: Filesystem) -> Non
     assert handle.ino in fs._openfiles.counts
     assert fs._volume.member is not None
     fs._volume.member.must_collect = True
-    turn, _ = turn_on(made, fs)
-    turn.take(force=False)
+    session, _ = session_on(made, fs)
+    session.take(force=False)
     fs.unmount()
     assert list(fs.table.peers()) == []
-    turn.give_up()
+    session.give_up()
     other = made.mount()
     while other.tick():
         pass
@@ -126,19 +126,19 @@ def test_a_mount_leaves_during_a_repair(made: TestRegion, fs: Filesystem) -> Non
 def test_what_was_planned_before_the_mark_is_not_published(
     made: TestRegion, fs: Filesystem
 ) -> None:
-    turn, memory = turn_on(made, fs)
-    planned_on = fs.store.control.load()
-    turn.take(force=False)
-    assert not fs.store.control.publish(planned_on, words.split_commit(planned_on)[1])
-    fs.store.control.fence()  # which an eviction does: it returns, and leaves the mark
-    assert memory.load(COMMIT_OFFSET) == turn.marked
-    turn.give_up()
-    assert not fs.store.control.publish(planned_on, words.split_commit(planned_on)[1])
+    session, memory = session_on(made, fs)
+    planned_on = fs.store.commit_word.load()
+    session.take(force=False)
+    assert not fs.store.commit_word.publish(planned_on, words.split_commit(planned_on)[1])
+    fs.store.commit_word.fence()  # which an eviction does: it returns, and leaves the mark
+    assert memory.load(COMMIT_OFFSET) == session.marked
+    session.give_up()
+    assert not fs.store.commit_word.publish(planned_on, words.split_commit(planned_on)[1])
 
 
 def test_one_repair_at_a_time(made: TestRegion, fs: Filesystem) -> None:
-    one, _ = turn_on(made, fs)
-    two, memory = turn_on(made, fs)
+    one, _ = session_on(made, fs)
+    two, memory = session_on(made, fs)
     one.take(force=False)
     with pytest.raises(InUse, match=f"being repaired by pid {os.getpid()} "):
         two.take(force=False)
@@ -155,8 +155,8 @@ def test_one_repair_at_a_time(made: TestRegion, fs: Filesystem) -> None:
 
 def test_who_starts_at_the_same_time_does_not_mark_twice(made: TestRegion, fs: Filesystem) -> None:
     """The second takes the slot over before the first has said who it is."""
-    one, memory = turn_on(made, fs)
-    two, _ = turn_on(made, fs)
+    one, memory = session_on(made, fs)
+    two, _ = session_on(made, fs)
     memory.trap(1, lambda: two.take(force=False))  # after the first one's compare-and-swap
     with pytest.raises(InUse, match="took over"):
         one.take(force=False)
@@ -165,22 +165,22 @@ def test_who_starts_at_the_same_time_does_not_mark_twice(made: TestRegion, fs: F
 
 
 def test_a_commit_between_moves_the_former_word(made: TestRegion, fs: Filesystem) -> None:
-    turn, memory = turn_on(made, fs)
+    session, memory = session_on(made, fs)
     stores: list[int] = []
 
     def commit() -> None:
         fs.mkdir(1, b"meanwhile", 0o755, ROOT)
-        stores.append(fs.store.control.load())
+        stores.append(fs.store.commit_word.load())
 
     at = memory.stores
-    turn.take(force=False)
+    session.take(force=False)
     needed = memory.stores - at  # the last is the move to ACTIVE, the mark is the one before it
-    turn.give_up()
+    session.give_up()
     memory.trap(needed - 2, commit)
-    turn.take(force=False)
-    assert stores == [turn.former]
-    assert memory.load(REPAIR_OFFSET + FORMER_OFFSET) == turn.former
-    turn.give_up()
+    session.take(force=False)
+    assert stores == [session.former]
+    assert memory.load(REPAIR_OFFSET + FORMER_OFFSET) == session.former
+    session.give_up()
     assert fs.lookup(1, b"meanwhile").nlink == 2
 
 
@@ -188,30 +188,30 @@ def test_the_next_one_goes_on_from_where_a_dead_one_began(
     made: TestRegion, fs: Filesystem, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(watch, "SILENCE", 0.0)
-    word = fs.store.control.load()
+    word = fs.store.commit_word.load()
     child = os.fork()
     if child == 0:
-        turn_on(made, fs)[0].take(force=False)
+        session_on(made, fs)[0].take(force=False)
         os._exit(0)
     assert os.waitpid(child, 0)[1] == 0
     with pytest.raises(UnderRepair, match=f"by pid {child} on"):
         fs.lookup(1, b"x")
-    turn, _ = turn_on(made, fs)
-    turn.take(force=False)
-    assert turn.former == word
-    turn.give_up()
+    session, _ = session_on(made, fs)
+    session.take(force=False)
+    assert session.former == word
+    session.give_up()
     assert fs.getattr(1).ino == 1
 
 
 def test_its_claims_are_settled_when_it_is_over(made: TestRegion, fs: Filesystem) -> None:
-    turn, memory = turn_on(made, fs)
-    table = PeerTable(memory, fs.superblock.geometry, fs.store.control)
-    turn.take(force=False)
+    session, memory = session_on(made, fs)
+    table = PeerTable(memory, fs.superblock.geometry, fs.store.commit_word)
+    session.take(force=False)
     block = fs.superblock.geometry.block_count - 1
-    memory.store(fs.superblock.geometry.tags_offset + 8 * block, turn.tag)
+    memory.store(fs.superblock.geometry.tags_offset + 8 * block, session.tag)
     limit = words.split_state(table.limits()[0])
-    assert limit[1:] == words.split_tag(turn.tag)[1:]  # not below it: not settled
-    turn.give_up()
+    assert limit[1:] == words.split_tag(session.tag)[1:]  # not below it: not settled
+    session.give_up()
     assert words.split_state(table.limits()[0])[2] == limit[2] + 1
     assert fs.collect() == 1
     fs.unmount()
@@ -223,12 +223,12 @@ def test_what_a_commit_left_before_a_repair_is_not_released_after_it(
 ) -> None:
     """The repair may have found a use for it; a collection finds out."""
     put(fs, 1, b"large", b"x" * 100_000)
-    turn, _ = turn_on(made, fs)
+    session, _ = session_on(made, fs)
     free = fs.store.blocks.free_count()
 
     def come_between() -> None:
-        turn.take(force=False)
-        turn.give_up()
+        session.take(force=False)
+        session.give_up()
 
     memory = fs.store.memory
     before = memory.stores
@@ -265,15 +265,15 @@ def test_a_collection_starts_anew_when_a_repair_came_between(
     member.end()
     collector = Collector(fs.store, fs.table)
     collector.step(1)
-    turn, memory = turn_on(made, fs)
-    turn.take(force=False)
+    session, memory = session_on(made, fs)
+    session.take(force=False)
     with pytest.raises(UnderRepair):
         collector.step()
     assert fs.store.blocks.free_count() + 3 <= fs.superblock.geometry.block_count
     for at in range(0, len(pointers), 16):  # the repair keeps them, under a tag of its own
         block = int.from_bytes(pointers[at : at + 4], "little")
-        memory.store(fs.superblock.geometry.tags_offset + 8 * block, turn.tag)
-    turn.give_up()
+        memory.store(fs.superblock.geometry.tags_offset + 8 * block, session.tag)
+    session.give_up()
     assert collector.step()
     assert collector.released == 3  # which were unreachable after all, as the second marking shows
     fs.unmount()
@@ -285,11 +285,11 @@ def test_a_collection_that_a_repair_stops_is_not_forgotten(
 ) -> None:
     from ivshmemfs.engine.collect import Collector
 
-    turn, _ = turn_on(made, fs)
+    session, _ = session_on(made, fs)
     fs._garbage.collector = Collector(fs.store, fs.table)
-    turn.take(force=False)
+    session.take(force=False)
     with pytest.raises(UnderRepair):
         fs._garbage.collect_piece()
-    turn.give_up()
+    session.give_up()
     assert fs._garbage.collector is not None
     assert fs._garbage.collector.step()

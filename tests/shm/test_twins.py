@@ -13,7 +13,7 @@ import pytest
 from ivshmemfs.errors import Fenced, IvshmemfsError
 from ivshmemfs.format import peer, words
 from ivshmemfs.shm import identity, watch
-from ivshmemfs.shm.peers import Membership
+from ivshmemfs.shm.membership import Membership
 from tests.shm.conftest import SLOTS, Member
 from tests.support.laboratory import Fates
 from tests.support.regions import TestRegion, put
@@ -27,7 +27,7 @@ ACTIONS: dict[str, Callable[[Membership], object]] = {
     "rejoin": Membership.rejoin,
     "list": lambda own: own.list_open(77),
     "slot": lambda own: own.slot,
-    "doubled": lambda own: own.doubled,
+    "twin_seen": lambda own: own.twin_seen,
 }
 
 
@@ -126,13 +126,13 @@ def test_both_are_idle(one: Member, watcher: Member, clone: Clone, fates: Fates,
     twin, own = clone(one), one.membership
     own.beat()
     assert twin("beat") == "Fenced"
-    assert twin("doubled") == "True"
-    assert watcher.table.peer(2).record.nonce == peer.DOUBLED
+    assert twin("twin_seen") == "True"
+    assert watcher.table.peer(2).record.nonce == peer.TWIN_MARK
     assert twin("rejoin") == "None"
     assert twin("slot") == "3"
     with pytest.raises(Fenced, match="goes by the identity"):
         own.beat()
-    assert own.doubled
+    assert own.twin_seen
     silence(watcher, fates)
     watcher.table.retire_gone()
     assert watcher.table.state(2) >> words.SLOT_SHIFT == words.FREE  # left by both
@@ -153,7 +153,7 @@ def test_both_begin(one: Member, watcher: Member, clone: Clone, fates: Fates, pi
     own.begin()
     word = watcher.table.state(2)
     assert twin("begin") == "Fenced"
-    assert twin("doubled") == "True"
+    assert twin("twin_seen") == "True"
     fates.dead.add(pid)
     silence(watcher, fates)
     assert not watcher.table.retire_gone()
@@ -167,7 +167,7 @@ def test_one_begins_and_the_other_shows_life(one: Member, clone: Clone) -> None:
     twin, own = clone(one), one.membership
     own.begin()
     assert twin("beat") == "Fenced"
-    assert twin("doubled") == "True"
+    assert twin("twin_seen") == "True"
     own.check()
     own.end()
 
@@ -177,9 +177,9 @@ def test_one_shows_life_and_the_other_begins(one: Member, watcher: Member, clone
     twin, own = clone(one), one.membership
     own.beat()
     assert twin("begin") == "Fenced"
-    assert twin("doubled") == "True"
+    assert twin("twin_seen") == "True"
     assert watcher.table.state(2) >> words.SLOT_SHIFT == words.IDLE
-    assert watcher.table.peer(2).record.nonce == peer.DOUBLED
+    assert watcher.table.peer(2).record.nonce == peer.TWIN_MARK
 
 
 @pytest.mark.parametrize("action", ["beat", "begin", "list"])
@@ -189,7 +189,7 @@ def test_one_leaves(action: str, one: Member, watcher: Member, clone: Clone) -> 
     own.leave()
     assert watcher.table.state(2) >> words.SLOT_SHIFT == words.FREE
     assert twin(action) == "Fenced"
-    assert twin("doubled") == "True"
+    assert twin("twin_seen") == "True"
     assert twin("rejoin") == "None"
     assert_unprovable(watcher, 2)
 
@@ -236,7 +236,7 @@ def test_cloned_within_a_transaction(one: Member, clone: Clone) -> None:
     twin = clone(one)
     own.end()
     assert twin("check") == "Fenced"
-    assert twin("doubled") == "True"
+    assert twin("twin_seen") == "True"
     assert twin("end") == "Fenced"
 
 
@@ -249,7 +249,7 @@ def test_put_back_while_the_original_went_on(one: Member, watcher: Member, clone
     own.leave()
     assert watcher.table.state(2) >> words.SLOT_SHIFT == words.FREE
     assert restored("begin") == "Fenced"
-    assert restored("doubled") == "True"
+    assert restored("twin_seen") == "True"
     assert restored("rejoin") == "None"
     assert_unprovable(watcher, int(restored("slot")))
 
@@ -261,7 +261,7 @@ def test_an_open_file_of_each(one: Member, watcher: Member, clone: Clone) -> Non
     own = one.membership
     with pytest.raises(Fenced):
         own.list_open(77)
-    assert own.doubled
+    assert own.twin_seen
     own.rejoin()
     assert own.slot == 3
     assert watcher.membership.listed_elsewhere(77)
@@ -280,7 +280,7 @@ def test_no_slot_is_left_for_the_second(
     for action in ("begin", "beat", "list"):
         assert twin(action) == "Fenced"
     assert not fates.dead
-    assert watcher.table.state(2) == own.standing[1]
+    assert watcher.table.state(2) == own.own_state[1]
 
 
 def test_who_is_evicted_has_no_twin(one: Member, watcher: Member, new: New) -> None:
@@ -291,7 +291,7 @@ def test_who_is_evicted_has_no_twin(one: Member, watcher: Member, new: New) -> N
         watcher.table.retire(own.slot, watcher.table.state(own.slot))
         with pytest.raises(Fenced, match="declared this mount gone"):
             own.beat()
-        assert not own.doubled
+        assert not own.twin_seen
         own.rejoin()
     watcher.table.retire(own.slot, watcher.table.state(own.slot))
     late = new()
@@ -299,7 +299,7 @@ def test_who_is_evicted_has_no_twin(one: Member, watcher: Member, new: New) -> N
     assert late.membership.slot == own.slot
     with pytest.raises(Fenced):
         own.begin()
-    assert not own.doubled
+    assert not own.twin_seen
 
 
 def test_a_slot_that_is_left_to_the_twin_says_so_to_its_next_owner(
@@ -314,7 +314,7 @@ def test_a_slot_that_is_left_to_the_twin_says_so_to_its_next_owner(
     late.membership.join(wait=0)
     assert late.membership.slot == 2
     late.membership.beat()
-    assert not late.membership.doubled
+    assert not late.membership.twin_seen
 
 
 def test_a_mount_tells_of_it_once(made: TestRegion, caplog: pytest.LogCaptureFixture) -> None:

@@ -210,9 +210,9 @@ def on_machines(fates: Fates, patch: pytest.MonkeyPatch) -> None:
         boot = BOOTS[fates.acting % 2]
         return fates.current(incarnation)._replace(machine=MACHINE, boot=boot)
 
-    def surroundings() -> identity.Here:
+    def surroundings() -> identity.Surroundings:
         boot = BOOTS[fates.acting % 2]
-        return identity.Here(boot, MACHINE, 1, 1, peer.ALL_PROOFS)
+        return identity.Surroundings(boot, MACHINE, 1, 1, peer.ALL_PROOFS)
 
     patch.setattr(identity, "current", current)
     patch.setattr(identity, "surroundings", surroundings)

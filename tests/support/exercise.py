@@ -22,7 +22,7 @@ from ivshmemfs.engine.directory import Dirent
 from ivshmemfs.engine.filesystem import KEEP_SIZE, PUNCH_HOLE, ZERO_RANGE
 from ivshmemfs.errors import Busy, Corrupt, FormatError, IvshmemfsError, Unfinished
 from ivshmemfs.region import Region
-from ivshmemfs.shm.store import TURN
+from ivshmemfs.shm.published import TURN
 from tests.support.attacks import of_use
 from tests.support.damage import Names
 from tests.support.regions import ROOT

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from ivshmemfs.region import Standing, open_region
+from ivshmemfs.region import Condition, open_region
 from tests.cli.conftest import complains, ivshmemfs
 from tests.support.mounts import eventually, mount_lines, needs_fuse, run, stop
 from tests.support.regions import TestRegion
@@ -31,21 +31,21 @@ def fill(path: Path, byte: bytes) -> None:
         region.memory.write(0, byte * region.size)
 
 
-ACTS: list[tuple[Standing, Callable[[Path], object], bool]] = [
-    (Standing.DELETED, Path.unlink, False),
-    (Standing.RENAMED, lambda path: path.rename(path.with_name("other")), False),
-    (Standing.REPLACED, make_anew, False),
-    (Standing.CUT, lambda path: os.truncate(path, 4096), False),
-    (Standing.ONES, lambda path: fill(path, b"\xff"), False),
-    (Standing.OVERWRITTEN, lambda path: fill(path, b"x"), False),
-    (Standing.REFORMATTED, format_anew, False),
-    (Standing.REFORMATTED, format_anew, True),
-    (Standing.REPLACED, make_anew, True),
+ACTS: list[tuple[Condition, Callable[[Path], object], bool]] = [
+    (Condition.DELETED, Path.unlink, False),
+    (Condition.RENAMED, lambda path: path.rename(path.with_name("other")), False),
+    (Condition.REPLACED, make_anew, False),
+    (Condition.CUT, lambda path: os.truncate(path, 4096), False),
+    (Condition.ONES, lambda path: fill(path, b"\xff"), False),
+    (Condition.OVERWRITTEN, lambda path: fill(path, b"x"), False),
+    (Condition.REFORMATTED, format_anew, False),
+    (Condition.REFORMATTED, format_anew, True),
+    (Condition.REPLACED, make_anew, True),
 ]
 
 
 @pytest.mark.parametrize(
-    ("standing", "act", "readonly"),
+    ("condition", "act", "readonly"),
     ACTS,
     ids=[f"{told.name}{'-readonly' * readonly}" for told, _act, readonly in ACTS],
 )
@@ -53,7 +53,7 @@ def test_what_happens_to_a_region_is_said_once(
     formatted: TestRegion,
     place: Path,
     tmp_path: Path,
-    standing: Standing,
+    condition: Condition,
     act: Callable[[Path], object],
     readonly: bool,
 ) -> None:
@@ -62,19 +62,19 @@ def test_what_happens_to_a_region_is_said_once(
     assert ivshmemfs("mount", "-o", options, formatted.path, place).returncode == 0
 
     def lines() -> list[str]:
-        return [line for line in log.read_text().splitlines() if standing.explained in line]
+        return [line for line in log.read_text().splitlines() if condition.explained in line]
 
     assert f"{place}\n" in ivshmemfs("list").stdout
     act(formatted.path)
     assert eventually(lines)
-    condition = f"{place} ({standing.value})"
-    assert condition in ivshmemfs("list").stdout
+    line = f"{place} ({condition.value})"
+    assert line in ivshmemfs("list").stdout
     told = ivshmemfs("peers", formatted.path).stderr
-    assert condition in told or f"mount {place}: {standing.value}" in told
+    assert line in told or f"mount {place}: {condition.value}" in told
     run("ls", place)
     if not formatted.path.exists():
-        complains(ivshmemfs("info", formatted.path), 32, "not there any more", condition)
-        complains(ivshmemfs("info", place), 32, "not there any more", condition)
+        complains(ivshmemfs("info", formatted.path), 32, "not there any more", line)
+        complains(ivshmemfs("info", place), 32, "not there any more", line)
     ivshmemfs("umount", place)
     assert not mount_lines(place)
     assert len(lines()) == 1
@@ -88,7 +88,7 @@ def test_that_it_is_over_is_said_too(formatted: TestRegion, place: Path, tmp_pat
     assert ivshmemfs("mount", "-o", f"log={log}", formatted.path, place).returncode == 0
     away = formatted.path.with_name("away")
     formatted.path.rename(away)
-    assert eventually(lambda: f"({Standing.RENAMED.value})" in ivshmemfs("list").stdout)
+    assert eventually(lambda: f"({Condition.RENAMED.value})" in ivshmemfs("list").stdout)
     away.rename(formatted.path)
     assert eventually(lambda: "the region is sound again; it was renamed" in log.read_text())
     assert f"{place}\n" in ivshmemfs("list").stdout

@@ -25,7 +25,7 @@ PATIENCE = 0.005  # seconds without progress after which the hint is taken over 
 LONGEST = 0.08  # and at the latest
 
 
-class Control:
+class CommitWord:
     """The two words of one region."""
 
     def __init__(self, memory: Memory) -> None:

@@ -13,7 +13,7 @@ import stat
 from pathlib import Path
 
 
-class Standing(enum.Enum):
+class Condition(enum.Enum):
     """What became of a region since it was opened; the value is the word for it."""
 
     SOUND = "sound"
@@ -35,30 +35,30 @@ class Standing(enum.Enum):
 
 
 _EXPLAINED = {
-    Standing.SOUND: "",
-    Standing.DELETED: (
+    Condition.SOUND: "",
+    Condition.DELETED: (
         "the region's file was deleted; this mount goes on in memory that nobody can open any "
         "more: copy what you need, then unmount it"
     ),
-    Standing.RENAMED: (
+    Condition.RENAMED: (
         "the region's file is not at its path any more, it was renamed or another mount hides it; "
         "this mount goes on: give the file its name back"
     ),
-    Standing.REPLACED: (
+    Condition.REPLACED: (
         "another file or device has taken the region's place; this mount goes on in the old "
         "memory, apart from peers that open the new one: copy what you need, then mount it again"
     ),
-    Standing.CUT: (
+    Condition.CUT: (
         "the region's file was cut; what lay behind its end is lost and fails with EIO: "
         "unmount it and give the file its size back"
     ),
-    Standing.UNPLUGGED: "the region's device was unplugged: unmount it",
-    Standing.ONES: ("the region reads as ones, as a device does that was unplugged: unmount it"),
-    Standing.REFORMATTED: "the region was formatted anew: unmount it and mount it again",
-    Standing.OVERWRITTEN: (
+    Condition.UNPLUGGED: "the region's device was unplugged: unmount it",
+    Condition.ONES: ("the region reads as ones, as a device does that was unplugged: unmount it"),
+    Condition.REFORMATTED: "the region was formatted anew: unmount it and mount it again",
+    Condition.OVERWRITTEN: (
         "the region no longer carries this filesystem: unmount it and check it with fsck.ivshmemfs"
     ),
-    Standing.UNREADABLE: "the region cannot be accessed any more: unmount it",
+    Condition.UNREADABLE: "the region cannot be accessed any more: unmount it",
 }
 
 
@@ -77,22 +77,22 @@ class Anchor:
             os.close(self._descriptor)
             self._descriptor = -1
 
-    def standing(self, path: Path) -> Standing:
+    def condition(self, path: Path) -> Condition:
         """Compare with what is at `path` now; what cannot be looked at counts as sound."""
         held = os.fstat(self._descriptor)
         try:
             there = path.stat()
         except (FileNotFoundError, NotADirectoryError):
             if not self._is_file:
-                return Standing.UNPLUGGED
-            return Standing.DELETED if held.st_nlink == 0 else Standing.RENAMED
+                return Condition.UNPLUGGED
+            return Condition.DELETED if held.st_nlink == 0 else Condition.RENAMED
         except OSError:
-            return Standing.SOUND
+            return Condition.SOUND
         if _identity(there) != _identity(held):
-            return Standing.REPLACED
+            return Condition.REPLACED
         if self._is_file and held.st_size < self._length:
-            return Standing.CUT
-        return Standing.SOUND
+            return Condition.CUT
+        return Condition.SOUND
 
 
 def _identity(status: os.stat_result) -> tuple[int, ...]:

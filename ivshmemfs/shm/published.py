@@ -24,7 +24,8 @@ from ivshmemfs.format import node as fmt
 from ivshmemfs.format import words
 from ivshmemfs.format.superblock import Superblock
 from ivshmemfs.region import Blocks, Memory
-from ivshmemfs.shm.control import Control
+from ivshmemfs.shm.commit import CommitWord
+from ivshmemfs.shm.nodes import Node, NodeSource
 from ivshmemfs.shm.repair import abandoned, describe
 
 CACHE_BYTES = 18 << 20  # so that a mount stays below 64 MiB
@@ -37,28 +38,6 @@ ENDLESS: Final = 1 << 60  # work that no turn does
 ROOT_TRIES: Final = 200  # roots that one snapshot reads while others commit
 _unpack_pointer = words.POINTER.unpack
 _unpack_header = fmt.HEADER.unpack
-
-
-class Node:
-    """One metadata block in private memory.  Immutable; `parsed` is what a reader made of it."""
-
-    __slots__ = ("count", "data", "kind", "level", "owner", "parsed", "pointer")
-
-    def __init__(
-        self, pointer: bytes, kind: int, level: int, owner: int, count: int, data: bytes
-    ) -> None:
-        self.pointer: Final = pointer  # packed
-        self.kind: Final = kind
-        self.level: Final = level
-        self.owner: Final = owner
-        self.count: Final = count
-        self.data: Final = data  # header included
-        self.parsed: Any = None
-
-    @property
-    def block(self) -> int:
-        """Where it stands."""
-        return int.from_bytes(self.pointer[:4], "little")
 
 
 class NodeCache:
@@ -119,22 +98,7 @@ class Recent:
         self._made[key] = made
 
 
-class Nodes:
-    """Where nodes come from: the region, or a transaction with nodes of its own beside it."""
-
-    def __init__(self, block_size: int, fanout: int) -> None:
-        self.block_size: Final = block_size
-        self.fanout: Final = fanout  # pointers in an index node
-
-    def node(self, pointer: bytes, kind: int, level: int, owner: int | None) -> Node:
-        """The node that a packed pointer leads to, of any owner if None.
-
-        Raises Restart when it was replaced, or Corrupt.
-        """
-        raise NotImplementedError
-
-
-class Store(Nodes):
+class Store(NodeSource):
     """The published blocks of one region."""
 
     def __init__(self, memory: Memory, superblock: Superblock) -> None:
@@ -143,7 +107,7 @@ class Store(Nodes):
         self.memory = memory
         self.superblock = superblock
         self.geometry = geometry
-        self.control = Control(memory)
+        self.commit_word = CommitWord(memory)
         self.blocks = Blocks(
             memory,
             geometry.tags_offset,
@@ -178,7 +142,7 @@ class Store(Nodes):
         Raises StaleHandle when the region was reformatted, UnderRepair while it is being repaired,
         Corrupt when the root makes no sense.
         """
-        word = self.control.load()
+        word = self.commit_word.load()
         if word == self._word and self._root is not None:
             return word, self._root
         for _ in range(ROOT_TRIES):
@@ -186,21 +150,21 @@ class Store(Nodes):
             if root is not None:
                 self._word, self._root = word, root
                 return word, root
-            word, before = self.control.load(), word
+            word, before = self.commit_word.load(), word
             if word == before and not self._overtaken(word):
                 block = word & words.BLOCK_MASK
                 raise Corrupt(f"the commit word leads to block {block}, which is free")
         raise Restart("the root moves on faster than it can be read")
 
     def _overtaken(self, word: int) -> bool:
-        return self._read_root(word) is not None or self.control.load() != word
+        return self._read_root(word) is not None or self.commit_word.load() != word
 
     def _read_root(self, word: int) -> Node | None:
         if word == 0:
             raise StaleHandle("the region is being formatted")
         block = word & words.BLOCK_MASK
         if block == words.UNDER_REPAIR:
-            if abandoned(self.memory) and self.control.load() == word:
+            if abandoned(self.memory) and self.commit_word.load() == word:
                 raise Corrupt(
                     "the commit word says that a repair is under way, and none is: run "
                     "fsck.ivshmemfs -y on the region"
@@ -217,12 +181,12 @@ class Store(Nodes):
             try:
                 root = self._load(pointer, fmt.ROOT, 0, 0)
             except (Corrupt, Restart):
-                if self.control.load() != word:
+                if self.commit_word.load() != word:
                     return None
                 raise
-        if root is not None and self.control.load() != word:
+        if root is not None and self.commit_word.load() != word:
             return None
-        if root is not None and root.data[32:40] != self.superblock.uuid[:8]:
+        if root is not None and fmt.fsid_bytes(root.data) != self.superblock.uuid[: words.WORD]:
             raise StaleHandle("the region was formatted anew: unmount it and mount it again")
         return root
 
@@ -257,7 +221,7 @@ class Store(Nodes):
             )
 
     def node(self, pointer: bytes, kind: int, level: int, owner: int | None) -> Node:
-        """The published node that a packed pointer leads to; see `Nodes`."""
+        """The published node that a packed pointer leads to; see `NodeSource`."""
         self.work += 1
         if self.work > self._turn_ends:
             self._end_turn()
