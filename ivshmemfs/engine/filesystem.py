@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
 
 from ivshmemfs.engine import data, directory, holes, names, xattr
 from ivshmemfs.engine.committer import Committer
+from ivshmemfs.engine.credentials import Credentials
 from ivshmemfs.engine.directory import Dirent
 from ivshmemfs.engine.garbage import Garbage
 from ivshmemfs.engine.handle import Handle
@@ -33,7 +34,6 @@ from ivshmemfs.engine.names import RENAME_EXCHANGE, RENAME_NOREPLACE, RENAME_WHI
 from ivshmemfs.engine.openfiles import OpenFiles
 from ivshmemfs.engine.orphans import Orphans
 from ivshmemfs.engine.pieces import Pieces
-from ivshmemfs.engine.privileges import Privileges
 from ivshmemfs.engine.transaction import Transaction, View
 from ivshmemfs.engine.upkeep import Upkeep
 from ivshmemfs.engine.volume import Volume
@@ -80,7 +80,7 @@ class Filesystem:
         self.table: Final = volume.table
         self.clock: Final = volume.clock
         self.block_size: Final = volume.block_size
-        self._privileges: Final = Privileges()
+        self._credentials: Final = Credentials()
 
     @classmethod
     def mount(cls, region: Region, *, readonly: bool = False) -> Self:
@@ -118,20 +118,20 @@ class Filesystem:
     @property
     def groups_of(self) -> Callable[[int], Collection[int]]:
         """Returns the supplementary groups of a process, by pid.  The FUSE layer sets it."""
-        return self._privileges.groups_of
+        return self._credentials.groups_of
 
     @groups_of.setter
     def groups_of(self, groups_of: Callable[[int], Collection[int]]) -> None:
-        self._privileges.groups_of = groups_of
+        self._credentials.groups_of = groups_of
 
     @property
     def keeps_set_id(self) -> Callable[[Context], bool]:
         """Whether set-ID bits survive a write by this caller.  The FUSE layer sets it."""
-        return self._privileges.keeps_set_id
+        return self._credentials.keeps_set_id
 
     @keeps_set_id.setter
     def keeps_set_id(self, keeps_set_id: Callable[[Context], bool]) -> None:
-        self._privileges.keeps_set_id = keeps_set_id
+        self._credentials.keeps_set_id = keeps_set_id
 
     def view(self) -> View:
         """Return the present state; the same object until the next commit."""
@@ -309,7 +309,7 @@ class Filesystem:
             if size is not None:
                 inode = self._resized(tx, inode, size, ctx)
             if uid is not None or gid is not None:
-                inode = self._privileges.after_chown(tx, inode, ctx)
+                inode = self._credentials.after_chown(tx, inode, ctx)
             if kept is not None:
                 changes["mode"] = inode.record.mode & (kept | ~names.PRIVILEGES)
             return self._attr(tx.put(_changed(inode, changes, tx.now)))
@@ -335,7 +335,7 @@ class Filesystem:
             inode = data.modified(tx, inode)
         else:
             inode = data.truncate(tx, inode, size)
-        return self._privileges.after_resize(tx, inode, ctx)
+        return self._credentials.after_resize(tx, inode, ctx)
 
     # --- names ------------------------------------------------------------------------------
 
@@ -413,7 +413,7 @@ class Filesystem:
         inode = self._look_at(lambda view: view.inode(ino))
         if inode.is_dir:
             raise FsError(errno.EISDIR)
-        handle = Handle(ino, flags, ctx, outsider=self._privileges.is_outsider(inode, ctx))
+        handle = Handle(ino, flags, ctx, outsider=self._credentials.is_outsider(inode, ctx))
         self._openfiles.hold(ino)
         try:
             self._openfiles.confirm(ino)
@@ -552,7 +552,7 @@ class Filesystem:
             def plan(tx: Transaction) -> None:
                 inode = tx.inode(handle.ino)
                 inode = data.write(tx, inode, inode.record.size if at_end else at, piece)
-                tx.put(self._privileges.after_write(tx, inode, handle, ctx))
+                tx.put(self._credentials.after_write(tx, inode, handle, ctx))
 
             self._committer.change(plan)
 
@@ -584,7 +584,7 @@ class Filesystem:
         def plan(tx: Transaction) -> int:
             inode, done = data.write_from(tx, tx.inode(handle.ino), offset, length, file)
             if done:
-                tx.put(self._privileges.after_write(tx, inode, handle))
+                tx.put(self._credentials.after_write(tx, inode, handle))
             return done
 
         return self._committer.change(plan)
@@ -623,7 +623,7 @@ class Filesystem:
             inode = holes.punch(tx, _file(tx, handle), offset, length)
             if grow and offset + length > inode.record.size:
                 inode = data.truncate(tx, inode, offset + length)
-            tx.put(self._privileges.after_write(tx, data.modified(tx, inode), handle))
+            tx.put(self._credentials.after_write(tx, data.modified(tx, inode), handle))
 
         self._committer.change(plan, removal=True)
 
@@ -632,7 +632,7 @@ class Filesystem:
             inode = _file(tx, handle)
             upto = end if grow else min(end, inode.record.size)
             filled, following = holes.fill(tx, inode, offset, upto, FILLED_AT_ONCE)
-            tx.put(self._privileges.after_write(tx, data.modified(tx, filled), handle))
+            tx.put(self._credentials.after_write(tx, data.modified(tx, filled), handle))
             return following if following < upto else end
 
         at = self._committer.change(plan)

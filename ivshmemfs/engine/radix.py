@@ -5,7 +5,7 @@ its owner, and a height.  At height 0 the slots are the leaves; at height h each
 node of level h - 1 with `fanout` slots, itself trimmed.  A missing slot is a null pointer, and
 null pointers are holes.
 
-Nodes are never changed in place: a change writes new nodes along the path into the transaction's
+NodeSource are never changed in place: a change writes new nodes along the path into the transaction's
 `Workspace` and reports what it replaced.  A pointer's weight counts the blocks below it and itself,
 so that dropping a subtree costs a look at its pointer.
 """

@@ -1,4 +1,4 @@
-"""What tests of the engine ask of it: refusals, names, and directories without entries."""
+"""Helpers of the engine's tests: expect an errno, list names, empty a directory."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from tests.support.regions import ROOT
 
 
 def fails(code: int, call: Callable[[], object]) -> None:
-    """The call is refused with errno `code`."""
+    """Assert that `call` raises FsError with errno `code`."""
     with pytest.raises(FsError) as caught:
         call()
     assert caught.value.errno == code, os.strerror(caught.value.errno)
 
 
 def names(fs: Filesystem, ino: int = ROOT_INO) -> list[bytes]:
-    """The sorted names in a directory, without "." and ".."."""
+    """Return the sorted names in a directory, without "." and ".."."""
     found = [name for name, _, _ in fs.readdir(fs.opendir(ino), 0)]
     assert found[:2] == [b".", b".."]
     return sorted(found[2:])

@@ -1,4 +1,4 @@
-"""Regions for engine tests; each is checked by fsck when its test is over."""
+"""Regions for engine tests; fsck checks each one after its test."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SMALLEST = 80 << 10
 
 @pytest.fixture(params=["smallest", "small", "default"])
 def made(request: pytest.FixtureRequest) -> Iterator[TestRegion]:
-    """A region of each kind: hardly any blocks, 1 KiB blocks, 4 KiB blocks."""
+    """A region of each kind: 80 KiB in all, 1 KiB blocks, 4 KiB blocks."""
     size, plan = {
         "smallest": (SMALLEST, {"block_size": 1024, "peer_count": 4}),
         "small": (2 << 20, {}),

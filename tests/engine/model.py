@@ -1,4 +1,4 @@
-"""A filesystem as a plain dictionary, to compare the real one with."""
+"""A filesystem as a plain dictionary: tests compare the real one with it."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ class Node:
 
 
 class Refused(Exception):
-    """The operation fails, whatever the errno."""
+    """The operation fails, with any errno."""
 
 
 @dataclass(frozen=True)
 class Op:
-    """One operation; nodes are named by their numbers in the model."""
+    """One operation; it names nodes by their numbers in the model."""
 
     kind: str
-    node: int = -1  # what it is about, or the directory of `name`
+    node: int = -1  # the node of the operation, or the directory of `name`
     name: bytes = b""
     node2: int = -1
     name2: bytes = b""
@@ -45,7 +45,7 @@ class Op:
 
 
 class Model:
-    """All nodes by number; numbers are never used twice."""
+    """All nodes by number; no number is used twice."""
 
     def __init__(self) -> None:
         self.nodes: dict[int, Node] = {ROOT_ID: Node("dir")}
@@ -87,7 +87,7 @@ class Model:
     # --- changing ---
 
     def apply(self, op: Op) -> bool:
-        """Do it; False if it is refused, and then nothing changed."""
+        """Do the operation; False if the model refuses it, and then nothing changes."""
         try:
             getattr(self, "_" + op.kind)(op)
         except Refused:

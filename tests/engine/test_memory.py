@@ -1,4 +1,4 @@
-"""What a mount keeps in private memory is bounded, however many files it has seen."""
+"""A mount's private memory is bounded, for any number of files that it has seen."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 from tests.support.regions import TestRegion, new_region
 
 FILES = 40_000
-GROWTH = 28 << 10  # KiB; a mount of nothing has a little more than 30 MiB, 64 are allowed
+GROWTH = 28 << 10  # KiB; an idle mount has just over 30 MiB and the limit is 64 MiB
 SCRIPT = """
 import sys
 from pathlib import Path
@@ -37,7 +37,7 @@ with open_region(sys.argv[1]) as region:
 
 
 def growth(made: TestRegion, files: int) -> int:
-    """By how many KiB a process grows that makes so many files and looks at them."""
+    """Return by how many KiB a process grows that makes `files` files and looks them up."""
     command = [sys.executable, "-c", SCRIPT, str(made.path), str(files)]
     return int(subprocess.run(command, check=True, capture_output=True, timeout=300).stdout)
 

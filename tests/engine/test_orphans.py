@@ -1,4 +1,4 @@
-"""Unlinked but open files, whichever mount unlinks and whichever holds open."""
+"""Unlinked open files: the mount that unlinks may be the one that holds the file, or another."""
 
 from __future__ import annotations
 
@@ -133,14 +133,14 @@ def test_files_of_one_filter_bit(fs: Filesystem, other: Filesystem) -> None:
     fs.release(handles[0])
     other.unlink(ROOT_INO, b"two", ROOT)
     assert fs.getattr(two.ino).nlink == 0
-    other.unlink(ROOT_INO, b"one", ROOT)  # kept by the shared bit until it is cleared
+    other.unlink(ROOT_INO, b"one", ROOT)  # the shared bit keeps it until it is cleared
     fs.release(handles[1])
     ticks(other)
     assert orphans(fs) == 0
 
 
 def test_opening_and_unlinking_at_once(made: TestRegion) -> None:
-    """Wherever the opener is stopped, either it gets ESTALE or the file stays readable."""
+    """At every point where the opener pauses: it gets ESTALE, or the file stays readable."""
     opened = refused = 0
     for after in range(60):
         fs, other = made.mount(), made.mount()
@@ -169,7 +169,7 @@ def test_opening_and_unlinking_at_once(made: TestRegion) -> None:
 
 
 def test_unlinking_and_opening_at_once(made: TestRegion) -> None:
-    """The same with the unlinker stopped and the opener running in between."""
+    """At every point where the unlinker pauses, the opener runs meanwhile."""
     opened = refused = 0
     for after in range(200):
         fs, other = made.mount(), made.mount()
@@ -204,7 +204,7 @@ def test_unlinking_and_opening_at_once(made: TestRegion) -> None:
 
 @pytest.mark.parametrize("size", [300, 20_000])
 def test_careful_look_ups_do_not_fill_the_region(made: TestRegion, size: int) -> None:
-    """While one mount looks up carefully, another may replace the file however often."""
+    """One mount looks up carefully while another one replaces the file many times."""
     fs, other = made.mount(), made.mount()
     gone = put(fs, ROOT_INO, b"gone", b"")
     fs.unlink(ROOT_INO, b"gone", ROOT)
@@ -221,5 +221,5 @@ def test_careful_look_ups_do_not_fill_the_region(made: TestRegion, size: int) ->
     other.unmount()
     ticks(fs)
     assert orphans(fs) == 0
-    assert fs.view().root.record.used <= used + 1  # the table of inodes may have got a level
+    assert fs.view().root.record.used <= used + 1  # the inode table may be one level higher
     assert_adds_up(fs)

@@ -30,6 +30,6 @@ def test_every_part_is_used() -> None:
     assert parts_in("filesystem") == set(PARTS[:-1])
 
 
-@pytest.mark.parametrize("name", ["collect", "dropped", "handle", "pieces", "privileges"])
+@pytest.mark.parametrize("name", ["collect", "dropped", "credentials", "handle", "pieces"])
 def test_what_the_parts_are_made_of_uses_none_of_them(name: str) -> None:
     assert not parts_in(name)

@@ -1,4 +1,4 @@
-"""Full regions: what still works, what fails cleanly, and that every block comes back."""
+"""Full regions: which operations work, which fail cleanly; every block is freed in the end."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.support.regions import ROOT, TestRegion, get, new_region, put
 
 
 def fill_with_data(fs: Filesystem, name: bytes = b"fill") -> int:
-    """Write until nothing more fits; returns the size of the file."""
+    """Write until the region is full; returns the size of the file."""
     handle, _ = fs.create(ROOT_INO, name, 0o644, os.O_WRONLY, ROOT)
     done = 0
     try:
@@ -69,7 +69,7 @@ def test_everything_comes_back(fs: Filesystem, other: Filesystem) -> None:
 
 
 def test_a_full_region_still_removes(fs: Filesystem, other: Filesystem) -> None:
-    """Names, data, attributes and open files; then everything is removed one by one."""
+    """Fill with names, data, attributes and open files, then remove them one by one."""
     folder = fs.mkdir(ROOT_INO, b"dir", 0o755, ROOT).ino
     kept = put(fs, folder, b"open", b"x" * 5000)
     put(fs, ROOT_INO, b"fill", b"x" * 20000)
@@ -117,7 +117,7 @@ def test_what_does_not_fit_changes_nothing(fs: Filesystem, other: Filesystem) ->
 
 
 def test_a_short_write_leaves_no_room(fs: Filesystem) -> None:
-    """As programs expect that go on behind it."""
+    """Programs continue a write after the bytes that it returns."""
     handle = fs.open(put(fs, ROOT_INO, b"file", b"").ino, os.O_WRONLY, ROOT)
     content, done = os.urandom(1 << 16), 0
     while (got := fs.write(handle, done, content)) == len(content):
@@ -144,7 +144,7 @@ def test_writes_become_short_before_they_fail(fs: Filesystem) -> None:
 
 
 def test_overwriting_in_a_full_region(fs: Filesystem) -> None:
-    """Copy on write needs room for the copies, of which the reserve keeps none for writers."""
+    """Copy on write needs free blocks for the copies, and writers cannot use the reserve."""
     size = fill_with_data(fs)
     handle = fs.open(fs.lookup(ROOT_INO, b"fill").ino, os.O_RDWR, ROOT)
     done = 0
@@ -179,7 +179,7 @@ def test_statfs_adds_up(fs: Filesystem, other: Filesystem) -> None:
 @pytest.mark.parametrize("block_size", [1024, 4096, 16384, 65536])
 @pytest.mark.parametrize("megabytes", [1, 3, 8, 40])
 def test_what_statfs_promises_can_be_written(megabytes: int, block_size: int) -> None:
-    """Exactly: the map of the file's blocks is not promised, and little else is kept back."""
+    """`blocks_avail` excludes the file's block map and the reserve, and little else."""
     if megabytes << 20 < block_size * 64:
         pytest.skip("too few blocks for a filesystem")
     with new_region(megabytes << 20, block_size=block_size) as made:
@@ -201,7 +201,7 @@ def test_what_statfs_promises_can_be_written(megabytes: int, block_size: int) ->
 
 
 def fill_more(fs: Filesystem, handle: Handle, at: int) -> int:
-    """How many bytes can be appended after all."""
+    """Return how many bytes can be appended."""
     done = 0
     with suppress(NoSpace):
         while True:
@@ -238,7 +238,7 @@ def test_churn_in_a_nearly_full_region(made: TestRegion, seed: int) -> None:
 
 
 def used_blocks(fs: Filesystem) -> set[int]:
-    """Numbers of all blocks that are not free."""
+    """Return the numbers of all blocks that are not free."""
     blocks = fs.store.blocks
     return {block for block in range(blocks.block_count) if blocks.tag(block)}
 

@@ -37,7 +37,7 @@ names = st.sampled_from(NAMES)
 contents = st.builds(
     lambda start, size: DATA[start * 8 :][:size], st.integers(0, 200), st.sampled_from(SIZES)
 )
-numbers = st.integers(0, 1 << 20)  # picks one of whatever there is
+numbers = st.integers(0, 1 << 20)  # picks one of the existing nodes
 peers = st.integers(0, PEERS - 1)
 events = st.integers(0, 120)
 
@@ -48,7 +48,7 @@ KINDS = [*FOLDER_OPS, *FILE_OPS, "create", "create", "mkdir", "rename", "write",
 
 
 class Wish(NamedTuple):
-    """An operation before it is known what there is to work on."""
+    """An operation before the test chooses the node for it."""
 
     kind: str
     a: int
@@ -62,7 +62,7 @@ wishes = st.builds(Wish, st.sampled_from(KINDS), numbers, numbers, contents, nam
 
 
 def real_tree(fs: Filesystem, ino: int = ROOT_INO) -> dict[bytes, object]:
-    """What `Model.tree` shows, from a mount."""
+    """Return what `Model.tree` returns, read from a mount."""
     found: dict[bytes, object] = {}
     for name, attr, _ in fs.readdir(fs.opendir(ino), 0):
         if name in (b".", b".."):
@@ -79,7 +79,7 @@ def real_tree(fs: Filesystem, ino: int = ROOT_INO) -> dict[bytes, object]:
 
 
 class Machine(RuleBasedStateMachine):
-    """One region, some peers, and the dictionary that they should look like."""
+    """One region, some peers, and the dictionary that each of them must equal."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -110,7 +110,7 @@ class Machine(RuleBasedStateMachine):
         return peer.run(walk)
 
     def ready(self, peer: Peer, op: Op) -> Callable[[Filesystem], object]:
-        """The operation on a mount, with everything looked up beforehand, as the kernel does."""
+        """Return the operation on a mount; it looks everything up first, as the kernel does."""
         ino = self.ino(peer, op.node)
         ino2 = self.ino(peer, op.node2) if op.node2 >= 0 else 0
         if op.kind in ("write", "append"):
@@ -134,7 +134,7 @@ class Machine(RuleBasedStateMachine):
         return calls[op.kind]
 
     def perform(self, peer: Peer, call: Callable[[Filesystem], object]) -> bool | None:
-        """Whether it succeeded; None when there was no space (nothing may have changed then)."""
+        """Return whether it succeeded; None for NoSpace, after which nothing may have changed."""
         try:
             result = peer.run(call)
         except NoSpace:
@@ -147,14 +147,14 @@ class Machine(RuleBasedStateMachine):
         return True
 
     def close_temporary(self) -> None:
-        """Close what operations opened for themselves."""
+        """Close the files that operations opened."""
         for peer, handle, node in self.held:
             if node < 0 and peer in self.peers:
                 peer.run(lambda fs: fs.release(handle))  # noqa: B023
         self.held = [h for h in self.held if h[2] >= 0]
 
     def picked(self, wish: Wish) -> Op | None:
-        """An operation about things that there are, or None when there is nothing for it."""
+        """Return the operation on existing nodes, or None when the model has none for it."""
         linked = sorted(self.model.linked())
         wanted = "dir" if wish.kind in FOLDER_OPS else "file"
         nodes = [n for n in linked if self.model.nodes[n].kind == wanted]
@@ -198,7 +198,7 @@ class Machine(RuleBasedStateMachine):
         self.compare(wish.a)
 
     def settle_by_looking(self, candidates: list[Model]) -> None:
-        """Take for the model whichever of `candidates` the region shows."""
+        """Replace the model by the one of `candidates` that the region shows."""
         shown = self.peers[0].run(real_tree)
         fitting = [model for model in candidates if model.tree() == shown]
         assert fitting, f"the tree is none of {len(candidates)} that it could be"
@@ -206,7 +206,7 @@ class Machine(RuleBasedStateMachine):
 
     @rule(at=peers, wish=wishes, event=events, known=st.booleans())
     def die(self, at: int, wish: Wish, event: int, known: bool) -> None:
-        """A peer dies in the middle; another process takes its place."""
+        """A peer dies in the middle of an operation; another process continues as that peer."""
         op = self.picked(wish)
         if op is None or len(self.unburied) >= 3:
             return
@@ -250,7 +250,7 @@ class Machine(RuleBasedStateMachine):
     def pause(
         self, at: int, wish: Wish, wish2: Wish, event: int, loads: bool, upkeep: bool
     ) -> None:
-        """A peer stands still in the middle while another one works: as if one came first."""
+        """A peer pauses in an operation while another one works; some order gives the result."""
         sleeper, worker = self.peers[at], self.peers[(at + 1) % PEERS]
         first, second = self.picked(wish), self.picked(wish2)
         if first is None or second is None:

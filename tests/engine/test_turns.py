@@ -1,5 +1,5 @@
-"""No operation computes for long: what each turn of each may cost, on a region that is large in
-every way.  Work is counted as the store counts it, in nodes: see `shm/published.py`."""
+"""Every turn is bounded: what each turn of each operation may cost on a region that is large in
+every way.  The unit is that of the store, a node: see `shm/published.py`."""
 
 from __future__ import annotations
 
@@ -41,19 +41,19 @@ from tests.support.figures import Figures
 from tests.support.regions import ROOT, TestRegion, get, new_region, put
 from tests.support.turns import Cost, cost_of, finish
 
-NODE = 1 + READ_COST  # of a node that is read
+NODE = 1 + READ_COST  # the cost of reading one node
 LOOK = 12 * NODE  # the way to an inode, and through a directory of three levels
 CHANGE = 3 * LOOK  # three such ways, each also looked at when its nodes are replaced
 DATA = CHANGE + 24 * NODE  # 1 MiB in blocks of 1 KiB has 17 index nodes
-PIECE = RELEASED_AT_ONCE * NODE  # released after the commit; blocks of data are not nodes
+PIECE = RELEASED_AT_ONCE * NODE  # released after the commit; data blocks do not count
 MIB = 1 << 20
 HUGE = 1 << 60  # bytes of a file
 CROWD, ATTRIBUTES, ORPHANS, SILENT = 3000, 3000, 40, 40
 PATH = b"user.%04d"
 
-#: Done to the end by whoever has nobody waiting for it: a command, a daemon that ends, a test.
+#: Operations without turns, for callers that serve no requests: commands, unmount, tests.
 WHOLE = {"mount", "unmount", "collect", "reap"}
-#: Parts of operations, and what is no operation.
+#: Attributes that are not operations, or are parts of operations.
 PARTS = {
     "commit_word",
     "is_open",
@@ -67,7 +67,7 @@ PARTS = {
 
 
 class Scene:
-    """A region that is large in every way, and what stands where in it."""
+    """A region that is large in every way, with the inode numbers of its contents."""
 
     def __init__(self, made: TestRegion) -> None:
         self.made = made
@@ -120,7 +120,7 @@ def scene() -> Iterator[Scene]:
 
 @pytest.fixture
 def cold(scene: Scene) -> Iterator[Filesystem]:
-    """A mount that knows nothing yet."""
+    """A mount with an empty cache."""
     fs = scene.made.mount()
     yield fs
     fs.unmount()
@@ -135,7 +135,7 @@ def opened(fs: Filesystem, ino: int, call: Callable[..., object], flags: int = o
 
 
 class Row(NamedTuple):
-    """An operation, what one turn of it may cost, how many turns it may take, and one example."""
+    """An operation, the maximum cost of a turn, the maximum number of turns, and an example."""
 
     operation: str
     bound: int
@@ -162,7 +162,7 @@ def _copied(fs: Filesystem, s: Scene) -> object:
 
 
 def _listed(fs: Filesystem, s: Scene) -> object:
-    """What one look finds; a request may ask for several."""
+    """Read one look's entries; a request may take several looks."""
     return len(list(fs.readdir(fs.opendir(s.crowd), 2, 1)))
 
 
@@ -272,7 +272,7 @@ def test_a_listing_goes_on_where_a_request_ended(
 
 
 def pieces(fs: Filesystem) -> list[Cost]:
-    """The pieces of work that there are, each as a cost."""
+    """Return the cost of each piece of work until there is none left."""
     found = [cost_of(fs, fs.tick)]
     while found[-1].result is True:
         found.append(cost_of(fs, fs.work))
@@ -289,7 +289,7 @@ def roomy() -> Iterator[TestRegion]:
 
 @pytest.fixture
 def tight() -> Iterator[Filesystem]:
-    """A mount of a region that is full but for some blocks, most of them one file's."""
+    """Mount a region with few free blocks, of which one file has most."""
     with new_region(4 * MIB, block_size=1024) as made:
         fs = made.mount()
         handle, _ = fs.create(ROOT_INO, b"full", 0o644, os.O_RDWR, ROOT)
@@ -323,7 +323,7 @@ def test_overwriting_with_little_room_takes_turns(tight: Filesystem) -> None:
         assert get(fs, ROOT_INO, b"full")[5 : 5 + so_far] == content[:so_far]
         assert so_far > turns[-1]
         turns.append(so_far)
-        request[:] = bytes(MIB)  # another request comes in the same place
+        request[:] = bytes(MIB)  # the next request reuses the buffer
     assert turns[-1] == MIB
     assert len(turns) > 3
     assert _commits(fs) - began <= PIECES_AT_ONCE * len(turns)
@@ -331,7 +331,7 @@ def test_overwriting_with_little_room_takes_turns(tight: Filesystem) -> None:
 
 
 def _one_turn(call: Callable[[], Any]) -> tuple[Callable[[], object] | None, Any]:
-    """How a write goes on after a turn, None when it has ended, and how much is written."""
+    """Return how a write continues after a turn (None: it ended), and how many bytes it wrote."""
     try:
         return None, call()
     except Unfinished as turn:
@@ -350,7 +350,7 @@ def test_a_write_that_was_begun_is_short_when_the_rest_fails(tight: Filesystem) 
 
 
 def test_a_write_that_was_begun_waits_for_others() -> None:
-    """Who is told Busy in the middle neither writes anything twice nor ends early."""
+    """A write that gets Busy between pieces writes nothing twice and does not end early."""
     stored, busy = list[bytes](), [False, True, False, True, True, False]
 
     def store(_at: int, piece: Buffer) -> None:
@@ -382,7 +382,7 @@ def large() -> Iterator[TestRegion]:
 
 
 def _claim_all_but(fs: Filesystem, left: int) -> bytes:
-    """Claims of nobody's, under a tag that is not settled, as those of a silent peer are."""
+    """Claim blocks under a tag that is not settled, as a silent peer has them."""
     blocks = fs.store.blocks
     claims, _ = blocks.claim(blocks.free_count() - left, fs._volume.joined().begin(), 0)
     return claims
@@ -404,7 +404,7 @@ def test_free_blocks_are_counted_in_turns(large: TestRegion) -> None:
 
 
 def test_a_count_hides_no_block_that_is_freed_meanwhile(large: TestRegion) -> None:
-    """Whichever turn it is in: what looks full because of the past would be a wrong ENOSPC."""
+    """At every turn of the count: an outdated count must not cause ENOSPC."""
     fs, other = large.mount(), large.mount()
     claims = _claim_all_but(other, 5000)
     used, size = fs.view().root.record.used, 16 * 3000
@@ -420,7 +420,7 @@ def test_a_count_hides_no_block_that_is_freed_meanwhile(large: TestRegion) -> No
 
 
 def test_a_full_large_region_is_full_in_turns(large: TestRegion) -> None:
-    """Each turn is bounded while a write finds out that there is no room."""
+    """Each turn of a write that ends with NoSpace is bounded."""
     fs, other = large.mount(), large.mount()
     handle, _ = fs.create(ROOT_INO, b"file", 0o644, os.O_RDWR, ROOT)
     fs.write(handle, 0, bytes(4 * 1024))
@@ -452,7 +452,7 @@ def test_a_large_file_is_released_in_pieces(roomy: TestRegion) -> None:
 
 
 def test_what_waits_to_be_released_is_room(roomy: TestRegion) -> None:
-    """For the mount that removed it at once, and for others when they look for what was lost."""
+    """The mount that removed a file finds its blocks at once, others when they collect."""
     fs, other = roomy.mount(), roomy.mount()
     for mount in (fs, other):
         ino = put(fs, ROOT_INO, b"large", b"").ino
@@ -485,7 +485,7 @@ def test_what_a_dead_mount_had_to_release_is_collected(roomy: TestRegion) -> Non
 
 
 def test_a_sleeper_releases_nothing_that_is_used_again(roomy: TestRegion) -> None:
-    """It wakes up with blocks to release that were collected, and claimed by others, meanwhile."""
+    """It wakes with blocks in its queue that others have collected and claimed meanwhile."""
     fs, other = roomy.mount(), roomy.mount()
     Scene._full(fs, b"full")
     fs.unlink(ROOT_INO, b"full", ROOT)
@@ -570,7 +570,7 @@ def test_a_piece_of_a_collection_is_bounded(scene: Scene, cold: Filesystem) -> N
 def test_a_collection_that_found_no_root_is_not_over(
     roomy: TestRegion, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Others may commit faster than it can read: it tries again."""
+    """Others may commit faster than it reads; then it starts again."""
     fs = roomy.mount()
     assert fs._volume.member is not None
     tag = fs._volume.member.begin()
@@ -586,7 +586,7 @@ def test_a_collection_that_found_no_root_is_not_over(
 
 
 def test_filling_goes_on_beside_a_writer(roomy: TestRegion) -> None:
-    """Who is told Busy before each turn still keeps what it has filled."""
+    """Busy before each turn does not undo what earlier turns filled."""
     fs, other = roomy.mount(), roomy.mount()
     handle, attr = fs.create(ROOT_INO, b"file", 0o644, os.O_RDWR, ROOT)
     call: Callable[[], object] = lambda: fs.fallocate(handle, 0, 0, 4 * MIB)  # noqa: E731
@@ -621,7 +621,7 @@ def test_pins_are_let_go_some_at_a_time(roomy: TestRegion) -> None:
 
 
 class Crowd:
-    """A mount beside many silent peers, and how often one of them was looked for."""
+    """A mount beside many silent peers; it counts the checks of their processes."""
 
     def __init__(self, made: TestRegion, monkeypatch: pytest.MonkeyPatch) -> None:
         self.fs = made.mount()
@@ -650,7 +650,7 @@ def crowded(monkeypatch: pytest.MonkeyPatch) -> Iterator[Crowd]:
 
 
 def test_who_is_gone_is_decided_some_at_a_time(crowded: Crowd) -> None:
-    """All have their turn within one round, also the one that is asked last."""
+    """One round decides about each silent peer, including the last one."""
     fs = crowded.fs
     crowded.gone = {min(crowded.nonces), max(crowded.nonces)}
     for _ in range(RETIRE_TICKS):
@@ -668,7 +668,7 @@ def test_who_is_gone_is_decided_some_at_a_time(crowded: Crowd) -> None:
 
 
 def test_a_request_looks_for_nobody(crowded: Crowd) -> None:
-    """It asks the upkeep to, which does so at its next tick."""
+    """A change without space makes the upkeep decide at its next tick."""
     fs = crowded.fs
     dead = crowded.members[0]
     fs.store.blocks.claim(fs.store.blocks.free_count() - 1, dead.begin(), 0)
@@ -702,7 +702,7 @@ def test_moving_below_very_many_directories(roomy: TestRegion) -> None:
 
 @pytest.mark.parametrize("warm", [False, True])
 def test_exchanging_below_very_many_directories(roomy: TestRegion, warm: bool) -> None:
-    """It visits more nodes than any other operation, and reads none of them again."""
+    """Such a rename visits more nodes than any other operation, and reads each of them once."""
     fs = roomy.mount()
     places = []
     for top in (b"one", b"other"):
@@ -722,7 +722,7 @@ def test_exchanging_below_very_many_directories(roomy: TestRegion, warm: bool) -
 
 
 def test_a_cache_that_is_too_small_for_an_operation(roomy: TestRegion) -> None:
-    """A change that needs several turns still gets further in each."""
+    """A change of several turns makes progress in each, also with a cache that is too small."""
     fs = roomy.mount()
     deep = Scene._deep(fs, DEPTH_MAX - 10)
     fs.mkdir(ROOT_INO, b"moved", 0o755, ROOT)
@@ -738,7 +738,7 @@ def test_a_cache_that_is_too_small_for_an_operation(roomy: TestRegion) -> None:
 
 @pytest.mark.long
 def test_by_the_clock(figures: Figures) -> None:
-    """What the slowest turn takes on a region of 16 GiB, of which 2 GiB are used."""
+    """Measure the slowest turn on a region of 16 GiB of which 2 GiB are used."""
     slowest = 0.0
 
     def timed(call: Callable[[], object]) -> None:

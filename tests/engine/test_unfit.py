@@ -1,4 +1,4 @@
-"""A mapping whose compare-and-swap does not work is read, never written."""
+"""A mount only reads through a mapping whose compare-and-swap does not work."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What callers get of things that are removed between looking them up and using them."""
+"""What callers get for an inode that is removed between its look-up and its use."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_a_file_that_another_mount_removed_is_stale(fs: Filesystem, other: Files
 def test_a_directory_that_another_mount_removed(
     fs: Filesystem, other: Filesystem, found: str
 ) -> None:
-    """Whoever has just been told of it sees it empty and without links, never ESTALE."""
+    """A caller that has looked it up sees it empty and without links, not ESTALE."""
     maker = fs if found == "made" else other
     made = maker.mkdir(ROOT_INO, b"dir", 0o750, ROOT)
     if found == "looked up":
@@ -87,7 +87,7 @@ def test_ghosts_are_few(fs: Filesystem, monkeypatch: pytest.MonkeyPatch) -> None
 def test_the_second_walk_of_a_path_cannot_fail(
     fs: Filesystem, other: Filesystem, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """After one ESTALE, what is looked up stays until it is opened, whoever replaces the name."""
+    """After an ESTALE, a looked-up file exists until it is opened, also if its name is replaced."""
     attr = put(fs, ROOT_INO, b"file", b"one")
     put(other, ROOT_INO, b"file2", b"two")
     assert fs.lookup(ROOT_INO, b"file").ino == attr.ino
@@ -102,7 +102,7 @@ def test_the_second_walk_of_a_path_cannot_fail(
     fs.release(handle)
 
     monkeypatch.setattr("time.monotonic", lambda: float(10**9))
-    fs.tick()  # the moment is over, and so is the file
+    fs.tick()  # the pin's time is over, and the file is freed
     fails(errno.ESTALE, lambda: fs.getattr(again.ino))
     other.unlink(ROOT_INO, b"file", ROOT)
     assert_adds_up(fs)

@@ -1,4 +1,4 @@
-"""Privileges that a file loses when its contents or its owner change.
+"""Credentials of callers: they decide which privileges a change takes from a file.
 
     capabilities       go with every change of contents, owner or group
     set-user-ID        goes when an unprivileged caller changes the file
@@ -20,8 +20,8 @@ from ivshmemfs.engine.inode import Context, Inode
 from ivshmemfs.engine.transaction import Transaction
 
 
-class Privileges:
-    """Decides what a caller's change takes from a file."""
+class Credentials:
+    """Decides, by the caller's credentials, what a change takes from a file."""
 
     def __init__(self) -> None:
         self.groups_of: Callable[[int], Collection[int]] = _no_groups
