@@ -32,7 +32,7 @@ from ivshmemfs.format.peer import INTENT_OFFSET, SLOT_SIZE
 from ivshmemfs.fsck import invariants as inv
 from ivshmemfs.fsck.graph import DIRECTORY, ORPHANS, Entry, Graph
 from ivshmemfs.fsck.image import Overtaken
-from ivshmemfs.fsck.mend import Mended
+from ivshmemfs.fsck.mend import UNKNOWN_SIZE, Mended
 from ivshmemfs.fsck.survey import SIZE, pointers_in
 from ivshmemfs.region import crc32c
 from ivshmemfs.shm.repair import Turn
@@ -288,7 +288,7 @@ class Builder:
     def _map(self, ino: int, record: InodeRecord, slots: bytes) -> tuple[bytes, int]:
         """(block map, size) of a file."""
         size = self.image.block_size
-        unknown = record.size >= inv.MAX_SIZE
+        unknown = record.size == UNKNOWN_SIZE
         limit = 1 << 64 if unknown else -(-record.size // size)
         self._lost, self._anew, self._leaf_at = 0, 0, {}
         new = self._slots_of(slots, record.height, ino, 0, limit)
@@ -298,7 +298,7 @@ class Builder:
             self.log.add(f"inode {ino}: {self._lost} pieces of its contents are lost, now zeros")
         length = record.size
         if unknown:
-            length = min((max(self._leaf_at, default=-1) + 1) * size, inv.MAX_SIZE)
+            length = min((max(self._leaf_at, default=-1) + 1) * size, ino_format.MAX_FILE_SIZE)
             self.log.add(f"inode {ino}: its size was impossible; now {length}")
         for index, block in self._leaf_at.items():
             if length % size and index == length // size:
