@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from ivshmemfs.engine import data, directory, holes, names, xattr
+from ivshmemfs.engine import data, directory, holes, names, privileges, xattr
 from ivshmemfs.engine.directory import Dirent
 from ivshmemfs.engine.inode import MAX_RDEV, TARGET_MAX, Attr, Context, Inode, StatFs, attributes
 from ivshmemfs.engine.mount import ATTEMPTS, Mount
@@ -20,6 +20,7 @@ from ivshmemfs.engine.pieces import Pieces
 from ivshmemfs.engine.transaction import Transaction, View
 from ivshmemfs.errors import Busy, Corrupt, FsError, NoSpace, StaleHandle, Unfinished
 from ivshmemfs.format.dirent import NAME_MAX, TYPE_SHIFT
+from ivshmemfs.format.inode import MAX_FILE_SIZE
 
 if TYPE_CHECKING:
     from ivshmemfs.region import Region
@@ -322,9 +323,9 @@ class Filesystem(Mount):
                 inode = self._resized(tx, inode, size, ctx)
             if uid is not None or gid is not None:
                 sheds, outsider = not inode.is_dir, self._outsider(inode, ctx)
-                inode = _without_privileges(tx, inode, unprivileged=sheds, outsider=outsider)
+                inode = privileges.shed(tx, inode, unprivileged=sheds, outsider=outsider)
             if kept is not None:
-                changes["mode"] = inode.record.mode & (kept | ~names.PRIVILEGES)
+                changes["mode"] = inode.record.mode & (kept | ~privileges.SET_ID_BITS)
             return self._attr(tx.put(_changed(inode, changes, tx.now)))
 
         try:
@@ -347,18 +348,16 @@ class Filesystem(Mount):
         else:
             inode = data.truncate(tx, inode, size)
         outsider = self._outsider(inode, ctx)
-        return _without_privileges(
-            tx, inode, unprivileged=self._sheds(inode, ctx), outsider=outsider
-        )
+        return privileges.shed(tx, inode, unprivileged=self._sheds(inode, ctx), outsider=outsider)
 
     def _sheds(self, inode: Inode, ctx: Context) -> bool:
         """Whether `inode` has set-ID bits, which go when `ctx` changes its contents."""
-        return bool(inode.record.mode & names.PRIVILEGES) and not self.keeps_set_id(ctx)
+        return bool(inode.record.mode & privileges.SET_ID_BITS) and not self.keeps_set_id(ctx)
 
     def _outsider(self, inode: Inode, ctx: Context | None) -> bool:
         """Whether a set-group-ID of a file that is no program goes, too, when `ctx` changes it."""
         record = inode.record
-        if ctx is None or record.mode & names.SET_GROUP_ID != stat.S_ISGID:
+        if ctx is None or not privileges.group_bit_alone(record.mode):
             return False
         if self.keeps_set_id(ctx):
             return False
@@ -609,7 +608,7 @@ class Filesystem(Mount):
             sheds, outsider = handle.unprivileged, handle.outsider
         else:
             sheds, outsider = self._sheds(inode, ctx), self._outsider(inode, ctx)
-        return _without_privileges(tx, inode, unprivileged=sheds, outsider=outsider)
+        return privileges.shed(tx, inode, unprivileged=sheds, outsider=outsider)
 
     def read_to(self, handle: Handle, offset: int, length: int, file: int) -> int:
         """Copy up to `length` bytes, all of one moment, to the same place in an open local file.
@@ -652,7 +651,7 @@ class Filesystem(Mount):
         if mode not in (0, KEEP_SIZE, PUNCH_HOLE | KEEP_SIZE, ZERO_RANGE, ZERO_RANGE | KEEP_SIZE):
             raise FsError(errno.EOPNOTSUPP)
         end = offset + length
-        if end > data.MAX_SIZE:
+        if end > MAX_FILE_SIZE:
             raise FsError(errno.EFBIG)
         grow = not mode & KEEP_SIZE
         if mode & (PUNCH_HOLE | ZERO_RANGE):
@@ -824,15 +823,3 @@ def _is_root(ctx: Context) -> bool:
 
 def _no_groups(_pid: int) -> Collection[int]:
     return ()
-
-
-def _without_privileges(
-    tx: Transaction, inode: Inode, *, unprivileged: bool, outsider: bool
-) -> Inode:
-    """What a change of contents or owner leaves: no capabilities, no set-ID of the unprivileged."""
-    record = inode.record
-    if record.xattr_size:
-        inode = xattr.without_capability(tx, inode)
-    if unprivileged and record.mode & names.PRIVILEGES:
-        inode = names.without_privileges(inode, outsider=outsider)
-    return inode

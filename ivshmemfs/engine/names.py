@@ -15,6 +15,7 @@ from typing import Any
 from ivshmemfs.engine import data, directory
 from ivshmemfs.engine.directory import Dirent, LeafPosition
 from ivshmemfs.engine.inode import TARGET_MAX, Context, Inode
+from ivshmemfs.engine.privileges import SET_ID_BITS
 from ivshmemfs.engine.transaction import Transaction, View
 from ivshmemfs.errors import Corrupt, FsError
 from ivshmemfs.format.inode import INODE, ORPHANS_INO, ROOT_INO, InodeRecord
@@ -22,8 +23,6 @@ from ivshmemfs.format.inode import INODE, ORPHANS_INO, ROOT_INO, InodeRecord
 RENAME_NOREPLACE, RENAME_EXCHANGE, RENAME_WHITEOUT = 1, 2, 4
 LINK_MAX = (1 << 31) - 1
 DEPTH_MAX = 1000  # directories above a place to which a directory may be moved
-PRIVILEGES = stat.S_ISUID | stat.S_ISGID
-SET_GROUP_ID = stat.S_ISGID | stat.S_IXGRP  # both: of a program; the first alone: of another file
 _BLANK = INODE.unpack(bytes(INODE.size))._replace(blocks=1)
 
 
@@ -71,17 +70,6 @@ def _vacant(view: View, parent: int, name: bytes) -> tuple[Inode, LeafPosition]:
 
 def _kind(inode: Inode) -> int:
     return inode.record.mode >> 12 & 0o17
-
-
-def without_privileges(inode: Inode, *, outsider: bool) -> Inode:
-    """As write(2) by an ordinary user leaves it: no set-user-ID, no set-group-ID of a program.
-
-    After an outsider, who is not in the group of the file, no set-group-ID of any file.
-    """
-    mode = inode.record.mode & ~stat.S_ISUID
-    if outsider or mode & stat.S_IXGRP:
-        mode &= ~stat.S_ISGID
-    return inode.evolve(mode=mode) if mode != inode.record.mode else inode
 
 
 def plainly_permitted(folder: Inode, inode: Inode, flags: int, ctx: Context) -> bool:
@@ -154,7 +142,7 @@ def make(
 
 def mkdir(tx: Transaction, parent: int, name: bytes, mode: int, ctx: Context) -> Inode:
     """A new directory; raises EEXIST."""
-    keep = stat.S_IMODE(mode) & ~PRIVILEGES
+    keep = stat.S_IMODE(mode) & ~SET_ID_BITS
     return make(tx, parent, name, stat.S_IFDIR | keep, ctx, parent=parent, nlink=2)
 
 

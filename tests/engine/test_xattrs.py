@@ -11,8 +11,8 @@ import pytest
 
 from ivshmemfs.engine import ROOT_INO, Filesystem
 from ivshmemfs.engine.xattr import (
+    CACHED_FROM,
     CREATE,
-    REMEMBERED,
     REPLACE,
     Table,
     _stored,
@@ -164,7 +164,7 @@ def test_thousands_are_decoded_once(roomy: TestRegion, monkeypatch: pytest.Monke
     wanted = many(2000)
     for name, value in wanted.items():
         fs.setxattr(ino, name, value, 0, ROOT)
-    large = sum(1 for size in decoded if size > REMEMBERED)
+    large = sum(1 for size in decoded if size > CACHED_FROM)
     assert large == 0, "what this mount has set it knows"
     decoded.clear()
     for at, (name, value) in enumerate(wanted.items()):
