@@ -116,7 +116,7 @@ def leaf_after(view: View, inode: Inode, key: int) -> list[Dirent]:
     # A bound is the lowest key of its leaf, and "after" is exclusive.
     found = _entries_after(btree.descend(view, inode, key)[1], key - 1)
     if not found:
-        raise Corrupt(f"directory {inode.ino}: no name stands behind the bound {key:#x}")
+        raise Corrupt(f"directory {inode.ino}: no name follows the bound {key:#x}")
     return found
 
 
