@@ -83,7 +83,7 @@ class Builder:
         self._room = self.survey.owners.count(0)
         self._free = self._unused()
         self._retired: list[int] = []
-        self.crowded = False
+        self.overwrites = False
         self._leaf_at: dict[int, int] = {}
         self._lost = 0
         self._anew = 0
@@ -173,7 +173,7 @@ class Builder:
                 raise NoSpace(
                     "the region is too full to store what must be made anew: nothing was changed"
                 )
-            block, self.crowded = self._retired.pop(), True
+            block, self.overwrites = self._retired.pop(), True
         header = HeaderRecord(0, kind, level, count, HEADER_SIZE + len(body), owner, self.tag)
         raw = HEADER.pack(header) + body
         self.nodes[block] = crc32c(raw[4:]).to_bytes(4, "little") + raw[4:]
