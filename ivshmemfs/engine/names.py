@@ -365,7 +365,9 @@ def _forbid_cycle(view: View, ino: int, folder: int) -> None:
         if folder in seen:
             raise Corrupt(f"directory {folder}: its parents form a ring")
         if len(seen) >= DEPTH_MAX:
-            raise FsError(errno.ENAMETOOLONG, f"the new place is below more than {DEPTH_MAX} directories")
+            raise FsError(
+                errno.ENAMETOOLONG, f"the new place is below more than {DEPTH_MAX} directories"
+            )
         seen.add(folder)
         folder = view.directory(folder).record.parent
 
