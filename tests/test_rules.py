@@ -114,11 +114,11 @@ def _classes() -> dict[str, set[str]]:
 
 
 CLASSES = _classes()
-MODULES: dict[str, set[str]] = {}
+BY_MODULE: dict[str, set[str]] = {}
 for _path, _tree in TREES.items():
     _stem = _path.parent.name if _path.stem == "__init__" else _path.stem
-    MODULES.setdefault(_stem, set()).update(_defined(_tree.body))
-TOP = set().union(*MODULES.values())
+    BY_MODULE.setdefault(_stem, set()).update(_defined(_tree.body))
+TOP = set().union(*BY_MODULE.values())
 # Chains of attributes in the code, such as "view.nodes", and each of them without `self`.
 CHAINS = {
     ast.unparse(node).removeprefix("self.")
@@ -165,7 +165,7 @@ def _resolves(name: str) -> bool:
         return True
     if first in CLASSES:
         return rest[0] in CLASSES[first]
-    if rest[0] not in MODULES.get(first, ()):
+    if rest[0] not in BY_MODULE.get(first, ()):
         return False
     return len(rest) == 1 or _resolves(".".join(rest))
 

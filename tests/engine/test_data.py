@@ -1,4 +1,4 @@
-"""File data: inline, in blocks, with holes, at huge offsets; always against a plain bytearray."""
+"""File data: inline, in blocks, with holes, at huge offsets, compared with a bytearray."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def payload(fs: Filesystem, ino: int) -> tuple[int, int]:
 
 
 def edges(block: int) -> list[int]:
-    """Sizes around which something changes."""
+    """Return sizes on both sides of each limit of the representation."""
     inline = fmt.payload_capacity(block)
     around = (1, inline, block, 2 * block, 5 * block)
     return sorted({max(size + off, 0) for size in around for off in (-1, 0, 1)})
@@ -41,7 +41,7 @@ def test_written_is_read_on_every_mount(fs: Filesystem, other: Filesystem) -> No
 
 
 def test_every_size_to_every_size(fs: Filesystem) -> None:
-    """Truncating and growing between all interesting sizes keeps bytes and shows zeros."""
+    """A truncation and a growth between any two sizes keep bytes and read zeros."""
     sizes = edges(fs.block_size)
     content = os.urandom(max(sizes))
     for old in sizes:
@@ -167,7 +167,7 @@ def test_beyond_the_largest_size(fs: Filesystem) -> None:
 
 
 def test_maps_grow_and_are_cut(roomy: TestRegion) -> None:
-    """A file of thousands of blocks, cut at every kind of place."""
+    """A file of thousands of blocks, cut at and beside node boundaries."""
     fs = roomy.mount()
     handle, attr = fs.create(ROOT_INO, b"file", 0o644, os.O_RDWR, ROOT)
     free, block = free_blocks(fs), fs.block_size
@@ -209,7 +209,7 @@ def test_sparse_blocks_come_and_go(roomy: TestRegion) -> None:
 
 
 def test_a_read_is_of_one_moment(fs: Filesystem, other: Filesystem) -> None:
-    """Whatever is read was the whole file at some time, also when it is rewritten meanwhile."""
+    """A read returns the file of one moment, even while another mount rewrites it."""
     size = 6 * fs.block_size
     put(fs, ROOT_INO, b"file", b"a" * size)
     handle = other.open(other.lookup(ROOT_INO, b"file").ino, os.O_RDONLY, ROOT)

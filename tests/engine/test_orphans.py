@@ -1,4 +1,4 @@
-"""Unlinked but open files, whichever mount unlinks and whichever holds open."""
+"""Unlinked but open files: any mount unlinks, any mount has them open."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ def test_hundreds_of_orphans(roomy: TestRegion) -> None:
 
 
 def test_files_of_one_filter_bit(fs: Filesystem, other: Filesystem) -> None:
-    """Two open files may share a bit; closing one keeps the other listed."""
+    """Two open files may share a bit of the open filter; a close of one keeps it set."""
     one = put(fs, ROOT_INO, b"one", b"1")
     assert fs._member is not None
     index = fs._member._index(one.ino)
@@ -132,14 +132,14 @@ def test_files_of_one_filter_bit(fs: Filesystem, other: Filesystem) -> None:
     fs.release(handles[0])
     other.unlink(ROOT_INO, b"two", ROOT)
     assert fs.getattr(two.ino).nlink == 0
-    other.unlink(ROOT_INO, b"one", ROOT)  # kept by the shared bit until it is cleared
+    other.unlink(ROOT_INO, b"one", ROOT)  # the shared bit keeps it until the bit is clear
     fs.release(handles[1])
     ticks(other)
     assert orphans(fs) == 0
 
 
 def test_opening_and_unlinking_at_once(made: TestRegion) -> None:
-    """Wherever the opener is stopped, either it gets ESTALE or the file stays readable."""
+    """An unlink at each step of an open: the opener gets ESTALE or a readable file."""
     opened = refused = 0
     for after in range(60):
         fs, other = made.mount(), made.mount()
@@ -168,7 +168,7 @@ def test_opening_and_unlinking_at_once(made: TestRegion) -> None:
 
 
 def test_unlinking_and_opening_at_once(made: TestRegion) -> None:
-    """The same with the unlinker stopped and the opener running in between."""
+    """An open at each step of an unlink: the opener gets ESTALE or a readable file."""
     opened = refused = 0
     for after in range(200):
         fs, other = made.mount(), made.mount()
@@ -203,7 +203,7 @@ def test_unlinking_and_opening_at_once(made: TestRegion) -> None:
 
 @pytest.mark.parametrize("size", [300, 20_000])
 def test_careful_look_ups_do_not_fill_the_region(made: TestRegion, size: int) -> None:
-    """While one mount looks up carefully, another may replace the file however often."""
+    """One mount looks up carefully while another replaces the file again and again."""
     fs, other = made.mount(), made.mount()
     gone = put(fs, ROOT_INO, b"gone", b"")
     fs.unlink(ROOT_INO, b"gone", ROOT)
@@ -220,5 +220,5 @@ def test_careful_look_ups_do_not_fill_the_region(made: TestRegion, size: int) ->
     other.unmount()
     ticks(fs)
     assert orphans(fs) == 0
-    assert fs.view().root.record.used <= used + 1  # the table of inodes may have got a level
+    assert fs.view().root.record.used <= used + 1  # the inode table may have one more level
     assert_adds_up(fs)

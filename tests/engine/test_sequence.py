@@ -1,4 +1,4 @@
-"""Numbers that wrap: that of commits, and the tags of claims."""
+"""Numbers that wrap: the sequence number of commits, and the tags of claims."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.support.regions import TestRegion, get, new_region, put
 
 
 def assert_numbered(fs: Filesystem) -> None:
-    """The root's number is the low part of the commit word that published it."""
+    """Check that the root's number equals the sequence number of its commit word."""
     view = fs.view()
     number = words.split_commit(view.word)[0]
     assert view.root.record.sequence & words.SEQUENCE_MASK == number
@@ -31,7 +31,7 @@ def test_fences_count_as_commits() -> None:
 
 
 def at_the_last_number(made: TestRegion) -> None:
-    """Set the number of the commit to the last one before it wraps."""
+    """Set the sequence number to the last one before it wraps."""
     memory = made.region().memory
     knife = Knife(memory)
     knife.edit_root(sequence=words.SEQUENCE_MASK)
@@ -39,7 +39,7 @@ def at_the_last_number(made: TestRegion) -> None:
 
 
 def test_the_commit_word_is_never_0() -> None:
-    """Which would say that there is no filesystem: the root of a new one is in block 0."""
+    """Commit word 0 means no filesystem; the root of a new filesystem is in block 0."""
     with new_region() as made:
         at_the_last_number(made)
         fs = made.mount()
@@ -63,7 +63,7 @@ def test_commits_go_on_when_their_number_wraps() -> None:
 
 
 def go_back_to(fs: Filesystem, incarnation: int, counter: int) -> None:
-    """The next claims bear the tags of an earlier transaction, as after 2^20 mounts of the slot."""
+    """Make the next claims use tags of an earlier transaction, as after 2^20 mounts."""
     member = fs._member
     assert member is not None
     member.incarnation, member.counter = incarnation, counter - 1
@@ -72,7 +72,7 @@ def go_back_to(fs: Filesystem, incarnation: int, counter: int) -> None:
 
 
 def replace_and_claim(tx: Transaction) -> None:
-    """Replace what was published, and own claims; the latter alone are used again."""
+    """Replace published blocks and own claims; only own claims return to the pool."""
     root = tx.root.pointer
     tx.space.replace(root)
     mine = tx.space.claim(1)
@@ -84,7 +84,7 @@ def replace_and_claim(tx: Transaction) -> None:
 
 
 def test_a_tag_that_came_back_is_no_claim() -> None:
-    """What was published under it is replaced; it is not written over before the commit."""
+    """A published block with a reused tag is not overwritten before the commit."""
     with new_region() as made:
         fs = made.mount()
         member = fs._member
@@ -101,13 +101,13 @@ def test_a_tag_that_came_back_is_no_claim() -> None:
         assert_adds_up(fs)
         assert get(made.mount(), 1, b"large") == b"l" * 9000
         assert get(made.mount(), 1, b"small") == b"s" * 100
-        go_back_to(fs, incarnation, counter + 2)  # fsck takes a tag of the future for damage
+        go_back_to(fs, incarnation, counter + 2)  # fsck takes a tag from the future for damage
         fs.unmount()
         assert_clean(made)
 
 
 def test_an_incarnation_begins_to_count_anywhere() -> None:
-    """So that one which comes back after 2^20 mounts does not bring back its tags."""
+    """A machine that returns after 2^20 mounts of its slot must not reuse its tags."""
     with new_region() as made:
         starts = set()
         for _ in range(20):
@@ -119,7 +119,7 @@ def test_an_incarnation_begins_to_count_anywhere() -> None:
 
 
 def test_a_plan_that_joins_again_releases_none_of_its_claims(fs: Filesystem) -> None:
-    """It was not this incarnation that ended the transaction: a collection decides."""
+    """Another incarnation ended the transaction, so a collection decides about its claims."""
     tags: list[tuple[int, int]] = []
 
     def plan(tx: Transaction) -> None:
