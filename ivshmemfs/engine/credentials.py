@@ -11,10 +11,9 @@ caller has one group, and only root keeps set-ID bits.
 
 from __future__ import annotations
 
-import stat
 from collections.abc import Callable, Collection
 
-from ivshmemfs.engine import names, xattr
+from ivshmemfs.engine import privileges
 from ivshmemfs.engine.handle import Handle
 from ivshmemfs.engine.inode import Context, Inode
 from ivshmemfs.engine.transaction import Transaction
@@ -30,7 +29,7 @@ class Credentials:
     def is_outsider(self, inode: Inode, ctx: Context | None) -> bool:
         """Whether a change by `ctx` takes set-group-ID from `inode`, which is not a program."""
         record = inode.record
-        if ctx is None or record.mode & names.SET_GROUP_ID != stat.S_ISGID:
+        if ctx is None or not privileges.group_bit_alone(record.mode):
             return False
         if self.keeps_set_id(ctx):
             return False
@@ -41,26 +40,22 @@ class Credentials:
     ) -> Inode:
         """Return `inode` as a write leaves it; without `ctx`, a write by the opener of `handle`."""
         if ctx is None:
-            return _without(tx, inode, handle.unprivileged, handle.outsider)
+            return privileges.shed(
+                tx, inode, unprivileged=handle.unprivileged, outsider=handle.outsider
+            )
         return self.after_resize(tx, inode, ctx)
 
     def after_resize(self, tx: Transaction, inode: Inode, ctx: Context) -> Inode:
         """Return `inode` as a change of contents by `ctx` leaves it."""
-        unprivileged = bool(inode.record.mode & names.PRIVILEGES) and not self.keeps_set_id(ctx)
-        return _without(tx, inode, unprivileged, self.is_outsider(inode, ctx))
+        bits = inode.record.mode & privileges.SET_ID_BITS
+        unprivileged = bool(bits) and not self.keeps_set_id(ctx)
+        outsider = self.is_outsider(inode, ctx)
+        return privileges.shed(tx, inode, unprivileged=unprivileged, outsider=outsider)
 
     def after_chown(self, tx: Transaction, inode: Inode, ctx: Context) -> Inode:
         """Return `inode` as a change of owner or group leaves it; directories keep set-ID bits."""
-        return _without(tx, inode, not inode.is_dir, self.is_outsider(inode, ctx))
-
-
-def _without(tx: Transaction, inode: Inode, unprivileged: bool, outsider: bool) -> Inode:
-    record = inode.record
-    if record.xattr_size:
-        inode = xattr.without_capability(tx, inode)
-    if unprivileged and record.mode & names.PRIVILEGES:
-        inode = names.without_privileges(inode, outsider=outsider)
-    return inode
+        outsider = self.is_outsider(inode, ctx)
+        return privileges.shed(tx, inode, unprivileged=not inode.is_dir, outsider=outsider)
 
 
 def _is_root(ctx: Context) -> bool:

@@ -1,10 +1,10 @@
-"""File data: reading, writing and truncating, all within one view or one transaction.
+"""File data: reads, writes and truncations within one view or one transaction.
 
-    EMPTY   no bytes (or a hole of `size` bytes, once a size was set)
-    INLINE  all bytes stand in the inode block; the file is as long as the payload
-    MAP     a tree of data blocks; missing blocks are holes
+    EMPTY   no bytes, or a hole of `size` bytes
+    INLINE  all bytes are in the inode block; the payload is as long as the file
+    MAP     a radix tree of data blocks; missing blocks are holes
 
-Bytes behind the end of the file within its last block are zero, so that growing it shows zeros.
+Bytes of the last block behind the end of the file are zero, so a longer file reads zeros there.
 """
 
 from __future__ import annotations
@@ -13,26 +13,25 @@ import errno
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Final
+from typing import Any
 
 from ivshmemfs.engine import radix
 from ivshmemfs.engine.inode import Inode
 from ivshmemfs.engine.radix import NULL, SIZE, RadixTree
-from ivshmemfs.engine.transaction import Transaction, View
+from ivshmemfs.engine.transaction import BlockCount, Transaction, View
 from ivshmemfs.errors import FsError
 from ivshmemfs.format import inode as fmt
 from ivshmemfs.format import node as node_format
 
-MAX_SIZE: Final = (1 << 62) - 1
 Buffer = bytes | bytearray | memoryview
 
 
 def read(
     view: View, inode: Inode, offset: int, length: int, into: memoryview | None = None
 ) -> Buffer:
-    """Up to `length` bytes from `offset`; fewer at the end of the file.
+    """Return up to `length` bytes from `offset`; fewer at the end of the file.
 
-    `into` is room for them; what is returned is then part of it, or bytes.
+    `into` is a buffer of at least `length` bytes.  The result is a part of it, or other bytes.
     """
     record = inode.record
     length = min(length, record.size - offset)
@@ -51,10 +50,10 @@ def read(
 
 
 def read_to(view: View, inode: Inode, offset: int, length: int, file: int) -> int:
-    """Copy up to `length` bytes to the same place in an open file; how many there were.
+    """Copy up to `length` bytes to the same offset in an open local file; return their number.
 
-    Whatever is raised, what stands there then is of no use.  Raises FsError for what goes wrong
-    with the file as well.
+    After an error, the file's contents there are undefined.  Raises FsError for errors of the file
+    as well.
     """
     record = inode.record
     length = max(min(length, record.size - offset), 0)
@@ -75,7 +74,7 @@ def read_to(view: View, inode: Inode, offset: int, length: int, file: int) -> in
 
 @contextmanager
 def _about_file() -> Iterator[None]:
-    """What goes wrong with the file is not about the region."""
+    """Turn an OSError of the local file into FsError, which does not blame the region."""
     try:
         yield
     except OSError as error:
@@ -83,18 +82,19 @@ def _about_file() -> Iterator[None]:
 
 
 def _capacity(tx: Transaction, inode: Inode) -> int:
+    """Return how many bytes of payload the inode block holds."""
     return fmt.payload_capacity(tx.block_size) - len(inode.xattr)
 
 
 def slots(tx: Transaction, inode: Inode) -> int:
-    """How many top slots of a block map fit the inode."""
+    """Return how many top slots of a block map the inode block holds."""
     return _capacity(tx, inode) // SIZE
 
 
 def write(tx: Transaction, inode: Inode, offset: int, data: Buffer) -> Inode:
-    """The file with `data` at `offset`; raises NoSpace, EFBIG."""
+    """Return the file with `data` at `offset`; raises NoSpace, EFBIG."""
     end = offset + len(data)
-    if end > MAX_SIZE:
+    if end > fmt.MAX_FILE_SIZE:
         raise FsError(errno.EFBIG)
     record = inode.record
     size = max(record.size, end)
@@ -108,30 +108,31 @@ def write(tx: Transaction, inode: Inode, offset: int, data: Buffer) -> Inode:
         return inode.evolve(
             data=new, payload=fmt.INLINE, height=0, size=size, mtime_ns=now, ctime_ns=now
         )
-    before = tx.space.balance
+    count = BlockCount(tx.space, inode)
     inode = _as_map(tx, inode)
     first, buffer = _whole_blocks(tx, inode, offset, data)
     pointers = tx.space.claim(-(-len(buffer) // tx.block_size))
     tx.space.fill(pointers, buffer)
-    return _with_blocks(tx, inode, first, pointers, size, record.blocks - before)
+    return _with_blocks(tx, inode, first, pointers, size, count)
 
 
 def write_from(
     tx: Transaction, inode: Inode, offset: int, length: int, file: int
 ) -> tuple[Inode, int]:
-    """The file with up to `length` bytes from the same place in an open file; how many there were.
+    """Write up to `length` bytes from the same offset in an open local file.
 
-    What is appended in whole blocks goes there straight.  Raises NoSpace, EFBIG, FsError for what
-    goes wrong with the file as well.
+    Returns (the file, number of bytes).  Whole blocks behind the end of the file are read from the
+    local file into the region without a copy.  Raises NoSpace, EFBIG, FsError for errors of the
+    local file.
     """
     end, record = offset + length, inode.record
-    if end > MAX_SIZE:
+    if end > fmt.MAX_FILE_SIZE:
         raise FsError(errno.EFBIG)
     if offset % tx.block_size or offset < record.size or end <= _capacity(tx, inode):
         with _about_file():
             content = os.pread(file, length, offset)
         return write(tx, inode, offset, content) if content else inode, len(content)
-    before = tx.space.balance
+    count = BlockCount(tx.space, inode)
     inode = _as_map(tx, inode)
     pointers = tx.space.claim(-(-length // tx.block_size))
     got = tx.space.fill_from(pointers, file, offset, length)
@@ -139,14 +140,14 @@ def write_from(
     if not got:
         return inode, 0
     first = offset // tx.block_size
-    inode = _with_blocks(tx, inode, first, pointers, offset + got, record.blocks - before)
+    inode = _with_blocks(tx, inode, first, pointers, offset + got, count)
     return inode, got
 
 
 def _with_blocks(
-    tx: Transaction, inode: Inode, first: int, pointers: bytes, size: int, blocks: int
+    tx: Transaction, inode: Inode, first: int, pointers: bytes, size: int, count: BlockCount
 ) -> Inode:
-    """`inode` with filled blocks from the `first` on; `blocks`: used by it, less the balance."""
+    """Return the file with filled blocks from block `first` on; `count` began before them."""
     tree = RadixTree(inode.record.height, inode.data)
     tree = radix.store(tx.space, tree, inode.ino, first, pointers, slots(tx, inode))
     now = tx.modified(inode.record.mtime_ns)
@@ -157,12 +158,12 @@ def _with_blocks(
         size=size,
         mtime_ns=now,
         ctime_ns=now,
-        blocks=blocks + tx.space.balance,
+        blocks=count.total(),
     )
 
 
 def _as_map(tx: Transaction, inode: Inode) -> Inode:
-    """The same file with its bytes in blocks; the caller accounts for the block."""
+    """Return the same file with its bytes in a block; the caller counts the block."""
     if inode.record.payload == fmt.MAP:
         return inode
     pointer = b""
@@ -173,7 +174,10 @@ def _as_map(tx: Transaction, inode: Inode) -> Inode:
 
 
 def _whole_blocks(tx: Transaction, inode: Inode, offset: int, data: Buffer) -> tuple[int, Buffer]:
-    """(first block, bytes from its start on): `data` completed by what stands around it."""
+    """Return (first block, bytes from its start on): `data` completed to whole blocks.
+
+    The old contents of the file complete it; the last block may end with the file.
+    """
     size = tx.block_size
     first, skip = divmod(offset, size)
     end = offset + len(data)
@@ -186,12 +190,13 @@ def _whole_blocks(tx: Transaction, inode: Inode, offset: int, data: Buffer) -> t
 
 
 def _old_bytes(tx: Transaction, inode: Inode, offset: int, length: int) -> Buffer:
-    """`length` bytes within one block, zeros where the file has none."""
+    """Return `length` bytes within one block, zeros where the file has none."""
     got = _read_map(tx, inode, offset, min(length, max(inode.record.size - offset, 0)))
     return got if len(got) == length else bytes(got) + bytes(length - len(got))
 
 
 def _read_map(tx: Transaction, inode: Inode, offset: int, length: int) -> Buffer:
+    """Return `length` bytes within one block of a MAP file."""
     if length <= 0:
         return b""
     tree = RadixTree(inode.record.height, inode.data)
@@ -201,19 +206,19 @@ def _read_map(tx: Transaction, inode: Inode, offset: int, length: int) -> Buffer
 
 
 def modified(tx: Transaction, inode: Inode) -> Inode:
-    """What a change leaves even where it had nothing to do."""
+    """Return the file with a new mtime and ctime, and the same contents."""
     now = tx.modified(inode.record.mtime_ns)
     return inode.evolve(mtime_ns=now, ctime_ns=now)
 
 
 def truncate(tx: Transaction, inode: Inode, size: int) -> Inode:
-    """The file cut or extended to `size` bytes."""
-    if size > MAX_SIZE:
+    """Return the file cut or extended to `size` bytes; raises NoSpace, EFBIG."""
+    if size > fmt.MAX_FILE_SIZE:
         raise FsError(errno.EFBIG)
     record = inode.record
     now = tx.modified(record.mtime_ns)
     times: dict[str, Any] = {"mtime_ns": now, "ctime_ns": now, "size": size}
-    before = tx.space.balance
+    count = BlockCount(tx.space, inode)
     if record.payload == fmt.INLINE:
         if size <= _capacity(tx, inode):
             data = inode.data[:size] + bytes(max(size - record.size, 0))
@@ -222,13 +227,14 @@ def truncate(tx: Transaction, inode: Inode, size: int) -> Inode:
         inode = _as_map(tx, inode)
     elif record.payload == fmt.MAP and size < record.size:
         inode = _cut(tx, inode, size)
-    blocks = record.blocks + tx.space.balance - before
+    blocks = count.total()
     if not size:
         return inode.evolve(data=b"", payload=fmt.EMPTY, height=0, blocks=blocks, **times)
     return inode.evolve(blocks=blocks, **times)
 
 
 def _cut(tx: Transaction, inode: Inode, size: int) -> Inode:
+    """Return a MAP file without blocks behind `size`, and zeros behind it in its last block."""
     block_size, ino = tx.block_size, inode.ino
     tree = RadixTree(inode.record.height, inode.data)
     tree = radix.cut(tx.space, tree, ino, -(-size // block_size))
@@ -244,7 +250,7 @@ def _cut(tx: Transaction, inode: Inode, size: int) -> Inode:
 
 
 def _held(block_size: int, count: int) -> int:
-    """Blocks that a new file with `count` blocks of data takes: these, its map, and its inode."""
+    """Return how many blocks a new file with `count` data blocks takes: with map and inode."""
     tops = fmt.payload_capacity(block_size) // SIZE
     fanout = node_format.index_fanout(block_size)
     total = level = count
@@ -255,7 +261,7 @@ def _held(block_size: int, count: int) -> int:
 
 
 def most_blocks(block_size: int, room: int) -> int:
-    """How many blocks of data one new file can hold when `room` blocks are left."""
+    """Return how many data blocks one new file can have when `room` blocks are free."""
     low, high = 0, max(room, 0)
     while low < high:
         middle = (low + high + 1) // 2

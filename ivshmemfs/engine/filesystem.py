@@ -22,7 +22,7 @@ import stat
 from collections.abc import Callable, Collection, Iterator
 from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
 
-from ivshmemfs.engine import data, directory, holes, names, xattr
+from ivshmemfs.engine import data, directory, holes, names, privileges, xattr
 from ivshmemfs.engine.committer import Committer
 from ivshmemfs.engine.credentials import Credentials
 from ivshmemfs.engine.directory import Dirent
@@ -39,6 +39,7 @@ from ivshmemfs.engine.upkeep import Upkeep
 from ivshmemfs.engine.volume import Volume
 from ivshmemfs.errors import Corrupt, FsError, NoSpace, StaleHandle, Unfinished
 from ivshmemfs.format.dirent import NAME_MAX, TYPE_SHIFT
+from ivshmemfs.format.inode import MAX_FILE_SIZE
 
 if TYPE_CHECKING:
     from ivshmemfs.region import Region
@@ -311,7 +312,7 @@ class Filesystem:
             if uid is not None or gid is not None:
                 inode = self._credentials.after_chown(tx, inode, ctx)
             if kept is not None:
-                changes["mode"] = inode.record.mode & (kept | ~names.PRIVILEGES)
+                changes["mode"] = inode.record.mode & (kept | ~privileges.SET_ID_BITS)
             return self._attr(tx.put(_changed(inode, changes, tx.now)))
 
         try:
@@ -606,7 +607,7 @@ class Filesystem:
         if mode not in (0, KEEP_SIZE, PUNCH_HOLE | KEEP_SIZE, ZERO_RANGE, ZERO_RANGE | KEEP_SIZE):
             raise FsError(errno.EOPNOTSUPP)
         end = offset + length
-        if end > data.MAX_SIZE:
+        if end > MAX_FILE_SIZE:
             raise FsError(errno.EFBIG)
         grow = not mode & KEEP_SIZE
         if mode & (PUNCH_HOLE | ZERO_RANGE):

@@ -1,7 +1,7 @@
-"""Holes in files: where they are, making them, and filling them.
+"""Holes in files: find them, make them and fill them.
 
-A hole is a block that a file's map has no pointer for; it reads as zeros.  Files that stand in
-their inode have none.
+A hole is a block without a pointer in the file's block map; it reads as zeros.  INLINE files have
+no holes.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ import errno
 from ivshmemfs.engine import data, radix
 from ivshmemfs.engine.inode import Inode
 from ivshmemfs.engine.radix import NULL, RadixTree
-from ivshmemfs.engine.transaction import Transaction, View
+from ivshmemfs.engine.transaction import BlockCount, Transaction, View
 from ivshmemfs.errors import FsError
 from ivshmemfs.format import inode as fmt
 
-PIECES = 32  # holes that one call of `fill` fills
+PIECES = 32  # holes that one call of `fill` fills at most
 
 
 def _tree(inode: Inode) -> RadixTree:
@@ -23,7 +23,7 @@ def _tree(inode: Inode) -> RadixTree:
 
 
 def next_data(view: View, inode: Inode, offset: int) -> int:
-    """Where data begins at or behind `offset`; raises ENXIO when there is none."""
+    """Return the first offset of data from `offset` on; raises ENXIO when there is none."""
     record = inode.record
     if offset >= record.size or record.payload == fmt.EMPTY:
         raise FsError(errno.ENXIO)
@@ -38,9 +38,9 @@ def next_data(view: View, inode: Inode, offset: int) -> int:
 
 
 def next_hole(view: View, inode: Inode, offset: int) -> int:
-    """Where a hole begins at or behind `offset`, the end of the file at the latest.
+    """Return the first offset of a hole from `offset` on; the end of the file counts as a hole.
 
-    Raises ENXIO from the end on.
+    Raises ENXIO for an offset at the end or behind it.
     """
     record = inode.record
     if offset >= record.size:
@@ -55,9 +55,9 @@ def next_hole(view: View, inode: Inode, offset: int) -> int:
 
 
 def punch(tx: Transaction, inode: Inode, offset: int, length: int) -> Inode:
-    """The file with zeros in place of `length` bytes; whole blocks among them become holes.
+    """Return the file with zeros in place of `length` bytes; whole blocks become holes.
 
-    What that means for its times, the caller knows.
+    The caller sets the times of the file.
     """
     size, block = inode.record.size, tx.block_size
     end = min(offset + length, size)
@@ -75,7 +75,7 @@ def punch(tx: Transaction, inode: Inode, offset: int, length: int) -> Inode:
 
 
 def _blank(tx: Transaction, inode: Inode, start: int, end: int) -> Inode:
-    """Zeros in a part of one block; nothing to do in a hole."""
+    """Return the file with zeros in a part of one block; a hole stays one."""
     if start >= end:
         return inode
     if radix.find(tx.space, _tree(inode), inode.ino, start // tx.block_size) == NULL:
@@ -84,21 +84,21 @@ def _blank(tx: Transaction, inode: Inode, start: int, end: int) -> Inode:
 
 
 def _without(tx: Transaction, inode: Inode, first: int, last: int) -> Inode:
-    """No pointers to the blocks from `first` up to `last`, which is not one of them."""
-    before = tx.space.balance
+    """Return the file without blocks `first` to `last - 1`."""
+    count = BlockCount(tx.space, inode)
     tree = radix.clear(tx.space, _tree(inode), inode.ino, first, last)
     return inode.evolve(
         data=tree.slots,
         height=tree.height,
-        blocks=inode.record.blocks + tx.space.balance - before,
+        blocks=count.total(),
     )
 
 
 def fill(tx: Transaction, inode: Inode, offset: int, end: int, most: int) -> tuple[Inode, int]:
-    """The file with blocks of zeros in place of holes from `offset` on, up to `end`.
+    """Return (the file with blocks of zeros in its holes from `offset` up to `end`, next offset).
 
-    Fills at most `most` bytes in PIECES pieces; returns where it is to go on, too: at `end` when
-    nothing is left.  The file may grow to `end`.
+    Fills at most `most` bytes in PIECES holes.  The caller goes on at the next offset; it is `end`
+    when no hole is left.  The file may grow to `end`.  Raises NoSpace, EFBIG.
     """
     at, stop = offset, end
     for _ in range(PIECES):

@@ -1,7 +1,7 @@
-"""An inode in memory, and what callers see of it.
+"""An inode in memory, and the attributes that callers see.
 
-An `Inode` is immutable: readers share it through the node cache, and a transaction that changes
-a file makes a new one (`evolve`) and hands it to `Transaction.put`.
+An `Inode` is immutable.  Readers share it through the node cache.  A transaction that changes a
+file makes a new one (`Inode.evolve`) and hands it to `Transaction.put`.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from ivshmemfs.format import words
 from ivshmemfs.format.dirent import Interior, Leaf
 from ivshmemfs.format.inode import INODE, PAYLOAD_OFFSET, InodeRecord
 
-SECTOR: Final = 512
-# As in the module stat, but known when this is compiled.
+SECTOR: Final = 512  # bytes; the unit of `Attr.blocks`
+# The values of the module `stat`, as constants at compile time.
 _FORMAT: Final = 0o170000
 _DIRECTORY: Final = 0o040000
 _REGULAR: Final = 0o100000
 
 
 class Attr(NamedTuple):
-    """What stat(2) tells; `blocks` in units of 512 bytes, times in ns since 1970."""
+    """The result of stat(2); `blocks` in units of 512 bytes, times in ns since 1970."""
 
     ino: int
     mode: int
@@ -40,7 +40,7 @@ class Attr(NamedTuple):
 
 
 class Context(NamedTuple):
-    """Who asks."""
+    """The caller of an operation: its file system user and group IDs, and its process ID."""
 
     uid: int
     gid: int
@@ -48,7 +48,7 @@ class Context(NamedTuple):
 
 
 class StatFs(NamedTuple):
-    """What statvfs(3) tells; counts in units of `block_size` bytes."""
+    """The result of statvfs(3); counts in units of `block_size` bytes."""
 
     block_size: int
     blocks: int
@@ -69,20 +69,20 @@ class Inode:
         self.record: Final = record
         self.data: Final = data  # the payload
         self.xattr: Final = xattr
-        self.attr: Attr | None = None  # made when first asked for
-        self.leaf: Leaf | None = None  # parsed payload of a small directory
-        self.top: Interior | None = None  # parsed payload of a large one
+        self.attr: Attr | None = None  # `attributes` fills it
+        self.leaf: Leaf | None = None  # parsed payload of an EMPTY or DIRLEAF directory
+        self.top: Interior | None = None  # parsed payload of a DIRTREE directory
 
     def evolve(
         self, *, data: bytes | None = None, xattr: bytes | None = None, **changes: Any
     ) -> Inode:
-        """A changed inode: another payload, other inline attributes, other record fields."""
+        """Return a changed inode: other payload, inline attributes, record fields."""
         return self.changed(changes, data, xattr)
 
     def changed(
         self, changes: dict[str, Any], data: bytes | None = None, xattr: bytes | None = None
     ) -> Inode:
-        """The same from a dict, which it may add to."""
+        """Do the same with changes in a dict; this function adds to the dict."""
         if data is None:
             data = self.data
         else:
@@ -94,7 +94,7 @@ class Inode:
         return Inode(self.ino, INODE.changed(self.record, changes), data, xattr)
 
     def body(self) -> bytes:
-        """Everything after the node header."""
+        """Return the inode block after the node header."""
         return INODE.pack(self.record) + self.data + self.xattr
 
     @property
@@ -109,7 +109,7 @@ class Inode:
 
 
 def parse(ino: int, data: bytes, block_size: int) -> Inode:
-    """The inode in an inode block's bytes; raises Corrupt when it contradicts itself."""
+    """Return the inode in the bytes of an inode block; raises Corrupt when they contradict."""
     if len(data) < PAYLOAD_OFFSET:
         raise Corrupt(f"inode {ino}: its block holds only {len(data)} bytes")
     record = INODE.unpack(data, node_format.HEADER_SIZE)
@@ -133,12 +133,13 @@ _ALLOWED = {
 }
 
 
-_MOST_BLOCKS = 1 << 32  # numbers of blocks have 32 bits
-MAX_RDEV = (1 << 32) - 1  # what a FUSE request carries
-TARGET_MAX = 4095  # bytes of a symbolic link
+_MOST_BLOCKS = 1 << 32  # block numbers have 32 bits
+MAX_RDEV = (1 << 32) - 1  # a FUSE request has 32 bits for it
+TARGET_MAX = 4095  # bytes of a symbolic link's target: PATH_MAX without its NUL
 
 
 def _problem(record: InodeRecord) -> str | None:
+    """Return a contradiction in a record, or None."""
     kinds = _ALLOWED.get(stat.S_IFMT(record.mode))
     if kinds is None:
         return f"mode {record.mode:o} is of no file type"
@@ -154,7 +155,7 @@ def _problem(record: InodeRecord) -> str | None:
         return "half a pointer in the block map"
     if record.payload == fmt.DIRTREE and not record.height:
         return "a directory tree without levels"
-    if record.size >> 63 or not 0 < record.blocks < _MOST_BLOCKS:
+    if record.size > fmt.MAX_FILE_SIZE or not 0 < record.blocks < _MOST_BLOCKS:
         return f"size {record.size}, {record.blocks} blocks"
     if stat.S_ISLNK(record.mode) and record.size > TARGET_MAX:
         return f"a symbolic link to {record.size} bytes"
@@ -164,14 +165,14 @@ def _problem(record: InodeRecord) -> str | None:
 
 
 def attributes(inode: Inode, block_size: int) -> Attr:
-    """What stat(2) tells about `inode`."""
+    """Return the result of stat(2) for an inode."""
     if inode.attr is None:
         record = inode.record
         held = record.blocks
         if record.payload in (fmt.EMPTY, fmt.INLINE) and not record.xattr_height:
             held = 1 if record.size else 0
         elif inode.is_regular:
-            held -= 1  # the inode block is no more part of the file than elsewhere
+            held -= 1  # other file systems do not count the inode block either
         inode.attr = Attr(
             inode.ino,
             record.mode,

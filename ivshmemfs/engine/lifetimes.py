@@ -20,7 +20,7 @@ A regular file becomes a ghost only when this mount removes it.
 
 The states of a pin:
 
-    pinned       `secure` listed the inode as open
+    pinned       `_secure` listed the inode as open
     expired      its time is over, or newer pins exceed PINS or the share of free blocks
     let go       `unpin` closed it, UNPINNED_AT_ONCE at most per call
 """

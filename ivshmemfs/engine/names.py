@@ -1,8 +1,15 @@
-"""Names: what making, linking, removing and renaming entries means, within one transaction.
+"""Names: how a transaction makes, links, removes and renames entries of directories.
 
-Every function takes the `Transaction` that it plans in and changes nothing else.  An inode that
-loses its last link is removed with its last name, unless somebody holds it open: then it gets an
-entry in the hidden directory of orphans, and whoever closes it last frees it (`free_orphan`).
+Every function takes the `Transaction` that it plans in and changes nothing else.
+
+    linked      names lead to the inode; `nlink` counts them
+    orphan      no name is left, but a peer has the inode open: the hidden directory of orphans
+                has an entry for it
+    removed     no name is left, and no peer has the inode open: the transaction frees it
+
+The removal of the last name makes a linked inode an orphan or removes it.  `link` may make an
+orphan without a name a linked inode.  The peer that closes an orphan last removes it
+(`free_orphan`).
 """
 
 from __future__ import annotations
@@ -15,20 +22,22 @@ from typing import Any
 from ivshmemfs.engine import data, directory
 from ivshmemfs.engine.directory import Dirent, LeafPosition
 from ivshmemfs.engine.inode import TARGET_MAX, Context, Inode
+from ivshmemfs.engine.privileges import SET_ID_BITS
 from ivshmemfs.engine.transaction import Transaction, View
 from ivshmemfs.errors import Corrupt, FsError
 from ivshmemfs.format.inode import INODE, ORPHANS_INO, ROOT_INO, InodeRecord, orphan_name
 
 RENAME_NOREPLACE, RENAME_EXCHANGE, RENAME_WHITEOUT = 1, 2, 4
-LINK_MAX = (1 << 31) - 1
-DEPTH_MAX = 1000  # directories above a place to which a directory may be moved
-PRIVILEGES = stat.S_ISUID | stat.S_ISGID
-SET_GROUP_ID = stat.S_ISGID | stat.S_IXGRP  # both: of a program; the first alone: of another file
+LINK_MAX = (1 << 31) - 1  # names of one inode
+DEPTH_MAX = 1000  # directories above the place to which a directory is moved; limits the check
 _BLANK = INODE.unpack(bytes(INODE.size))._replace(blocks=1)
 
 
 def folder_of(view: View, ino: int) -> Inode:
-    """The directory `ino`; raises ENOTDIR, and ENOENT for one that was removed: it was empty."""
+    """Return directory `ino`; raises ENOTDIR, and ENOENT for a removed directory.
+
+    ENOENT is the answer of an empty directory to every name.
+    """
     inode = view.find_inode(ino)
     if inode is None:
         raise FsError(errno.ENOENT)
@@ -38,13 +47,16 @@ def folder_of(view: View, ino: int) -> Inode:
 
 
 def parent_of(view: View, ino: int, name: bytes) -> Inode:
-    """The directory in which `name` may be entered; raises ENOTDIR, ENAMETOOLONG, ENOENT."""
+    """Return the directory `ino`, which may have an entry `name`.
+
+    Raises ENOTDIR, ENAMETOOLONG, EINVAL, ENOENT.
+    """
     directory.check_name(name)
     return folder_of(view, ino)
 
 
 def target(view: View, entry: Dirent) -> Inode:
-    """The inode of a directory entry."""
+    """Return the inode of a directory entry; raises Corrupt."""
     inode = view.find_inode(entry.ino)
     if inode is None:
         raise Corrupt(f"name {entry.name!r} leads to inode {entry.ino}, which does not exist")
@@ -52,7 +64,7 @@ def target(view: View, entry: Dirent) -> Inode:
 
 
 def _existing(view: View, parent: int, name: bytes) -> tuple[Inode, LeafPosition, Inode]:
-    """(directory, position in it, inode that stands there)"""
+    """Return (directory, position of `name`, inode of `name`); raises ENOENT."""
     folder = parent_of(view, parent, name)
     position = directory.locate(view, folder, name)
     entry = position.entry
@@ -62,6 +74,7 @@ def _existing(view: View, parent: int, name: bytes) -> tuple[Inode, LeafPosition
 
 
 def _vacant(view: View, parent: int, name: bytes) -> tuple[Inode, LeafPosition]:
+    """Return (directory, insertion point of `name`); raises EEXIST."""
     folder = parent_of(view, parent, name)
     position = directory.locate(view, folder, name)
     if position.at >= 0:
@@ -70,22 +83,15 @@ def _vacant(view: View, parent: int, name: bytes) -> tuple[Inode, LeafPosition]:
 
 
 def _kind(inode: Inode) -> int:
+    """Return the file type bits of an inode, shifted right by 12."""
     return inode.record.mode >> 12 & 0o17
 
 
-def without_privileges(inode: Inode, *, outsider: bool) -> Inode:
-    """As write(2) by an ordinary user leaves it: no set-user-ID, no set-group-ID of a program.
-
-    After an outsider, who is not in the group of the file, no set-group-ID of any file.
-    """
-    mode = inode.record.mode & ~stat.S_ISUID
-    if outsider or mode & stat.S_IXGRP:
-        mode &= ~stat.S_ISGID
-    return inode.evolve(mode=mode) if mode != inode.record.mode else inode
-
-
 def plainly_permitted(folder: Inode, inode: Inode, flags: int, ctx: Context) -> bool:
-    """Whether `ctx` may open the regular file `inode`, as far as its uid and gid alone tell."""
+    """Return whether the uid and gid of `ctx` alone permit it to open regular file `inode`.
+
+    Raises EISDIR.  The caller's other groups are unknown, so the answer may be a false no.
+    """
     record = inode.record
     if inode.is_dir:
         raise FsError(errno.EISDIR)
@@ -99,7 +105,7 @@ def plainly_permitted(folder: Inode, inode: Inode, flags: int, ctx: Context) -> 
     shift = 6 if ctx.uid == record.uid else 3 if ctx.gid == record.gid else 0
     bits = {os.O_RDONLY: 4, os.O_WRONLY: 2, os.O_RDWR: 6}.get(flags & os.O_ACCMODE, 6)
     bits |= 2 if flags & os.O_TRUNC else 0
-    others = 7 if shift else record.mode >> 3  # the groups of the caller are not known
+    others = 7 if shift else record.mode >> 3  # the groups of the caller are unknown
     return record.mode >> shift & others & bits == bits
 
 
@@ -116,7 +122,10 @@ def new_record(
     rdev: int = 0,
     parent: int = 0,
 ) -> InodeRecord:
-    """The record of an inode made in `folder` by `ctx`; set-group-ID directories hand down."""
+    """Return the record of an inode that `ctx` makes in `folder`.
+
+    In a set-group-ID directory it gets the directory's group, and a directory gets the bit.
+    """
     gid, above = ctx.gid, folder.record
     if above.mode & stat.S_ISGID:
         gid = above.gid
@@ -130,14 +139,17 @@ def new_record(
 
 
 def _dated(tx: Transaction, folder: Inode, links: int) -> dict[str, int]:
-    """Changes of the record of a directory in which a name changes, with `links` more links."""
+    """Return changes of a directory's record: new times, and `links` more links."""
     return {"mtime_ns": tx.now, "ctime_ns": tx.now, "nlink": folder.record.nlink + links}
 
 
 def add(
     tx: Transaction, folder: Inode, position: LeafPosition, inode: Inode, links: int = 0
 ) -> Inode:
-    """Enter `inode` at `position`; `links` more links on the directory, which is returned."""
+    """Enter `inode` at `position` of `folder`, which gets `links` more links.
+
+    Returns the changed directory; raises NoSpace.
+    """
     changes = _dated(tx, folder, links)
     return tx.put(directory.insert(tx, folder, position, inode.ino, _kind(inode), changes))
 
@@ -145,7 +157,7 @@ def add(
 def make(
     tx: Transaction, folder_ino: int, name: bytes, mode: int, ctx: Context, **fields: int
 ) -> Inode:
-    """A new inode of any kind; raises EEXIST."""
+    """Return a new inode of any type under a new name; raises EEXIST, NoSpace."""
     folder, position = _vacant(tx, folder_ino, name)
     inode = tx.new_inode(new_record(tx, folder, mode, ctx, **fields))
     add(tx, folder, position, inode, links=int(stat.S_ISDIR(mode)))
@@ -153,13 +165,16 @@ def make(
 
 
 def mkdir(tx: Transaction, parent: int, name: bytes, mode: int, ctx: Context) -> Inode:
-    """A new directory; raises EEXIST."""
-    keep = stat.S_IMODE(mode) & ~PRIVILEGES
+    """Return a new directory; raises EEXIST, NoSpace."""
+    keep = stat.S_IMODE(mode) & ~SET_ID_BITS
     return make(tx, parent, name, stat.S_IFDIR | keep, ctx, parent=parent, nlink=2)
 
 
 def symlink(tx: Transaction, parent: int, name: bytes, to: bytes, ctx: Context) -> Inode:
-    """A new symbolic link; raises EEXIST, ENOENT for an empty target, ENAMETOOLONG."""
+    """Return a new symbolic link to `to`.
+
+    Raises EEXIST, ENOENT for an empty target, ENAMETOOLONG, NoSpace.
+    """
     if not to:
         raise FsError(errno.ENOENT)
     if len(to) > TARGET_MAX:
@@ -174,9 +189,9 @@ def symlink(tx: Transaction, parent: int, name: bytes, to: bytes, ctx: Context) 
 def make_nameless(
     tx: Transaction, folder: Inode, mode: int, ctx: Context, *, rdev: int = 0, to: bytes = b""
 ) -> Inode:
-    """A new inode that nothing leads to, as if it had been made in `folder` and removed.
+    """Return a new inode without a name, an orphan.
 
-    `to` is the target of a symbolic link.
+    It has the owner and group of an inode made in `folder`.  `to` is the target of a symbolic link.
     """
     inode = tx.new_inode(new_record(tx, folder, mode, ctx, nlink=0, rdev=rdev))
     if to:
@@ -194,9 +209,9 @@ def link(
     revive: bool = False,
     over: bool = False,
 ) -> Inode:
-    """Another name for an inode; raises EPERM for directories, EEXIST, EMLINK.
+    """Give an inode another name and return it; raises EPERM for directories, EEXIST, EMLINK.
 
-    ENOENT for one that has no name left, unless it is to `revive`.  With `over` the name may be
+    An inode without a name gets one only with `revive`, else ENOENT.  With `over`, the name may be
     that of another file, which loses it; raises EISDIR for a directory.
     """
     folder = parent_of(tx, parent, name)
@@ -225,7 +240,7 @@ def link(
 def _take_name(
     tx: Transaction, folder: Inode, position: LeafPosition, victim: Inode, inode: Inode
 ) -> None:
-    """Have the name of `victim` at `position` lead to `inode`."""
+    """Redirect the entry at `position` from `victim` to `inode`; raises EISDIR."""
     if victim.is_dir:
         raise FsError(errno.EISDIR)
     _unlinked(tx, victim)
@@ -237,7 +252,7 @@ def _take_name(
 
 
 def _keep_orphan(tx: Transaction, inode: Inode) -> None:
-    """Enter an inode without links among the orphans."""
+    """Enter an inode without links in the directory of orphans."""
     orphans = tx.inode(ORPHANS_INO)
     position = directory.locate(tx, orphans, orphan_name(inode.ino))
     tx.put(directory.insert(tx, orphans, position, inode.ino, _kind(inode)))
@@ -245,13 +260,14 @@ def _keep_orphan(tx: Transaction, inode: Inode) -> None:
 
 
 def _forget_orphan(tx: Transaction, ino: int) -> None:
+    """Remove an inode from the directory of orphans."""
     orphans = tx.inode(ORPHANS_INO)
     tx.put(directory.remove(tx, orphans, directory.locate(tx, orphans, orphan_name(ino))))
     tx.orphans -= 1
 
 
 def _unlinked(tx: Transaction, inode: Inode) -> None:
-    """`inode` lost a link: count it, and free or keep what has none left."""
+    """Take one link from `inode`; without links it becomes an orphan or is removed."""
     left = inode.record.nlink - 1
     if left > 0:
         tx.put(inode.evolve(nlink=left, ctime_ns=tx.now))
@@ -263,7 +279,7 @@ def _unlinked(tx: Transaction, inode: Inode) -> None:
 
 
 def free_orphan(tx: Transaction, ino: int) -> bool:
-    """Free an inode that has no links, unless somebody holds it open or it is gone already."""
+    """Remove an inode without links; return False when it is open somewhere or gone."""
     inode = tx.find_inode(ino)
     if inode is None or inode.record.nlink or tx.in_use(ino):
         return False
@@ -273,7 +289,7 @@ def free_orphan(tx: Transaction, ino: int) -> bool:
 
 
 def unlink(tx: Transaction, parent: int, name: bytes) -> None:
-    """Remove a name of something that is no directory; raises ENOENT, EISDIR."""
+    """Remove a name of an inode other than a directory; raises ENOENT, EISDIR."""
     folder, position, inode = _existing(tx, parent, name)
     if inode.is_dir:
         raise FsError(errno.EISDIR)
@@ -305,10 +321,10 @@ def rename(
     flags: int,
     ctx: Context,
 ) -> tuple[int, int]:
-    """Move an entry, also over another one; raises as rename(2) says.
+    """Move an entry, also over another one; raises the errors of rename(2).
 
-    With RENAME_WHITEOUT a device node 0:0 takes the old place, which overlay mounts know.
-    Returns which inode was moved, and which was moved back in exchange (0: none).
+    With RENAME_WHITEOUT, device node 0:0 takes the old name: overlay mounts use it.  Returns
+    (inode that moved, inode that moved back in an exchange or 0).
     """
     _, position, inode = _existing(tx, parent, name)
     folder = parent_of(tx, new_parent, new_name)
@@ -332,7 +348,8 @@ def rename(
 def _forbid_cycle(view: View, ino: int, folder: int) -> None:
     """Raise EINVAL if directory `ino` is `folder` or above it.
 
-    Raises ENAMETOOLONG too deep down, where the look at all parents would take too long.
+    Raises EBUSY for the root directory, and ENAMETOOLONG below DEPTH_MAX directories, where a walk
+    through all parents takes too long.
     """
     if ino == ROOT_INO:
         raise FsError(errno.EBUSY)
@@ -343,13 +360,18 @@ def _forbid_cycle(view: View, ino: int, folder: int) -> None:
         if folder in seen:
             raise Corrupt(f"directory {folder}: its parents form a ring")
         if len(seen) >= DEPTH_MAX:
-            raise FsError(errno.ENAMETOOLONG, f"{DEPTH_MAX} directories stand above the new place")
+            raise FsError(
+                errno.ENAMETOOLONG, f"the new place is below more than {DEPTH_MAX} directories"
+            )
         seen.add(folder)
         folder = view.directory(folder).record.parent
 
 
 def _take_away(tx: Transaction, folder: int, inode: Inode, victim: Inode) -> None:
-    """Remove what stands under the new name; its dirent stays for `_move` to redirect."""
+    """Unlink `victim`, the inode of the new name; `_move` redirects its entry.
+
+    Raises EISDIR, ENOTDIR, ENOTEMPTY.
+    """
     if victim.is_dir and not inode.is_dir:
         raise FsError(errno.EISDIR)
     if inode.is_dir and not victim.is_dir:
@@ -374,7 +396,7 @@ def _move(
     *,
     over: bool,
 ) -> None:
-    """Move `inode` from `position` in directory `old` to `name` in `new`; both may be one."""
+    """Move the entry at `position` of directory `old` to `name` in directory `new`."""
     links = int(inode.is_dir and old != new)
     source = tx.inode(old)
     tx.put(directory.remove(tx, source, position, _dated(tx, source, -links)))
@@ -392,6 +414,7 @@ def _exchange(
     inode: Inode,
     entry: Dirent | None,
 ) -> tuple[int, int]:
+    """Exchange the inodes of two entries; raises ENOENT, EINVAL."""
     if entry is None:
         raise FsError(errno.ENOENT)
     if entry.ino == inode.ino:

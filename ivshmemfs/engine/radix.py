@@ -1,13 +1,13 @@
-"""Radix trees of pointers: the inode table, the block map of a file, large extended attributes.
+"""Radix trees of pointers: the inode table, block maps of files, large extended attributes.
 
-A tree is a run of top slots (packed 16-byte pointers, trimmed of trailing nulls) that stands in
-its owner, and a height.  At height 0 the slots are the leaves; at height h each leads to an INDEX
-node of level h - 1 with `fanout` slots, itself trimmed.  A missing slot is a null pointer, and
+A tree is a height and a run of top slots in its owner: packed 16-byte pointers, without trailing
+nulls.  At height 0 the slots are the leaves.  At height h each slot leads to an INDEX node of level
+h - 1 with up to `fanout` slots, also without trailing nulls.  A missing slot is a null pointer, and
 null pointers are holes.
 
-NodeSource are never changed in place: a change writes new nodes along the path into the transaction's
-`Workspace` and reports what it replaced.  A pointer's weight counts the blocks below it and itself,
-so that dropping a subtree costs a look at its pointer.
+Published nodes are never changed.  A change writes new nodes along the path into the transaction's
+`Workspace`, which also notes the replaced ones.  A pointer's weight is the number of blocks below
+it and its own; so a whole subtree can be dropped and counted without a read.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from ivshmemfs.shm.workspace import Workspace
 
 SIZE: Final = words.POINTER_SIZE
 NULL: Final = words.NULL
-_NO_NODE: Final = bytes(HEADER_SIZE)  # one without slots
+_NO_NODE: Final = bytes(HEADER_SIZE)  # a node without slots
 
 
 class RadixTree:
-    """Top slots, and levels of index nodes below them."""
+    """The top slots of a tree, and the number of levels of INDEX nodes below them."""
 
     __slots__ = ("height", "slots")
 
@@ -38,7 +38,7 @@ class RadixTree:
 
 
 def find(nodes: NodeSource, tree: RadixTree, owner: int, index: int) -> bytes:
-    """The packed pointer of leaf `index`; NULL for a hole."""
+    """Return the packed pointer of leaf `index`; NULL for a hole.  Raises Corrupt."""
     data, base, height = tree.slots, 0, tree.height
     while height:
         span = span_of(nodes.fanout, height)
@@ -54,7 +54,7 @@ def find(nodes: NodeSource, tree: RadixTree, owner: int, index: int) -> bytes:
 
 
 def find_range(nodes: NodeSource, tree: RadixTree, owner: int, first: int, count: int) -> bytes:
-    """The packed pointers of leaves [first, first + count), holes as nulls."""
+    """Return the packed pointers of leaves [first, first + count), holes as nulls."""
     parts: list[bytes] = []
     _collect(nodes, tree.slots, tree.height, owner, first, count, parts)
     return b"".join(parts) if len(parts) != 1 else parts[0]
@@ -69,6 +69,7 @@ def _collect(
     count: int,
     out: list[bytes],
 ) -> None:
+    """Append the packed pointers of leaves below `slots` to `out`."""
     if height == 0:
         got = slots[first * SIZE : (first + count) * SIZE]
         out.append(got + bytes(count * SIZE - len(got)) if len(got) < count * SIZE else got)
@@ -88,11 +89,11 @@ def _collect(
 
 
 def next_leaf(nodes: NodeSource, tree: RadixTree, owner: int, first: int, *, present: bool) -> int:
-    """The index of the first leaf from `first` on that is there, or with not `present` is not.
+    """Return the index of the first leaf from `first` on; with `present` false, of the first hole.
 
-    -1 when all the rest are holes; for holes, what is behind the tree counts as one.  Reads at most
-    two nodes of each level, because every subtree has a pointer and weights tell which have holes;
-    raises Corrupt where that turns out to be a lie.
+    Returns -1 when no leaf follows.  Behind the last leaf, all are holes.  Reads at most two nodes
+    of each level: no subtree is empty, and its weight tells whether it has holes.  Raises Corrupt
+    when a subtree contradicts that.
     """
     return _next(nodes, tree.slots, tree.height, owner, first, present)
 
@@ -100,6 +101,7 @@ def next_leaf(nodes: NodeSource, tree: RadixTree, owner: int, first: int, *, pre
 def _next(
     nodes: NodeSource, slots: bytes, height: int, owner: int, first: int, present: bool
 ) -> int:
+    """Do the same below `slots`."""
     span = span_of(nodes.fanout, height)
     (top, inner), count = divmod(first, span), len(slots) // SIZE
     if inner and top < count:
@@ -128,11 +130,15 @@ def _next(
 
 
 def _slots_at(nodes: NodeSource, pointer: bytes, level: int, owner: int) -> bytes:
+    """Return the slots of an INDEX node."""
     return nodes.node(pointer, INDEX, level, owner).data[HEADER_SIZE:]
 
 
 def _first_slot(slots: bytes, start: int, full: int, present: bool) -> int:
-    """The first slot from `start` on with a pointer, or one that weighs less than `full`."""
+    """Return the first slot from `start` on with a pointer.
+
+    With `present` false: the first slot of a weight below `full`.
+    """
     if present:
         rest = slots[start * SIZE :]
         return start + (len(rest) - len(rest.lstrip(b"\0"))) // SIZE
@@ -144,7 +150,7 @@ def _first_slot(slots: bytes, start: int, full: int, present: bool) -> int:
 
 
 def _full_weight(fanout: int, height: int) -> int:
-    """The weight of a pointer to a subtree of that height without holes."""
+    """Return the weight of a pointer to a subtree of that height without holes."""
     weight_below = 1
     for _ in range(height):
         weight_below = 1 + fanout * weight_below
@@ -152,7 +158,7 @@ def _full_weight(fanout: int, height: int) -> int:
 
 
 def span_of(fanout: int, height: int) -> int:
-    """Leaves below one slot of a node of that height."""
+    """Return the number of leaves below one slot of a node of that height."""
     span = 1
     for _ in range(height):
         span *= fanout
@@ -160,13 +166,13 @@ def span_of(fanout: int, height: int) -> int:
 
 
 def trim(slots: bytes) -> bytes:
-    """`slots` without trailing null pointers."""
+    """Return `slots` without trailing null pointers."""
     kept = len(slots.rstrip(b"\0"))
     return slots[: -(-kept // SIZE) * SIZE]
 
 
 def count_pointers(pointers: bytes) -> int:
-    """How many of packed leaf pointers are not null."""
+    """Return how many packed leaf pointers are not null."""
     if len(pointers) == SIZE:
         return int(pointers != NULL)
     if not pointers.strip(b"\0"):
@@ -175,17 +181,17 @@ def count_pointers(pointers: bytes) -> int:
 
 
 def weight(slots: bytes) -> int:
-    """Blocks below a run of slots."""
+    """Return the number of blocks below a run of slots."""
     return sum(memoryview(slots).cast("I")[1::4].tolist())
 
 
 def store(
     space: Workspace, tree: RadixTree, owner: int, first: int, pointers: bytes, capacity: int
 ) -> RadixTree:
-    """A tree whose leaves from `first` on are `pointers` (packed; nulls make holes).
+    """Return the tree with `pointers` (packed, nulls for holes) as leaves from `first` on.
 
-    `capacity` is how many top slots the owner has room for.  Leaves that were there before are
-    replaced (released after the commit); the leaves themselves must be blocks, not subtrees.
+    The owner has room for `capacity` top slots.  Old leaves are replaced.  Each leaf, old or new,
+    is one block.  Raises NoSpace.
     """
     last = first + len(pointers) // SIZE - 1
     tree = fit(space, tree, owner, last, capacity)
@@ -196,7 +202,10 @@ def store(
 def store_some(
     space: Workspace, tree: RadixTree, owner: int, leaves: list[tuple[int, bytes]], capacity: int
 ) -> RadixTree:
-    """The same for scattered leaves: (index, pointer) by ascending index; no node twice."""
+    """Do the same for scattered leaves: (index, pointer) by ascending index.
+
+    Writes each node once.
+    """
     tree = fit(space, tree, owner, leaves[-1][0], capacity)
     slots, _ = _store(space, tree.slots, 0, tree.height, owner, leaves)
     return RadixTree(tree.height, slots)
@@ -210,7 +219,7 @@ def _store(
     owner: int,
     runs: list[tuple[int, bytes]],
 ) -> tuple[bytes, int]:
-    """(new slots in place of those that `node` has from byte `start` on, change of weight)
+    """Return (slots of `node` from byte `start` on with new leaves, change of weight).
 
     `runs` are (index of the first leaf, packed pointers) by ascending index.
     """
@@ -232,7 +241,7 @@ def _store(
 
 
 def _replace(space: Workspace, leaves: bytes) -> int:
-    """Replace leaves; returns how many there were."""
+    """Replace leaves; return how many of them are not null."""
     gone = count_pointers(leaves)
     if gone == 1 and len(leaves) == SIZE:
         space.replace(leaves)
@@ -244,7 +253,7 @@ def _replace(space: Workspace, leaves: bytes) -> int:
 def _by_child(
     runs: list[tuple[int, bytes]], span: int
 ) -> list[tuple[int, list[tuple[int, bytes]]]]:
-    """(slot of a child, runs within it); each child has `span` leaves."""
+    """Return (slot of a child, runs within the child); each child has `span` leaves."""
     found = list[tuple[int, list[tuple[int, bytes]]]]()
     last = -1
     for first, pointers in runs:
@@ -262,7 +271,10 @@ def _by_child(
 
 
 def fit(space: Workspace, tree: RadixTree, owner: int, last: int, capacity: int) -> RadixTree:
-    """The same leaves in a tree that has place for leaf `last` under `capacity` top slots."""
+    """Return the same leaves in a tree high enough for leaf `last`.
+
+    The tree has at most `capacity` top slots.  Raises NoSpace, ValueError beyond MAX_HEIGHT.
+    """
     height, slots = tree.height, tree.slots
     while last >= capacity * span_of(space.fanout, height) or len(slots) > capacity * SIZE:
         if height >= MAX_HEIGHT:
@@ -275,6 +287,7 @@ def fit(space: Workspace, tree: RadixTree, owner: int, last: int, capacity: int)
 
 
 def _node(space: Workspace, level: int, owner: int, slots: bytes) -> bytes:
+    """Store an INDEX node with `slots`; return its pointer, or NULL when all slots are null."""
     slots = trim(slots)
     if not slots:
         return NULL
@@ -282,14 +295,17 @@ def _node(space: Workspace, level: int, owner: int, slots: bytes) -> bytes:
 
 
 def _below(space: Workspace, child: bytes, level: int, owner: int) -> bytes:
-    """The node that a child is, with its header; the child may be null."""
+    """Return the INDEX node of `child`, with its header; an empty one for a null pointer."""
     return space.node(child, INDEX, level, owner).data if child != NULL else _NO_NODE
 
 
 def _renewed(
     space: Workspace, child: bytes, level: int, owner: int, below: bytes, delta: int
 ) -> tuple[bytes, int]:
-    """(pointer to a child with trimmed slots `below`, which weigh `delta` more; its change)"""
+    """Replace `child` by a node with slots `below`, whose weight grows by `delta`.
+
+    Returns (its pointer, change of the pointer's weight).
+    """
     old_weight = 0
     if child != NULL:
         old_weight = weight_of(child)
@@ -301,15 +317,14 @@ def _renewed(
 
 
 def cut(space: Workspace, tree: RadixTree, owner: int, first: int) -> RadixTree:
-    """A tree without leaves from `first` on; what is cut off is dropped whole."""
+    """Return the tree without leaves from `first` on; whole subtrees are dropped unread."""
     return clear(space, tree, owner, first, len(tree.slots) // SIZE * _span(space, tree))
 
 
 def clear(space: Workspace, tree: RadixTree, owner: int, first: int, last: int) -> RadixTree:
-    """A tree without leaves from `first` up to `last`, which is not one of them.
+    """Return the tree without leaves `first` to `last - 1`.
 
-    Subtrees between are dropped whole, so at most two nodes of each level are read and replaced,
-    and none where nothing stands.
+    Whole subtrees are dropped unread, so at most two nodes of each level are read and replaced.
     """
     last = min(last, len(tree.slots) // SIZE * _span(space, tree))
     slots, _ = _clear(space, tree.slots, tree.height, owner, first, last)
@@ -317,13 +332,14 @@ def clear(space: Workspace, tree: RadixTree, owner: int, first: int, last: int) 
 
 
 def _span(space: Workspace, tree: RadixTree) -> int:
+    """Return the number of leaves below one top slot."""
     return span_of(space.fanout, tree.height)
 
 
 def _clear(
     space: Workspace, slots: bytes, height: int, owner: int, first: int, last: int
 ) -> tuple[bytes, int]:
-    """(slots without leaves from `first` up to `last`, change of weight)"""
+    """Return (slots without leaves `first` to `last - 1`, change of weight)."""
     if height == 0:
         gone = slots[first * SIZE : last * SIZE]
         count = count_pointers(gone)
@@ -350,7 +366,7 @@ def _clear(
 def _cleared(
     space: Workspace, child: bytes, level: int, owner: int, first: int, count: int
 ) -> tuple[bytes, int]:
-    """(pointer to a child without `count` leaves from `first` on, change of weight)"""
+    """Return (pointer to `child` without `count` leaves from `first` on, change of weight)."""
     if count == span_of(space.fanout, level + 1):
         space.drop(child, INDEX, level, owner)
         return NULL, -weight_of(child)

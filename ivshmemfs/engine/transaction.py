@@ -1,12 +1,16 @@
-"""Snapshots and transactions: the one way to read, and the one way to change anything.
+"""Snapshots and transactions: the only way to read the filesystem, and the only way to change it.
 
-A `View` is the filesystem as of one commit word.  A `Transaction` is a view with changes on top:
-inodes that were put, nodes and data in private blocks (`space`).  `seal` turns them into a new
-root; `Filesystem` publishes it, or plans again.
+A `View` is the filesystem at one commit word.  A `Transaction` is a view with changes on top: new
+inodes, and nodes and data in private blocks (`space`).
 
-Order within a transaction: the plan reads and puts inodes (`inode`, `put`, `remove`), directories
-and maps write their nodes into `space` as they go; `seal` writes the inode blocks, then the inode
-table's path, then the root.  Nothing reaches the region before `Workspace.store_nodes`.
+    PLANNING   the plan reads inodes and hands new ones to `put` and `remove`; directories and
+               block maps write their nodes into `space`
+    SEALED     `seal` has written the inode blocks, then the inode table's path, then the root
+    ENDED      `Committer.change` has published the new root, or forgets this transaction and plans
+               again in another
+
+Only the caller's plan changes a transaction.  Nothing reaches the region before
+`Workspace.store_nodes`.
 """
 
 from __future__ import annotations
@@ -41,12 +45,12 @@ from ivshmemfs.shm.nodes import Node, NodeSource
 from ivshmemfs.shm.published import Store
 from ivshmemfs.shm.workspace import Workspace
 
-LARGEST_CLAIM: Final = 2048  # blocks; more than one request needs
-CACHED_MAX: Final = 1000  # inodes, and names, that a mount knows besides the node cache
+LARGEST_CLAIM: Final = 2048  # blocks; no request needs more: 1 MiB in blocks of 1 KiB, and its map
+CACHED_MAX: Final = 1000  # inodes, and as many names, that a mount caches beside the node cache
 
 
 class RootNode:
-    """A parsed root block."""
+    """A parsed root block; `table` is the inode table."""
 
     __slots__ = ("pointer", "record", "table")
 
@@ -57,7 +61,7 @@ class RootNode:
 
 
 def parse_root(node: Node) -> RootNode:
-    """Raises Corrupt when the root contradicts itself."""
+    """Return the parsed root; raises Corrupt when the root contradicts itself."""
     if len(node.data) < ROOT_POINTERS:
         raise Corrupt(f"the root in block {node.block} is cut short")
     record = ROOT_RECORD.unpack(node.data, HEADER_SIZE)
@@ -69,22 +73,26 @@ def parse_root(node: Node) -> RootNode:
 
 
 class CommitCache:
-    """Some of what is true of one commit: inodes, and where names lead, by directory."""
+    """Inodes of one commit, and the inodes that names lead to, by directory.
+
+    Views fill it.  A commit of this mount carries it over to the next commit word (`apply`); after
+    a commit of another peer the mount drops it.
+    """
 
     __slots__ = ("inodes", "names", "room")
 
     def __init__(self) -> None:
         self.inodes: Final[dict[int, Inode]] = {}
         self.names: Final[dict[int, dict[bytes, int]]] = {}
-        self.room = CACHED_MAX  # for names
+        self.room = CACHED_MAX  # for more names
 
     def find_name(self, folder: int, name: bytes) -> int:
-        """The inode that a name leads to; 0 when that is not known."""
+        """Return the number of the inode that a name leads to; 0 when it is not cached."""
         inside = self.names.get(folder)
         return 0 if inside is None else inside.get(name, 0)
 
     def add_name(self, folder: int, name: bytes, ino: int) -> None:
-        """Remember a name, if there is room."""
+        """Cache a name, unless the cache is full."""
         if self.room > 0:
             self.room -= 1
             inside = self.names.get(folder)
@@ -93,8 +101,11 @@ class CommitCache:
             else:
                 inside[name] = ino
 
-    def change(self, inodes: dict[int, Inode | None]) -> None:
-        """Become what is true once these inodes have changed, or gone; names stand in them."""
+    def apply(self, inodes: dict[int, Inode | None]) -> None:
+        """Take over a commit that changed these inodes, or removed those that are None.
+
+        The cache forgets all names in these directories.
+        """
         if len(self.inodes) + len(inodes) > CACHED_MAX:
             self.inodes.clear()
         for ino, inode in inodes.items():
@@ -107,8 +118,26 @@ class CommitCache:
                 self.inodes.pop(ino, None)
 
 
+class BlockCount:
+    """The number of blocks of one inode during a change of it.
+
+    It begins before the change claims or replaces its first block, and ends (`total`) after the
+    last.  Between these, the transaction claims and replaces no blocks of another inode.
+    """
+
+    __slots__ = ("_others", "_space")
+
+    def __init__(self, space: Workspace, inode: Inode) -> None:
+        self._space: Final = space
+        self._others: Final = space.balance - inode.record.blocks
+
+    def total(self) -> int:
+        """Return the number of blocks that the inode has now, its inode block included."""
+        return self._space.balance - self._others
+
+
 class View:
-    """The filesystem as of one commit."""
+    """The filesystem at one commit word."""
 
     def __init__(self, store: Store, word: int, root: Node, cache: CommitCache) -> None:
         self.store = store
@@ -120,17 +149,17 @@ class View:
             root.parsed = parse_root(root)
         self.root: RootNode = root.parsed
         self.cache = cache
-        self.tables: dict[bytes, Any] = {}  # of extended attributes that a plan has changed
+        self.tables: dict[bytes, Any] = {}  # `xattr.Table`s of this plan, by their key
 
     def inode(self, ino: int) -> Inode:
-        """An inode; raises StaleHandle when there is none of that number."""
+        """Return an inode; raises StaleHandle when none has that number, Corrupt."""
         found = self.find_inode(ino)
         if found is None:
             raise StaleHandle(f"inode {ino} is gone")
         return found
 
     def find_inode(self, ino: int) -> Inode | None:
-        """An inode, or None."""
+        """Return an inode, or None; raises Corrupt."""
         inodes = self.cache.inodes
         found = inodes.get(ino)
         if found is None:
@@ -143,12 +172,12 @@ class View:
         return found
 
     def hand_over(self) -> CommitCache:
-        """The cache, for whoever goes on from here; this view finds it anew."""
+        """Return the cache to the view of the next commit; this view goes on with an empty one."""
         cache, self.cache = self.cache, CommitCache()
         return cache
 
     def pointer_to(self, ino: int) -> bytes:
-        """Where an inode stands, packed; null when there is none."""
+        """Return the packed pointer to an inode block; NULL when there is no such inode."""
         return radix.find(self.nodes, self.root.table, 0, ino)
 
     def _parsed(self, node: Node) -> Inode:
@@ -158,11 +187,11 @@ class View:
         return found
 
     def inode_at(self, pointer: bytes) -> Inode:
-        """The inode in the inode block that a pointer of the inode table leads to."""
+        """Return the inode that a pointer of the inode table leads to; raises Corrupt."""
         return self._parsed(self.nodes.node(pointer, INODE, 0, None))
 
     def directory(self, ino: int) -> Inode:
-        """A directory; raises ENOTDIR, StaleHandle."""
+        """Return a directory; raises ENOTDIR, StaleHandle, Corrupt."""
         found = self.inode(ino)
         if not found.is_dir:
             raise FsError(errno.ENOTDIR)
@@ -184,7 +213,7 @@ class Transaction(View):
         cache: CommitCache,
     ) -> None:
         super().__init__(store, word, root, cache)
-        self.in_use = in_use  # whether anybody holds an inode open; announces that it may go
+        self.in_use = in_use  # whether a peer has an inode open; announces the intent to free it
         self.space = space
         self.nodes = space
         self.removal = removal
@@ -202,15 +231,15 @@ class Transaction(View):
     # --- reading on top of the changes ---
 
     def find_inode(self, ino: int) -> Inode | None:
-        """An inode as it will be, or None."""
+        """Return an inode with the changes of the plan, or None; raises Corrupt."""
         if ino in self._dirty:
             return self._dirty[ino]
         return super().find_inode(ino)
 
     def hand_over(self) -> CommitCache:
-        """The same as of the new root; after the commit."""
+        """Return the cache of the new root; the caller has published it."""
         cache = super().hand_over()
-        cache.change(self._dirty)
+        cache.apply(self._dirty)
         for key, table in self.tables.items():
             self.store.recent.put(key, table)
         return cache
@@ -218,7 +247,7 @@ class Transaction(View):
     # --- changes ---
 
     def new_inode(self, record: InodeRecord) -> Inode:
-        """A new inode with the next number, and nothing in it."""
+        """Return a new inode with the next number and an empty payload; raises NoSpace."""
         ino = self.next_ino
         if ino > fmt.MAX_INO:
             raise NoSpace("all inode numbers are used up: make a new filesystem")
@@ -229,26 +258,26 @@ class Transaction(View):
         return inode
 
     def put(self, inode: Inode) -> Inode:
-        """Have `inode` in the new root."""
+        """Put `inode` into the new root and return it."""
         self._dirty[inode.ino] = inode
         return inode
 
     def modified(self, mtime_ns: int) -> int:
-        """The time of contents that bore `mtime_ns` so far.
+        """Return the mtime of changed contents whose mtime was `mtime_ns`.
 
-        It is another one, even within a step of the clock: by it kernels see that pages which they
-        keep are of the past.
+        It differs from the old one even within a step of the clock: a kernel compares mtimes to
+        find out that its cached pages are stale.
         """
         if self.now <= mtime_ns:
             self.now = self.clock.between()
         return self.now
 
     def touch(self, ino: int, **changes: Any) -> Inode:
-        """Change fields of an inode's record, and its ctime."""
+        """Change fields of an inode's record, and its ctime; raises StaleHandle."""
         return self.put(self.inode(ino).evolve(ctime_ns=self.now, **changes))
 
     def remove(self, inode: Inode) -> None:
-        """Have no such inode in the new root; all its blocks are released after the commit."""
+        """Leave `inode` out of the new root; the mount releases its blocks after the commit."""
         self._inodes -= 1
         self.removed.append(inode)
         self._dirty[inode.ino] = None
@@ -262,6 +291,7 @@ class Transaction(View):
             self._drop_slots(record.xattr_pointer, record.xattr_height, inode.ino)
 
     def _drop_slots(self, slots: bytes, height: int, owner: int) -> None:
+        """Drop what the top slots of a radix tree lead to."""
         if height == 0:
             self.space.replace_many(slots, radix.count_pointers(slots))
             return
@@ -271,6 +301,7 @@ class Transaction(View):
                 self.space.drop(pointer, INDEX, height - 1, owner)
 
     def _drop_children(self, pointers: bytes, height: int, owner: int) -> None:
+        """Drop the nodes of a directory's tree."""
         for at in range(0, len(pointers), radix.SIZE):
             kind = DIRNODE if height > 1 else DIRLEAF
             self.space.drop(pointers[at : at + radix.SIZE], kind, height - 1, owner)
@@ -279,23 +310,24 @@ class Transaction(View):
 
     @property
     def changed(self) -> bool:
-        """Whether there is anything to commit."""
+        """Whether the plan has changed an inode."""
         return bool(self._dirty)
 
     def _kept_free(self) -> int:
-        """Blocks that a change which is no removal leaves unclaimed, so that removals find some.
+        """Return how many free blocks this transaction, which removes nothing, must leave.
 
-        Where there are plenty this need not be watched.  Half of the reserve may be borrowed, so
-        that a full region can still be written over.
+        It is 0 while the region is far from full, because counting free blocks takes time.  The
+        other half of the reserve is for overwriting: new blocks come before old ones are free.
         """
         geometry = self.store.geometry
         near = geometry.block_count - 4 * geometry.reserve - LARGEST_CLAIM
         return geometry.reserve // 2 if self.root.record.used > near else 0
 
     def seal(self) -> Node:
-        """Build the new root.
+        """Write the changed inodes, the inode table and the new root into `space`.
 
-        Raises NoSpace when the region would hold more than it may; removals may use the reserve.
+        Returns the root.  Raises NoSpace when more blocks are in use than the limit; only removals
+        may use the reserve.
         """
         leaves = [(ino, self._seal_inode(ino)) for ino in sorted(self._dirty)]
         capacity = node_format.root_capacity(self.block_size)
@@ -324,7 +356,7 @@ class Transaction(View):
         return node
 
     def _next_sequence(self) -> int:
-        """The number of this commit: fences, which make no root, count as well."""
+        """Return the sequence number of this commit; it also counts fences, which make no root."""
         last = self.root.record.sequence
         fences = (words.split_commit(self.word)[0] - last) & words.SEQUENCE_MASK
         return words.next_sequence(last + fences)

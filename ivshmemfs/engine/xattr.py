@@ -1,10 +1,10 @@
-"""Extended attributes: one string of bytes per inode, beside the payload or in own blocks.
+"""Extended attributes: one string of bytes per inode, in the inode block or in its own blocks.
 
-A string is decoded once, into a `Table`: 24,000 attributes at most, which takes 20 ms.  It is not
-done in pieces, because somebody who changes the string in between would make them vain.  The tables
-that were used last stay known, by the pointer to their string, so that one attribute of thousands
-is found, set or removed without decoding the others again.  Tables of a plan are known once it is
-committed.
+A string is decoded at once, into a `Table` of up to 24,000 attributes, in up to 20 ms.  It is not
+decoded over several turns: a peer that changes the string would make the finished pieces useless.
+The store caches recent tables by the pointer to their string.  So a caller that finds, sets or
+removes one of thousands of attributes does not decode the others again.  The tables of a plan enter
+the cache after its commit.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Final
 from ivshmemfs.engine import radix
 from ivshmemfs.engine.inode import Inode
 from ivshmemfs.engine.radix import NULL, SIZE, RadixTree
-from ivshmemfs.engine.transaction import Transaction, View
+from ivshmemfs.engine.transaction import BlockCount, Transaction, View
 from ivshmemfs.errors import Corrupt, FsError
 from ivshmemfs.format import inode as fmt
 from ivshmemfs.format import xattr as encoding
@@ -26,16 +26,15 @@ CREATE, REPLACE = 1, 2  # flags of setxattr(2)
 NAME_MAX = 255
 VALUE_MAX = 65536
 TOTAL_MAX = 4 * VALUE_MAX
-REMEMBERED = 1024  # bytes of attributes beside the payload from which on their table is kept
-# The kernel's own names, such as POSIX access lists, would have to be obeyed, not just stored:
-# a copying program that believes that they took effect leaves out the permissions.
-CAPABILITY = b"security.capability"
+CACHED_FROM = 1024  # bytes of inline attributes from which on their table is cached
+# Names of other namespaces have an effect, such as POSIX access lists, which storing alone does not
+# give.  A copying program that sees them stored would leave out the permissions.
 PUBLIC = (b"user.", b"security.")
 NAMESPACES = (*PUBLIC, b"trusted.")
 
 
 def check_namespace(name: bytes) -> None:
-    """Raise EOPNOTSUPP for attributes that are not merely stored."""
+    """Raise EOPNOTSUPP for a name of another namespace, EINVAL for a namespace alone."""
     if not name.startswith(NAMESPACES):
         raise FsError(errno.EOPNOTSUPP)
     if name in NAMESPACES:
@@ -43,33 +42,33 @@ def check_namespace(name: bytes) -> None:
 
 
 class Table:
-    """Attributes in order: names, and entries as they stand in the string.  Immutable."""
+    """Attributes by ascending name: names, and their encoded entries.  Immutable."""
 
     __slots__ = ("entries", "names", "size")
 
     def __init__(self, names: list[bytes], entries: list[bytes], size: int) -> None:
         self.names: Final = names
         self.entries: Final = entries
-        self.size: Final = size  # of the string, in bytes
+        self.size: Final = size  # bytes of the string
 
     def find(self, name: bytes) -> int:
-        """The index of an attribute; -1 when there is none of that name."""
+        """Return the index of an attribute; -1 when there is none of that name."""
         at = bisect_left(self.names, name)
         return at if at < len(self.names) and self.names[at] == name else -1
 
     def get(self, name: bytes) -> bytes | None:
-        """The value of an attribute, or None."""
+        """Return the value of an attribute, or None."""
         at = self.find(name)
         return encoding.value_of(name, self.entries[at]) if at >= 0 else None
 
     def put(self, name: bytes, value: bytes) -> Table:
-        """The table with one attribute set; ValueError when it is too large."""
+        """Return the table with one attribute set; raises ValueError when it is too large."""
         at = bisect_left(self.names, name)
         there = at < len(self.names) and self.names[at] == name
         return self._spliced(at, at + int(there), [name], [encoding.encode_one(name, value)])
 
     def without(self, at: int) -> Table:
-        """The table without the attribute of that index."""
+        """Return the table without the attribute at index `at`."""
         return self._spliced(at, at + 1, [], [])
 
     def _spliced(self, at: int, end: int, names: list[bytes], entries: list[bytes]) -> Table:
@@ -86,16 +85,16 @@ NO_ATTRIBUTES: Final = Table([], [], 0)
 
 
 def _key(inode: Inode) -> bytes:
-    """What tells the string of an inode from all others; empty for a short one."""
+    """Return the cache key of an inode's string; empty for a string that is not cached."""
     record = inode.record
     if record.xattr_pointer == NULL:
-        return inode.xattr if len(inode.xattr) >= REMEMBERED else b""
+        return inode.xattr if len(inode.xattr) >= CACHED_FROM else b""
     sizes = record.xattr_size << 8 | record.xattr_height
     return record.xattr_pointer + sizes.to_bytes(8, "little")
 
 
 def table(view: View, inode: Inode) -> Table:
-    """All extended attributes of an inode."""
+    """Return all extended attributes of an inode; raises Corrupt."""
     if not inode.record.xattr_size and not inode.xattr:
         return NO_ATTRIBUTES
     key = _key(inode)
@@ -126,14 +125,17 @@ def _string(view: View, inode: Inode) -> bytes:
 
 
 def load(view: View, inode: Inode) -> dict[bytes, bytes]:
-    """All extended attributes by name."""
+    """Return all extended attributes by name; raises Corrupt."""
     found = table(view, inode)
     pairs = zip(found.names, found.entries, strict=True)
     return {name: encoding.value_of(name, entry) for name, entry in pairs}
 
 
 def set_value(tx: Transaction, inode: Inode, name: bytes, value: bytes, flags: int) -> Inode:
-    """The inode with one attribute set; raises EEXIST, ENODATA, ERANGE, E2BIG, NoSpace."""
+    """Return the inode with one attribute set.
+
+    Raises EEXIST, ENODATA, ERANGE, E2BIG, EOPNOTSUPP, ENOSPC, NoSpace.
+    """
     if len(name) > NAME_MAX:
         raise FsError(errno.ERANGE)
     check_namespace(name)
@@ -149,7 +151,7 @@ def set_value(tx: Transaction, inode: Inode, name: bytes, value: bytes, flags: i
 
 
 def remove_value(tx: Transaction, inode: Inode, name: bytes) -> Inode:
-    """The inode without an attribute; raises ENODATA."""
+    """Return the inode without an attribute; raises ENODATA, EOPNOTSUPP."""
     check_namespace(name)
     found = table(tx, inode)
     at = found.find(name)
@@ -158,17 +160,17 @@ def remove_value(tx: Transaction, inode: Inode, name: bytes) -> Inode:
     return _stored(tx, inode, found.without(at))
 
 
-def without_capability(tx: Transaction, inode: Inode) -> Inode:
-    """The inode without the capabilities that running it would give."""
+def discard(tx: Transaction, inode: Inode, name: bytes) -> Inode:
+    """Return the inode without an attribute, or unchanged when there is none of that name."""
     found = table(tx, inode)
-    at = found.find(CAPABILITY)
+    at = found.find(name)
     return _stored(tx, inode, found.without(at)) if at >= 0 else inode
 
 
 def save(
     tx: Transaction, inode: Inode, values: dict[bytes, bytes], *, silent: bool = False
 ) -> Inode:
-    """The inode with these attributes and no others; `silent` leaves its ctime alone."""
+    """Return the inode with these attributes and no others; `silent` keeps its ctime."""
     names = sorted(values)
     entries = [encoding.encode_one(name, values[name]) for name in names]
     size = sum([len(entry) for entry in entries])
@@ -176,10 +178,11 @@ def save(
 
 
 def _stored(tx: Transaction, inode: Inode, new: Table, *, silent: bool = False) -> Inode:
+    """Return the inode with the attributes of `new`; raises ENOSPC, NoSpace."""
     if new.size > TOTAL_MAX:
         raise FsError(errno.ENOSPC)
     raw = b"".join(new.entries)
-    record, before = inode.record, tx.space.balance
+    record, count = inode.record, BlockCount(tx.space, inode)
     old = RadixTree(record.xattr_height, record.xattr_pointer)
     if old.slots != NULL:
         if old.height:
@@ -200,7 +203,7 @@ def _stored(tx: Transaction, inode: Inode, new: Table, *, silent: bool = False) 
         xattr_size=len(raw),
         xattr_height=tree.height,
         xattr_pointer=tree.slots,
-        blocks=record.blocks + tx.space.balance - before,
+        blocks=count.total(),
         ctime_ns=record.ctime_ns if silent else tx.now,
     )
     key = _key(inode)

@@ -18,6 +18,9 @@ ROOT_INO: Final = 1
 ORPHANS_INO: Final = 2  # hidden directory: inodes without links that are still open somewhere
 FIRST_INO: Final = 3
 MAX_INO: Final = (1 << 56) - 1
+# Bytes of a file.  The end of a request and the next block boundary stay far below 2^63, so no sum
+# of an offset and a length overflows off_t, in the kernel or in a program.
+MAX_FILE_SIZE: Final = (1 << 62) - 1
 
 EMPTY: Final = 0
 INLINE: Final = 1

@@ -2,7 +2,7 @@
 
 fsck reads the format itself, never through the engine, so that a misreading there cannot hide.
 `invariants` states each invariant as one `check_*` function; `walk` collects the facts they are
-asked about; `salvage` decides what can be kept of a damaged region and `rebuild` stores it.
+asked about; `survey` and `graph` decide what a repair keeps, and `rebuild` stores it.
 """
 
 from ivshmemfs.fsck.checking import check

@@ -27,7 +27,6 @@ P = ParamSpec("P")
 
 INVARIANTS: dict[int, Check[Any]] = {}
 
-MAX_SIZE = (1 << 63) - 1  # bytes of a file; off_t
 MODE_MASK = 0o177777
 TARGET_MAX = 4095  # bytes of a symlink's target
 FUTURE = 1 << 19  # an incarnation up to this far ahead, modulo 2^20, has not been yet
@@ -230,7 +229,7 @@ def check_inode(record: InodeRecord, used: int) -> Iterator[str]:
             f"{record.payload_size} bytes of payload and {record.xattr_inline} of extended "
             f"attributes do not make up {used} bytes in use"
         )
-    if record.size > MAX_SIZE:
+    if record.size > ino_format.MAX_FILE_SIZE:
         yield f"a size of {record.size} bytes"
     yield from _check_payload(record)
     if kind not in (stat.S_IFREG, stat.S_IFLNK) and record.size:

@@ -12,8 +12,10 @@ from ivshmemfs.format import inode as ino_format
 from ivshmemfs.format import node as node_format
 from ivshmemfs.format import words, xattr
 from ivshmemfs.format.inode import INODE, PAYLOAD_OFFSET, InodeRecord
-from ivshmemfs.fsck.invariants import ALLOWED_PAYLOADS, MAX_SIZE, MODE_MASK, TARGET_MAX
+from ivshmemfs.fsck.invariants import ALLOWED_PAYLOADS, MODE_MASK, TARGET_MAX
 
+# Size of a file in blocks whose record has an impossible one; the rebuilt block map tells its size.
+UNKNOWN_SIZE = ino_format.MAX_FILE_SIZE + 1
 _PRIVATE = 0o600  # permissions of what turned out to be something else than it said
 
 
@@ -93,8 +95,10 @@ def _mend_payload(draft: _Draft, rest: bytes) -> bytes:
     draft.set("its payload does not fit its block", payload_size=size)
     if record.payload == ino_format.INLINE:
         draft.set(f"its size was {record.size}, {size} bytes are there", size=size)
-    elif record.size > MAX_SIZE:
-        draft.set(f"its size was {record.size}", size=MAX_SIZE)
+    elif record.size > ino_format.MAX_FILE_SIZE:
+        known = record.payload != ino_format.MAP
+        size_now = ino_format.MAX_FILE_SIZE if known else UNKNOWN_SIZE
+        draft.set(f"its size was {record.size}", size=size_now)
     return rest[:size]
 
 

@@ -38,7 +38,7 @@ from ivshmemfs.format.peer import INTENT_OFFSET, SLOT_SIZE
 from ivshmemfs.fsck import invariants as inv
 from ivshmemfs.fsck.graph import DIRECTORY, ORPHANS, Entry, Graph
 from ivshmemfs.fsck.image import Overtaken
-from ivshmemfs.fsck.mend import Mended
+from ivshmemfs.fsck.mend import UNKNOWN_SIZE, Mended
 from ivshmemfs.fsck.survey import SIZE, pointers_in
 from ivshmemfs.shm.repair import RepairSession
 
@@ -88,7 +88,7 @@ class Builder:
         self._room = self.survey.owners.count(0)
         self._free = self._unused()
         self._retired: list[int] = []
-        self.crowded = False
+        self.overwrites = False
         self._leaf_at: dict[int, int] = {}
         self._lost = 0
         self._anew = 0
@@ -178,7 +178,7 @@ class Builder:
                 raise NoSpace(
                     "the region is too full to store what must be made anew: nothing was changed"
                 )
-            block, self.crowded = self._retired.pop(), True
+            block, self.overwrites = self._retired.pop(), True
         header = HeaderRecord(0, kind, level, count, 0, owner, self.tag)
         self.nodes[block] = node_format.seal(header, body)
         return self._keep(block, weight, self.tag)
@@ -292,7 +292,7 @@ class Builder:
     def _map(self, ino: int, record: InodeRecord, slots: bytes) -> tuple[bytes, int]:
         """(block map, size) of a file."""
         size = self.image.block_size
-        unknown = record.size >= inv.MAX_SIZE
+        unknown = record.size == UNKNOWN_SIZE
         limit = 1 << 64 if unknown else -(-record.size // size)
         self._lost, self._anew, self._leaf_at = 0, 0, {}
         new = self._slots_of(slots, record.height, ino, 0, limit)
@@ -302,7 +302,7 @@ class Builder:
             self.log.add(f"inode {ino}: {self._lost} pieces of its contents are lost, now zeros")
         length = record.size
         if unknown:
-            length = min((max(self._leaf_at, default=-1) + 1) * size, inv.MAX_SIZE)
+            length = min((max(self._leaf_at, default=-1) + 1) * size, ino_format.MAX_FILE_SIZE)
             self.log.add(f"inode {ino}: its size was impossible; now {length}")
         for index, block in self._leaf_at.items():
             if length % size and index == length // size:

@@ -162,7 +162,7 @@ class _Repair:
             log = Log()
             try:
                 builder, commit = self._build(log)
-                self.spoils |= builder.crowded
+                self.spoils |= builder.overwrites
                 builder.store()
             except Overtaken:
                 self._turn.beat()
@@ -193,7 +193,7 @@ class _Repair:
         graph.run()
         builder = Builder(graph, self._turn, living)
         commit = builder.build()
-        if builder.crowded:
+        if builder.overwrites:
             log.add("the region is so full that replaced blocks were written over")
         return builder, commit
 

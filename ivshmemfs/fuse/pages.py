@@ -1,6 +1,6 @@
 """Pages that the kernel keeps of files, and how they follow what other machines change.
 
-The kernel keeps pages of a file in three cases: the file is mapped, `sendfile` or `splice` reads
+The kernel keeps pages of a file in three cases: the file is mapped, sendfile(2) or splice(2) reads
 it, or the mount has `-o mmap`.  The kernel asks for such pages by a READ that names no lock owner;
 every other READ names one.  So the daemon knows which files to watch:
 

@@ -384,8 +384,8 @@ file or device no longer backs raises OSError(EIO)."""
         finally:
             PyMem_Free(words)
 
-    def large_in_column(self, offset, stride, count, least):
-        """A list of which of these words are least or more; the first is number 0."""
+    def indices_at_least(self, offset, stride, count, least):
+        """A list of the indices of the words that are at least `least`; the first has index 0."""
         cdef uint64_t length, at, bound
         cdef uint64_t *words
         take_limited(least, "least", 1, UINT64_MAX, &bound)

@@ -86,7 +86,7 @@ class PeerTable:
 
     def peers(self) -> Iterator[Occupant]:
         """All slots that are not free."""
-        for number in self.memory.large_in_column(self._base, _SLOT, self.count, _NOT_FREE):
+        for number in self.memory.indices_at_least(self._base, _SLOT, self.count, _NOT_FREE):
             yield self.peer(number + 1)
 
     def states(self) -> list[int]:

@@ -1,4 +1,4 @@
-"""The time of a change never runs backwards while the machine's clock does not."""
+"""The time of a change goes backwards only when the machine's clock does."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_moments_in_the_future_do_not_count(monkeypatch: pytest.MonkeyPatch) -> 
     assert clock.now() <= time.time_ns()
     seen = time.time_ns()
     clock.seen(seen)
-    monkeypatch.setattr(time, "time_ns", lambda: seen - 10**12)  # somebody set the clock back
+    monkeypatch.setattr(time, "time_ns", lambda: seen - 10**12)  # the clock was set back
     monkeypatch.setattr(time, "clock_gettime_ns", lambda _clock: seen - 10**12)
     assert clock.now() == seen - 10**12
 
@@ -50,7 +50,7 @@ def test_a_change_after_a_setting_to_the_present(fs: Filesystem) -> None:
 
 
 def test_contents_that_change_within_a_step_of_the_clock_show_it(fs: Filesystem) -> None:
-    """Kernels tell by the time of a file whether the pages that they keep are of the past."""
+    """A kernel compares mtimes to find out that its cached pages are stale."""
     ino = put(fs, ROOT_INO, b"file", b"").ino
     handle = fs.open(ino, os.O_RDWR, ROOT)
     steps: list[Callable[[], object]] = [
@@ -72,7 +72,7 @@ def test_contents_that_change_within_a_step_of_the_clock_show_it(fs: Filesystem)
 
 
 class Machines:
-    """Two mounts of one region whose machines' clocks differ; `now` is the second one's."""
+    """Two mounts whose machines' clocks differ; `now` is the clock of the second machine."""
 
     def __init__(self, made: TestRegion, monkeypatch: pytest.MonkeyPatch) -> None:
         self._patch = monkeypatch
@@ -85,12 +85,12 @@ class Machines:
         self._patch.setattr(time, "clock_gettime_ns", lambda _clock: moment)
 
     def on_other(self, name: bytes) -> int:
-        """The time of a file that the machine with the good clock writes."""
+        """Write on the machine with the right clock; return the file's mtime."""
         self._at(self.now)
         return put(self.other, ROOT_INO, name, b"x").mtime_ns
 
     def on_behind(self, name: bytes, by: int) -> int:
-        """The time of a file that is written where the clock is so many ns behind."""
+        """Write on the machine whose clock is so many ns behind; return the file's mtime."""
         self._at(self.now - by)
         return put(self.behind, ROOT_INO, name, b"y").mtime_ns
 
@@ -101,7 +101,7 @@ def machines(made: TestRegion, monkeypatch: pytest.MonkeyPatch) -> Machines:
 
 
 def test_an_edit_by_a_clock_that_is_behind_is_newer_all_the_same(machines: Machines) -> None:
-    """Or make(1) would call the product up to date."""
+    """Otherwise make(1) would take the product for up to date."""
     for by in (1, 2 * 10**9, TRUSTED_NS - 1000):
         product = machines.on_other(b"product")
         source = machines.on_behind(b"source", by)
@@ -116,12 +116,12 @@ def test_a_clock_that_is_far_ahead_drags_nobody_along(machines: Machines) -> Non
     machines.on_other(b"a")
     far = TRUSTED_NS + 1
     assert 0 <= machines.on_behind(b"b", far) - (machines.now - far) < 10
-    for _ in range(100):  # each commit just as far ahead as the other one believes
+    for _ in range(100):  # each commit is TRUSTED_NS ahead of the other clock
         machines.now = machines.on_behind(b"b", far) + TRUSTED_NS
         machines.on_other(b"a")
         assert machines.on_behind(b"b", TRUSTED_NS) <= machines.now + 10
     start = machines.now
-    for _ in range(100):  # two that take over each other's times do not climb
+    for _ in range(100):  # two machines that take over each other's times do not drift ahead
         machines.on_other(b"a")
         machines.on_behind(b"b", 5 * 10**9)
     assert machines.on_other(b"a") <= start + 1000

@@ -1,16 +1,19 @@
-"""File data: inline, in blocks, with holes, at huge offsets; always against a plain bytearray."""
+"""File data: inline, in blocks, with holes, at huge offsets, compared with a bytearray."""
 
 from __future__ import annotations
 
 import errno
 import os
 import random
+import stat
 
 import pytest
 
 from ivshmemfs.engine import ROOT_INO, Filesystem
-from ivshmemfs.engine.data import MAX_SIZE
+from ivshmemfs.engine.inode import parse
 from ivshmemfs.format import inode as fmt
+from ivshmemfs.format.inode import INODE, MAX_FILE_SIZE
+from ivshmemfs.format.node import HEADER_SIZE
 from tests.engine.asking import fails
 from tests.support.checks import assert_adds_up, free_blocks
 from tests.support.regions import ROOT, TestRegion, get, put
@@ -22,7 +25,7 @@ def payload(fs: Filesystem, ino: int) -> tuple[int, int]:
 
 
 def edges(block: int) -> list[int]:
-    """Sizes around which something changes."""
+    """Return sizes on both sides of each limit of the representation."""
     inline = fmt.payload_capacity(block)
     around = (1, inline, block, 2 * block, 5 * block)
     return sorted({max(size + off, 0) for size in around for off in (-1, 0, 1)})
@@ -38,7 +41,7 @@ def test_written_is_read_on_every_mount(fs: Filesystem, other: Filesystem) -> No
 
 
 def test_every_size_to_every_size(fs: Filesystem) -> None:
-    """Truncating and growing between all interesting sizes keeps bytes and shows zeros."""
+    """A truncation and a growth between any two sizes keep bytes and read zeros."""
     sizes = edges(fs.block_size)
     content = os.urandom(max(sizes))
     for old in sizes:
@@ -113,15 +116,15 @@ def test_append_goes_to_the_end_wherever_that_is(fs: Filesystem, other: Filesyst
 def test_holes_cost_nothing_and_read_as_zeros(fs: Filesystem) -> None:
     handle, attr = fs.create(ROOT_INO, b"file", 0o644, os.O_RDWR, ROOT)
     free = free_blocks(fs)
-    fs.setattr(attr.ino, ROOT, size=MAX_SIZE)
+    fs.setattr(attr.ino, ROOT, size=MAX_FILE_SIZE)
     assert free_blocks(fs) == free
-    assert bytes(fs.read(handle, MAX_SIZE - 10, 100)) == bytes(10)
+    assert bytes(fs.read(handle, MAX_FILE_SIZE - 10, 100)) == bytes(10)
     assert bytes(fs.read(handle, 1 << 40, 3000)) == bytes(3000)
     fs.setattr(attr.ino, ROOT, size=0)
     assert free_blocks(fs) == free
 
 
-OFFSETS = [1 << shift for shift in (12, 16, 20, 24, 31, 32, 40, 50, 61)] + [MAX_SIZE - 5]
+OFFSETS = [1 << shift for shift in (12, 16, 20, 24, 31, 32, 40, 50, 61)] + [MAX_FILE_SIZE - 5]
 
 
 def test_writes_at_huge_offsets(fs: Filesystem, other: Filesystem) -> None:
@@ -146,15 +149,25 @@ def test_writes_at_huge_offsets(fs: Filesystem, other: Filesystem) -> None:
     assert free_blocks(fs) == before
 
 
+def test_an_inode_beyond_the_largest_size_is_refused() -> None:
+    record = INODE.unpack(bytes(INODE.size))._replace(mode=stat.S_IFREG, nlink=1, blocks=1)
+    for size, code in ((MAX_FILE_SIZE, 0), (MAX_FILE_SIZE + 1, errno.EUCLEAN)):
+        block = bytes(HEADER_SIZE) + INODE.pack(record._replace(size=size))
+        if code:
+            fails(code, lambda block=block: parse(9, block, 1024))  # type: ignore[misc]
+        else:
+            assert parse(9, block, 1024).record.size == size
+
+
 def test_beyond_the_largest_size(fs: Filesystem) -> None:
     handle, attr = fs.create(ROOT_INO, b"file", 0o644, os.O_RDWR, ROOT)
-    fails(errno.EFBIG, lambda: fs.write(handle, MAX_SIZE - 2, b"abc"))
-    fails(errno.EFBIG, lambda: fs.setattr(attr.ino, ROOT, size=MAX_SIZE + 1))
+    fails(errno.EFBIG, lambda: fs.write(handle, MAX_FILE_SIZE - 2, b"abc"))
+    fails(errno.EFBIG, lambda: fs.setattr(attr.ino, ROOT, size=MAX_FILE_SIZE + 1))
     assert fs.getattr(attr.ino).size == 0
 
 
 def test_maps_grow_and_are_cut(roomy: TestRegion) -> None:
-    """A file of thousands of blocks, cut at every kind of place."""
+    """A file of thousands of blocks, cut at and beside node boundaries."""
     fs = roomy.mount()
     handle, attr = fs.create(ROOT_INO, b"file", 0o644, os.O_RDWR, ROOT)
     free, block = free_blocks(fs), fs.block_size
@@ -196,7 +209,7 @@ def test_sparse_blocks_come_and_go(roomy: TestRegion) -> None:
 
 
 def test_a_read_is_of_one_moment(fs: Filesystem, other: Filesystem) -> None:
-    """Whatever is read was the whole file at some time, also when it is rewritten meanwhile."""
+    """A read returns the file of one moment, even while another mount rewrites it."""
     size = 6 * fs.block_size
     put(fs, ROOT_INO, b"file", b"a" * size)
     handle = other.open(other.lookup(ROOT_INO, b"file").ino, os.O_RDONLY, ROOT)

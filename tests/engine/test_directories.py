@@ -1,4 +1,4 @@
-"""Directories that grow from the inode into a tree and back, and reading them meanwhile."""
+"""Directories that grow from the inode into a tree and shrink back, and reads of them meanwhile."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from tests.support.regions import ROOT, TestRegion
 
 
 def shape(fs: Filesystem, ino: int) -> tuple[int, int]:
-    """(payload kind, height) of a directory."""
+    """Return (payload kind, height) of a directory."""
     record = fs.view().inode(ino).record
     return record.payload, record.height
 
 
 def varied_names(count: int, chance: random.Random) -> list[bytes]:
-    """Names of all lengths up to 255 with every byte that a name may have."""
+    """Return names of all lengths up to 255 with every byte that a name may have."""
     letters = bytes(b for b in range(1, 256) if b != ord("/"))
     found: dict[bytes, None] = {}
     while len(found) < count:
@@ -102,7 +102,7 @@ def test_a_tree_returns_into_the_inode(roomy: TestRegion) -> None:
 
 
 def test_few_names_are_left_of_many(roomy: TestRegion) -> None:
-    """A directory that was large and is small again holds few blocks."""
+    """A directory that shrinks gives its blocks back."""
     fs = roomy.mount()
     file = fs.mknod(ROOT_INO, b"file", 0o100644, 0, ROOT).ino
     folder = fs.mkdir(ROOT_INO, b"dir", 0o755, ROOT).ino
@@ -118,7 +118,7 @@ def test_few_names_are_left_of_many(roomy: TestRegion) -> None:
 
 
 def test_names_of_one_hash(roomy: TestRegion, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Names that collide stand beside each other; more than one leaf holds is refused."""
+    """Colliding names share a leaf; the engine refuses more of them than fit a leaf."""
     from ivshmemfs.errors import NoSpace
 
     fs = roomy.mount()
@@ -175,7 +175,7 @@ LISTINGS: list[Callable[[Filesystem, int], Iterator[bytes]]] = [
 def test_readdir_while_another_mount_changes_it(
     roomy: TestRegion, listed: Callable[[Filesystem, int], Iterator[bytes]]
 ) -> None:
-    """What was there throughout appears exactly once; nothing appears twice."""
+    """An entry that exists throughout appears exactly once; no entry appears twice."""
     fs, other = roomy.mount(), roomy.mount()
     chance = random.Random(11)
     file = fs.mknod(ROOT_INO, b"file", 0o100644, 0, ROOT).ino

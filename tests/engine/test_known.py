@@ -1,4 +1,4 @@
-"""What a mount knows of inodes outlives its own commits, and must be what the region says."""
+"""The commit cache outlives the mount's own commits, and agrees with the region."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def seen(fs: Filesystem, numbers: list[int]) -> list[Attr | None]:
 
 
 def change(fs: Filesystem, chance: random.Random, numbers: list[int]) -> None:
-    """Something that may fail."""
+    """Make a random change, which may fail."""
     name, to = (b"%d" % chance.randrange(6) for _ in range(2))
     what = chance.randrange(6)
     if what == 0:

@@ -1,4 +1,4 @@
-"""Making, linking, removing and renaming, on one mount and seen from another."""
+"""Making, linking, removing and renaming on one mount, seen by another."""
 
 from __future__ import annotations
 
@@ -141,7 +141,7 @@ def test_linking_over_a_name_replaces_it(fs: Filesystem, other: Filesystem) -> N
     fails(errno.EEXIST, lambda: fs.link(new.ino, ROOT_INO, b"name", ROOT))
     fails(errno.EISDIR, lambda: fs.link(new.ino, ROOT_INO, b"dir", ROOT, over=True))
     assert fs.link(new.ino, ROOT_INO, b"name", ROOT, over=True).nlink == 1
-    assert fs.link(new.ino, ROOT_INO, b"name", ROOT, over=True).nlink == 1  # itself
+    assert fs.link(new.ino, ROOT_INO, b"name", ROOT, over=True).nlink == 1  # over its own name
     fs.release(handle)
     assert get(other, ROOT_INO, b"name") == b"new"
     assert bytes(other.read(open_there, 0, 3)) == b"old"
@@ -263,7 +263,7 @@ def make_thing(fs: Filesystem, parent: int, name: bytes, thing: str) -> None:
 
 
 def expected_rename(source: str, target: str, flags: int) -> int:
-    """The errno that rename(2) gives, 0 for success."""
+    """Return the errno of rename(2), 0 for success."""
     if source == "none":
         return errno.ENOENT
     if flags == RENAME_EXCHANGE:

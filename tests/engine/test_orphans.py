@@ -121,7 +121,7 @@ def test_hundreds_of_orphans(roomy: TestRegion) -> None:
 
 
 def test_files_of_one_filter_bit(fs: Filesystem, other: Filesystem) -> None:
-    """Two open files may share a bit; closing one keeps the other listed."""
+    """Two open files may share a bit of the open filter; a close of one keeps it set."""
     one = put(fs, ROOT_INO, b"one", b"1")
     assert fs._volume.member is not None
     index = index_of(one.ino)

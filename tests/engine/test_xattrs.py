@@ -1,4 +1,4 @@
-"""Extended attributes beside the payload and in blocks of their own."""
+"""Extended attributes in the inode block and in their own blocks."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import pytest
 
 from ivshmemfs.engine import ROOT_INO, Filesystem
 from ivshmemfs.engine.xattr import (
+    CACHED_FROM,
     CREATE,
-    REMEMBERED,
     REPLACE,
     Table,
     _stored,
@@ -62,7 +62,7 @@ def test_values_of_every_size(fs: Filesystem, other: Filesystem) -> None:
 
 
 def test_the_payload_makes_room(fs: Filesystem) -> None:
-    """Attributes and contents that fit the inode block one by one, but not together."""
+    """Attributes and contents each fit the inode block, but not together."""
     capacity = fs.block_size - 192
     for size in (0, capacity // 2, capacity - 40, capacity, capacity + 1):
         for value_size in (1, capacity // 3, capacity // 2 - 30):
@@ -151,7 +151,7 @@ def many(count: int) -> dict[bytes, bytes]:
 
 
 def test_thousands_are_decoded_once(roomy: TestRegion, monkeypatch: pytest.MonkeyPatch) -> None:
-    """However they are read, set and removed, and whatever else is committed meanwhile."""
+    """Reads, changes and commits of other inodes do not decode a string again."""
     fs, other = roomy.mount(), roomy.mount()
     real, decoded = encoding.split, []
 
@@ -164,7 +164,7 @@ def test_thousands_are_decoded_once(roomy: TestRegion, monkeypatch: pytest.Monke
     wanted = many(2000)
     for name, value in wanted.items():
         fs.setxattr(ino, name, value, 0, ROOT)
-    large = sum(1 for size in decoded if size > REMEMBERED)
+    large = sum(1 for size in decoded if size > CACHED_FROM)
     assert large == 0, "what this mount has set it knows"
     decoded.clear()
     for at, (name, value) in enumerate(wanted.items()):
@@ -182,7 +182,7 @@ def test_thousands_are_decoded_once(roomy: TestRegion, monkeypatch: pytest.Monke
 
 
 def test_many_large_sets_at_once(roomy: TestRegion) -> None:
-    """More than the mount keeps decoded: nobody waits for others in vain."""
+    """With more tables than the cache holds, every operation still ends."""
     fs, other = roomy.mount(), roomy.mount()
     inos = [put(fs, ROOT_INO, b"%d" % number, b"").ino for number in range(2 * RECENT)]
     wanted = many(3000)
@@ -194,7 +194,7 @@ def test_many_large_sets_at_once(roomy: TestRegion) -> None:
 
 
 def test_the_largest_set_beside_a_writer(roomy: TestRegion) -> None:
-    """Each finds another string whenever it comes, and does not wait until it stays the same."""
+    """Two mounts change one large string in turns; each finds the other's change."""
     fs, other = roomy.mount(), roomy.mount()
     ino = put(fs, ROOT_INO, b"file", b"").ino
     wanted = {b"user.%03x" % number: b"" for number in range(0x1000)}
@@ -209,7 +209,7 @@ def test_the_largest_set_beside_a_writer(roomy: TestRegion) -> None:
 def test_damage_is_found_each_time(roomy: TestRegion) -> None:
     fs, other = roomy.mount(), roomy.mount()
     ino = put(fs, ROOT_INO, b"file", b"").ino
-    names = [*many(2000), b"user.00000"]  # the last is not in order
+    names = [*many(2000), b"user.00000"]  # the last one breaks the order
     entries = [encoding.encode_one(name, b"") for name in names]
     table = Table(names, entries, sum(map(len, entries)))
     fs.change(lambda tx: tx.put(_stored(tx, tx.inode(ino), table)))

@@ -287,6 +287,7 @@ for _name, _ino, _fields in (
     ("payload_too_long", "small", {"payload_size": 5000}),
     ("inline_of_another_size", "small", {"size": 1 << 40}),
     ("negative_size", "sparse", {"size": (1 << 64) - 1}),
+    ("size_beyond_the_limit", "sparse", {"size": inode.MAX_FILE_SIZE + 1}),
     ("device_number_of_a_file", "small", {"rdev": 5}),
     ("device_number_of_64_bits", "device", {"rdev": 1 << 40}),
     ("parent_of_a_file", "small", {"parent": 1}),

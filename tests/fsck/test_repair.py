@@ -245,6 +245,25 @@ def fill_up(made: TestRegion) -> None:
         knife.edit_root(used=sum(1 for block in range(count) if knife.tag(block)))
 
 
+def test_the_largest_file_keeps_its_size(made: TestRegion) -> None:
+    """Only a size beyond the limit is impossible: the block map then tells the size."""
+    fs = made.mount()
+    fs.setattr(Names.sparse, ROOT, size=inode.MAX_FILE_SIZE)
+    fs.unmount()
+    with open_region(str(made.path)) as region:
+        report = fsck.check(region)
+        assert report.clean, str(report)
+        knife = Knife(region.memory)
+        knife.edit_inode(Names.sparse, nlink=5)
+        knife.edit_inode(Names.big, size=inode.MAX_FILE_SIZE + 1)
+    fs, told = repaired(made)
+    assert fs.getattr(Names.sparse).size == inode.MAX_FILE_SIZE
+    assert fs.getattr(Names.sparse).nlink == 1
+    rounded = -(-len(BIG) // 1024) * 1024
+    assert fs.getattr(Names.big).size == rounded
+    assert f"inode {Names.big}: its size was impossible; now {rounded}" in told
+
+
 def test_a_full_region_is_repaired_in_place(made: TestRegion) -> None:
     fill_up(made)
     with open_region(str(made.path)) as region:

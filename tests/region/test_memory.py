@@ -273,12 +273,12 @@ def test_a_column_of_words(memory: Memory) -> None:
     assert memory.load_column(16, 24, 4) == [2, 5, 8, 11]
     assert memory.load_column(0, 8, SIZE // 8) == list(range(SIZE // 8))
     assert memory.load_column(SIZE - 8, 1 << 40, 1) == [SIZE // 8 - 1]
-    assert memory.large_in_column(0, 8, 6, 3) == [3, 4, 5]
+    assert memory.indices_at_least(0, 8, 6, 3) == [3, 4, 5]
     memory.store(32, 2)
-    assert memory.large_in_column(0, 8, 6, 3) == [3, 5]
-    assert memory.large_in_column(0, 16, 4, 1) == [1, 2, 3]
+    assert memory.indices_at_least(0, 8, 6, 3) == [3, 5]
+    assert memory.indices_at_least(0, 16, 4, 1) == [1, 2, 3]
     with pytest.raises(ValueError, match="least out of range"):
-        memory.large_in_column(0, 8, 6, 0)
+        memory.indices_at_least(0, 8, 6, 0)
     assert memory.load_column(0, 8, 0) == []
 
 
@@ -291,4 +291,4 @@ def test_columns_outside_are_refused(memory: Memory, offset: int, stride: int, c
     with pytest.raises(ValueError, match=r"out of|leave the region"):
         memory.load_column(offset, stride, count)
     with pytest.raises(ValueError, match=r"out of|leave the region"):
-        memory.large_in_column(offset, stride, count, 1)
+        memory.indices_at_least(offset, stride, count, 1)

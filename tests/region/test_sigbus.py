@@ -70,7 +70,7 @@ BLOCK_CALLS: list[Callable[[Blocks], object]] = [
     lambda b: b.write_node(0, make_node(9, b"")),
     lambda b: b.write_nodes([pointer(0, 9)], [make_node(9, b"")]),
     lambda b: b.memory.load_column(TAGS, 8, 3),
-    lambda b: b.memory.large_in_column(TAGS, 8, 3, 1),
+    lambda b: b.memory.indices_at_least(TAGS, 8, 3, 1),
     lambda b: b.free_count(),
     lambda b: b.sweep(bytes(8 * COUNT), bytes(8 * 256), 0, COUNT),
 ]

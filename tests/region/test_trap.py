@@ -209,7 +209,7 @@ def test_a_callback_may_take_the_block_that_was_about_to_be_claimed(blocks: Bloc
 LOADS: list[tuple[str, Callable[[Blocks], object], int]] = [
     ("load", lambda b: b.memory.load(0), 1),
     ("load_column", lambda b: b.memory.load_column(0, 64, 3), 3),
-    ("large_in_column", lambda b: b.memory.large_in_column(0, 64, 3, 1), 3),
+    ("indices_at_least", lambda b: b.memory.indices_at_least(0, 64, 3, 1), 3),
     ("read", lambda b: b.memory.read(0, 10_000), 1),
     ("tag", lambda b: b.tag(0), 1),
     ("check", lambda b: b.check(FOUR), 1),

@@ -290,7 +290,7 @@ def names() -> Iterator[tuple[str, Damage]]:
 ABSURD: dict[str, tuple[int, ...]] = {
     "mode": (0, 0o170000, 0o040755, 0o120777, 0o100644, 0o060600, (1 << 32) - 1),
     "nlink": (0, 1, 1 << 31, (1 << 32) - 1),
-    "size": (0, 1, (1 << 63) - 1, 1 << 63, (1 << 62) - 1, WORD),
+    "size": (0, 1, (1 << 62) - 1, 1 << 62, (1 << 63) - 1, 1 << 63, WORD),
     "blocks": (0, (1 << 63), WORD),
     "entries": (0, 1 << 31, (1 << 63), WORD),
     "parent": (0, 2, 1 << 63, WORD),
