@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from ivshmemfs.engine import data, directory, holes, names, xattr
+from ivshmemfs.engine import acl, data, directory, holes, names, xattr
 from ivshmemfs.engine.directory import Entry
 from ivshmemfs.engine.inode import MAX_RDEV, TARGET_MAX, Attr, Context, Inode, StatFs, attributes
 from ivshmemfs.engine.mount import ATTEMPTS, Mount
@@ -323,6 +323,8 @@ class Filesystem(Mount):
             if uid is not None or gid is not None:
                 sheds, outsider = not inode.is_dir, self._outsider(inode, ctx)
                 inode = _without_privileges(tx, inode, unprivileged=sheds, outsider=outsider)
+            if mode is not None and inode.record.xattr_size:
+                inode = acl.change_mode(tx, inode, mode)
             if kept is not None:
                 changes["mode"] = inode.record.mode & (kept | ~names.PRIVILEGES)
             return self._attr(tx.put(_changed(inode, changes, tx.now)))
@@ -357,10 +359,14 @@ class Filesystem(Mount):
 
     def _outsider(self, inode: Inode, ctx: Context | None) -> bool:
         """Whether a set-group-ID of a file that is no program goes, too, when `ctx` changes it."""
-        record = inode.record
-        if ctx is None or record.mode & names.SET_GROUP_ID != stat.S_ISGID:
+        if ctx is None or inode.record.mode & names.SET_GROUP_ID != stat.S_ISGID:
             return False
-        if self.keeps_set_id(ctx):
+        return self._loses_set_group_id(inode, ctx)
+
+    def _loses_set_group_id(self, inode: Inode, ctx: Context) -> bool:
+        """Whether `ctx` is outside of the group of `inode`, and may not keep its set-group-ID."""
+        record = inode.record
+        if not record.mode & stat.S_ISGID or self.keeps_set_id(ctx):
             return False
         return record.gid != ctx.gid and record.gid not in self.groups_of(ctx.pid)
 
@@ -438,6 +444,8 @@ class Filesystem(Mount):
         if inode.is_dir:
             raise FsError(errno.EISDIR)
         handle = Handle(ino, flags, ctx, outsider=self._outsider(inode, ctx))
+        if ctx is not None and handle.unprivileged and inode.record.mode & names.PRIVILEGES:
+            handle.unprivileged = not self.keeps_set_id(ctx)
         self._hold(ino)
         try:
             self._confirm(ino)
@@ -476,7 +484,7 @@ class Filesystem(Mount):
                 return self._attr(found)
             made = True
             new_mode = stat.S_IFREG | stat.S_IMODE(mode)
-            inode = tx.new_inode(names.new_record(tx, folder, new_mode, ctx))
+            inode = names.new_inode(tx, folder, new_mode, ctx)
             self._hold_new(inode.ino)
             names.add(tx, folder, spot, inode)
             return self._attr(inode)
@@ -778,18 +786,49 @@ class Filesystem(Mount):
 
     def listxattr(self, ino: int, ctx: Context | None = None) -> list[bytes]:
         """The names of all attributes; only root sees trusted ones."""
-        shown = xattr.NAMESPACES if ctx is None or ctx.uid == 0 else xattr.PUBLIC
+        root = ctx is None or ctx.uid == 0
+        shown = (*xattr.NAMESPACES, *xattr.LISTS) if root else xattr.PUBLIC
         return [name for name in self._xattrs(ino).names if name.startswith(shown)]
 
-    def setxattr(self, ino: int, name: bytes, value: bytes, flags: int, ctx: Context) -> None:
-        """Set an attribute."""
-        self.change(
-            lambda tx: tx.put(xattr.set_value(tx, tx.inode(ino), name, bytes(value), flags))
-        )
+    def access_list(self, ino: int) -> list[acl.Entry]:
+        """The access list of an inode; no entries if it has none, or is gone."""
+        try:
+            return self.look(lambda view: acl.find(view, view.inode(ino), xattr.ACCESS_LIST))
+        except StaleHandle:
+            return []
+
+    def setxattr(
+        self,
+        ino: int,
+        name: bytes,
+        value: bytes,
+        flags: int,
+        ctx: Context,
+        *,
+        clears_set_group_id: bool | None = None,
+    ) -> None:
+        """Set an attribute; an access list changes the mode, too.
+
+        A caller outside of the file's group also clears set-group-ID by an access list;
+        `clears_set_group_id` says so if the kernel has found out.
+        """
+
+        def plan(tx: Transaction) -> None:
+            inode = tx.inode(ino)
+            if name not in xattr.LISTS:
+                tx.put(xattr.set_value(tx, inode, name, bytes(value), flags))
+                return
+            clears = clears_set_group_id
+            if clears is None:
+                clears = self._loses_set_group_id(inode, ctx)
+            tx.put(acl.set_list(tx, inode, name, bytes(value), clears_set_group_id=clears))
+
+        self.change(plan)
 
     def removexattr(self, ino: int, name: bytes, ctx: Context) -> None:
-        """Remove an attribute; raises ENODATA."""
-        self.change(lambda tx: tx.put(xattr.remove_value(tx, tx.inode(ino), name)), removal=True)
+        """Remove an attribute; raises ENODATA, but not for an access list."""
+        remove = acl.remove if name in xattr.LISTS else xattr.remove_value
+        self.change(lambda tx: tx.put(remove(tx, tx.inode(ino), name)), removal=True)
 
 
 def _file(view: View, handle: Handle) -> Inode:

@@ -27,15 +27,20 @@ NAME_MAX = 255
 VALUE_MAX = 65536
 TOTAL_MAX = 4 * VALUE_MAX
 REMEMBERED = 1024  # bytes of attributes beside the payload from which on their table is kept
-# The kernel's own names, such as POSIX access lists, would have to be obeyed, not just stored:
-# a copying program that believes that they took effect leaves out the permissions.
+# Of the kernel's own names there are the two of access lists (`acl`).  Others are refused: the file
+# system would have to obey them, and a copying program would believe that they took effect.
+ACCESS_LIST = b"system.posix_acl_access"
+DEFAULT_LIST = b"system.posix_acl_default"
+LISTS = (ACCESS_LIST, DEFAULT_LIST)
 CAPABILITY = b"security.capability"
-PUBLIC = (b"user.", b"security.")
-NAMESPACES = (*PUBLIC, b"trusted.")
+NAMESPACES = (b"user.", b"security.", b"trusted.")
+PUBLIC = (b"user.", b"security.", *LISTS)  # all but trusted ones, which only root sees
 
 
 def check_namespace(name: bytes) -> None:
-    """Raise EOPNOTSUPP for attributes that are not merely stored."""
+    """Raise EOPNOTSUPP for attributes of other namespaces than these."""
+    if name in LISTS:
+        return
     if not name.startswith(NAMESPACES):
         raise FsError(errno.EOPNOTSUPP)
     if name in NAMESPACES:

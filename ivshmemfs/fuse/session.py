@@ -65,6 +65,8 @@ class Session:
         unchecked = options.root_only and mountpoint.helper() is not None
         self._operations = Operations(fs, self.loop.pause, ownership=ownership, root_only=unchecked)
         self._upkeep = Upkeep(fs)
+        self._checks = not unchecked
+        self._access_lists = self._checks and ownership == Ownership()
         self._options = options
         self._lifeline: mountpoint.Lifeline | None = None
         self._mount(source, options)
@@ -74,11 +76,20 @@ class Session:
             target, words = self._path, libfuse_options(options, source)
         else:
             fd = mountpoint.open_mount(self._path, fusermount_options(options, source))
-            self._handshake = Handshake(fd, keep=self.loop.polling)
+            self._handshake = Handshake(
+                fd,
+                keep=self.loop.polling,
+                checks=self._checks,
+                access_lists=self._access_lists,
+            )
             target, words = self._handshake.path, set()
         with _stderr_captured() as said:
             try:
-                front_end = Pyfuse3FrontEnd(self._operations, page_cache=options.mmap)
+                front_end = Pyfuse3FrontEnd(
+                    self._operations,
+                    page_cache=options.mmap,
+                    access_lists=self._access_lists and self._handshake is None,
+                )
                 pyfuse3.init(front_end, target, words)
             except RuntimeError as error:
                 self._abandon(libfuse=False)
