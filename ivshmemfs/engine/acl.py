@@ -7,8 +7,8 @@ An inode has up to two lists, stored as extended attributes in Linux's own encod
     system.posix_acl_default    of a directory: the access list of what is made in it
 
 A list with three entries says no more than a mode, so an access list of that kind is not stored.
-The rules are those of Linux's fs/posix_acl.c.  The first half of this module is pure; the second
-half is what transactions call.
+The rules are those of Linux's fs/posix_acl.c.  A malformed list, which only a damaged or hostile
+peer stores, counts as none.  The first half of this module is pure; transactions call the second.
 """
 
 from __future__ import annotations
@@ -109,6 +109,16 @@ def check(entries: list[Entry]) -> None:
         raise FsError(errno.EINVAL)
 
 
+def is_valid(value: bytes) -> bool:
+    """Return whether the kernel accepts an encoded list; it refuses all use of a file otherwise."""
+    try:
+        entries = parse(value)
+        check(entries)
+    except FsError:
+        return False
+    return len(value) <= VALUE_MAX
+
+
 def is_minimal(entries: list[Entry]) -> bool:
     """Return whether a mode says the same: neither a USER, nor a GROUP, nor a mask."""
     return len(entries) == 3
@@ -131,6 +141,15 @@ def permissions_of(entries: list[Entry]) -> int:
         elif tag == OTHER:
             bits |= permissions
     return bits
+
+
+def without_list(mode: int, entries: list[Entry]) -> int:
+    """Return the mode for a copy that has no list: the owning group gets no more than before."""
+    granted = 7
+    for tag, permissions, _ in entries:
+        if tag in (GROUP_OBJ, MASK):
+            granted &= permissions
+    return mode & (~0o070 | granted << 3)
 
 
 def with_permissions(entries: list[Entry], bits: int) -> list[Entry]:
@@ -172,18 +191,13 @@ def permits(
 
 
 def find(view: View, inode: Inode, name: bytes) -> list[Entry]:
-    """Return a list of an inode; no entries if it has none, or one that no kernel accepts."""
+    """Return a list of an inode; no entries if it has none, or only a damaged one."""
     if not inode.record.xattr_size:
         return []
     value = xattr.table(view, inode).get(name)
-    if value is None:
+    if value is None or not is_valid(value):
         return []
-    try:
-        entries = parse(value)
-        check(entries)
-    except FsError:  # another machine stored it past this code
-        return []
-    return entries
+    return parse(value)
 
 
 def set_list(

@@ -773,7 +773,7 @@ class Filesystem(Mount):
         """The value of an attribute; raises ENODATA."""
         xattr.check_namespace(name)
         value = self._xattrs(ino).get(name)
-        if value is None:
+        if value is None or (name in xattr.LISTS and not acl.is_valid(value)):
             raise FsError(errno.ENODATA)
         return value
 
@@ -788,7 +788,13 @@ class Filesystem(Mount):
         """The names of all attributes; only root sees trusted ones."""
         root = ctx is None or ctx.uid == 0
         shown = (*xattr.NAMESPACES, *xattr.LISTS) if root else xattr.PUBLIC
-        return [name for name in self._xattrs(ino).names if name.startswith(shown)]
+        table = self._xattrs(ino)
+        return [
+            name
+            for name in table.names
+            if name.startswith(shown)
+            and not (name in xattr.LISTS and not acl.is_valid(table.get(name) or b""))
+        ]
 
     def access_list(self, ino: int) -> list[acl.Entry]:
         """The access list of an inode; no entries if it has none, or is gone."""
@@ -796,6 +802,10 @@ class Filesystem(Mount):
             return self.look(lambda view: acl.find(view, view.inode(ino), xattr.ACCESS_LIST))
         except StaleHandle:
             return []
+
+    def mode_without_list(self, attr: Attr) -> int:
+        """The mode for a copy of an inode without its access list, as `acl.without_list`."""
+        return acl.without_list(attr.mode, self.access_list(attr.ino))
 
     def setxattr(
         self,

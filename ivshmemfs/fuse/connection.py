@@ -108,20 +108,25 @@ class Relay:
 class Handshake:
     """The opening of one FUSE connection; it owns the descriptor *device*.
 
-    With *keep* `kernel_frontend` reads the requests, else libfuse does.  *checks* says that the
-    kernel checks permissions (default_permissions); with *access_lists* it then obeys them, too.
+    With *keep* `kernel_frontend` reads the requests, else libfuse does.  With *kernel_checks* the
+    kernel checks permissions (default_permissions); with *access_lists* it then obeys lists, too.
     """
 
     def __init__(
-        self, device: int, *, keep: bool = False, checks: bool = False, access_lists: bool = False
+        self,
+        device: int,
+        *,
+        keep: bool = False,
+        kernel_checks: bool = False,
+        access_lists: bool = False,
     ) -> None:
         self.state = State.MOUNTED
         #: Whether the kernel allows shared mappings of files opened for direct I/O.
         self.shared_mappings = False
         #: Whether the kernel obeys access lists.
         self.access_lists = False
-        self._checks = checks
-        self._wants_access_lists = checks and access_lists
+        self._kernel_checks = kernel_checks
+        self._wants_access_lists = kernel_checks and access_lists
         self._device = device
         #: Set in state OPEN if the connection is kept.
         self.relay: Relay | None = None
@@ -218,7 +223,7 @@ class Handshake:
         self._setxattr_ext = bool(fields[3] & protocol.SETXATTR_EXT)
         self.access_lists = bool(fields[3] & protocol.POSIX_ACL)
         wanted2 = protocol.DIRECT_IO_ALLOW_MMAP
-        if self._keep and self._checks:
+        if self._keep and self._kernel_checks:
             wanted2 |= protocol.ALLOW_IDMAP
         agreed2 = wanted2 & self._offered_flags2
         if agreed2:

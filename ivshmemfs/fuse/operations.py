@@ -60,7 +60,8 @@ class Operations:
     """The operations of one mounted engine.
 
     *pause* sleeps for a number of seconds; other requests run meanwhile.  With *root_only* the
-    kernel checks no permissions, and `rights` does.
+    kernel checks no permissions, and `rights` does.  With *access_lists* the mount obeys and shows
+    POSIX access lists.
     """
 
     def __init__(
@@ -70,6 +71,7 @@ class Operations:
         *,
         ownership: Ownership | None = None,
         root_only: bool = False,
+        access_lists: bool = True,
     ) -> None:
         self._fs = fs
         fs.groups_of = callers.groups
@@ -77,9 +79,9 @@ class Operations:
         self.retry = Retry(fs, pause)
         self._ownership = ownership or Ownership()
         self.presented = self._ownership.presenter
-        #: Access lists are hidden and not obeyed if the mount presents other owners or modes.
-        self._shows_lists = self._ownership == Ownership()
-        self._rights = Rights(fs, self.presented, enforced=root_only, obeys_lists=self._shows_lists)
+        #: A mount that does not obey access lists hides them, too.
+        self._shows_lists = access_lists
+        self._rights = Rights(fs, self.presented, enforced=root_only, obeys_lists=access_lists)
         self._node_ids = NodeIds()
         self.inode_of = self._node_ids.inode_of
         self._walks = Walks()

@@ -218,6 +218,19 @@ def test_set_group_id_goes_with_a_list_of_an_outsider(fs: Filesystem) -> None:
         assert bool(mode_of(fs, ino) & stat.S_ISGID) is kept, (ctx, told)
 
 
+def test_a_copy_without_the_list_gives_no_group_more(fs: Filesystem) -> None:
+    ino = put(fs, ROOT_INO, b"file", b"").ino
+    for entries, mode, plain in (
+        (FULL, 0o664, 0o644),  # the group's 5 under the mask
+        (MINIMAL, 0o750, 0o750),
+        ([Entry(USER_OBJ, 6), Entry(GROUP_OBJ, 0), Entry(MASK, 7), Entry(OTHER, 0)], 0o670, 0o600),
+    ):
+        give(fs, ino, ACCESS_LIST, entries)
+        attr = fs.getattr(ino)
+        assert stat.S_IMODE(attr.mode) == mode
+        assert fs.mode_without_list(attr) == stat.S_IFREG | plain
+
+
 # --- inheritance ------------------------------------------------------------------------------
 
 
@@ -276,16 +289,19 @@ def test_lists_come_and_go_without_a_leak(roomy: TestRegion) -> None:
 def test_what_another_machine_damaged_is_neither_obeyed_nor_in_the_way(fs: Filesystem) -> None:
     """A malformed list, stored past the checks: files are made as if it were not there."""
     folder = fs.mkdir(ROOT_INO, b"folder", 0o755, ROOT).ino
-    for name, value in itertools.product((ACCESS_LIST, DEFAULT_LIST), (b"", b"x", b"\2\0\0\0")):
+    long = acl.encode([MINIMAL[0], *[Entry(USER, 0, 9)] * 600, MINIMAL[1], *FULL[-2:]])
+    values = (b"", b"x", b"\2\0\0\0", long)
+    for name, value in itertools.product((ACCESS_LIST, DEFAULT_LIST), values):
         store(fs, folder, name, value)
-        assert fs.getxattr(folder, name) == value
+        assert fs.listxattr(folder) == []
         assert fs.access_list(folder) == []
+        fails(errno.ENODATA, functools.partial(fs.getxattr, folder, name))
         fs.setattr(folder, ROOT, mode=0o755)
         ino = fs.mknod(folder, b"file", stat.S_IFREG | 0o666, 0, Context(0, 0, 0, 0o022)).ino
         assert (mode_of(fs, ino), fs.listxattr(ino)) == (0o644, [])
         fs.unlink(folder, b"file", ROOT)
         fs.removexattr(folder, name, ROOT)
-    assert fs.listxattr(folder) == []
+    assert fs.look(lambda view: xattr.table(view, view.inode(folder)).names) == []
 
 
 def store(fs: Filesystem, ino: int, name: bytes, value: bytes) -> None:

@@ -41,6 +41,7 @@ class Kernel:
             trio.sleep,
             ownership=ownership,
             root_only=root_only,
+            access_lists=ownership is None,
         )
         self.front_end = KernelFrontEnd(
             self.operations,

@@ -114,10 +114,12 @@ class Ends:
     """A handshake between a socket that plays the kernel and the end that libfuse gets."""
 
     def __init__(
-        self, *, keep: bool = False, checks: bool = False, access_lists: bool = False
+        self, *, keep: bool = False, kernel_checks: bool = False, access_lists: bool = False
     ) -> None:
         self.kernel, device = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self.shake = Handshake(device.detach(), keep=keep, checks=checks, access_lists=access_lists)
+        self.shake = Handshake(
+            device.detach(), keep=keep, kernel_checks=kernel_checks, access_lists=access_lists
+        )
         self.fd = int(self.shake.path.rsplit("/", 1)[1])
 
     def answer(self, request: bytes, answer: bytes) -> bytes:
@@ -174,7 +176,7 @@ def test_whoever_reads_requests_before_libfuse_is_asked_for_plain_listings() -> 
 def test_what_is_agreed_on_permissions(keep: bool, checks: bool, lists: bool) -> None:
     """The umask is always ours; the kernel obeys lists, and maps owners, only where it checks."""
     flags = OFFER | protocol.DONT_MASK | protocol.POSIX_ACL | protocol.SETXATTR_EXT
-    ends = Ends(keep=keep, checks=checks, access_lists=lists)
+    ends = Ends(keep=keep, kernel_checks=checks, access_lists=lists)
     got = ends.answer(init_request(flags=flags, flags2=protocol.ALLOW_IDMAP), init_answer())
     fields = struct.unpack_from("=IIIIHHIIHHI", got, 16)
     assert fields[3] & protocol.DONT_MASK

@@ -7,6 +7,7 @@ for root alone, where the daemon does.
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import stat
@@ -17,6 +18,8 @@ from pathlib import Path
 
 import pytest
 
+from ivshmemfs.engine import ROOT_INO, Filesystem, xattr
+from ivshmemfs.region import open_region
 from tests.posix.raising import fails
 from tests.support.lab import EVERYTHING, Lab, needs_fuse, needs_root, new_lab
 
@@ -357,11 +360,37 @@ def test_an_open_file_follows_its_list(mount: Lab, kind: str) -> None:
     assert "mask::r--" in shown.stdout
 
 
-def test_a_mount_that_presents_owners_has_no_lists() -> None:
-    with new_lab(16 << 20, 1, f"{EVERYTHING},uid=65534") as lab:
+@pytest.mark.parametrize("option", ["uid=65534", "umask=0", "noacl"])
+@pytest.mark.parametrize("kind", MOUNTS)
+def test_mounts_without_lists(option: str, kind: str) -> None:
+    """Lists go with the stored owner and mode; a mount that shows others, or is told, has none."""
+    with new_lab(16 << 20, 1, f"{MOUNTS[kind]},{option}") as lab:
+        if option == "umask=0":
+            assert "access lists are obeyed" in lab.mounts[0].log_text()
+            return
+        assert "access lists are hidden" in lab.mounts[0].log_text()
         path = lab.paths[0] / "file"
         path.touch()
         with pytest.raises(OSError, match="not supported"):
             os.getxattr(path, "system.posix_acl_access")
         assert subprocess.run(["setfacl", "-m", "u:5:r", path], capture_output=True).returncode
-        fails(95, os.setxattr, path, "system.posix_acl_access", b"\x02\0\0\0")
+        fails(errno.EOPNOTSUPP, os.setxattr, path, "system.posix_acl_access", b"\x02\0\0\0")
+
+
+def test_a_list_that_another_machine_damaged(mount: Lab) -> None:
+    """It counts as none: the kernel would refuse every use of the file, also by root."""
+    folder = mount.paths[0] / "damaged"
+    folder.mkdir()
+    os.chown(folder, 65534, 65533)
+    folder.chmod(0o755)
+    name = b"system.posix_acl_access"
+    with open_region(str(mount.region)) as region:
+        peer = Filesystem.mount(region)
+        ino = peer.lookup(ROOT_INO, b"damaged").ino
+        peer.change(lambda tx: tx.put(xattr.set_value(tx, tx.inode(ino), name, b"\2\0\0\0x", 0)))
+        peer.unmount()
+    assert os.listdir(folder) == os.listxattr(folder) == []
+    fails(errno.ENODATA, os.getxattr, folder, name)
+    subprocess.run(["setfacl", "-m", "u:5:r", folder], check=True)
+    assert os.listxattr(folder) == [name.decode()]
+    folder.rmdir()
