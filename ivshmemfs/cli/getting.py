@@ -236,7 +236,7 @@ class Getter:
 
     def _permissions(self, attr: Attr, path: bytes) -> int:
         """The permissions that the copy gets; says so when bits are left out."""
-        mode = stat.S_IMODE(attr.mode)
+        mode = stat.S_IMODE(patiently(lambda: self._fs.mode_without_list(attr)))
         kept = mode & (DIRECTORY_BITS if stat.S_ISDIR(attr.mode) else FILE_BITS)
         if self._wishes.special or kept == mode:
             return mode

@@ -35,6 +35,7 @@ Options (-o), separated by commas:
   allow_other        let other users use the mount
   uid=N, gid=N       show every file as owned by this user or group
   umask=NNN          take these permission bits away from what is shown
+  noacl              neither obey nor show POSIX access lists
   suid, dev          allow set-user-ID programs and device nodes (root only)
   noexec, sync, ...  as in mount(8); options without effect here are ignored
   remount,ro         make a mount read-only until remount,rw (root only)

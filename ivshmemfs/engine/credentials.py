@@ -11,6 +11,7 @@ caller has one group, and only root keeps set-ID bits.
 
 from __future__ import annotations
 
+import stat
 from collections.abc import Callable, Collection
 
 from ivshmemfs.engine import privileges
@@ -28,10 +29,14 @@ class Credentials:
 
     def is_outsider(self, inode: Inode, ctx: Context | None) -> bool:
         """Whether a change by `ctx` takes set-group-ID from `inode`, which is not a program."""
-        record = inode.record
-        if ctx is None or not privileges.group_bit_alone(record.mode):
+        if ctx is None or not privileges.group_bit_alone(inode.record.mode):
             return False
-        if self.keeps_set_id(ctx):
+        return self.loses_set_group_id(inode, ctx)
+
+    def loses_set_group_id(self, inode: Inode, ctx: Context) -> bool:
+        """Whether `inode` has set-group-ID, which a caller outside of its group may not keep."""
+        record = inode.record
+        if not record.mode & stat.S_ISGID or self.keeps_set_id(ctx):
             return False
         return record.gid != ctx.gid and record.gid not in self.groups_of(ctx.pid)
 

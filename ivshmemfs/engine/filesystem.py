@@ -22,7 +22,7 @@ import stat
 from collections.abc import Callable, Collection, Iterator
 from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
 
-from ivshmemfs.engine import data, directory, holes, names, privileges, xattr
+from ivshmemfs.engine import acl, data, directory, holes, names, privileges, xattr
 from ivshmemfs.engine.committer import Committer
 from ivshmemfs.engine.credentials import Credentials
 from ivshmemfs.engine.directory import Dirent
@@ -311,6 +311,8 @@ class Filesystem:
                 inode = self._resized(tx, inode, size, ctx)
             if uid is not None or gid is not None:
                 inode = self._credentials.after_chown(tx, inode, ctx)
+            if mode is not None and inode.record.xattr_size:
+                inode = acl.change_mode(tx, inode, mode)
             if kept is not None:
                 changes["mode"] = inode.record.mode & (kept | ~privileges.SET_ID_BITS)
             return self._attr(tx.put(_changed(inode, changes, tx.now)))
@@ -415,6 +417,8 @@ class Filesystem:
         if inode.is_dir:
             raise FsError(errno.EISDIR)
         handle = Handle(ino, flags, ctx, outsider=self._credentials.is_outsider(inode, ctx))
+        if ctx is not None and handle.unprivileged and inode.record.mode & privileges.SET_ID_BITS:
+            handle.unprivileged = not self._credentials.keeps_set_id(ctx)
         self._openfiles.hold(ino)
         try:
             self._openfiles.confirm(ino)
@@ -454,7 +458,7 @@ class Filesystem:
                 return self._attr(found)
             made = True
             new_mode = stat.S_IFREG | stat.S_IMODE(mode)
-            inode = tx.new_inode(names.new_record(tx, folder, new_mode, ctx))
+            inode = names.new_inode(tx, folder, new_mode, ctx)
             self._openfiles.hold_new(inode.ino)
             names.add(tx, folder, position, inode)
             return self._attr(inode)
@@ -720,7 +724,7 @@ class Filesystem:
         """Return the value of an extended attribute; raises ENODATA."""
         xattr.check_namespace(name)
         value = self._xattrs(ino).get(name)
-        if value is None:
+        if value is None or (name in xattr.LISTS and not acl.is_valid(value)):
             raise FsError(errno.ENODATA)
         return value
 
@@ -732,21 +736,62 @@ class Filesystem:
             return xattr.NO_ATTRIBUTES
 
     def listxattr(self, ino: int, ctx: Context | None = None) -> list[bytes]:
-        """Return the names of all extended attributes; only root sees trusted ones."""
-        shown = xattr.NAMESPACES if ctx is None or ctx.uid == 0 else xattr.PUBLIC
-        return [name for name in self._xattrs(ino).names if name.startswith(shown)]
+        """The names of all attributes; only root sees trusted ones."""
+        root = ctx is None or ctx.uid == 0
+        shown = (*xattr.NAMESPACES, *xattr.LISTS) if root else xattr.PUBLIC
+        table = self._xattrs(ino)
+        return [
+            name
+            for name in table.names
+            if name.startswith(shown)
+            and not (name in xattr.LISTS and not acl.is_valid(table.get(name) or b""))
+        ]
 
-    def setxattr(self, ino: int, name: bytes, value: bytes, flags: int, ctx: Context) -> None:
-        """Set an extended attribute; `flags` as for setxattr(2).  Raises EEXIST, ENODATA."""
-        self._committer.change(
-            lambda tx: tx.put(xattr.set_value(tx, tx.inode(ino), name, bytes(value), flags))
-        )
+    def access_list(self, ino: int) -> list[acl.Entry]:
+        """The access list of an inode; no entries if it has none, or is gone."""
+        try:
+            return self._volume.look(
+                lambda view: acl.find(view, view.inode(ino), xattr.ACCESS_LIST)
+            )
+        except StaleHandle:
+            return []
+
+    def mode_without_list(self, attr: Attr) -> int:
+        """The mode for a copy of an inode without its access list, as `acl.without_list`."""
+        return acl.without_list(attr.mode, self.access_list(attr.ino))
+
+    def setxattr(
+        self,
+        ino: int,
+        name: bytes,
+        value: bytes,
+        flags: int,
+        ctx: Context,
+        *,
+        clears_set_group_id: bool | None = None,
+    ) -> None:
+        """Set an attribute; an access list changes the mode, too.
+
+        A caller outside of the file's group also clears set-group-ID by an access list;
+        `clears_set_group_id` says so if the kernel has found out.
+        """
+
+        def plan(tx: Transaction) -> None:
+            inode = tx.inode(ino)
+            if name not in xattr.LISTS:
+                tx.put(xattr.set_value(tx, inode, name, bytes(value), flags))
+                return
+            clears = clears_set_group_id
+            if clears is None:
+                clears = self._credentials.loses_set_group_id(inode, ctx)
+            tx.put(acl.set_list(tx, inode, name, bytes(value), clears_set_group_id=clears))
+
+        self._committer.change(plan)
 
     def removexattr(self, ino: int, name: bytes, ctx: Context) -> None:
-        """Remove an extended attribute; raises ENODATA."""
-        self._committer.change(
-            lambda tx: tx.put(xattr.remove_value(tx, tx.inode(ino), name)), removal=True
-        )
+        """Remove an attribute; raises ENODATA, but not for an access list."""
+        remove = acl.remove if name in xattr.LISTS else xattr.remove_value
+        self._committer.change(lambda tx: tx.put(remove(tx, tx.inode(ino), name)), removal=True)
 
 
 def _file(view: View, handle: Handle) -> Inode:

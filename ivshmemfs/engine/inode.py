@@ -40,11 +40,12 @@ class Attr(NamedTuple):
 
 
 class Context(NamedTuple):
-    """The caller of an operation: its file system user and group IDs, and its process ID."""
+    """The caller; `umask` is 0 for requests that make nothing, or whose mode is masked already."""
 
     uid: int
     gid: int
     pid: int = 0
+    umask: int = 0
 
 
 class StatFs(NamedTuple):

@@ -19,7 +19,7 @@ import os
 import stat
 from typing import Any
 
-from ivshmemfs.engine import data, directory
+from ivshmemfs.engine import acl, data, directory
 from ivshmemfs.engine.directory import Dirent, LeafPosition
 from ivshmemfs.engine.inode import TARGET_MAX, Context, Inode
 from ivshmemfs.engine.privileges import SET_ID_BITS
@@ -99,6 +99,8 @@ def plainly_permitted(folder: Inode, inode: Inode, flags: int, ctx: Context) -> 
         return False
     if ctx.uid == 0:
         return True
+    if record.xattr_size and ctx.uid != record.uid:
+        return False  # maybe an access list
     owners = (record.uid, folder.record.uid)
     if folder.record.mode & stat.S_ISVTX and ctx.uid not in owners:
         return False
@@ -138,6 +140,14 @@ def new_record(
     return INODE.changed(_BLANK, fields)
 
 
+def new_inode(tx: Transaction, folder: Inode, mode: int, ctx: Context, **fields: int) -> Inode:
+    """A new inode made in `folder` by `ctx`, with the access lists that it inherits."""
+    inode = tx.new_inode(new_record(tx, folder, mode, ctx, **fields))
+    if (folder.record.xattr_size or ctx.umask) and not stat.S_ISLNK(mode):
+        inode = tx.put(acl.inherit(tx, folder, inode, ctx.umask))
+    return inode
+
+
 def _dated(tx: Transaction, folder: Inode, links: int) -> dict[str, int]:
     """Return changes of a directory's record: new times, and `links` more links."""
     return {"mtime_ns": tx.now, "ctime_ns": tx.now, "nlink": folder.record.nlink + links}
@@ -159,7 +169,7 @@ def make(
 ) -> Inode:
     """Return a new inode of any type under a new name; raises EEXIST, NoSpace."""
     folder, position = _vacant(tx, folder_ino, name)
-    inode = tx.new_inode(new_record(tx, folder, mode, ctx, **fields))
+    inode = new_inode(tx, folder, mode, ctx, **fields)
     add(tx, folder, position, inode, links=int(stat.S_ISDIR(mode)))
     return inode
 
@@ -180,7 +190,7 @@ def symlink(tx: Transaction, parent: int, name: bytes, to: bytes, ctx: Context) 
     if len(to) > TARGET_MAX:
         raise FsError(errno.ENAMETOOLONG)
     folder, position = _vacant(tx, parent, name)
-    inode = tx.new_inode(new_record(tx, folder, stat.S_IFLNK | 0o777, ctx))
+    inode = new_inode(tx, folder, stat.S_IFLNK | 0o777, ctx)
     inode = tx.put(data.write(tx, inode, 0, to))
     add(tx, folder, position, inode)
     return inode
@@ -193,7 +203,7 @@ def make_nameless(
 
     It has the owner and group of an inode made in `folder`.  `to` is the target of a symbolic link.
     """
-    inode = tx.new_inode(new_record(tx, folder, mode, ctx, nlink=0, rdev=rdev))
+    inode = new_inode(tx, folder, mode, ctx, nlink=0, rdev=rdev)
     if to:
         inode = tx.put(data.write(tx, inode, 0, to))
     _keep_orphan(tx, inode)

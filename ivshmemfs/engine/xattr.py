@@ -27,14 +27,19 @@ NAME_MAX = 255
 VALUE_MAX = 65536
 TOTAL_MAX = 4 * VALUE_MAX
 CACHED_FROM = 1024  # bytes of inline attributes from which on their table is cached
-# Names of other namespaces have an effect, such as POSIX access lists, which storing alone does not
-# give.  A copying program that sees them stored would leave out the permissions.
-PUBLIC = (b"user.", b"security.")
-NAMESPACES = (*PUBLIC, b"trusted.")
+# Of the kernel's own names there are the two of access lists (`acl`).  Others are refused: the file
+# system would have to obey them, and a copying program would believe that they took effect.
+ACCESS_LIST = b"system.posix_acl_access"
+DEFAULT_LIST = b"system.posix_acl_default"
+LISTS = (ACCESS_LIST, DEFAULT_LIST)
+NAMESPACES = (b"user.", b"security.", b"trusted.")
+PUBLIC = (b"user.", b"security.", *LISTS)  # all but trusted ones, which only root sees
 
 
 def check_namespace(name: bytes) -> None:
     """Raise EOPNOTSUPP for a name of another namespace, EINVAL for a namespace alone."""
+    if name in LISTS:
+        return
     if not name.startswith(NAMESPACES):
         raise FsError(errno.EOPNOTSUPP)
     if name in NAMESPACES:

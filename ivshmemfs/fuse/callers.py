@@ -11,10 +11,16 @@ from __future__ import annotations
 import ctypes
 import os
 from collections.abc import Collection
+from typing import TYPE_CHECKING
+
+from ivshmemfs.fuse.protocol import NO_ID
+
+if TYPE_CHECKING:
+    from ivshmemfs.engine import Context
 
 #: linux/capability.h
 CAP_CHOWN, CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH, CAP_FOWNER, CAP_FSETID = 0, 1, 2, 3, 4
-CAP_SYS_PTRACE = 19
+CAP_SYS_PTRACE, CAP_SYS_ADMIN = 19, 21
 _VERSION_3 = 0x20080522
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -61,15 +67,27 @@ def is_capable(thread: int, capability: int) -> bool:
     return namespace is not None and namespace == _user_namespace("self")
 
 
+def identified(ctx: Context) -> Context:
+    """Return *ctx* with uid 0 if the request has no uid and its thread has root's capabilities."""
+    if ctx.uid == NO_ID and is_capable(ctx.pid, CAP_SYS_ADMIN):
+        return ctx._replace(uid=0)
+    return ctx
+
+
 def groups(process: int) -> Collection[int]:
-    """Return the supplementary groups of a process.
+    """Return the groups of a process for access to files: the first one and the supplementary ones.
 
     Empty for a process that has ended or that is in another pid namespace.
     """
-    from pyfuse3 import get_sup_groups  # imported late, because it loads libfuse
-
+    found: set[int] = set()
     try:
-        found: Collection[int] = get_sup_groups(process)
-    except Exception:  # pyfuse3 raises several types for an unreadable /proc/PID/status
+        with open(f"/proc/{process}/status", encoding="ascii", errors="replace") as lines:
+            for line in lines:
+                if line.startswith("Gid:"):  # real, effective, saved, of the file system
+                    found.add(int(line.split()[4]))
+                elif line.startswith("Groups:"):
+                    found.update(map(int, line.split()[1:]))
+                    break
+    except (OSError, ValueError, IndexError):
         return ()
     return found

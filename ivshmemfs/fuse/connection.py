@@ -60,11 +60,20 @@ class State(enum.Enum):
 class Relay:
     """Forwards requests to libfuse over a socket, and its answers to the kernel."""
 
-    def __init__(self, device: int, ours: socket.socket, *, setxattr_ext: bool = False) -> None:
+    def __init__(
+        self,
+        device: int,
+        ours: socket.socket,
+        *,
+        setxattr_ext: bool = False,
+        access_lists: bool = False,
+    ) -> None:
         #: The FUSE descriptor.
         self.device = device
         #: Whether the kernel sends the longer header of SETXATTR.
         self.setxattr_ext = setxattr_ext
+        #: Whether the kernel obeys access lists.
+        self.access_lists = access_lists
         self._ours = ours
         ours.setblocking(False)
 
@@ -99,17 +108,30 @@ class Relay:
 class Handshake:
     """The opening of one FUSE connection; it owns the descriptor *device*.
 
-    With *keep* `kernel_frontend` reads the requests, else libfuse does.
+    With *keep* `kernel_frontend` reads the requests, else libfuse does.  With *kernel_checks* the
+    kernel checks permissions (default_permissions); with *access_lists* it then obeys lists, too.
     """
 
-    def __init__(self, device: int, *, keep: bool = False) -> None:
+    def __init__(
+        self,
+        device: int,
+        *,
+        keep: bool = False,
+        kernel_checks: bool = False,
+        access_lists: bool = False,
+    ) -> None:
         self.state = State.MOUNTED
         #: Whether the kernel allows shared mappings of files opened for direct I/O.
         self.shared_mappings = False
+        #: Whether the kernel obeys access lists.
+        self.access_lists = False
+        self._kernel_checks = kernel_checks
+        self._wants_access_lists = kernel_checks and access_lists
         self._device = device
         #: Set in state OPEN if the connection is kept.
         self.relay: Relay | None = None
         self._keep = keep
+        self._offered_flags = 0
         self._offered_flags2 = 0
         self._setxattr_ext = False
         self._ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -158,6 +180,7 @@ class Handshake:
             raise MountError(f"the kernel sent request {opcode} before FUSE_INIT")
         if len(request) >= protocol.IN_HEADER.size + protocol.INIT_IN.size:
             *_, flags, flags2 = protocol.INIT_IN.unpack_from(request, protocol.IN_HEADER.size)
+            self._offered_flags = flags
             self._offered_flags2 = flags2 if flags & protocol.INIT_EXT else 0
         self._ours.send(request)
         self.state = State.OFFERED
@@ -173,7 +196,12 @@ class Handshake:
         self.state = State.OPEN
         if self._keep:
             os.set_blocking(self._device, False)
-            self.relay = Relay(self._device, self._ours, setxattr_ext=self._setxattr_ext)
+            self.relay = Relay(
+                self._device,
+                self._ours,
+                setxattr_ext=self._setxattr_ext,
+                access_lists=self.access_lists,
+            )
             return
         os.dup2(self._device, self._libfuse_fd, inheritable=False)
         os.close(self._device)
@@ -184,16 +212,26 @@ class Handshake:
         if len(answer) < protocol.OUT_HEADER.size + protocol.INIT_OUT.size:
             return
         fields = list(protocol.INIT_OUT.unpack_from(answer, protocol.OUT_HEADER.size))
-        self._setxattr_ext = bool(fields[3] & protocol.SETXATTR_EXT)
+        wanted = protocol.DONT_MASK
+        if self._wants_access_lists:
+            wanted |= protocol.POSIX_ACL
         if self._keep:
+            wanted |= protocol.SETXATTR_EXT
             # Attributes in a listing are out of date at once.  pyfuse3 always asks for them.
             fields[3] &= ~(protocol.DO_READDIRPLUS | protocol.READDIRPLUS_AUTO)
-        if self._offered_flags2 & protocol.DIRECT_IO_ALLOW_MMAP:
+        fields[3] |= wanted & self._offered_flags
+        self._setxattr_ext = bool(fields[3] & protocol.SETXATTR_EXT)
+        self.access_lists = bool(fields[3] & protocol.POSIX_ACL)
+        wanted2 = protocol.DIRECT_IO_ALLOW_MMAP
+        if self._keep and self._kernel_checks:
+            wanted2 |= protocol.ALLOW_IDMAP
+        agreed2 = wanted2 & self._offered_flags2
+        if agreed2:
             if not fields[3] & protocol.INIT_EXT:
                 fields[10] = 0
             fields[3] |= protocol.INIT_EXT
-            fields[10] |= protocol.DIRECT_IO_ALLOW_MMAP
-            self.shared_mappings = True
+            fields[10] |= agreed2
+            self.shared_mappings = bool(agreed2 & protocol.DIRECT_IO_ALLOW_MMAP)
         protocol.INIT_OUT.pack_into(answer, protocol.OUT_HEADER.size, *fields)
 
 

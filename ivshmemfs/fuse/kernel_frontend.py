@@ -128,9 +128,8 @@ class KernelFrontEnd:
         self.hand_on = connection.offer
         self.pump = connection.pump
         self._unwanted = connection.unwanted
-        self._setxattr_size = (
-            protocol.SETXATTR_EXT_SIZE if connection.setxattr_ext else protocol.SETXATTR_IN.size
-        )
+        self._setxattr_ext = connection.setxattr_ext
+        self._kernel_obeys_lists = connection.access_lists
         self._spawn = spawn
         self._open_flags = 0 if page_cache else protocol.FOPEN_DIRECT_IO
         # The bytes of a WRITE start at a page boundary, which makes the copy faster.
@@ -196,7 +195,7 @@ class KernelFrontEnd:
         handler = self._handlers[opcode & 255]
         if handler is None:
             return None if self._silent(opcode, node, size) else request[:size]
-        ctx = _context((uid, gid, pid))
+        ctx = _context((uid, gid, pid, 0))
         try:
             answer = handler(node, ctx, request, size)
         except Busy as busy:
@@ -344,14 +343,15 @@ class KernelFrontEnd:
         return ABSENT if found is None else self._entry(*found)
 
     def _mknod(self, node: int, ctx: Context, request: Buffer, end: int) -> Answer:
-        mode, rdev = protocol.MKNOD_IN.unpack_from(request, _BODY)
+        mode, rdev, umask = protocol.MKNOD_IN.unpack_from(request, _BODY)
         name = bytes(request[_BODY + protocol.MKNOD_IN.size : end - 1])
-        return self._entry(*self._operations.mknod(node, name, mode, rdev, ctx))
+        maker = _context((*ctx[:3], umask))
+        return self._entry(*self._operations.mknod(node, name, mode, rdev, maker))
 
     def _mkdir(self, node: int, ctx: Context, request: Buffer, end: int) -> Answer:
-        (mode,) = protocol.MKDIR_IN.unpack_from(request, _BODY)
+        mode, umask = protocol.MKDIR_IN.unpack_from(request, _BODY)
         name = bytes(request[_BODY + protocol.MKDIR_IN.size : end - 1])
-        return self._entry(*self._operations.mkdir(node, name, mode, ctx))
+        return self._entry(*self._operations.mkdir(node, name, mode, _context((*ctx[:3], umask))))
 
     def _symlink(self, node: int, ctx: Context, request: Buffer, end: int) -> Answer:
         name, target = self._names(request, _BODY, end)
@@ -442,9 +442,15 @@ class KernelFrontEnd:
         return self._sized(self._operations.getxattr(node, name, ctx), request)
 
     def _setxattr(self, node: int, ctx: Context, request: Buffer, end: int) -> Answer:
-        size, flags = protocol.SETXATTR_IN.unpack_from(request, _BODY)
-        name, _, value = bytes(request[_BODY + self._setxattr_size : end]).partition(b"\0")
-        self._operations.setxattr(node, name, value[:size], flags, ctx)
+        header, clears = protocol.SETXATTR_IN, None
+        if self._setxattr_ext:
+            header = protocol.SETXATTR_EXT_IN
+            if self._kernel_obeys_lists:  # else the kernel does not set the flag
+                more = header.unpack_from(request, _BODY)[2]
+                clears = bool(more & protocol.SETXATTR_ACL_KILL_SGID)
+        size, flags = header.unpack_from(request, _BODY)[:2]
+        name, _, value = bytes(request[_BODY + header.size : end]).partition(b"\0")
+        self._operations.setxattr(node, name, value[:size], flags, ctx, clears)
         return None
 
     def _listxattr(self, node: int, ctx: Context, request: Buffer, _end: int) -> Answer:
@@ -480,14 +486,16 @@ class KernelFrontEnd:
         return protocol.OPEN_OUT.pack(fh, self._open_flags)
 
     def _create(self, node: int, ctx: Context, request: Buffer, end: int) -> Answer:
-        flags, mode = protocol.CREATE_IN.unpack_from(request, _BODY)
+        flags, mode, umask = protocol.CREATE_IN.unpack_from(request, _BODY)
         name = bytes(request[_BODY + protocol.CREATE_IN.size : end - 1])
-        fh, attr = self._operations.create(node, name, mode, flags, ctx)
+        maker = _context((*ctx[:3], umask))
+        fh, attr = self._operations.create(node, name, mode, flags, maker)
         return self._entry(attr.ino, attr) + self._opened(fh)
 
     def _tmpfile(self, node: int, ctx: Context, request: Buffer, _end: int) -> Answer:
-        flags, mode = protocol.CREATE_IN.unpack_from(request, _BODY)
-        fh, attr = self._operations.tmpfile(node, mode, flags, ctx)
+        flags, mode, umask = protocol.CREATE_IN.unpack_from(request, _BODY)
+        maker = _context((*ctx[:3], umask))
+        fh, attr = self._operations.tmpfile(node, mode, flags, maker)
         return self._entry(attr.ino, attr) + self._opened(fh)
 
     def _read(self, _node: int, _ctx: Context, request: Buffer, _end: int) -> Answer:

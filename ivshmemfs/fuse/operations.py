@@ -27,6 +27,7 @@ from typing import NamedTuple, TypeVar
 from ivshmemfs.engine import Attr, Context, Filesystem, Handle, StatFs
 from ivshmemfs.engine.data import Buffer
 from ivshmemfs.engine.directory import Dirent
+from ivshmemfs.engine.xattr import LISTS
 from ivshmemfs.errors import FsError, StaleHandle
 from ivshmemfs.format.inode import MAX_INO
 from ivshmemfs.fuse import callers
@@ -59,7 +60,8 @@ class Operations:
     """The operations of one mounted engine.
 
     *pause* sleeps for a number of seconds; other requests run meanwhile.  With *root_only* the
-    kernel checks no permissions, and `rights` does.
+    kernel checks no permissions, and `rights` does.  With *access_lists* the mount obeys and shows
+    POSIX access lists.
     """
 
     def __init__(
@@ -69,6 +71,7 @@ class Operations:
         *,
         ownership: Ownership | None = None,
         root_only: bool = False,
+        access_lists: bool = True,
     ) -> None:
         self._fs = fs
         fs.groups_of = callers.groups
@@ -76,7 +79,9 @@ class Operations:
         self.retry = Retry(fs, pause)
         self._ownership = ownership or Ownership()
         self.presented = self._ownership.presenter
-        self._rights = Rights(fs, self.presented, enforced=root_only)
+        #: A mount that does not obey access lists hides them, too.
+        self._shows_lists = access_lists
+        self._rights = Rights(fs, self.presented, enforced=root_only, obeys_lists=access_lists)
         self._node_ids = NodeIds()
         self.inode_of = self._node_ids.inode_of
         self.nodes_of_file = self._node_ids.of_file
@@ -237,25 +242,42 @@ class Operations:
 
     def getxattr(self, node: int, name: bytes, ctx: Context) -> bytes:
         """Return the value of an extended attribute."""
-        ino = self.inode_of(node)
-        self._rights.need_attribute(ino, name, ctx, READ)
+        ino = self._attribute_of(node, name, ctx, READ)
         return bytes(self._fs.getxattr(ino, name))
 
-    def setxattr(self, node: int, name: bytes, value: bytes, flags: int, ctx: Context) -> None:
-        """Set an extended attribute; *flags* are XATTR_CREATE and XATTR_REPLACE."""
-        ino = self.inode_of(node)
-        self._rights.need_attribute(ino, name, ctx, WRITE)
-        self._fs.setxattr(ino, name, value, flags, ctx)
+    def setxattr(
+        self,
+        node: int,
+        name: bytes,
+        value: bytes,
+        flags: int,
+        ctx: Context,
+        clears_set_group_id: bool | None = None,
+    ) -> None:
+        """Set an extended attribute; *flags* are XATTR_CREATE and XATTR_REPLACE.
+
+        *clears_set_group_id* is for an access list; None if the kernel does not know.
+        """
+        ino = self._attribute_of(node, name, ctx, WRITE)
+        self._fs.setxattr(ino, name, value, flags, ctx, clears_set_group_id=clears_set_group_id)
 
     def listxattr(self, node: int, ctx: Context) -> list[bytes]:
         """Return the names of the extended attributes that the caller may see."""
-        return self._fs.listxattr(self.inode_of(node), ctx)
+        names = self._fs.listxattr(self.inode_of(node), callers.identified(ctx))
+        return names if self._shows_lists else [name for name in names if name not in LISTS]
 
     def removexattr(self, node: int, name: bytes, ctx: Context) -> None:
         """Remove an extended attribute."""
-        ino = self.inode_of(node)
-        self._rights.need_attribute(ino, name, ctx, WRITE)
+        ino = self._attribute_of(node, name, ctx, WRITE)
         self._fs.removexattr(ino, name, ctx)
+
+    def _attribute_of(self, node: int, name: bytes, ctx: Context, mask: int) -> int:
+        """Return the inode whose attribute the caller may READ or WRITE; raise FsError if not."""
+        if name in LISTS and not self._shows_lists:
+            raise FsError(errno.EOPNOTSUPP)
+        ino = self.inode_of(node)
+        self._rights.need_attribute(ino, name, ctx, mask)
+        return ino
 
     # --- files ------------------------------------------------------------------------------
 

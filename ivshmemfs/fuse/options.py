@@ -66,6 +66,8 @@ class MountOptions:
     gid: int | None = None
     #: Permission bits that no file shows.
     umask: int = 0
+    #: Obey and show POSIX access lists; a mount with uid=, gid= or umask= never does.
+    acl: bool = True
     #: Open files through the page cache, which allows shared mappings on kernels before 6.6.
     mmap: bool = False
     loop: str = "poll"
@@ -218,6 +220,8 @@ _FLAGS: dict[str, tuple[str, bool]] = {
     "allow_other": ("allow_other", True),
     "suid": ("suid", True),
     "dev": ("dev", True),
+    "acl": ("acl", True),
+    "noacl": ("acl", False),
     "mmap": ("mmap", True),
     "remount": ("remount", True),
 }

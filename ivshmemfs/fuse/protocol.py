@@ -59,6 +59,8 @@ STATX = 52
 
 # --- headers ----------------------------------------------------------------------------------
 
+#: uid and gid of a request that makes no inode, if ALLOW_IDMAP was negotiated.
+NO_ID = (1 << 32) - 1
 #: length, opcode, unique, nodeid, uid, gid, pid, length of extensions.
 IN_HEADER = struct.Struct("=IIQQIIIHxx")
 #: length, negative errno, unique.
@@ -73,10 +75,10 @@ BATCH_FORGET_IN = struct.Struct("=Ixxxx")
 FORGET_ONE = struct.Struct("=QQ")
 #: valid, fh, size, atime, mtime, atimensec, mtimensec, mode, uid, gid.
 SETATTR_IN = struct.Struct("=IxxxxQQxxxxxxxxqqxxxxxxxxIIxxxxIxxxxIIxxxx")
-#: mode; the name follows.  The kernel has applied the umask.
-MKDIR_IN = struct.Struct("=Ixxxx")
-#: flags, mode; the name follows.
-CREATE_IN = struct.Struct("=IIxxxxxxxx")
+#: mode, umask; the name follows.
+MKDIR_IN = struct.Struct("=II")
+#: flags, mode, umask; CREATE, where the name follows, and TMPFILE.
+CREATE_IN = struct.Struct("=IIIxxxx")
 #: flags.
 OPEN_IN = struct.Struct("=Ixxxx")
 #: fh, offset, size; READ and READDIR.
@@ -86,16 +88,16 @@ READ_FLAGS_AT = IN_HEADER.size + 20
 READ_LOCKOWNER = 1 << 1
 #: fh, offset, size, write_flags, the file's flags; the bytes follow.
 WRITE_IN = struct.Struct("=QQIIxxxxxxxxIxxxx")
-#: mode, rdev as dev_t has its lower 32 bits; the name follows.  The kernel has applied the umask.
-MKNOD_IN = struct.Struct("=IIxxxxxxxx")
+#: mode, rdev as dev_t has its lower 32 bits, umask; the name follows.
+MKNOD_IN = struct.Struct("=IIIxxxx")
 #: nodeid of the file; its new name follows.
 LINK_IN = struct.Struct("=Q")
 #: fh, flags; FSYNC and FSYNCDIR.
 FSYNC_IN = struct.Struct("=QIxxxx")
-#: length of the value, flags as setxattr(2) takes them; name and value follow.  Longer by 8 bytes
-#: where SETXATTR_EXT was agreed on.
+#: length of the value, flags as setxattr(2) takes them; name and value follow.
 SETXATTR_IN = struct.Struct("=II")
-SETXATTR_EXT_SIZE = 16
+#: The same and flags of FUSE; used if SETXATTR_EXT was negotiated.
+SETXATTR_EXT_IN = struct.Struct("=IIIxxxx")
 #: size of the caller's buffer, 0 to ask for the size needed; GETXATTR (the name follows) and
 #: LISTXATTR.
 GETXATTR_IN = struct.Struct("=Ixxxx")
@@ -120,6 +122,8 @@ LSEEK_IN = struct.Struct("=QQIxxxx")
 # Bits of SETATTR_IN's first field.
 SET_MODE, SET_UID, SET_GID, SET_SIZE, SET_ATIME, SET_MTIME, SET_FH = 1, 2, 4, 8, 16, 32, 64
 SET_ATIME_NOW, SET_MTIME_NOW = 1 << 7, 1 << 8
+#: In SETXATTR_EXT_IN's flags: an access list must clear set-group-ID.
+SETXATTR_ACL_KILL_SGID = 1
 #: In FSYNC_IN's flags: fdatasync(2), which leaves out the attributes.
 FSYNC_FDATASYNC = 1
 #: In write_flags: the kernel writes back its page cache, through any handle of the file.
@@ -189,7 +193,14 @@ INIT_OUT = struct.Struct("=IIIIHHIIHHI")
 INIT_EXT = 1 << 30
 #: In ``flags``: listings carry attributes, always or when the kernel asks for them.
 DO_READDIRPLUS, READDIRPLUS_AUTO = 1 << 13, 1 << 14
-#: In ``flags``: SETXATTR_IN is SETXATTR_EXT_SIZE bytes long.
+#: In ``flags``: the kernel sends SETXATTR_EXT_IN.
 SETXATTR_EXT = 1 << 29
+#: In ``flags``: the kernel does not apply the umask; the request carries it.
+DONT_MASK = 1 << 6
+#: In ``flags``: the kernel obeys access lists; it turns on default_permissions, too.
+POSIX_ACL = 1 << 20
 #: In ``flags2`` (bit 36 of both words together): shared mappings with direct I/O.
 DIRECT_IO_ALLOW_MMAP = 1 << (36 - 32)
+#: In ``flags2`` (bit 40): the mount can be idmapped; the kernel refuses it without
+#: default_permissions.
+ALLOW_IDMAP = 1 << (40 - 32)

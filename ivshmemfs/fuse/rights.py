@@ -17,7 +17,8 @@ import os
 import stat
 from collections.abc import Callable
 
-from ivshmemfs.engine import NOW, Attr, Context, Filesystem
+from ivshmemfs.engine import NOW, Attr, Context, Filesystem, acl
+from ivshmemfs.engine.xattr import LISTS
 from ivshmemfs.errors import FsError
 from ivshmemfs.fuse import callers
 from ivshmemfs.fuse.callers import (
@@ -27,6 +28,7 @@ from ivshmemfs.fuse.callers import (
     CAP_FOWNER,
     CAP_FSETID,
 )
+from ivshmemfs.fuse.protocol import NO_ID
 
 EXECUTE, WRITE, READ = 1, 2, 4
 #: The permissions on a directory that are needed to change its names.
@@ -39,15 +41,22 @@ _PRIVILEGES = stat.S_ISUID | stat.S_ISGID
 class Rights:
     """Checks the callers of *fs*; *presented* applies the mount options uid=, gid= and umask=.
 
-    With *enforced* False the kernel checks, and this class permits everything.
+    With *enforced* False the kernel checks, and this class permits everything.  With *obeys_lists*
+    access lists count.
     """
 
     def __init__(
-        self, fs: Filesystem, presented: Callable[[Attr], Attr], *, enforced: bool
+        self,
+        fs: Filesystem,
+        presented: Callable[[Attr], Attr],
+        *,
+        enforced: bool,
+        obeys_lists: bool = True,
     ) -> None:
         self._fs = fs
         self._presented = presented
         self.enforced = enforced
+        self._obeys_lists = obeys_lists
 
     def need(self, ino: int, ctx: Context, mask: int) -> None:
         """Raise EACCES unless the caller may READ, WRITE or EXECUTE an inode."""
@@ -63,8 +72,7 @@ class Rights:
     def _check_permission(self, attr: Attr, ctx: Context, mask: int) -> None:
         """Raise EACCES by the rules of the kernel's generic_permission."""
         mode = attr.mode
-        shift = 6 if ctx.uid == attr.uid else 3 if self._in_group(ctx, attr.gid) else 0
-        if mode >> shift & mask == mask:
+        if self._is_permitted(attr, ctx, mask):
             return
         if stat.S_ISDIR(mode):
             searches, overrides = not mask & WRITE, True
@@ -75,6 +83,21 @@ class Rights:
         if searches and callers.is_capable(ctx.pid, CAP_DAC_READ_SEARCH):
             return
         raise FsError(errno.EACCES)
+
+    def _is_permitted(self, attr: Attr, ctx: Context, mask: int) -> bool:
+        """Return whether the mode, or the access list, gives the caller all of *mask*."""
+        if ctx.uid == attr.uid:
+            return attr.mode >> 6 & mask == mask
+        if attr.mode & stat.S_IRWXG and self._obeys_lists:
+            entries = self._fs.access_list(attr.ino)
+            if entries:
+
+                def is_in(gid: int) -> bool:
+                    return self._in_group(ctx, gid)
+
+                return acl.permits(entries, ctx.uid, attr.uid, attr.gid, mask, is_in)
+        shift = 3 if self._in_group(ctx, attr.gid) else 0
+        return attr.mode >> shift & mask == mask
 
     def _in_group(self, ctx: Context, gid: int) -> bool:
         return ctx.gid == gid or gid in self._fs.groups_of(ctx.pid)
@@ -119,9 +142,16 @@ class Rights:
     def need_attribute(self, ino: int, name: bytes, ctx: Context, mask: int) -> None:
         """Raise EACCES or EPERM unless the caller may use an extended attribute.
 
-        The kernel checks names of other namespaces than `user`.
+        The kernel checks names of other namespaces than `user`, and since Linux 6.2 the owner that
+        sets an access list.
         """
-        if not self.enforced or not name.startswith(b"user."):
+        if not self.enforced:
+            return
+        if name in LISTS and mask == WRITE:
+            if ctx.uid != self._presented(self._fs.getattr(ino)).uid:
+                self._need_ownership(ctx)
+            return
+        if not name.startswith(b"user."):
             return
         self.need(ino, ctx, mask)
         attr = self._presented(self._fs.getattr(ino))
@@ -187,4 +217,4 @@ class Rights:
     @staticmethod
     def keeps_set_id(ctx: Context) -> bool:
         """Return whether a file keeps its set-ID bits when the caller writes to it."""
-        return not ctx.uid and callers.is_capable(ctx.pid, CAP_FSETID)
+        return ctx.uid in (0, NO_ID) and callers.is_capable(ctx.pid, CAP_FSETID)

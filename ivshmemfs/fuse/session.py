@@ -63,8 +63,16 @@ class Session:
         self._device: str | None = None
         self.loop = Loop(self._before_wait, polling=options.loop == "poll")
         ownership = Ownership(options.uid, options.gid, options.umask)
-        unchecked = options.root_only and mountpoint.helper() is not None
-        self._operations = Operations(fs, self.loop.pause, ownership=ownership, root_only=unchecked)
+        #: Whether the kernel checks permissions, and not `rights`.
+        self._kernel_checks = not options.root_only or mountpoint.helper() is None
+        self._access_lists = options.acl and ownership == Ownership()
+        self._operations = Operations(
+            fs,
+            self.loop.pause,
+            ownership=ownership,
+            root_only=not self._kernel_checks,
+            access_lists=self._access_lists,
+        )
         self._upkeep = Upkeep(fs)
         self._invalidator = Invalidator()
         self._pages = Pages(fs, self._operations.nodes_of_file, self._invalidator.tell)
@@ -77,11 +85,20 @@ class Session:
             target, words = self._path, libfuse_options(options, source)
         else:
             fd = mountpoint.open_mount(self._path, fusermount_options(options, source))
-            self._handshake = Handshake(fd, keep=self.loop.polling)
+            self._handshake = Handshake(
+                fd,
+                keep=self.loop.polling,
+                kernel_checks=self._kernel_checks,
+                access_lists=self._access_lists,
+            )
             target, words = self._handshake.path, set()
         with _stderr_captured() as said:
             try:
-                front_end = Pyfuse3FrontEnd(self._operations, page_cache=options.mmap)
+                front_end = Pyfuse3FrontEnd(
+                    self._operations,
+                    page_cache=options.mmap,
+                    access_lists=self._access_lists and self._handshake is None,
+                )
                 pyfuse3.init(front_end, target, words)
             except RuntimeError as error:
                 self._abandon(libfuse=False)
@@ -119,9 +136,26 @@ class Session:
             gc.freeze()
             gc.set_threshold(*GC_THRESHOLDS)
             mappings = "allowed" if self.shared_mappings else "refused"
-            log.info("%s: mounted; shared mappings with direct I/O are %s", self._path, mappings)
+            log.info(
+                "%s: mounted; shared mappings with direct I/O are %s; access lists are %s",
+                self._path,
+                mappings,
+                self._lists_obeyed(),
+            )
             self._on_ready()
         return ready
+
+    def _lists_obeyed(self) -> str:
+        """Return how the mount treats access lists, for the log."""
+        if not self._access_lists:
+            return "hidden and not obeyed"
+        if not self._kernel_checks:
+            return "obeyed by the daemon"
+        if self._handshake is None:
+            return "obeyed by the kernel, which applies the umask even beside a default list"
+        if not self._handshake.access_lists:
+            return "not obeyed: the kernel is too old"
+        return "obeyed by the kernel"
 
     def _answer_first(self, connection: Relay) -> None:
         self._invalidator.use(connection.device)

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from ivshmemfs.engine import ROOT_INO, acl
+from ivshmemfs.engine.xattr import ACCESS_LIST
 from ivshmemfs.errors import Busy
 from tests.cli.conftest import complains, ivshmemfs
 from tests.support.checks import assert_sound, unreachable
@@ -383,3 +385,17 @@ def test_a_tree_is_not_copied_into_itself(region: TestRegion, tmp_path: Path, pl
     assert sorted(str(path.relative_to(place)) for path in place.glob("a/b/got/**/*")) == [
         "a/b/got/b", "a/b/got/b/new", "a/b/got/b/new/b",
     ]  # fmt: skip
+
+
+def test_get_gives_no_group_more_than_an_access_list(region: TestRegion, tmp_path: Path) -> None:
+    """A copy has no list; the mask that stands in its mode would be the group's."""
+    fs = region.mount()
+    ino = put(fs, ROOT_INO, b"file", b"content").ino
+    entries = [
+        *[acl.Entry(acl.USER_OBJ, 6), acl.Entry(acl.USER, 6, 1000), acl.Entry(acl.GROUP_OBJ, 0)],
+        *[acl.Entry(acl.MASK, 6), acl.Entry(acl.OTHER, 0)],
+    ]
+    fs.setxattr(ino, ACCESS_LIST, acl.encode(entries), 0, ROOT)
+    assert stat.S_IMODE(fs.getattr(ino).mode) == 0o660
+    done(ivshmemfs("get", region.path, "/file", tmp_path / "copy"))
+    assert stat.S_IMODE((tmp_path / "copy").stat().st_mode) == 0o600

@@ -24,7 +24,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from ivshmemfs.engine import NOW, ROOT_INO, Attr, Context, StatFs
+from ivshmemfs.engine import NOW, ROOT_INO, Attr, Context, StatFs, acl
 from ivshmemfs.engine.directory import Dirent
 from ivshmemfs.errors import Busy, Corrupt, FsError, IvshmemfsError, Unfinished
 from ivshmemfs.format.dirent import TYPE_SHIFT
@@ -139,7 +139,7 @@ class FakeFilesystem:
             raise FsError(errno.ENAMETOOLONG)
         if name in directory.entries:
             raise FsError(errno.EEXIST)
-        inode = Inode(self._next, mode, ctx.uid, ctx.gid, rdev, parent=parent)
+        inode = Inode(self._next, mode & ~ctx.umask, ctx.uid, ctx.gid, rdev, parent=parent)
         self._next += 1
         self._inodes[inode.number] = inode
         directory.entries[name] = inode.number
@@ -273,9 +273,22 @@ class FakeFilesystem:
         except KeyError:
             raise FsError(errno.ENODATA) from None
 
-    def setxattr(self, ino: int, name: bytes, value: bytes, flags: int, ctx: Context) -> None:
+    def access_list(self, ino: int) -> list[acl.Entry]:
+        return []
+
+    def setxattr(
+        self,
+        ino: int,
+        name: bytes,
+        value: bytes,
+        flags: int,
+        ctx: Context,
+        *,
+        clears_set_group_id: bool | None = None,
+    ) -> None:
         xattrs = self._inode(ino).xattrs
         xattrs[b"user.flags-of-the-last-setxattr"] = str(flags).encode()
+        self.clears_set_group_id = clears_set_group_id
         if flags & XATTR_CREATE and name in xattrs:
             raise FsError(errno.EEXIST)
         if flags & XATTR_REPLACE and name not in xattrs:

@@ -28,6 +28,7 @@ class Kernel:
         root_only: bool = False,
         ownership: Ownership | None = None,
         setxattr_ext: bool = False,
+        access_lists: bool = False,
     ) -> None:
         self.fs = FakeFilesystem()
         self.mine, device = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -40,10 +41,11 @@ class Kernel:
             trio.sleep,
             ownership=ownership,
             root_only=root_only,
+            access_lists=ownership is None,
         )
         self.front_end = KernelFrontEnd(
             self.operations,
-            Relay(device.fileno(), ours, setxattr_ext=setxattr_ext),
+            Relay(device.fileno(), ours, setxattr_ext=setxattr_ext, access_lists=access_lists),
             self.tasks.append,
             page_cache=False,
         )
@@ -104,7 +106,7 @@ class Kernel:
 
     def create(self, name: bytes) -> tuple[int, int]:
         """(inode, handle) of a new file."""
-        body = protocol.CREATE_IN.pack(os.O_RDWR, 0o644) + name + b"\0"
+        body = protocol.CREATE_IN.pack(os.O_RDWR, 0o644, 0) + name + b"\0"
         answer = self.ask(protocol.CREATE, body)
         entry = protocol.ENTRY_OUT.size + protocol.ATTR.size
         (ino,) = protocol.ENTRY_OUT.unpack_from(answer)

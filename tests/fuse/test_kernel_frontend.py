@@ -11,7 +11,7 @@ from typing import NoReturn
 import pytest
 import trio
 
-from ivshmemfs.engine import ROOT_INO
+from ivshmemfs.engine import ROOT_INO, Context
 from ivshmemfs.errors import Busy, FsError, Unfinished
 from ivshmemfs.fuse import kernel_frontend, protocol, retry
 from ivshmemfs.fuse.kernel_frontend import FORGOTTEN_AT_ONCE
@@ -39,6 +39,7 @@ from tests.support.mounts import needs_fuse
         (protocol.LINK_IN, 8),
         (protocol.FSYNC_IN, 16),
         (protocol.SETXATTR_IN, 8),
+        (protocol.SETXATTR_EXT_IN, 16),
         (protocol.GETXATTR_IN, 8),
         (protocol.GETXATTR_OUT, 8),
         (protocol.STATFS_OUT, 80),
@@ -147,7 +148,7 @@ def test_names_of_a_directory(kernel: Kernel) -> None:
 
 
 def test_removing_and_moving(kernel: Kernel) -> None:
-    kernel.ask(protocol.MKDIR, protocol.MKDIR_IN.pack(0o755) + b"d\0")
+    kernel.ask(protocol.MKDIR, protocol.MKDIR_IN.pack(0o755, 0) + b"d\0")
     kernel.create(b"f")
     kernel.ask(protocol.RENAME, protocol.RENAME_IN.pack(ROOT_INO) + b"f\0g\0")
     kernel.ask(protocol.RENAME2, protocol.RENAME2_IN.pack(ROOT_INO, 1) + b"g\0h\0")
@@ -169,10 +170,54 @@ def test_a_device_node(kernel: Kernel) -> None:
     """rdev is 32 bits wide: the lower 8 bits of the minor, the major, the rest of the minor."""
     rdev = 0x2C | 7 << 8 | 1 << 20  # major 7, minor 300
     assert rdev == os.makedev(7, 300)
-    mode, umask = stat.S_IFBLK | 0o640, 0o777  # which the kernel has applied already
-    body = struct.pack("=IIII", mode, rdev, umask, 0) + b"node\0"
+    mode = stat.S_IFBLK | 0o640
+    body = struct.pack("=IIII", mode | 0o026, rdev, 0o026, 0) + b"node\0"  # the third is the umask
     node, fields = entry_of(kernel.ask(protocol.MKNOD, body))
     assert (fields[0], fields[9], fields[13]) == (node, mode, rdev)
+
+
+def test_the_umask_comes_with_the_request(kernel: Kernel) -> None:
+    made = [
+        (protocol.MKNOD, protocol.MKNOD_IN.pack(stat.S_IFREG | 0o666, 0, 0o027)),
+        (protocol.MKDIR, protocol.MKDIR_IN.pack(0o777, 0o027)),
+        (protocol.CREATE, protocol.CREATE_IN.pack(os.O_RDWR, 0o666, 0o027)),
+    ]
+    answers = [kernel.ask(code, body + b"%d\0" % code) for code, body in made]
+    found = [protocol.ATTR.unpack_from(answer, protocol.ENTRY_OUT.size) for answer in answers]
+    assert [stat.S_IMODE(fields[9]) for fields in found] == [0o640, 0o750, 0o640]
+
+
+@pytest.mark.parametrize("obeyed", [False, True])
+def test_the_kernel_says_whether_an_access_list_clears_set_group_id(obeyed: bool) -> None:
+    """Only a kernel that obeys access lists says it; else the engine finds out by itself."""
+    kernel = Kernel(setxattr_ext=True, access_lists=obeyed)
+    try:
+        ino, _ = kernel.create(b"f")
+        for flags in (0, protocol.SETXATTR_ACL_KILL_SGID):
+            header = protocol.SETXATTR_EXT_IN.pack(1, 0, flags)
+            kernel.ask(protocol.SETXATTR, header + b"system.posix_acl_access\0v", node=ino)
+            assert kernel.fs.clears_set_group_id == (bool(flags) if obeyed else None)
+    finally:
+        kernel.close()
+
+
+def test_access_lists_are_hidden_where_owners_are_presented() -> None:
+    kernel = Kernel(ownership=Ownership(umask=0o077))
+    try:
+        ino, _ = kernel.create(b"f")
+        name = b"system.posix_acl_access\0"
+        for opcode, body in (
+            (protocol.SETXATTR, protocol.SETXATTR_IN.pack(1, 0) + name + b"v"),
+            (protocol.GETXATTR, protocol.GETXATTR_IN.pack(100) + name),
+            (protocol.REMOVEXATTR, name),
+        ):
+            kernel.send(opcode, body, node=ino)
+            assert kernel.answer()[0] == errno.EOPNOTSUPP
+        kernel.fs.setxattr(ino, name[:-1], b"v", 0, Context(0, 0))
+        listed = kernel.ask(protocol.LISTXATTR, protocol.GETXATTR_IN.pack(100), node=ino)
+        assert name not in listed
+    finally:
+        kernel.close()
 
 
 def test_a_symbolic_link_and_its_target(kernel: Kernel) -> None:
@@ -185,7 +230,7 @@ def test_a_symbolic_link_and_its_target(kernel: Kernel) -> None:
 def test_another_name(kernel: Kernel) -> None:
     """The header names the directory, the body what gets another name there."""
     ino, _ = kernel.create(b"f")
-    folder, _ = entry_of(kernel.ask(protocol.MKDIR, protocol.MKDIR_IN.pack(0o755) + b"d\0"))
+    folder, _ = entry_of(kernel.ask(protocol.MKDIR, protocol.MKDIR_IN.pack(0o755, 0) + b"d\0"))
     body = protocol.LINK_IN.pack(ino) + b"g\0"
     node, fields = entry_of(kernel.ask(protocol.LINK, body, node=folder))
     assert (node, fields[10]) == (ino, 2)
@@ -456,7 +501,7 @@ def test_only_root_where_the_kernel_checks_nothing() -> None:
         for opcode, body in (
             (protocol.LOOKUP, b"f\0"),
             (protocol.OPEN, protocol.OPEN_IN.pack(os.O_RDONLY)),
-            (protocol.CREATE, protocol.CREATE_IN.pack(os.O_RDWR, 0o644) + b"g\0"),
+            (protocol.CREATE, protocol.CREATE_IN.pack(os.O_RDWR, 0o644, 0) + b"g\0"),
             (protocol.UNLINK, b"f\0"),
         ):
             kernel.send(opcode, body, node=ROOT_INO if opcode != protocol.OPEN else ino, uid=1000)

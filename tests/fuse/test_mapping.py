@@ -113,9 +113,13 @@ def init_answer(*, error: int = 0, flags: int = 0) -> bytes:
 class Ends:
     """A handshake between a socket that plays the kernel and the end that libfuse gets."""
 
-    def __init__(self, *, keep: bool = False) -> None:
+    def __init__(
+        self, *, keep: bool = False, kernel_checks: bool = False, access_lists: bool = False
+    ) -> None:
         self.kernel, device = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self.shake = Handshake(device.detach(), keep=keep)
+        self.shake = Handshake(
+            device.detach(), keep=keep, kernel_checks=kernel_checks, access_lists=access_lists
+        )
         self.fd = int(self.shake.path.rsplit("/", 1)[1])
 
     def answer(self, request: bytes, answer: bytes) -> bytes:
@@ -164,6 +168,23 @@ def test_whoever_reads_requests_before_libfuse_is_asked_for_plain_listings() -> 
         got = ends.answer(init_request(), init_answer(flags=flags))
         assert struct.unpack_from("=IIIIHHIIHHI", got, 16)[3] == others | listing
         ends.close()
+
+
+@pytest.mark.parametrize("keep", [False, True])
+@pytest.mark.parametrize("checks", [False, True])
+@pytest.mark.parametrize("lists", [False, True])
+def test_what_is_agreed_on_permissions(keep: bool, checks: bool, lists: bool) -> None:
+    """The umask is always ours; the kernel obeys lists, and maps owners, only where it checks."""
+    flags = OFFER | protocol.DONT_MASK | protocol.POSIX_ACL | protocol.SETXATTR_EXT
+    ends = Ends(keep=keep, kernel_checks=checks, access_lists=lists)
+    got = ends.answer(init_request(flags=flags, flags2=protocol.ALLOW_IDMAP), init_answer())
+    fields = struct.unpack_from("=IIIIHHIIHHI", got, 16)
+    assert fields[3] & protocol.DONT_MASK
+    assert bool(fields[3] & protocol.POSIX_ACL) is ends.shake.access_lists is (checks and lists)
+    assert bool(fields[3] & protocol.SETXATTR_EXT) is keep
+    assert fields[10] == (protocol.ALLOW_IDMAP if keep and checks else 0)
+    assert not ends.shake.shared_mappings
+    ends.close()
 
 
 def test_from_then_on_libfuse_and_the_kernel_talk_directly(ends: Ends) -> None:

@@ -134,7 +134,7 @@ def test_a_hot_request_makes_few_calls(kernel: Kernel) -> None:
         "OPEN": protocol.OPEN_IN.pack(0),
         "WRITE": protocol.WRITE_IN.pack(handle, 0, 3, 0, 0) + b"abc",
         "READ": protocol.READ_IN.pack(handle, 0, 3),
-        "CREATE": protocol.CREATE_IN.pack(2, 0o644) + b"g\0",
+        "CREATE": protocol.CREATE_IN.pack(2, 0o644, 0) + b"g\0",
         "UNLINK": b"g\0",
         "RELEASE": protocol.RELEASE_IN.pack(handle),
     }

@@ -27,13 +27,6 @@ def test_reading_leaves_the_access_time_alone(here: Path) -> None:
     assert here.stat().st_atime_ns == folder
 
 
-def test_no_access_lists(here: Path) -> None:
-    (here / "file").touch()
-    for name in ("system.posix_acl_access", "system.posix_acl_default"):
-        fails(errno.EOPNOTSUPP, os.setxattr, here, name, b"\x02\0\0\0")
-        fails((errno.EOPNOTSUPP, errno.ENODATA), os.getxattr, here, name)
-
-
 def test_only_changes_by_the_own_machine_are_notified(here: Path, there: Path) -> None:
     watch = _libc.inotify_init1(os.O_NONBLOCK)
     assert _libc.inotify_add_watch(watch, os.fsencode(here), 0x100) >= 0  # IN_CREATE
