@@ -86,7 +86,7 @@ def lab() -> Iterator[Lab]:
 def shifted(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """The first mount, idmapped."""
     target = tmp_path_factory.mktemp("shifted")
-    for folder in (target, *target.parents[:2]):
+    for folder in (target, *target.parents[:3]):
         folder.chmod(folder.stat().st_mode | 0o011)
     idmapped(lab.paths[0], target)
     try:
