@@ -142,8 +142,11 @@ def new_record(
 
 def new_inode(tx: Transaction, folder: Inode, mode: int, ctx: Context, **fields: int) -> Inode:
     """A new inode made in `folder` by `ctx`, with the access lists that it inherits."""
+    link = stat.S_ISLNK(mode)
+    if not folder.record.xattr_size and not link:
+        mode &= ~ctx.umask
     inode = tx.new_inode(new_record(tx, folder, mode, ctx, **fields))
-    if (folder.record.xattr_size or ctx.umask) and not stat.S_ISLNK(mode):
+    if folder.record.xattr_size and not link:
         inode = tx.put(acl.inherit(tx, folder, inode, ctx.umask))
     return inode
 

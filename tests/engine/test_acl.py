@@ -8,13 +8,15 @@ import itertools
 import os
 import stat
 import struct
+import time
+from contextlib import suppress
 
 import pytest
 
 from ivshmemfs.engine import ROOT_INO, Context, Filesystem, acl, xattr
 from ivshmemfs.engine.acl import GROUP, GROUP_OBJ, MASK, OTHER, USER, USER_OBJ, Entry
 from ivshmemfs.engine.xattr import ACCESS_LIST, DEFAULT_LIST
-from ivshmemfs.errors import FsError
+from ivshmemfs.errors import FsError, NoSpace
 from tests.engine.asking import fails
 from tests.support.regions import ROOT, TestRegion, put
 
@@ -199,6 +201,40 @@ def test_the_longest_list_is_one_that_every_kernel_reads(roomy: TestRegion) -> N
     assert lists(fs, ino) == {ACCESS_LIST: long(511)}
     fs.setattr(ino, ROOT, mode=0o600)
     assert lists(fs, ino)[ACCESS_LIST][-2] == Entry(MASK, 0)
+
+
+def test_a_change_of_a_list_is_a_change_of_the_inode(fs: Filesystem) -> None:
+    ino = put(fs, ROOT_INO, b"file", b"").ino
+    times = [fs.getattr(ino).ctime_ns]
+    for change in (
+        lambda: give(fs, ino, ACCESS_LIST, FULL),
+        lambda: fs.setattr(ino, ROOT, mode=0o600),
+        lambda: fs.removexattr(ino, ACCESS_LIST, ROOT),
+        lambda: give(fs, ino, ACCESS_LIST, MINIMAL),
+    ):
+        time.sleep(0.02)  # longer than a step of the clock
+        change()
+        times.append(fs.getattr(ino).ctime_ns)
+    assert times == sorted(set(times))
+
+
+def test_a_full_region_changes_neither_list_nor_mode(roomy: TestRegion) -> None:
+    fs = roomy.mount()
+    ino = put(fs, ROOT_INO, b"file", b"").ino
+    folder = fs.mkdir(ROOT_INO, b"folder", 0o755, ROOT).ino
+    long = [Entry(USER_OBJ, 7), *[Entry(USER, 4, 1000 + number) for number in range(500)]]
+    long += [Entry(GROUP_OBJ, 0), Entry(MASK, 7), Entry(OTHER, 7)]
+    give(fs, folder, DEFAULT_LIST, long)
+    before = fs.getattr(ino)
+    handle, _ = fs.create(ROOT_INO, b"filler", 0o600, os.O_WRONLY, ROOT)
+    with suppress(NoSpace):
+        while True:
+            fs.write(handle, 0, b"x" * 1024, append=True)
+    fails(errno.ENOSPC, lambda: give(fs, ino, ACCESS_LIST, long))
+    assert (fs.getattr(ino), fs.listxattr(ino)) == (before, [])
+    fails(errno.ENOSPC, lambda: fs.mkdir(folder, b"inner", 0o755, ROOT))
+    assert fs.find(folder, b"inner") is None
+    fs.release(handle)
 
 
 def test_set_group_id_goes_with_a_list_of_an_outsider(fs: Filesystem) -> None:
