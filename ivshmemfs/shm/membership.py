@@ -76,7 +76,7 @@ class Membership:
             with suppress(Fenced):  # this took so long that another peer has the slot now
                 self._settle_in()
                 return
-        raise Busy("other peers take every slot before this one has settled in")
+        raise Busy("other peers take every slot before this mount has stored its identity there")
 
     def rejoin(self) -> None:
         """Take a slot without waiting, for a mount that serves requests meanwhile.
@@ -89,7 +89,7 @@ class Membership:
         with suppress(Fenced):
             self._settle_in()
             return
-        raise Busy("another peer took the slot before this one had settled in")
+        raise Busy("another peer took the slot before this mount had stored its identity there")
 
     def _take_slot(self, wait: float) -> None:
         if not self._join_at_once() and not self._join_silent(wait):
@@ -97,8 +97,8 @@ class Membership:
 
     def _no_slot(self) -> TooManyPeers:
         return TooManyPeers(
-            f"all {self.table.count} peer slots are taken: unmount one, or see `ivshmemfs peers` "
-            "and let go of a machine that will not come back with `ivshmemfs evict`"
+            f"all {self.table.count} peer slots are taken: unmount one, or find a machine that "
+            "will not come back with `ivshmemfs peers` and remove it with `ivshmemfs evict`"
         )
 
     def _join_at_once(self) -> bool:
@@ -126,7 +126,7 @@ class Membership:
         return self._join_after_the_gone() or self._join_unchanged(before)
 
     def _join_who_stays_silent(self) -> bool:
-        """Take the slot of a silent peer, in many calls that do not wait: Busy until it is silent."""
+        """Take a silent peer's slot, in many calls that do not wait; Busy until it is silent."""
         now = time.monotonic()
         if self._waiting is None:
             self._waiting = now, self.table.heartbeats()

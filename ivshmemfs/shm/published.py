@@ -131,10 +131,10 @@ class Store(NodeSource):
 
     def _end_turn(self) -> None:
         if self.reads != self._turn_reads:
-            raise Unfinished("more is to be read than one turn may read")
+            raise Unfinished("the operation needs more reads than one turn may do")
         if self.work > self._turn_ends + (KNOWN_TURNS - 1) * TURN:
             steps = KNOWN_TURNS * TURN
-            raise Corrupt(f"metadata leads on and on: {steps} steps reach nothing new")
+            raise Corrupt(f"the metadata has a cycle: {steps} steps reach no new node")
 
     def snapshot(self) -> tuple[int, Node]:
         """Return the present (commit word, root node).
@@ -154,7 +154,7 @@ class Store(NodeSource):
             if word == before and not self._overtaken(word):
                 block = word & words.BLOCK_MASK
                 raise Corrupt(f"the commit word leads to block {block}, which is free")
-        raise Restart("the root moves on faster than it can be read")
+        raise Restart("other peers commit faster than this mount can read the root")
 
     def _overtaken(self, word: int) -> bool:
         return self._read_root(word) is not None or self.commit_word.load() != word
