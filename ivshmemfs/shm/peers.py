@@ -33,9 +33,10 @@ the slot, leaves it to the twin, and joins again under an identity that proves n
 finds the mark and does the same.
 
 The open filter (`format/open_filter.py`) lists the inodes that the owner may hold open.  A peer
-that opens an inode lists it, fences, and then checks that the inode exists and that no peer intends
-to free it.  A peer that frees an inode stores its intent, fences, and then checks that no other
-peer lists it.  So of two peers that do both at once, one sees the other.
+that opens an inode lists it and fences.  Then it checks whether a peer intends to free the inode
+(if so, it fences the commit word), and whether the inode still exists.  A peer that frees an inode
+stores its intent, fences, and then checks that no other peer lists it.  So of two peers that do
+both at once, one sees the other.
 """
 
 from __future__ import annotations
