@@ -1,5 +1,5 @@
-"""The on-region format: the one declaration of every record, pure and without I/O.
+"""The on-region format: the one declaration of every record, without I/O.
 
-Each module declares records as NamedTuples whose annotations carry offset, width and meaning
-(`record.At`); packing, `dump` and the tables of docs/format.md derive from them.
+Each module declares records as NamedTuples.  Their annotations give offset, width and meaning
+(`record.At`).  Packing, `dump` and the tables of docs/format.md derive from them.
 """

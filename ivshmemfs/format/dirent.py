@@ -1,11 +1,11 @@
 """Directory entries: keys, leaves and interior nodes of the directory tree.
 
-A directory is a B+tree ordered by key.  A key is a 55-bit hash of the name followed by 8 bits
-that tell apart names of equal hash, so it is unique in its directory, stays with the entry for
-life and serves as the cookie of readdir: reading a directory while it changes misses and
-doubles nothing that was there throughout.
+A directory is a B+tree ordered by key.  A key is a 55-bit hash of the name, then 8 bits that
+distinguish names of equal hash.  It is unique in its directory and stays with the entry for life,
+so it serves as the cookie of readdir.  A reader of a changing directory sees each entry that is
+there throughout exactly once.
 
-A leaf stores its `n` entries by columns, so that all its work is done by slices of its bytes:
+A leaf stores its `n` entries by columns, so slices of its bytes do all the work:
 
     keys   n x u64, ascending
     inos   n x u64, inode number | file type << 56
@@ -13,7 +13,7 @@ A leaf stores its `n` entries by columns, so that all its work is done by slices
     names  the names in the same order, without separators
 
 An interior node stores `n` lower-bound keys (u64 each), then `n` pointers.  The first bound of a
-tree is 0, and bounds are multiples of 256, so that names of equal hash stand in one leaf.
+tree is 0.  Bounds are multiples of 256, so names of equal hash are in one leaf.
 """
 
 import hashlib
@@ -33,44 +33,47 @@ from ivshmemfs.native import (
     sum_bytes,
 )
 
-assert sys.byteorder == "little", "columns are taken as they stand"
+assert sys.byteorder == "little", "columns are used without conversion"
 
 NAME_MAX: Final = 255
 ENTRY_FIXED: Final = 17  # bytes of an entry besides its name
 NODE_ENTRY: Final = 24  # a key and a pointer
-COLLISIONS: Final = 256
+COLLISIONS: Final = 256  # keys of one hash: most names of equal hash in one directory
 TYPE_SHIFT: Final = 56
 INO_MASK: Final = (1 << 56) - 1
-FIRST_KEY: Final = COLLISIONS  # keys below are free for readdir's own cookies
+FIRST_KEY: Final = COLLISIONS  # smaller keys are cookies of "." and ".."
 LAST_KEY: Final = (1 << 63) - 1
 _DOTS: Final = (b".", b"..")
 _pack_word = struct.Struct("<Q").pack
 _unpack_word = struct.Struct("<Q").unpack_from
 
 
-@lru_cache(maxsize=4096)  # a name is looked up before it is made, and made before it is removed
+@lru_cache(maxsize=4096)  # the engine looks a name up before it makes or removes it
 def name_key(name: bytes, secret: bytes) -> int:
-    """The lowest key that `name` may have; `secret` (the UUID) keeps collisions from being made."""
+    """Return the lowest key that `name` may have.
+
+    `secret` is the filesystem's UUID; without it an attacker cannot construct collisions.
+    """
     digest = hashlib.blake2b(name, digest_size=8, key=secret).digest()
     return max(int.from_bytes(digest, "little") >> 9, 1) << 8
 
 
 def is_name(name: bytes) -> bool:
-    """Whether these bytes may stand in a directory as a name."""
+    """Return whether these bytes are a valid name in a directory."""
     if not 1 <= len(name) <= NAME_MAX or name in _DOTS:
         return False
     return b"/" not in name and b"\0" not in name
 
 
 def column(raw: bytes = b"") -> "array[int]":
-    """A column of u64 words from its bytes."""
+    """Return a column of u64 words from its bytes."""
     words_of = array("Q")
     words_of.frombytes(raw)
     return words_of
 
 
 class Leaf:
-    """The entries of one leaf: their columns, packed.  Never modified."""
+    """The packed columns of one leaf.  Immutable."""
 
     __slots__ = ("count", "raw")
 
@@ -99,15 +102,15 @@ class Leaf:
         return self.raw[ENTRY_FIXED * self.count :]
 
     def unfit(self) -> bytes:
-        """The first name that is none (see `is_name`); b"" if all are names.
+        """Return the first name that is invalid (see `is_name`); b"" if all are valid.
 
-        Entries without any name are the business of `decode_leaf`.
+        `decode_leaf` refuses empty names.
         """
         raw, sizes, start = self.raw, 2 * WORD * self.count, ENTRY_FIXED * self.count
         short = raw.find(b"\1", sizes, start) >= 0 or raw.find(b"\2", sizes, start) >= 0
         dots = short and raw.find(b".", start) >= 0
         if not dots and raw.find(b"/", start) < 0 and raw.find(b"\0", start) < 0:
-            return b""  # as nearly always; the rest looks at each name
+            return b""  # the usual case, without a look at each name
         for size in self.sizes:
             name = raw[start : start + size]
             if not is_name(name):
@@ -116,43 +119,43 @@ class Leaf:
         return b""
 
     def lower(self, key: int) -> int:
-        """Index of the first entry whose key is not below `key`."""
+        """Return the index of the first entry whose key is not below `key`."""
         return lower_bound(self.raw, self.count, key)
 
     def key(self, at: int) -> int:
-        """Key of entry `at`."""
+        """Return the key of entry `at`."""
         found: int = _unpack_word(self.raw, WORD * at)[0]
         return found
 
     def ino(self, at: int) -> int:
-        """Inode number and type of entry `at`."""
+        """Return the inode number and type of entry `at`."""
         found: int = _unpack_word(self.raw, WORD * (self.count + at))[0]
         return found
 
     def name_at(self, at: int) -> int:
-        """Where the name of entry `at` begins."""
+        """Return the byte at which the name of entry `at` begins."""
         sizes = 2 * WORD * self.count
         return ENTRY_FIXED * self.count + sum_bytes(self.raw, sizes, sizes + at)
 
     def find(self, key: int, name: bytes) -> int:
-        """Index of `name`, whose first possible key is `key`; -1 if it is not here."""
+        """Return the index of `name`, whose lowest possible key is `key`; -1 if it is not here."""
         return leaf_find(self.raw, self.count, key, COLLISIONS, name)
 
     def insert(self, key: int, ino_and_type: int, name: bytes) -> "Leaf":
-        """A leaf with one entry more."""
+        """Return a leaf with this entry added."""
         return Leaf(leaf_insert(self.raw, self.count, key, ino_and_type, name), self.count + 1)
 
     def remove(self, at: int) -> "Leaf":
-        """A leaf without entry `at`."""
+        """Return a leaf without entry `at`."""
         return Leaf(leaf_remove(self.raw, self.count, at), self.count - 1)
 
     def replace(self, at: int, ino_and_type: int) -> "Leaf":
-        """A leaf whose entry `at` leads to another inode."""
+        """Return a leaf whose entry `at` leads to another inode."""
         raw, place = self.raw, WORD * (self.count + at)
         return Leaf(raw[:place] + _pack_word(ino_and_type) + raw[place + WORD :], self.count)
 
     def part(self, start: int, stop: int) -> "Leaf":
-        """Entries [start, stop)."""
+        """Return a leaf of the entries [start, stop)."""
         raw, inos = self.raw, WORD * self.count
         sizes = 2 * inos
         parts = (
@@ -164,7 +167,7 @@ class Leaf:
         return Leaf(b"".join(parts), stop - start)
 
     def join(self, other: "Leaf") -> "Leaf":
-        """The entries of both; all keys of `other` are larger."""
+        """Return a leaf of the entries of both; all keys of `other` are larger."""
         parts = (
             self.raw[: WORD * self.count],
             other.raw[: WORD * other.count],
@@ -187,7 +190,7 @@ EMPTY_LEAF: Final = Leaf(b"", 0)
 
 
 def decode_leaf(raw: bytes, count: int) -> Leaf:
-    """Parse `count` entries; ValueError says how the bytes contradict themselves."""
+    """Parse `count` entries.  Raises ValueError, with the contradiction in the bytes."""
     if len(raw) < ENTRY_FIXED * count:
         raise ValueError(f"{count} entries do not fit into {len(raw)} bytes")
     sizes = raw[16 * count : 17 * count]
@@ -207,7 +210,7 @@ def encode_leaf(entries: list[tuple[int, int, bytes]]) -> bytes:
 
 
 class Interior:
-    """An interior node: lower-bound keys and as many pointers, packed.  Never modified."""
+    """An interior node: packed lower-bound keys, then as many pointers.  Immutable."""
 
     __slots__ = ("count", "raw")
 
@@ -226,21 +229,21 @@ class Interior:
         return self.raw[WORD * self.count :]
 
     def key(self, at: int) -> int:
-        """Lower bound of child `at`."""
+        """Return the lower bound of child `at`."""
         found: int = _unpack_word(self.raw, WORD * at)[0]
         return found
 
     def pointer(self, at: int) -> bytes:
-        """Pointer to child `at`."""
+        """Return the pointer to child `at`."""
         place = WORD * self.count + POINTER_SIZE * at
         return self.raw[place : place + POINTER_SIZE]
 
     def pick(self, key: int) -> int:
-        """Index of the child whose range holds `key`."""
+        """Return the index of the child whose range holds `key`."""
         return max(lower_bound(self.raw, self.count, min(key, LAST_KEY) + 1) - 1, 0)
 
     def replace(self, at: int, children: "Interior") -> "Interior":
-        """The same node with `children` in the place of child `at`."""
+        """Return the node with `children` in the place of child `at`."""
         raw, old, new = self.raw, WORD * self.count, WORD * children.count
         place = old + POINTER_SIZE * at
         parts = (
@@ -253,13 +256,13 @@ class Interior:
         return Interior(b"".join(parts), self.count - 1 + children.count)
 
     def part(self, start: int, stop: int) -> "Interior":
-        """Children [start, stop)."""
+        """Return a node of the children [start, stop)."""
         keys, pointers = self.raw[WORD * start : WORD * stop], WORD * self.count
         low, high = pointers + POINTER_SIZE * start, pointers + POINTER_SIZE * stop
         return Interior(keys + self.raw[low:high], stop - start)
 
     def from_bound(self, bound: int) -> "Interior":
-        """The same node with another bound of its first child."""
+        """Return the node with another bound of its first child."""
         return Interior(_pack_word(bound) + self.raw[WORD:], self.count)
 
     @property
@@ -272,13 +275,13 @@ NO_CHILDREN: Final = Interior(b"", 0)
 
 
 def interior_of(children: list[tuple[int, bytes]]) -> Interior:
-    """The node of these (lower bound, pointer) pairs."""
+    """Return the node of these (lower bound, pointer) pairs."""
     keys = b"".join([_pack_word(key) for key, _ in children])
     return Interior(keys + b"".join([pointer for _, pointer in children]), len(children))
 
 
 def decode_interior(raw: bytes, count: int) -> Interior:
-    """Parse `count` (key, pointer) pairs; ValueError when the bytes contradict themselves."""
+    """Parse `count` (key, pointer) pairs.  Raises ValueError, with the contradiction."""
     if len(raw) != NODE_ENTRY * count or not count:
         raise ValueError(f"{count} entries do not fit {len(raw)} bytes")
     if not ascending(raw, count):

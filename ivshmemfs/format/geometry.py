@@ -1,15 +1,15 @@
-"""Where everything stands on a region of a given size.
+"""The places of all tables and blocks on a region of a given size.
 
     0      superblock (its copy at 2048)
     1024   commit word, alone in its cache lines
     1152   hint word, alone in its cache lines
-    1280   scratch words, which mean nothing: a mount tries one before it trusts the mapping
+    1280   scratch words without meaning: a mount tests its mapping with one
     3584   repair slot: slot 0, before the peer table (`repair`)
     4096   peer table: peer_count slots of 512 bytes
     ...    block tags: one word per block
     ...    blocks, the first aligned to the block size
 
-The two words have cache lines of their own, because every mount reads or swaps them all the time.
+The two words have cache lines of their own, because every mount reads or swaps them often.
 """
 
 from typing import Final, NamedTuple
@@ -29,7 +29,7 @@ MAX_BLOCK_SIZE = 65536
 MIN_BLOCKS = 48
 MAX_PEERS = 255
 DEFAULT_PEERS = 16
-SMALL_REGION = 16 << 20  # below this size blocks are small, so that little is lost to rounding
+SMALL_REGION = 16 << 20  # bytes; smaller regions get the smallest blocks, to waste less
 
 
 def _align(value: int, to: int) -> int:
@@ -37,7 +37,7 @@ def _align(value: int, to: int) -> int:
 
 
 class Geometry(NamedTuple):
-    """All sizes and offsets in bytes, counts in pieces."""
+    """The geometry of one region; sizes and offsets in bytes."""
 
     region_size: int
     block_size: int
@@ -49,7 +49,10 @@ class Geometry(NamedTuple):
     reserve: int
 
     def problem(self) -> str | None:
-        """What is impossible about these numbers, or None.  They may come from a hostile region."""
+        """Return what is impossible about these numbers, or None.
+
+        The numbers may come from a hostile region.
+        """
         size = self.block_size
         if not MIN_BLOCK_SIZE <= size <= MAX_BLOCK_SIZE or size & (size - 1):
             return f"block size {size}"
@@ -80,14 +83,17 @@ def default_block_size(region_size: int) -> int:
 
 
 def reserve_blocks(block_count: int) -> int:
-    """How many blocks only removals may use: enough for the paths they copy, at most 1/32."""
+    """Return the number of blocks that only removals may use.
+
+    It is at most 1/32 of all, and enough for the paths that a removal copies.
+    """
     return min(64, max(12, block_count // 32))
 
 
 def plan(
     region_size: int, block_size: int | None = None, peer_count: int = DEFAULT_PEERS
 ) -> Geometry:
-    """The geometry for a region of `region_size` bytes; ValueError says what does not fit."""
+    """Return the geometry for a region of `region_size` bytes; ValueError says what is wrong."""
     size = block_size or default_block_size(region_size)
     tags_offset = _align(PEERS_OFFSET + peer_count * peer.SLOT_SIZE, 64)
     count = min(max(0, region_size - tags_offset) // (size + words.WORD), words.MAX_BLOCKS)

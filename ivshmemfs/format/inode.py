@@ -4,9 +4,15 @@
     32   inode record
     192  payload (`payload_size` bytes), then extended attributes (`xattr_inline` bytes)
 
-What the payload is, `payload` says: nothing, the file's bytes (small files, symlink targets), the
-top of the block map (16-byte pointers), the directory entries themselves, or the top of the
-directory tree.  One block thus serves a small file, a symlink or a small directory whole.
+Field `payload` says what the payload is:
+
+    empty    nothing
+    inline   the file's bytes (small files, symlink targets)
+    map      the top of the block map (16-byte pointers)
+    dirleaf  the directory entries themselves
+    dirtree  the top of the directory tree
+
+So one block holds a whole small file, symlink or small directory.
 """
 
 from typing import Annotated, Final, NamedTuple
@@ -15,11 +21,11 @@ from ivshmemfs.format import node
 from ivshmemfs.format.record import At, Layout
 
 ROOT_INO: Final = 1
-ORPHANS_INO: Final = 2  # hidden directory: inodes without links that are still open somewhere
+ORPHANS_INO: Final = 2  # hidden directory of the inodes without links that a peer may hold open
 FIRST_INO: Final = 3
 MAX_INO: Final = (1 << 56) - 1
-# Bytes of a file.  The end of a request and the next block boundary stay far below 2^63, so no sum
-# of an offset and a length overflows off_t, in the kernel or in a program.
+# Bytes of a file.  Requests end far below 2^63, so no sum of an offset and a length overflows
+# off_t, in the kernel or in a program.
 MAX_FILE_SIZE: Final = (1 << 62) - 1
 
 EMPTY: Final = 0
@@ -34,7 +40,7 @@ class InodeRecord(NamedTuple):
     """Attributes of one file, directory, symlink or special file."""
 
     mode: Annotated[int, At(0, "I", "type and permissions as in stat(2)")]
-    nlink: Annotated[int, At(4, "I", "links; 0 while only open handles keep it")]
+    nlink: Annotated[int, At(4, "I", "links; 0: only open handles keep it")]
     uid: Annotated[int, At(8, "I", "owner")]
     gid: Annotated[int, At(12, "I", "group")]
     size: Annotated[int, At(16, "Q", "bytes")]
@@ -51,7 +57,7 @@ class InodeRecord(NamedTuple):
     xattr_height: Annotated[int, At(90, "B", "levels below the extended attributes' pointer")]
     payload_size: Annotated[int, At(92, "I", "bytes of payload at byte 192")]
     xattr_size: Annotated[int, At(96, "I", "bytes of all extended attributes as one string")]
-    xattr_inline: Annotated[int, At(100, "I", "the same if they stand here, else 0")]
+    xattr_inline: Annotated[int, At(100, "I", "the same if they are in this block, else 0")]
     xattr_pointer: Annotated[bytes, At(104, "16s", "pointer to them if they do not")]
 
 
@@ -60,7 +66,7 @@ PAYLOAD_OFFSET = node.HEADER_SIZE + INODE.size
 
 
 def payload_capacity(block_size: int) -> int:
-    """Bytes that payload and inline extended attributes may take together."""
+    """Return the bytes that payload and inline extended attributes may take together."""
     return block_size - PAYLOAD_OFFSET
 
 

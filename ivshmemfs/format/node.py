@@ -1,8 +1,8 @@
 """Metadata blocks: the header that they all begin with, and the root block.
 
-A metadata block is written once, before the commit that publishes it, and never modified.  Its
-checksum covers bytes 4 to `used`; `tag` repeats the claim, and `owner` the inode, so that a
-pointer that leads to the wrong place is recognised.
+A mount writes a metadata block once, before the commit that publishes it.  No peer modifies it
+afterwards.  Its checksum covers bytes 4 to `used`.  `tag` repeats the claim, and `owner` the inode,
+so a reader detects a pointer to the wrong block.
 """
 
 from typing import Annotated, Final, NamedTuple
@@ -51,7 +51,7 @@ def seal(header: HeaderRecord, body: bytes) -> bytes:
 
 
 class RootRecord(NamedTuple):
-    """What follows the header in a root block; the inode table's pointers follow at byte 128."""
+    """The record after the header of a root block; the inode table's pointers are at byte 128."""
 
     fsid: Annotated[int, At(0, "Q", "first eight bytes of the filesystem's UUID")]
     sequence: Annotated[int, At(8, "Q", "low 36 bits: of the commit word that published it")]
@@ -75,10 +75,10 @@ def fsid_bytes(root: bytes) -> bytes:
 
 
 def index_fanout(block_size: int) -> int:
-    """Pointers in an index block."""
+    """Return the number of pointers in an index block."""
     return (block_size - HEADER_SIZE) // words.POINTER_SIZE
 
 
 def root_capacity(block_size: int) -> int:
-    """Inode table pointers in a root block."""
+    """Return the most inode table pointers in a root block."""
     return (block_size - ROOT_POINTERS) // words.POINTER_SIZE

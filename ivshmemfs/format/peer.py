@@ -1,7 +1,8 @@
-"""A peer's slot: one per mount, stored to by its owner alone.
+"""A peer's slot: one for each mount.
 
-The first line is hot (state, heartbeat, intent, nonce), the identity is written once after joining,
-and the open filter changes when files are opened and closed.  `shm/peers.py` says in which order.
+The first cache line is hot: state, heartbeat, intent, nonce.  The owner writes its identity after
+it joins, and changes the open filter (`open_filter`) when it opens and closes files.
+`shm/peers.py` gives the order of all stores.
 """
 
 from collections.abc import Iterator
@@ -21,13 +22,13 @@ IDENTITY_OFFSET: Final = 64
 FILTER_OFFSET: Final = 256
 HOST_SIZE: Final = 64
 
-# What of an identity may prove that its owner is gone (`shm/identity.py` says how).
+# The parts of an identity that may prove that its owner is gone (`shm/identity.py` says how).
 BOOT_PROVES: Final = 1  # boot id, pid and pid namespace: the boot id is the kernel's own
 MACHINE_PROVES: Final = 2  # the hardware UUID: no container's, and not known to be on two machines
 START_PROVES: Final = 4  # the start time: read from a /proc of its own pid namespace
 ALL_PROOFS: Final = BOOT_PROVES | MACHINE_PROVES | START_PROVES
 
-TWIN_MARK: Final = (1 << 64) - 1  # nonce of a slot in which two owners were found
+TWIN_MARK: Final = (1 << 64) - 1  # nonce of a slot that has two owners
 
 
 class SlotRecord(NamedTuple):
@@ -56,20 +57,20 @@ SLOT = Layout(SlotRecord, SLOT_SIZE)
 
 
 def encode_identity(record: SlotRecord) -> bytes:
-    """Bytes 64 to 255 of a slot, checksum included."""
+    """Return bytes 64 to 255 of a slot, checksum included."""
     raw = SLOT.pack(record)[IDENTITY_OFFSET : SLOT.offset("crc")]
     return raw + crc32c(raw).to_bytes(4, "little")
 
 
 def identity_valid(raw: Buffer) -> bool:
-    """Whether the identity in a slot's 512 bytes is whole."""
+    """Return whether the identity in a slot's 512 bytes has the right checksum."""
     crc_at = SLOT.offset("crc")
     stored = int.from_bytes(raw[crc_at : crc_at + 4], "little")
     return crc32c(bytes(raw[IDENTITY_OFFSET:crc_at])) == stored
 
 
 class Occupant(NamedTuple):
-    """A slot that is not free, as it stands in a copy of the peer table."""
+    """The contents of one slot, from a copy of it."""
 
     slot: int  # from 1
     state: int
@@ -85,13 +86,13 @@ class Occupant(NamedTuple):
 
     @property
     def version(self) -> str:
-        """The version of the program that it runs, as it says; empty when it does not."""
+        """The version of the program that the owner states; "" without a valid identity."""
         if not self.identity_valid:
             return ""
         return shown(self.record.version.rstrip(b"\0"))
 
     def describe(self) -> str:
-        """One phrase for a message; nothing in it is taken on trust but the slot number."""
+        """Return one phrase for a message.  The slot's contents may be hostile."""
         state = words.STATE_NAMES[self.state] if self.state < len(words.STATE_NAMES) else "?"
         if not self.identity_valid:
             return f"slot {self.slot} ({state}, identity unknown)"
@@ -100,7 +101,7 @@ class Occupant(NamedTuple):
 
 
 def occupant(slot: int, raw: Buffer) -> Occupant:
-    """What stands in `slot` (from 1), by its 512 bytes."""
+    """Return the contents of `slot` (from 1), given its 512 bytes."""
     record = SLOT.unpack(raw)
     state, incarnation, counter = words.split_state(record.state)
     valid = identity_valid(raw) and record.incarnation == incarnation
@@ -108,7 +109,7 @@ def occupant(slot: int, raw: Buffer) -> Occupant:
 
 
 def occupants(table: Buffer, count: int) -> Iterator[Occupant]:
-    """All slots in use among the first `count` of a copy of the peer table."""
+    """Yield the slots in use among the first `count` of a copy of the peer table."""
     view = memoryview(table)
     for index in range(count):
         found = occupant(index + 1, view[index * SLOT_SIZE : (index + 1) * SLOT_SIZE])

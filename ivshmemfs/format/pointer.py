@@ -1,4 +1,4 @@
-"""The pointer, 16 bytes; where words are spoken of, it is one of them (`words`)."""
+"""The pointer, 16 bytes; `words` exports it together with the words."""
 
 import struct
 from typing import Annotated, Final, NamedTuple
@@ -7,11 +7,11 @@ from ivshmemfs.format.record import At, Layout
 
 
 class PointerRecord(NamedTuple):
-    """Names a block together with the tag that it must still bear; all zero is the null pointer."""
+    """A block number and the tag that the block must still have; all zero is the null pointer."""
 
     block: Annotated[int, At(0, "I", "block number")]
     weight: Annotated[int, At(4, "I", "blocks in the subtree, this one included (1 for a leaf)")]
-    tag: Annotated[int, At(8, "Q", "tag that the block bears while the pointer is valid")]
+    tag: Annotated[int, At(8, "Q", "tag that the block has while the pointer is valid")]
 
 
 POINTER_SIZE: Final = 16

@@ -1,13 +1,13 @@
-"""How a record is declared, once: a NamedTuple whose annotations carry offset, code and meaning.
+"""The declaration of a record: a NamedTuple whose annotations give offset, code and meaning.
 
     class Sample(NamedTuple):
         length: Annotated[int, At(0, "Q", "bytes in use")]
 
     SAMPLE = Layout(Sample, size=16)
 
-`Layout` turns the declaration into one `struct.Struct` (little-endian, gaps zero-filled), so a
-record costs one struct call whichever way it goes, and nothing can disagree with the tables
-that `dump` and docs/format.md print from the same fields.
+`Layout` makes one `struct.Struct` of the declaration (little-endian, gaps zero-filled), so packing
+and unpacking cost one struct call each.  `dump` and docs/format.md print their tables from the same
+fields.
 """
 
 import struct
@@ -21,7 +21,7 @@ Buffer = bytes | bytearray | memoryview
 
 
 class At(NamedTuple):
-    """Where a field stands: byte offset in its record, struct code, meaning."""
+    """The place of a field: byte offset in its record, struct code, meaning."""
 
     offset: int
     code: str
@@ -42,7 +42,7 @@ def _fields(cls: type) -> Iterator[Field]:
     for name, annotation in cls.__annotations__.items():
         origin: object = get_origin(annotation)
         if origin is not Annotated:
-            raise TypeError(f"{cls.__name__}.{name} does not say where it stands")
+            raise TypeError(f"{cls.__name__}.{name} has no offset (At)")
         at = next(a for a in get_args(annotation)[1:] if isinstance(a, At))
         yield Field(name, at.offset, struct.calcsize("<" + at.code), at.code, at.doc)
 
@@ -79,7 +79,7 @@ class Layout(Generic[T]):
         return "".join(parts)
 
     def unpack(self, buffer: Buffer, offset: int = 0) -> T:
-        """The record at `offset` of `buffer`; raises struct.error when it is too short."""
+        """Return the record at `offset` of `buffer`; raises struct.error if it is too short."""
         return self._made(self._struct.unpack_from(buffer, offset))
 
     def _made(self, values: Iterable[Any]) -> T:
@@ -87,19 +87,19 @@ class Layout(Generic[T]):
         return record
 
     def changed(self, record: T, changes: dict[str, Any]) -> T:
-        """The same record with other values in some of its fields."""
+        """Return the record with other values in the fields that `changes` names."""
         new: T = changed_tuple(record, self._places, changes)
         return new
 
     def pack(self, record: T) -> bytes:
-        """`size` bytes; raises struct.error when a value does not fit its field."""
+        """Return `size` bytes; raises struct.error if a value does not fit its field."""
         return self._struct.pack(*record)
 
     def offset(self, name: str) -> int:
-        """Byte offset of a field in the record."""
+        """Return the byte offset of a field in the record."""
         return self._offsets[name]
 
     def signature(self) -> str:
-        """A text that changes whenever a name, a place or a width does."""
+        """Return a text that changes with any field's name, place or width."""
         columns = ",".join(f"{f.name}@{f.offset}:{f.code}" for f in self.fields)
         return f"{self.name}[{self.size}]({columns})"

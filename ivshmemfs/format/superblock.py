@@ -1,7 +1,6 @@
-"""The superblock: what the region is, which version wrote it, and where everything stands.
+"""The superblock: the format's version, the filesystem's identity, and the geometry.
 
-It is written by mkfs and never changes afterwards.  A copy stands at `COPY_OFFSET`, so that fsck
-can restore it.
+mkfs writes it; it never changes afterwards.  fsck can restore it from the copy at `COPY_OFFSET`.
 """
 
 import hashlib
@@ -25,8 +24,8 @@ MAJOR = 1
 MINOR = 0
 LABEL_SIZE = 64
 
-# Feature bits that this version knows: (compat, ro_compat, incompat).  An unknown compat bit is
-# harmless, an unknown ro_compat bit allows reading only, an unknown incompat bit refuses.
+# Feature bits that this version knows.  It ignores an unknown compat bit, mounts read-only with an
+# unknown ro_compat bit, and refuses an unknown incompat bit.
 KNOWN_COMPAT = 0
 KNOWN_RO_COMPAT = 0
 KNOWN_INCOMPAT = 0
@@ -36,7 +35,7 @@ COPY_OFFSET = 2048
 
 
 class SuperblockRecord(NamedTuple):
-    """The superblock as it stands on the region."""
+    """The superblock on the region."""
 
     magic: Annotated[bytes, At(0, "8s", "names the format")]
     major: Annotated[int, At(8, "H", "version; another major is refused")]
@@ -64,10 +63,10 @@ SUPERBLOCK = Layout(SuperblockRecord, 512)
 
 
 def layout_signature() -> int:
-    """One number for everything that peers store to in place.
+    """Return one number for the layout of everything that peers store to in place.
 
-    Builds that differ in it would misread each other's words, so they refuse each other; the idea
-    is LMDB's lock format number.
+    Builds with different numbers would misread each other's words, so they refuse each other.  The
+    idea is LMDB's lock format number.
     """
     text = "|".join(
         (
@@ -87,7 +86,7 @@ def fsid_of(uuid: bytes) -> int:
 
 
 class Superblock(NamedTuple):
-    """A superblock that was checked: what callers work with."""
+    """A checked superblock."""
 
     uuid: bytes
     label: str
@@ -102,7 +101,7 @@ class Superblock(NamedTuple):
 
 
 def encode(uuid: bytes, label: str, geometry: Geometry, created_ns: int) -> bytes:
-    """The 512 bytes of a new superblock; ValueError when the label is too long."""
+    """Return the 512 bytes of a new superblock; ValueError when the label is too long."""
     name = label.encode()
     if len(name) > LABEL_SIZE:
         raise ValueError(f"a label has at most {LABEL_SIZE} bytes; this one has {len(name)}")
@@ -116,13 +115,13 @@ def encode(uuid: bytes, label: str, geometry: Geometry, created_ns: int) -> byte
 
 
 def seal(record: SuperblockRecord) -> bytes:
-    """`record` with its checksum made good."""
+    """Return the bytes of `record` with the right checksum."""
     raw = SUPERBLOCK.pack(record)
     return SUPERBLOCK.pack(record._replace(crc=crc32c(raw[: SUPERBLOCK.offset("crc")])))
 
 
 def geometry_of(record: SuperblockRecord) -> Geometry:
-    """The geometry that a superblock states, unchecked."""
+    """Return the geometry that a superblock states, unchecked."""
     return Geometry(
         record.region_size, record.block_size, record.peer_count, record.block_count,
         record.peers_offset, record.tags_offset, record.data_offset, record.reserve,
@@ -130,13 +129,13 @@ def geometry_of(record: SuperblockRecord) -> Geometry:
 
 
 def crc_valid(raw: Buffer) -> bool:
-    """Whether the checksum in a superblock's 512 bytes is right."""
+    """Return whether the checksum in a superblock's 512 bytes is right."""
     crc_at = SUPERBLOCK.offset("crc")
     return crc32c(bytes(raw[:crc_at])) == SUPERBLOCK.unpack(raw).crc
 
 
 def check_version(record: SuperblockRecord) -> None:
-    """Raise UnsupportedVersion unless this program can use what `record` describes."""
+    """Raise UnsupportedVersion unless this program can use the filesystem of `record`."""
     if record.major != MAJOR or record.minor > MINOR:
         raise UnsupportedVersion(
             f"the filesystem has format {record.major}.{record.minor} and this program knows "
@@ -157,8 +156,8 @@ def check_version(record: SuperblockRecord) -> None:
 def decode(raw: Buffer, region_size: int | None = None) -> Superblock:
     """Check the superblock at the start of `raw` (at least 512 bytes).
 
-    `region_size` in bytes is what the mapping offers.  Raises NotFormatted, ForeignFormat,
-    UnsupportedVersion, GeometryMismatch or Corrupt, each with what to do.
+    `region_size` is the size of the mapping in bytes.  Raises NotFormatted, ForeignFormat,
+    UnsupportedVersion, GeometryMismatch or Corrupt; each message says what to do.
     """
     if len(raw) < SUPERBLOCK.size:
         raise NotFormatted("the region is too small to carry a filesystem")
@@ -196,7 +195,7 @@ def decode(raw: Buffer, region_size: int | None = None) -> Superblock:
 
 
 def identify(raw: Buffer) -> tuple[str, str] | None:
-    """(label, UUID text) of the filesystem that starts with `raw`; None when there is none."""
+    """Return (label, UUID text) of the filesystem that starts with `raw`, or None."""
     if len(raw) < SUPERBLOCK.size:
         return None
     record = SUPERBLOCK.unpack(raw)

@@ -23,14 +23,14 @@ _BYTES = "s"
 
 
 def type_name(code: str, width: int) -> str:
-    """A struct code as the tables show it: u64, i64, 16 bytes."""
+    """Return a struct code as the tables show it: u64, i64, 16 bytes."""
     if code[-1] in _BYTES:
         return f"{width} bytes"
     return f"{'i' if code in _SIGNED else 'u'}{8 * width}"
 
 
 def table(layout: Layout[Any]) -> list[str]:
-    """The fields of a record as lines of a Markdown table."""
+    """Return the fields of a record as lines of a Markdown table."""
     lines = [
         "| Offset | Size | Type | Field | Description |",
         "|---:|---:|---|---|---|",

@@ -1,8 +1,8 @@
 """Extended attributes of one inode, as one string of bytes.
 
-Each entry is an 8-byte header, the name, then the value; entries follow each other without gaps,
-in ascending order of their names' bytes.  The string stands in the inode block when it fits
-there, else in blocks of its own (`inode.InodeRecord.xattr_pointer`).
+Each entry is an 8-byte header, the name, then the value.  Entries follow each other without gaps,
+in ascending order of their names' bytes.  The string is in the inode block if it fits there, else
+in blocks of its own (`inode.InodeRecord.xattr_pointer`).
 """
 
 from collections.abc import Iterator, Mapping
@@ -12,11 +12,11 @@ from ivshmemfs.format.record import At, Buffer, Layout
 
 NAME_MAX = 255  # bytes of a name, as in Linux
 VALUE_MAX = 65536  # bytes of a value, as in Linux
-BLOB_MAX = 1 << 18  # bytes of all attributes of one inode together; bounds what a reader allocates
+BLOB_MAX = 1 << 18  # bytes of all attributes of one inode; limits the memory of a reader
 
 
 class XattrRecord(NamedTuple):
-    """What stands before the name and the value of one extended attribute."""
+    """The header of one entry, before the name and the value."""
 
     value_size: Annotated[int, At(0, "I", "bytes of the value")]
     name_size: Annotated[int, At(4, "B", "bytes of the name, 1 to 255")]
@@ -36,13 +36,13 @@ def _check(name: bytes, value_size: int) -> None:
 
 
 def encode_one(name: bytes, value: bytes) -> bytes:
-    """One entry of the string; ValueError when it is too large."""
+    """Return one entry of the string; ValueError when it is too large."""
     _check(name, len(value))
     return XATTR.pack(XattrRecord(len(value), len(name), _ZERO)) + name + value
 
 
 def encode(attributes: Mapping[bytes, bytes]) -> bytes:
-    """The string of all `attributes`; ValueError when one of them, or their sum, is too large."""
+    """Return the string of all `attributes`; ValueError if one, or their sum, is too large."""
     blob = b"".join([encode_one(name, bytes(attributes[name])) for name in sorted(attributes)])
     if len(blob) > BLOB_MAX:
         raise ValueError(f"extended attributes of {len(blob)} bytes; {BLOB_MAX} fit")
@@ -50,9 +50,9 @@ def encode(attributes: Mapping[bytes, bytes]) -> bytes:
 
 
 def split(raw: bytes) -> Iterator[tuple[bytes, bytes]]:
-    """(name, entry with its header) of all attributes, in order.
+    """Yield (name, entry with its header) of all attributes, in order.
 
-    ValueError says how the bytes contradict themselves.
+    Raises ValueError, with the contradiction in the bytes.
     """
     length = len(raw)
     if length > BLOB_MAX:
@@ -77,10 +77,10 @@ def split(raw: bytes) -> Iterator[tuple[bytes, bytes]]:
 
 
 def value_of(name: bytes, entry: bytes) -> bytes:
-    """The value in an entry of that name."""
+    """Return the value in an entry of that name."""
     return entry[XATTR.size + len(name) :]
 
 
 def decode(raw: Buffer) -> dict[bytes, bytes]:
-    """Attributes by name, in order; ValueError says how the bytes contradict themselves."""
+    """Return the attributes by name, in order.  Raises ValueError, with the contradiction."""
     return {name: value_of(name, entry) for name, entry in split(bytes(raw))}

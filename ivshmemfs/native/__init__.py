@@ -1,7 +1,7 @@
 """Memory access: a C kernel without Python (native.h) and its one binding (_native.pyx).
 
-The lowest layer: format, region, shm and engine may import it.  It knows no policy.  Its constants
-of the format come from layout.h, which scripts/format-tables generates.
+The lowest layer: format, region, shm and engine may import it.  It makes no decisions of policy.
+Its constants of the format come from layout.h, which scripts/format-tables generates.
 """
 
 import ivshmemfs.native.machine  # noqa: F401  raises UnfitMachine before the extension is loaded

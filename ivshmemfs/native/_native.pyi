@@ -1,7 +1,9 @@
 """Shared memory from Python: word accesses, fences, copies, tagged blocks.
 
-Bad arguments raise ValueError (TypeError for a wrong type); a region that vanished, or a processor
-that refuses the access, raises OSError(EIO); storing through a read-only mapping OSError(EROFS).
+Bad arguments raise ValueError (TypeError for a wrong type).  A region that vanished, or a processor
+that refuses the access, raises OSError(EIO).  A store through a read-only mapping raises
+OSError(EROFS).
+
 Offsets and lengths are bytes.  A packed pointer is 16 bytes: block u32, weight u32, tag u64.
 
 The functions of the module work on private memory: packed words, slots (runs of packed pointers),

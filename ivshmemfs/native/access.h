@@ -1,10 +1,11 @@
-/* How the words and bytes of a mapping are touched: fences, compare-and-swap, copies.
+/* Accesses to the words and bytes of a mapping: fences, compare-and-swap, copies.
  *
- * Three kinds of mapping.  ACCESS_NORMAL is ordinary cached memory: plain copies and the cheap
- * barriers of the architecture's memory model.  ACCESS_WRITE_COMBINING is weakly ordered and not
- * cached: it needs real fences, and streaming loads where the processor has them.  ACCESS_DEVICE
- * faults on anything but naturally aligned words (ARM64 device memory), so no library copy may go
- * near it; every access there is volatile, which keeps the compiler from merging two of them.
+ * There are three kinds of mapping.  ACCESS_NORMAL is ordinary cached memory: plain copies and the
+ * cheap barriers of the architecture's memory model.  ACCESS_WRITE_COMBINING is weakly ordered and
+ * not cached: it needs real fences, and streaming loads where the processor has them.
+ * ACCESS_DEVICE (ARM64 device memory) faults on all but naturally aligned words, so it must not be
+ * the argument of a library copy.  Every access there is volatile, so the compiler cannot merge two
+ * of them.
  */
 #ifndef IVSHMEMFS_ACCESS_H
 #define IVSHMEMFS_ACCESS_H
@@ -93,9 +94,9 @@ static inline void fence_release(int access)
 
 /* --- words ------------------------------------------------------------------------------------ */
 
-/* Single accesses that the compiler can neither merge nor split.  On ARM64 also without write-back
- * of the address: where a hypervisor has to emulate the access (a BAR that is switched off), it
- * can only do so for the plain form, and stops the guest at any other. */
+/* Single accesses that the compiler can neither merge nor split.  On ARM64 they do not write the
+ * address back.  A hypervisor has to emulate an access to a BAR that is switched off.  It can
+ * emulate the plain form only, and stops the guest at any other. */
 #if defined(__aarch64__)
 #define DEFINE_ACCESS(type, name, load, store)                                                     \
     static inline type name##_peek(const void *address)                                            \
@@ -333,7 +334,7 @@ static inline void copy_in(int access, void *to, const void *from, size_t length
         memcpy(to, from, length);
 }
 
-/* Into cached memory, but past the caches; the caller fences before anybody is told of it. */
+/* Store to cached memory, but past the caches; the caller fences before it publishes the bytes. */
 static inline void stream_in(unsigned char *to, const unsigned char *from, size_t length)
 {
 #if defined(__x86_64__)

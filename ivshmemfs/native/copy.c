@@ -25,15 +25,15 @@ struct piece {
 struct bulk {
     struct mapping *mapping;
     const struct blocks *blocks;   /* NULL for a plain range */
-    const struct blocks *guarding; /* whose guard is looked at before each piece, or NULL */
+    const struct blocks *guarding; /* check their guard before each piece; NULL: do not */
     const unsigned char *pointers;
     unsigned char *to; /* plain range: the next chunk */
     uint64_t chunk;
     const unsigned char *from; /* NULL: zeros */
     uint64_t left;
     uint64_t events;
-    bool bad;   /* a pointer changed under us and left the region */
-    bool stale; /* the guard changed: the blocks are no longer ours to fill */
+    bool bad;   /* a pointer changed during the copy and left the region */
+    bool stale; /* the guard changed: the caller must not fill the blocks any more */
 };
 
 static bool bulk_next(struct bulk *bulk, struct piece *piece)
@@ -75,8 +75,8 @@ static void piece_store(int access, bool streaming, const struct piece *piece)
         clear_in(access, piece->to + piece->filled, piece->size - piece->filled);
 }
 
-/* Extend a piece by those that follow it in the region; not beyond a window, so that the guard is
- * looked at now and then. */
+/* Extend a piece by those that follow it in the region, but not beyond a window: the guard is
+ * checked once for each piece. */
 static void piece_extend(struct piece *piece, struct bulk *bulk)
 {
     struct bulk ahead = *bulk;

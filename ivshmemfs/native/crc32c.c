@@ -1,8 +1,8 @@
 /* CRC-32C (Castagnoli), little-endian, with the processor's instruction where there is one.
  *
- * The instruction takes 8 bytes but answers only after three cycles, so long buffers are cut into
- * three lanes that are in flight at once; LANE zero bytes are then "appended" to a lane's remainder
- * with four table look-ups, which is what joining two remainders takes.
+ * The instruction takes 8 bytes and has a latency of three cycles.  So the code cuts a long buffer
+ * into three lanes that are in flight at once.  To join two remainders it appends LANE zero bytes
+ * to the first one, with four table look-ups.
  */
 #include "crc32c.h"
 

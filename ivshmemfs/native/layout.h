@@ -16,7 +16,7 @@
 #define NODE_TAG_AT UINT64_C(24) /* u64 */
 #define ENTRY_FIXED UINT64_C(17) /* bytes of a directory entry besides its name */
 #define LEAF_NAME_MAX UINT64_C(255) /* bytes */
-#define MAX_SLOTS UINT64_C(4096) /* no node or inode has more pointers */
+#define MAX_SLOTS UINT64_C(4096) /* most pointers of a node or inode */
 #define MAX_BLOCKS UINT64_C(268435455) /* blocks */
 #define SLOT_SHIFT UINT64_C(56) /* of a tag */
 #define INCARNATION_SHIFT UINT64_C(36) /* of a tag */

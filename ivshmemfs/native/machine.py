@@ -1,7 +1,7 @@
 """Refuses machines that cannot use a region; imported before the extension is loaded.
 
-The words of a region are 64 bits wide and little-endian, and every protocol relies on loading and
-storing them whole: a 32-bit program tears them.
+The words of a region are 64 bits wide and little-endian.  The protocol needs whole loads and stores
+of them; a 32-bit program tears them.
 """
 
 from __future__ import annotations

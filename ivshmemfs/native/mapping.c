@@ -73,10 +73,10 @@ int perform_long(struct mapping *mapping, void (*body)(void *), void *argument)
     return STATUS_FAULT;
 }
 
-/* A file's pages appear in a mapping when they are first touched, and one fault for each of them
- * takes longer than storing to it.  The kernel maps a whole window at once when it is asked to.
- * A window that was last stored to long ago is in no cache, so a plain store would first fetch it.
- * Nothing depends on the answers: other threads may change them at the same time. */
+/* A file's pages appear in a mapping when they are first touched.  One fault for each page takes
+ * longer than the store to it, so this asks the kernel to map a whole window at once.  A window
+ * that was last stored to long ago is not cached, so a plain store would first fetch it.  The
+ * answers are hints: other threads may change them at the same time. */
 bool long_run(struct mapping *mapping, const unsigned char *to, uint64_t length)
 {
     uint64_t first = (uint64_t)(to - mapping->base) >> WINDOW_BITS;

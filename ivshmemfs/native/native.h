@@ -2,29 +2,29 @@
  *
  * Nothing here knows Python.  Functions return a status; they print and raise nothing.
  *
- *   sigbus.c    end an access with a status when the memory behind it is gone
- *   mapping.c   map and unmap, words, the rules of an access (trap.h: events for the tests)
- *   copy.c      read, write and zero ranges; gather and scatter blocks
- *   tags.c      claim and release blocks, check tags, sweep
- *   node.c      metadata nodes with their checksum
- *   transfer.c  copy between blocks and an open file
- *   packed.c    packed words, slots and directory leaves in private memory
- *   crc32c.c    checksums
+ *     sigbus.c    end an access with a status when the memory behind it is gone
+ *     mapping.c   map and unmap, words, the rules of an access (trap.h: events for the tests)
+ *     copy.c      read, write and zero ranges; gather and scatter blocks
+ *     tags.c      claim and release blocks, check tags, sweep
+ *     node.c      metadata nodes with their checksum
+ *     transfer.c  copy between blocks and an open file
+ *     packed.c    packed words, slots and directory leaves in private memory
+ *     crc32c.c    checksums
  *
  * Three rules hold everywhere:
  *
- * - The region is hostile.  Each byte of it is read once, into private memory, and judged there.
- *   An index that came out of it is checked immediately before it becomes an address.
+ * - The region is hostile.  The code reads each byte of it once, into private memory, and checks it
+ *   there.  It checks an index from the region immediately before it makes an address of it.
  * - The region may vanish (truncated file, removed device).  Each access runs inside attempt(),
- *   which a SIGBUS ends with STATUS_FAULT.  Nothing inside an attempt owns anything that a jump
+ *   which a SIGBUS ends with STATUS_FAULT.  The body of an attempt owns no resource that a jump
  *   could leak.
  * - Stores are events.  A trap stops or diverts a peer before its N-th store event.  Without a trap
  *   an event costs one addition.
  *
- * Life of a mapping: mapping_map(), then any number of operations, each between mapping_use() (or
- * mapping_use_for_stores()) and mapping_unuse(); mapping_close() forbids new ones, and the last
- * mapping_unuse() after it unmaps.  The caller serializes all calls on one mapping, except while an
- * operation has called host.leave() and not yet host.enter().
+ * Life of a mapping: mapping_map() begins it.  Each operation is between mapping_use() (or
+ * mapping_use_for_stores()) and mapping_unuse().  mapping_close() forbids new operations, and the
+ * last mapping_unuse() after it unmaps.  The caller serializes all calls on one mapping, except
+ * between an operation's host.leave() and host.enter().
  */
 #ifndef IVSHMEMFS_NATIVE_H
 #define IVSHMEMFS_NATIVE_H
@@ -39,10 +39,10 @@
 
 enum status {
     STATUS_OK = 0,
-    STATUS_STALE,       /* no error: a tag or the guard word is another by now */
+    STATUS_STALE,       /* no error: a tag or the guard word has changed */
     STATUS_CLOSED,      /* the mapping is closed */
     STATUS_READ_ONLY,   /* the mapping is read-only */
-    STATUS_DEAD,        /* a trap killed the mapping: it stores nothing any more */
+    STATUS_DEAD,        /* a trap killed the mapping: it stops storing */
     STATUS_TRAPPED,     /* the trap's callback failed now */
     STATUS_INTERRUPTED, /* host.interrupted() failed */
     STATUS_FAULT,       /* SIGBUS at mapping->fault */
@@ -54,7 +54,7 @@ enum status {
     STATUS_NULL,          /* a pointer is null where none may be */
     STATUS_NODE_SIZE,     /* a node's `used` is impossible */
     STATUS_NODE_CHECKSUM, /* a node's checksum does not match */
-    STATUS_NODE_TAG,      /* a node names another claim than its block's tag */
+    STATUS_NODE_TAG,      /* a node's `tag` is not its block's tag */
 };
 
 /* What the kernel asks of the program that it runs in.  Null pointers mean: nothing to do. */

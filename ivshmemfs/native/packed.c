@@ -62,7 +62,7 @@ static inline const unsigned char *leaf_sizes(const struct leaf *leaf)
     return leaf->raw + 16 * leaf->count;
 }
 
-/* Where the name of entry `at` begins; at the end at the latest, whatever the lengths say. */
+/* Where the name of entry `at` begins; the end of the leaf if the lengths lead beyond it. */
 static uint64_t name_at(const struct leaf *leaf, uint64_t at)
 {
     uint64_t place = ENTRY_FIXED * leaf->count + packed_sum(leaf_sizes(leaf), 0, at);

@@ -265,9 +265,9 @@ int tags_free_count(const struct blocks *blocks, uint64_t start, uint64_t stop, 
 
 /* --- sweep ------------------------------------------------------------------------------------- */
 
-/* A claim is settled when nobody can still publish it: its slot does not exist, or has moved on to
- * a later incarnation, or the claim's number is below the one that the limit gives.  Claims of an
- * incarnation later than the limit's are not: the slot was taken after the limits were read. */
+/* A claim is settled when its peer can no longer publish it.  Then its slot does not exist, or has
+ * a later incarnation, or the claim's counter is below the limit's.  A claim of a later incarnation
+ * than the limit's is not settled: a peer took the slot after the caller read the limits. */
 static bool claim_settled(const unsigned char *limits, uint64_t tag)
 {
     uint64_t limit = u64_at(limits, tag >> SLOT_SHIFT);

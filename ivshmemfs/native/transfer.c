@@ -1,8 +1,8 @@
-/* Between blocks and an open file.
+/* Copies between blocks and an open file.
  *
  * The kernel copies between a file's pages and the blocks by itself, which saves one copy of two.
- * It cannot everywhere: device memory may not allow the way it copies, some filesystems cannot
- * reach a device's memory (EFAULT), and a trap wants to see each store.  There a buffer is used. */
+ * In three cases a buffer is used instead.  Device memory may not allow the kernel's way to copy.
+ * Some filesystems cannot reach a device's memory (EFAULT).  A trap must see each store. */
 #include <errno.h>
 #include <stdlib.h>
 #include <sys/uio.h>

@@ -1,7 +1,7 @@
-"""Where the bytes of a region are mapped from, and how they are touched.
+"""Find, map and measure regions: files, PCI devices, character devices, physical memory.
 
-A Memory gives words, fences and copies on a mapping, Blocks the operations on tagged blocks in it;
-what the bytes mean is the business of the layers above.
+`Memory` gives words, fences and copies on a mapping.  `Blocks` gives the operations on tagged
+blocks in it.  The layers above know what the bytes mean.
 """
 
 from __future__ import annotations

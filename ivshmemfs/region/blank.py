@@ -1,8 +1,8 @@
-"""Whether there is anything on a region, without giving memory to what has none yet.
+"""Tell whether a region holds any data, without allocating memory for it.
 
-A file is asked for what it has stored (SEEK_DATA) and read through a descriptor, because looking
-at a hole through a mapping of a tmpfs would allocate it.  Devices are read whole.  After `SECONDS`
-only samples are looked at: one page of each `SAMPLES`th part of the region.
+The search asks a file for its stored ranges (SEEK_DATA) and reads them through a descriptor.  A
+load through a mapping of a tmpfs would allocate the holes.  It reads devices whole.  After
+`SECONDS` it only samples: one page of each `SAMPLES`th part of the region.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from typing import NamedTuple
 
 from ivshmemfs.region.mapped import Region
 
-SECONDS = 3.0  # for reading all of a region
-SAMPLES = 1024
-PIECE = 1 << 20  # bytes looked at at once
+SECONDS = 3.0  # time for reading all of a region, before the search samples
+SAMPLES = 1024  # parts of a region of which the search samples one page each
+PIECE = 1 << 20  # bytes of one read
 PAGE = 4096
 _ZEROS = bytes(PIECE)
 
@@ -25,12 +25,12 @@ _ZEROS = bytes(PIECE)
 class Found(NamedTuple):
     """What `find_data` found."""
 
-    offset: int | None  # a byte that is not zero is in the piece that starts there; None: none is
-    whole: bool  # everything was looked at
+    offset: int | None  # start of a piece with a byte that is not zero; None: all are zero
+    whole: bool  # whether the search read everything
 
 
 def find_data(region: Region) -> Found:
-    """Look for anything but zeros.  Raises OSError."""
+    """Search for a byte that is not zero.  Raises OSError."""
     if region.kind != "file":
         return _search(region, [(0, region.size)], None)
     descriptor = os.open(region.path, os.O_RDONLY | os.O_CLOEXEC)
@@ -41,14 +41,14 @@ def find_data(region: Region) -> Found:
 
 
 def _stored(descriptor: int, size: int) -> Iterator[tuple[int, int]]:
-    """(start, stop) of what a file has stored; all of it where the file system cannot tell."""
+    """Yield (start, stop) of a file's stored ranges; all of it if the file system cannot tell."""
     at = 0
     while at < size:
         try:
             start = os.lseek(descriptor, at, os.SEEK_DATA)
             at = os.lseek(descriptor, start, os.SEEK_HOLE)
         except OSError as error:
-            if error.errno != errno.ENXIO:  # which means: no more
+            if error.errno != errno.ENXIO:  # ENXIO: no more ranges
                 yield at, size
             return
         yield start, min(at, size)

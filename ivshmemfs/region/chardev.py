@@ -1,7 +1,8 @@
 """Character devices whose mmap gives the shared memory: uio, kvmfr, device-dax, any driver.
 
-The size is that of the ivshmem device's BAR2 where a driver of one made the node; else each driver
-tells it in another way, or not at all.  Then the user gives it, as PATH:SIZE or PATH:OFFSET:SIZE.
+If the driver of an ivshmem device made the node, the size is that of the device's BAR2.  Other
+drivers each tell the size in another way, or not at all.  Then the user gives it, as PATH:SIZE or
+PATH:OFFSET:SIZE.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ KVMFR_GETSIZE = 0x7544  # _IO('u', 0x44); answers with the size, as a C int
 
 
 class Extent(NamedTuple):
-    """The part of a device to map: bytes."""
+    """The part of a device to map, in bytes."""
 
     offset: int
     size: int
@@ -37,10 +38,10 @@ def _value(path: Path) -> int:
 
 
 def _uio_extent(path: Path, directory: Path, found: Survey) -> Extent | None:
-    """The map of a uio device that is shared memory; raises RegionError if it has registers only.
+    """Return the uio map that is shared memory; raises RegionError if all maps are registers.
 
-    Beside its memory an ivshmem device has registers, and other PCI devices may have nothing else.
-    Of devices that are not on the PCI bus nothing more is known: the largest map is taken.
+    An ivshmem device has registers besides its memory; another PCI device may have registers only.
+    For a device that is not on the PCI bus this is the largest map.
     """
     parent = (directory / "device").resolve()
     held = found.at(parent.name)
@@ -54,15 +55,15 @@ def _uio_extent(path: Path, directory: Path, found: Survey) -> Extent | None:
         return Extent(shared[0] * PAGE, shared[1])
     if (parent / "vendor").exists():
         raise RegionError(
-            f"{shown(path)}: is of PCI device {parent.name}, which is not an ivshmem device; if "
-            f"it is shared memory all the same, name its place: {shown(path)}:OFFSET:SIZE"
+            f"{shown(path)}: belongs to PCI device {parent.name}, which is not an ivshmem device; "
+            f"if it is shared memory all the same, name its place: {shown(path)}:OFFSET:SIZE"
         )
     largest = max(uio_maps(directory), key=lambda one: one[2], default=(0, 0, 0))
     return Extent(largest[0] * PAGE, largest[2]) if largest[2] > 0 else None
 
 
 def _known_extent(path: Path, number: str, roots: Roots) -> Extent | None:
-    """What sysfs tells without opening the device: uio maps, its PCI device's BAR2, or a size."""
+    """Return the extent that sysfs tells: of a uio map, of the PCI device's BAR2, or a size."""
     directory, found = sysfs_directory(number, roots), survey(roots)
     if (directory / "maps").is_dir():
         return _uio_extent(path, directory, found)
@@ -72,10 +73,10 @@ def _known_extent(path: Path, number: str, roots: Roots) -> Extent | None:
 
 
 def _asked_size(descriptor: int, name: str) -> int:
-    """What the device itself answers, 0 if nothing."""
+    """Return the size that the device itself answers; 0 if it does not answer."""
     if name.startswith("kvmfr"):
         try:
-            # 0 for 4 GiB, and negative (an OSError) for 2 GiB: then nothing was answered.
+            # The driver answers 0 for 4 GiB, and a negative number (an OSError) for 2 GiB.
             return max(0, fcntl.ioctl(descriptor, KVMFR_GETSIZE))
         except OSError:
             return 0
@@ -98,7 +99,7 @@ def _find_extent(descriptor: int, path: Path, number: str, roots: Roots) -> Exte
 
 
 def _access(name: str, roots: Roots) -> int:
-    """Device-dax is ordinary cached memory; what another driver maps is taken for the worst."""
+    """Return the kind of access: device-dax is cached memory; assume the worst of other drivers."""
     if name.startswith("dax"):
         return NORMAL
     return WRITE_COMBINING if roots.x86 else DEVICE
@@ -123,8 +124,8 @@ def open_chardev(
 ) -> Region:
     """Map a character device; raises a RegionError.
 
-    Without `size` sysfs or the device must tell it; without `offset` it is where the driver puts
-    the shared memory.
+    `size` defaults to the size that sysfs or the device tells.  `offset` defaults to the place
+    where the driver puts the shared memory.
     """
     look_at(path)
     number = roots.device_number(path)

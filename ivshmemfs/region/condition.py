@@ -1,8 +1,8 @@
-"""Whether what is mapped is still what its name leads to.
+"""Tell whether the path of a region still leads to the mapped file or device.
 
-A mapping outlives its file: the file may be removed and made anew, renamed or cut, and a device may
-be unplugged, while the memory stays mapped.  A `Region` keeps a descriptor of what it has mapped to
-compare with.  The layers above add what only they can see in the bytes.
+A mapping outlives its file.  While the memory stays mapped, a user may delete, replace, rename or
+cut the file, or unplug the device.  A `Region` keeps a descriptor of the mapped file to compare
+with.  The layers above add the conditions that only the bytes show.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 
 
 class Condition(enum.Enum):
-    """What became of a region since it was opened; the value is the word for it."""
+    """What happened to a region since it was opened; the value is the word for it."""
 
     SOUND = "sound"
     DELETED = "deleted"
@@ -22,7 +22,7 @@ class Condition(enum.Enum):
     REPLACED = "replaced"
     CUT = "cut"
     UNPLUGGED = "unplugged"
-    # What the layers above see:
+    # Conditions that the layers above see:
     ONES = "all ones"
     REFORMATTED = "formatted anew"
     OVERWRITTEN = "overwritten"
@@ -37,8 +37,8 @@ class Condition(enum.Enum):
 _EXPLAINED = {
     Condition.SOUND: "",
     Condition.DELETED: (
-        "the region's file was deleted; this mount goes on in memory that nobody can open any "
-        "more: copy what you need, then unmount it"
+        "the region's file was deleted; this mount goes on in memory that no other program can "
+        "open: copy what you need, then unmount it"
     ),
     Condition.RENAMED: (
         "the region's file is not at its path any more, it was renamed or another mount hides it; "
@@ -49,7 +49,7 @@ _EXPLAINED = {
         "memory, apart from peers that open the new one: copy what you need, then mount it again"
     ),
     Condition.CUT: (
-        "the region's file was cut; what lay behind its end is lost and fails with EIO: "
+        "the region's file was cut; the data behind its end is lost and fails with EIO: "
         "unmount it and give the file its size back"
     ),
     Condition.UNPLUGGED: "the region's device was unplugged: unmount it",
@@ -66,19 +66,19 @@ class Anchor:
     """A descriptor of the file or device that is mapped; `length` bytes of it are."""
 
     def __init__(self, descriptor: int, length: int, *, device: bool) -> None:
-        """Duplicates `descriptor`; with `device` it is a device's file in sysfs."""
+        """Duplicate `descriptor`; `device` says that it is a device's file in sysfs."""
         self._descriptor = os.dup(descriptor)
         self._length = length
         self._is_file = stat.S_ISREG(os.fstat(descriptor).st_mode) and not device
 
     def close(self) -> None:
-        """Let go of it; closing twice is harmless."""
+        """Close the descriptor; closing twice is harmless."""
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
 
     def condition(self, path: Path) -> Condition:
-        """Compare with what is at `path` now; what cannot be looked at counts as sound."""
+        """Compare with the file at `path` now; an unreadable path counts as sound."""
         held = os.fstat(self._descriptor)
         try:
             there = path.stat()
@@ -96,7 +96,7 @@ class Anchor:
 
 
 def _identity(status: os.stat_result) -> tuple[int, ...]:
-    """What tells one file, or one device whatever node leads to it, from all others."""
+    """Return what identifies one file, or one device behind any of its nodes."""
     if stat.S_ISCHR(status.st_mode):
         return (status.st_rdev,)
     return status.st_dev, status.st_ino

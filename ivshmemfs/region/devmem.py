@@ -28,7 +28,7 @@ _LINE = re.compile(r"\s*([0-9a-f]+)-([0-9a-f]+) : (.*)")
 
 
 def _parse_address(text: str) -> int:
-    """A physical address, in hexadecimal with or without 0x as lspci prints it."""
+    """Parse a physical address: hexadecimal, with or without 0x, as lspci prints it."""
     if re.fullmatch(r"[0-9]+", text, re.ASCII):
         raise UsageError(
             f"mem:{text}: the address may be decimal or hexadecimal; write 0x{text} for what lspci "
@@ -41,7 +41,7 @@ def _parse_address(text: str) -> int:
 
 
 def parse_place(text: str) -> tuple[int, int]:
-    """(address, size) from ``ADDRESS:SIZE``; raises UsageError."""
+    """Return (address, size) from ``ADDRESS:SIZE``; raises UsageError."""
     address_text, colon, size_text = text.partition(":")
     if not colon:
         raise UsageError(f"'mem:{text}' lacks a size; write it like mem:0xfe000000:1M")
@@ -52,7 +52,7 @@ def parse_place(text: str) -> tuple[int, int]:
 
 
 def _ram(roots: Roots) -> Iterator[tuple[int, int]]:
-    """[start, end] of the kernel's own memory; all zero when the kernel hides addresses."""
+    """Yield [start, end] of the kernel's own memory; all zero when the kernel hides addresses."""
     try:
         lines = (roots.proc / "iomem").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -73,7 +73,7 @@ def _refuse_ram(address: int, size: int, roots: Roots) -> None:
 
 
 def _holding(address: int, size: int, found: Survey) -> Holding | None:
-    """The ivshmem device in whose shared memory the range begins or ends."""
+    """Return the ivshmem device whose shared memory overlaps the range, or None."""
     for held in found.holdings:
         start, end = held.device.start, held.device.start + held.device.size
         if address < end and start < address + size:
@@ -82,7 +82,7 @@ def _holding(address: int, size: int, found: Survey) -> Holding | None:
 
 
 def _refuse_beyond(address: int, size: int, held: Holding | None) -> None:
-    """Raise RegionSize when the range is more than the device's memory: registers, another BAR."""
+    """Raise RegionSize when the range exceeds the device's memory (registers, another BAR)."""
     if held is None:
         return
     start, end = held.device.start, held.device.start + held.device.size

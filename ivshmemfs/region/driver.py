@@ -3,11 +3,12 @@
 The driver chooses class and name of its nodes.  A node belongs to a device in one of three cases:
 
 - Its directory in sysfs lies below the PCI device's: the driver named its parent.
-- It has no parent (/sys/devices/virtual), and the driver or its module has the name of the node,
-  of its class, or of its major number in /proc/devices.
-- "ivshmem" is part of such a name, and exactly one device is held by a driver without other nodes.
+- It has no parent (/sys/devices/virtual), and a name fits.  The driver or its module has the name
+  of the node, of its class, or of its major number in /proc/devices.
+- "ivshmem" is part of such a name, and exactly one device has a driver without other nodes.
 
-The last two may fit several devices; then nothing is guessed.  Nothing here opens a node.
+The last two cases may fit several devices; then the node stays unassigned.  This module never opens
+a node.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ from pathlib import Path
 from ivshmemfs.region.pci import PciDevice, find_devices
 from ivshmemfs.region.roots import HERE, Roots
 
-NAMED = ("ivshmem", "kvmfr")  # parts of names: such nodes are always looked at
-NO_MEMORY = ("vfio", "vfio-dev")  # classes of nodes whose mmap(2) gives no memory of the device
+NAMED = ("ivshmem", "kvmfr")  # parts of names of nodes that the survey always looks at
+NO_MEMORY = ("vfio", "vfio-dev")  # classes of nodes whose mmap(2) does not give device memory
 NO_NODES = ("vfio-pci", "pci-stub")  # drivers without nodes of other classes
 _NUMBER = re.compile(r"[-_.!]?[0-9]+$")
 
@@ -36,7 +37,7 @@ class Node:
     there: bool
     names: frozenset[str] = field(
         default=frozenset(), repr=False
-    )  # its own, its class's, its major's
+    )  # of the node, its class and its major number
 
 
 @dataclass(frozen=True)
@@ -50,17 +51,17 @@ class Holding:
 
 @dataclass(frozen=True)
 class Survey:
-    """All ivshmem devices, and the nodes of which the device is not certain."""
+    """All ivshmem devices, and the nodes whose device is not certain."""
 
     holdings: list[Holding]
-    unclear: list[tuple[Node, list[PciDevice]]]  # the devices whose memory it may give
+    unclear: list[tuple[Node, list[PciDevice]]]  # with the devices whose memory the node may give
 
     def at(self, address: str) -> Holding | None:
-        """The device with this PCI address."""
+        """Return the device with this PCI address, or None."""
         return next((held for held in self.holdings if held.device.address == address), None)
 
     def behind(self, number: str) -> list[PciDevice]:
-        """The devices whose memory the node with this number gives, or may give."""
+        """Return the devices whose memory the node with this number gives, or may give."""
         for held in self.holdings:
             if any(node.number == number for node in held.nodes):
                 return [held.device]
@@ -68,12 +69,12 @@ class Survey:
 
 
 def named_nodes(held: Holding) -> str:
-    """The nodes of a device as a message names them; words for them when none is known."""
+    """Return the nodes of a device for a message; a phrase when none is known."""
     return " or ".join(str(node.path) for node in held.nodes) or "that driver's character device"
 
 
 def sysfs_directory(number: str, roots: Roots = HERE) -> Path:
-    """Where sysfs describes the character device "major:minor"."""
+    """Return the directory where sysfs describes the character device "major:minor"."""
     return roots.sys / "dev/char" / number
 
 
@@ -88,7 +89,7 @@ def _value(path: Path) -> int:
 
 
 def uio_maps(directory: Path) -> Iterator[tuple[int, int, int]]:
-    """(number, physical address, bytes) of what a uio device maps."""
+    """Yield (number, physical address, bytes) of the maps of a uio device."""
     for entry in sorted((directory / "maps").glob("map*")):
         if entry.name[3:].isdecimal():
             size = _value(entry / "size") - _value(entry / "offset")
@@ -96,7 +97,7 @@ def uio_maps(directory: Path) -> Iterator[tuple[int, int, int]]:
 
 
 def shared_map(directory: Path, device: PciDevice) -> tuple[int, int] | None:
-    """(number, bytes) of the uio map that is the device's shared memory; others are registers."""
+    """Return (number, bytes) of the uio map that is the device's shared memory, or None."""
     for number, address, size in uio_maps(directory):
         if device.size and address == device.start and size > 0:
             return number, min(size, device.size)
@@ -107,7 +108,7 @@ def shared_map(directory: Path, device: PciDevice) -> tuple[int, int] | None:
 
 
 def _linked(path: Path) -> str:
-    """The name of what a link of sysfs leads to, "" without one."""
+    """Return the name of a sysfs link's target, "" without a link."""
     try:
         return os.path.basename(os.readlink(path))
     except OSError:
@@ -115,7 +116,7 @@ def _linked(path: Path) -> str:
 
 
 def _target(link: Path) -> Path:
-    """Where a link of sysfs leads, without looking at what is on the way."""
+    """Return the target of a sysfs link, without following links on the way."""
     try:
         return Path(os.path.normpath(link.parent / os.readlink(link)))
     except OSError:
@@ -136,7 +137,7 @@ def _driver_names(device: PciDevice) -> frozenset[str]:
 
 
 def _majors(roots: Roots) -> dict[str, str]:
-    """The names under which drivers registered the major numbers of character devices."""
+    """Return the names under which drivers registered the major numbers of character devices."""
     try:
         text = (roots.proc / "devices").read_text(encoding="utf-8", errors="replace")
     except OSError:
@@ -146,7 +147,7 @@ def _majors(roots: Roots) -> dict[str, str]:
 
 
 def _device_name(directory: Path) -> str:
-    """The path below /dev that the kernel gives the node."""
+    """Return the path below /dev that the kernel gives the node."""
     try:
         lines = (directory / "uevent").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
@@ -163,7 +164,7 @@ def _has_number(path: Path, number: str, roots: Roots) -> bool:
 
 
 def _place(name: str, number: str, roots: Roots) -> tuple[Path, bool]:
-    """Where the node is, and whether it is there; it may have another name than the usual one."""
+    """Return (path of a node, whether it exists); the node may have an unusual name."""
     usual = roots.dev / name
     if _has_number(usual, number, roots):
         return usual, True
@@ -176,7 +177,7 @@ def _place(name: str, number: str, roots: Roots) -> tuple[Path, bool]:
 
 
 class _Look:
-    """One look at sysfs and then at /dev, which files each node under the devices it may be of."""
+    """One survey of sysfs and then of /dev, which assigns each node to its possible devices."""
 
     def __init__(self, roots: Roots) -> None:
         self._roots = roots
@@ -187,7 +188,7 @@ class _Look:
         self.loose: list[tuple[Node, list[PciDevice]]] = []
 
     def at_sysfs(self) -> None:
-        """The nodes below the devices, and those without a parent whose names fit."""
+        """Assign the nodes below the devices, and those without a parent whose names fit."""
         places = {_target(device.directory): device for device in self.devices}
         virtual = self._roots.sys / "devices/virtual"
         drivers = frozenset().union(*(_driver_names(device) for device in self.devices))
@@ -206,7 +207,7 @@ class _Look:
         self.loose += [(node, self._possible(node)) for node in loose]
 
     def at_dev(self) -> None:
-        """The nodes that sysfs tells nothing of, or of which another device is the parent."""
+        """Assign the nodes that sysfs does not describe, or below another device."""
         found = sorted(path for name in NAMED for path in self._roots.dev.glob(f"*{name}*"))
         for path in found:
             try:
@@ -243,7 +244,7 @@ class _Look:
         return Node(path, number, there, names)
 
     def _possible(self, node: Node) -> list[PciDevice]:
-        """The devices whose memory a node without a parent may give."""
+        """Return the devices whose memory a node without a parent may give."""
         free = [
             device
             for device in self.devices
@@ -255,7 +256,7 @@ class _Look:
 
 
 def survey(roots: Roots = HERE) -> Survey:
-    """Look at all ivshmem devices, the drivers bound to them, and the nodes of those."""
+    """Return all ivshmem devices, the drivers bound to them, and the nodes of those drivers."""
     look = _Look(roots)
     look.at_sysfs()
     look.at_dev()

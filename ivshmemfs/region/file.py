@@ -49,8 +49,8 @@ def open_file(path: Path, *, readonly: bool = False) -> Region:
 def create_file(path: str | os.PathLike[str], size: int, *, exist_ok: bool = False) -> None:
     """Make a file of `size` bytes, sparse and readable by its owner and group alone.
 
-    A file that is there already is refused unless `exist_ok`; then it gets the size and keeps
-    what it holds up to there.  Raises a RegionError; a file that could not get its size is removed.
+    Raises RegionError for an existing file unless `exist_ok`; then the file gets the size and keeps
+    its contents up to there.  A new file that cannot get its size is removed again.
     """
     target = Path(path)
     flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK
@@ -78,9 +78,9 @@ def create_file(path: str | os.PathLike[str], size: int, *, exist_ok: bool = Fal
 
 
 def reserve(region: Region) -> None:
-    """Give a file all the memory that it may need, so that no access finds its file system full.
+    """Allocate all the memory of a file, so no later access finds its file system full.
 
-    What it holds stays.  Raises RegionSize with both sizes when that does not fit.
+    The contents stay.  Raises RegionSize, with both sizes, when the memory does not fit.
     """
     if region.kind != "file":
         return

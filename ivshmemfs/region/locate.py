@@ -1,4 +1,4 @@
-"""From what a user names to an open region, and what there is to be named."""
+"""Open the region that a user names, and list the candidates."""
 
 from __future__ import annotations
 
@@ -37,21 +37,21 @@ from ivshmemfs.region.roots import HERE, Roots
 from ivshmemfs.region.sizes import parse_number, parse_size, readable_size
 
 Identify = Callable[[bytes], tuple[str, str] | None]
-FIRST_PAGE = 4096  # bytes that an Identify gets to see
+FIRST_PAGE = 4096  # bytes that an Identify gets
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A region that could be opened; `size` is 0 when only opening it would tell."""
+    """A region that could be opened; `size` in bytes, 0 when only opening it would tell."""
 
     spec: str
     description: str
     size: int
-    device: str = field(default="", compare=False)  # the ivshmem device, or the node; "": a file
+    device: str = field(default="", compare=False)  # the ivshmem device or the node; "" for a file
 
 
 class Unreadable(NamedTuple):
-    """A candidate that could not be read, and why: its contents are unknown."""
+    """A candidate that could not be read, and the error; its contents are unknown."""
 
     candidate: Candidate
     error: IvshmemfsError | OSError
@@ -79,9 +79,9 @@ def _node_candidate(node: Node, devices: list[PciDevice]) -> Candidate:
 
 
 def _device_candidates(found: Survey) -> Iterator[Candidate]:
-    """Each device once: the nodes of its driver are other ways to the same memory.
+    """Yield each device once: the nodes of its driver are other ways to the same memory.
 
-    Where it is open which device a node is of, the nodes are listed in place of the devices.
+    If the device of a node is uncertain, the node takes the place of the devices.
     """
     unclear = [(node, devices) for node, devices in found.unclear if node.there]
     for held in found.holdings:
@@ -100,16 +100,16 @@ def _file_candidates(roots: Roots) -> Iterator[Candidate]:
         return
     for entry in found:
         with contextlib.suppress(OSError):
-            if entry.is_file(follow_symlinks=False):  # a mount point is not looked at: it may hang
+            if entry.is_file(follow_symlinks=False):  # a look at a mount point may hang
                 size = entry.stat(follow_symlinks=False).st_size
                 if size >= FIRST_PAGE:
                     yield Candidate(entry.path, f"file, {readable_size(size)}", size)
 
 
 def discover(roots: Roots = HERE) -> list[Candidate]:
-    """What could be a region here: ivshmem devices, nodes of their drivers, files in /dev/shm.
+    """Return the candidates here: ivshmem devices, nodes of their drivers, files in /dev/shm.
 
-    Opens nothing, so that it needs no permission.
+    It does not open them, so it needs no permission.
     """
     return [*_device_candidates(survey(roots)), *_file_candidates(roots)]
 
@@ -118,7 +118,7 @@ def discover(roots: Roots = HERE) -> list[Candidate]:
 
 
 def first_page(region: Region) -> bytes:
-    """The first bytes of a region; raises RegionUnfit when a device answers nothing but ones."""
+    """Return the first bytes of a region; raises RegionUnfit when a device answers only ones."""
     page = region.memory.read(0, min(FIRST_PAGE, region.size))
     if region.memory.access != NORMAL and not page.strip(b"\xff"):
         raise RegionUnfit(
@@ -131,7 +131,7 @@ def first_page(region: Region) -> bytes:
 def identified(
     candidates: list[Candidate], identify: Identify, roots: Roots = HERE
 ) -> tuple[list[tuple[Candidate, tuple[str, str]]], list[Unreadable]]:
-    """Those that carry a filesystem with their (label, uuid), and those that cannot be read."""
+    """Return the candidates with a filesystem and its (label, uuid), and the unreadable ones."""
     found, unreadable = [], []
     for candidate in candidates:
         try:
@@ -184,7 +184,7 @@ def _by_name(kind: str, value: str, identify: Identify | None, roots: Roots) -> 
 
 
 def _only_pci(identify: Identify | None, roots: Roots) -> str:
-    """The one ivshmem device; of several, the one that carries a filesystem."""
+    """Return the spec of the one ivshmem device; of several, of the one with a filesystem."""
     devices = [_pci_candidate(held) for held in survey(roots).holdings]
     if len(devices) == 1:
         return devices[0].spec
@@ -202,9 +202,9 @@ def _only_pci(identify: Identify | None, roots: Roots) -> str:
 
 
 def _split_extent(spec: str) -> tuple[Path, int | None, int | None]:
-    """(path, offset, size) of ``PATH``, ``PATH:SIZE`` or ``PATH:OFFSET:SIZE``.
+    """Return (path, offset, size) of ``PATH``, ``PATH:SIZE`` or ``PATH:OFFSET:SIZE``.
 
-    A file whose name contains a colon is still a file: what exists as it is written comes first.
+    An existing file whose name contains a colon comes first.
     """
     if os.path.lexists(spec) or ":" not in spec:
         return Path(spec), None, None
@@ -246,7 +246,7 @@ def _open_resource(path: Path, readonly: bool, roots: Roots) -> Region:
 
 
 def _open_pci(address: str, readonly: bool, roots: Roots) -> Region:
-    """By sysfs; where that is refused, by a node of the driver that holds the device."""
+    """Open a device by sysfs; if that is refused, by a node of the driver that holds it."""
     try:
         return open_pci(address, readonly=readonly, roots=roots)
     except RegionError as refused:
@@ -308,15 +308,19 @@ def open_region(
     identify: Identify | None = None,
     roots: Roots = HERE,
 ) -> Region:
-    """Open what `spec` names.
+    """Open the region that `spec` names.  Forms of `spec`:
 
-    `spec` is the path of a file or character device (there also PATH:SIZE or PATH:OFFSET:SIZE) or
-    of a device's `resource2` or `resource2_wc` in sysfs,
-    ``pci``, ``pci:0000:00:04.0``, ``mem:ADDRESS:SIZE``, ``label=L`` or ``uuid=U`` (as in fstab,
-    also ``LABEL=`` and ``UUID=``), or ``file:PATH``, which systemd takes for no device.  `identify`
-    gets the first 4096 bytes of a region and tells the (label, uuid) of the filesystem on it, or
-    None; ``label=`` and ``uuid=`` need it, and ``pci`` uses it to choose among several devices.
-    Raises a RegionError, or UsageError for a text that means nothing.
+        PATH                      a file, a character device, or a device's `resource2` or
+                                  `resource2_wc` in sysfs
+        PATH:SIZE                 a character device, or PATH:OFFSET:SIZE
+        pci, pci:0000:00:04.0     an ivshmem device
+        mem:ADDRESS:SIZE          physical memory
+        label=L, uuid=U           the filesystem with that label or UUID; also LABEL=, UUID=
+        file:PATH                 as PATH; systemd does not take it for a device
+
+    `identify` gets the first 4096 bytes of a region and returns the (label, uuid) of its
+    filesystem, or None.  ``label=`` and ``uuid=`` need it; ``pci`` uses it to choose among several
+    devices.  Raises a RegionError, or UsageError for a text of another form.
     """
     if not spec:
         raise UsageError("the region has no name; see: ivshmemfs list")

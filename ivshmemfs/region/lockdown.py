@@ -1,4 +1,4 @@
-"""Kernel lockdown: what even root may not map on a machine with Secure Boot."""
+"""Kernel lockdown: with Secure Boot even root may not map some memory."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def lockdown_level(roots: Roots = HERE) -> str:
 
 
 def locked_down(name: str, roots: Roots = HERE) -> RegionDenied:
-    """The error for a mapping of the device's memory that the kernel refuses to root as well."""
+    """Return the error for a mapping of device memory that the kernel refuses even to root."""
     level = lockdown_level(roots)
     if level:
         why = f"this kernel is locked down ({level}, as with Secure Boot)"

@@ -1,4 +1,4 @@
-"""A region that is open, and the steps that all ways of opening one share."""
+"""An open region, and the steps that all ways of opening one share."""
 
 from __future__ import annotations
 
@@ -18,31 +18,31 @@ from ivshmemfs.printing import printable
 from ivshmemfs.region.condition import Anchor, Condition
 from ivshmemfs.region.sizes import readable_size
 
-SHORT = 256 << 10  # bytes: with less left, a file system counts as full
+SHORT = 256 << 10  # free bytes below which a file system counts as full
 _F_SEAL_FUTURE_WRITE = 16  # fcntl has it from Python 3.12 on
-MIN_SIZE = 4096  # whatever the format asks for, less than a page cannot be a region
-ANSWER_SECONDS = 5.0  # for a look at a path: more than any server needs that still runs
+MIN_SIZE = 4096  # smallest mapping in bytes, one page; the format needs more
+ANSWER_SECONDS = 5.0  # longest stat(2) of a path; a running file server answers sooner
 ACCESS_NAMES = {NORMAL: "cached", DEVICE: "device memory", WRITE_COMBINING: "write-combining"}
 
 
 def shown(path: str | os.PathLike[str]) -> str:
-    """A path as one line of a message can show it."""
+    """Return a path in a form that one line of a message can show."""
     return printable(os.fspath(path))
 
 
 @dataclass(frozen=True)
 class Region:
-    """Shared memory, mapped.  Closing it makes any later access raise ValueError."""
+    """Mapped shared memory.  After `close` any access raises ValueError."""
 
     memory: Memory
     spec: str  # canonical text that opens the same region again
     path: Path  # the file or device that is mapped
-    kind: str  # for people: file, PCI device, ...
-    anchor: Anchor | None = None  # what is mapped, where that can be told
+    kind: str  # as messages name it: file, PCI device, ...
+    anchor: Anchor | None = None  # the mapped file or device, if it has a path of its own
 
     @property
     def size(self) -> int:
-        """Bytes."""
+        """Size in bytes."""
         return self.memory.length
 
     @property
@@ -57,9 +57,10 @@ class Region:
         return f"{self.kind}, {readable_size(self.size)}, {ACCESS_NAMES[self.memory.access]}{mode}"
 
     def shortage(self) -> str:
-        """What made an access fail, if that is that the file system of its file is full; else "".
+        """Return the message if a full file system made an access fail, else "".
 
-        Memory that a sparse file has not got yet cannot be had then, and the access is a SIGBUS.
+        A sparse file gets its memory at the first access.  On a full file system that access ends
+        in SIGBUS.
         """
         if self.kind != "file":
             return ""
@@ -72,12 +73,12 @@ class Region:
             return ""
         place = next(p for p in self.path.parents if os.path.ismount(p))
         return (
-            f"the file system at {shown(place)} is full ({readable_size(total)} in all), so that "
+            f"the file system at {shown(place)} is full ({readable_size(total)} in all), so "
             f"{shown(self.path)} gets no more memory: make room there"
         )
 
     def condition(self) -> Condition:
-        """What became of the file or device since it was opened."""
+        """Return what happened to the file or device since it was opened."""
         return Condition.SOUND if self.anchor is None else self.anchor.condition(self.path)
 
     def close(self) -> None:
@@ -99,7 +100,7 @@ class Region:
 
 
 def translate(error: OSError, path: str | os.PathLike[str]) -> RegionError:
-    """The RegionError that says what an OSError about `path` means and what to do."""
+    """Return the RegionError for an OSError about `path`, with what to do."""
     name, reason = shown(path), os.strerror(error.errno or errno.EIO)
     match error.errno:
         case errno.ENOENT | errno.ENOTDIR | errno.ENXIO | errno.ENODEV:
@@ -118,10 +119,10 @@ def translate(error: OSError, path: str | os.PathLike[str]) -> RegionError:
 
 
 def refuse_hung(path: str) -> None:
-    """Raise RegionError when a look at *path* does not end: its file system's server is stopped.
+    """Raise RegionError when stat(2) of `path` hangs because its file system's server is stopped.
 
-    The look is left to a thread, which the kernel ends together with the process.  The process
-    itself would not even end by a signal that it handles.
+    A thread makes the call; the kernel ends it together with the process.  A main thread that hangs
+    there could not even handle a signal.
     """
 
     def look() -> None:
@@ -131,7 +132,7 @@ def refuse_hung(path: str) -> None:
     thread = threading.Thread(target=look, daemon=True)
     try:
         thread.start()
-    except RuntimeError:  # a limit on processes or memory: better to risk a wait than to refuse
+    except RuntimeError:  # a limit on threads or memory: rather risk a wait than refuse
         return
     thread.join(ANSWER_SECONDS)
     if thread.is_alive():
@@ -142,7 +143,7 @@ def refuse_hung(path: str) -> None:
 
 
 def look_at(path: Path) -> os.stat_result:
-    """stat(2) that follows links; raises a RegionError."""
+    """Return stat(2) of a path, following links; raises a RegionError."""
     try:
         return path.stat()
     except (OSError, ValueError) as error:  # ValueError: a null byte in the name
@@ -150,7 +151,7 @@ def look_at(path: Path) -> os.stat_result:
 
 
 def open_descriptor(path: Path, *, readonly: bool, extra_flags: int = 0) -> int:
-    """A file descriptor of a file or device; raises a RegionError."""
+    """Open a file or device and return the descriptor; raises a RegionError."""
     flags = (os.O_RDONLY if readonly else os.O_RDWR) | os.O_CLOEXEC | os.O_NONBLOCK | extra_flags
     try:
         return os.open(path, flags)
@@ -168,7 +169,7 @@ def _may_read(path: Path) -> bool:
 
 
 def _unwritable(error: OSError, path: Path) -> str:
-    """What to do with a file that this user may read only."""
+    """Return the message for a file that this user may only read."""
     if error.errno == errno.EPERM:
         return f"{shown(path)}: must not be written (lsattr shows 'i' or 'a'?); mount it with -o ro"
     return (
@@ -178,7 +179,7 @@ def _unwritable(error: OSError, path: Path) -> str:
 
 
 def refuse_small(size: int, name: str) -> None:
-    """Raise RegionSize for what is too small to be a region at all."""
+    """Raise RegionSize if `size` bytes are too small for any region."""
     if size < MIN_SIZE:
         raise RegionSize(f"{name}: {size} bytes are too small; a region has 1 MiB or more")
 
@@ -193,7 +194,7 @@ def map_descriptor(
     access: int,
     device: bool = False,
 ) -> tuple[Memory, Anchor]:
-    """Map and close `descriptor`, with `device` that of a file in sysfs; raises a RegionError."""
+    """Map and close `descriptor`, which is of a file in sysfs if `device`; raises a RegionError."""
     try:
         refuse_small(length, shown(path))
         memory = Memory(descriptor, length, offset, writable=not readonly, access=access)
@@ -212,7 +213,7 @@ def map_descriptor(
 
 
 def _sealed(descriptor: int) -> str:
-    """The seals of a memfd that forbid a writable mapping."""
+    """Return the seals of a memfd that forbid a writable mapping."""
     try:
         seals = fcntl.fcntl(descriptor, fcntl.F_GET_SEALS)
     except OSError:
@@ -242,7 +243,7 @@ def _cannot_map(error: OSError, path: Path, length: int) -> RegionError:
 
 
 def kind_of(mode: int) -> str:
-    """What a file is, for messages about what it should not be."""
+    """Return a phrase for a file of the wrong kind."""
     for check, name in (
         (stat.S_ISDIR, "a directory"),
         (stat.S_ISBLK, "a block device"),

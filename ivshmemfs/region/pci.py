@@ -1,10 +1,9 @@
 """ivshmem devices on the PCI bus of a guest, mapped through sysfs.
 
 The shared memory is BAR2.  It is RAM of the host, so the kernel's usual uncached mapping
-(`resource2`) costs much and gains nothing; `resource2_wc` asks for write-combining instead.  On
-ARM64 it also decides whether accesses must be aligned: `resource2` is device memory there and
-faults on anything unaligned, `resource2_wc` is normal memory.  What a hypervisor makes of either
-is for the probe to measure.
+(`resource2`) is slow without a benefit; `resource2_wc` asks for write-combining instead.  On ARM64
+`resource2` is device memory, which faults on unaligned accesses, and `resource2_wc` is normal
+memory.  A hypervisor may change either, so the probe measures the result.
 """
 
 from __future__ import annotations
@@ -92,12 +91,12 @@ def bar_extent(directory: Path, bar: int = SHARED_BAR) -> tuple[int, int]:
 
 
 def is_ivshmem(directory: Path) -> bool:
-    """Whether a device directory of sysfs is an ivshmem device."""
+    """Return whether a device directory of sysfs is an ivshmem device."""
     return _number(directory / "vendor") == VENDOR and _number(directory / "device") == DEVICE_ID
 
 
 def find_devices(roots: Roots = HERE) -> Iterator[PciDevice]:
-    """All ivshmem devices, by address."""
+    """Yield all ivshmem devices, by address."""
     bus = roots.sys / "bus/pci/devices"
     try:
         directories = sorted(bus.iterdir())
@@ -109,7 +108,7 @@ def find_devices(roots: Roots = HERE) -> Iterator[PciDevice]:
 
 
 def no_device(roots: Roots = HERE) -> RegionMissing:
-    """The error when no ivshmem device is found."""
+    """Return the error for a machine without ivshmem devices."""
     if not roots.has_sysfs:
         return RegionMissing(
             f"no ivshmem device is known: sysfs is not mounted on {roots.sys}; mount it, or name "
@@ -131,7 +130,7 @@ def _refuse_missing(directory: Path, address: str) -> None:
 
 
 def _enable(directory: Path, address: str) -> None:
-    """Switch on memory decoding: without a driver nobody did, and every load gives ones."""
+    """Switch on memory decoding, as a driver would; without it every load gives ones."""
     switch = directory / "enable"
     try:
         if switch.read_text(encoding="ascii").strip() == "0":
@@ -152,12 +151,12 @@ def _enable(directory: Path, address: str) -> None:
 
 
 def _has_no_address(directory: Path, address: str) -> RegionSize:
-    """The error for a device of which sysfs tells no BAR2."""
+    """Return the error for a device without a BAR2 in sysfs."""
     try:
         register = (directory / "config").read_bytes()[CONFIG_BAR : CONFIG_BAR + 4]
     except OSError:
         register = b""
-    if not any(register):  # a BAR that exists says there what kind it is, also without an address
+    if not any(register):  # an existing BAR has its kind there, also without an address
         return RegionSize(
             f"PCI device {address} has no shared memory (BAR2); start QEMU with ivshmem-plain "
             "and a memory backend with share=on"
@@ -176,7 +175,7 @@ def _has_no_address(directory: Path, address: str) -> RegionSize:
 
 
 def _shared_memory(directory: Path, address: str) -> int:
-    """Bytes of the device's shared memory, which is switched on; raises a RegionError."""
+    """Switch the device's shared memory on; return its size in bytes.  Raises a RegionError."""
     _refuse_missing(directory, address)
     _start, size = bar_extent(directory)
     if size == 0:
@@ -225,18 +224,18 @@ def open_pci(address: str, *, readonly: bool = False, roots: Roots = HERE) -> Re
                 combining, size, readonly=readonly, access=WRITE_COMBINING, spec=spec, roots=roots
             )
         except RegionError:
-            pass  # the plain one then works, or its error is the one to show
+            pass  # the plain resource works, or its error is shown
     access = _plain_access(roots)
     return _map(directory / PLAIN, size, readonly=readonly, access=access, spec=spec, roots=roots)
 
 
 def is_resource(path: Path) -> bool:
-    """Whether a path is the sysfs file of an ivshmem device's shared memory."""
+    """Return whether a path is the sysfs file of an ivshmem device's shared memory."""
     return path.name in (PLAIN, COMBINING) and is_ivshmem(path.parent)
 
 
 def open_resource(path: Path, *, readonly: bool = False, roots: Roots = HERE) -> Region:
-    """Map a device by the sysfs file that is named, and by no other way; raises a RegionError."""
+    """Map a device by the named sysfs file only; raises a RegionError."""
     whole = path.absolute()
     size = _shared_memory(whole.parent, whole.parent.resolve().name)
     access = WRITE_COMBINING if whole.name == COMBINING else _plain_access(roots)

@@ -1,8 +1,8 @@
-"""What a mapping can do, measured: nothing about it is assumed.
+"""Measure what a mapping can do.
 
 The same device may be cached, write-combining or uncached, depending on hypervisor, guest kernel
-and architecture, and not every mapping can compare and swap.  Reading tells most of it; the rest
-needs a few bytes that nobody else uses.
+and architecture.  Compare-and-swap does not work on every mapping.  Reading shows most properties;
+the others need a few bytes that only the probe uses.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from typing import NamedTuple
 from ivshmemfs.errors import RegionUnfit
 from ivshmemfs.native import Memory
 
-SMALLEST_SAMPLE = 4096
-LARGEST_SAMPLE = 256 * 1024
-BUDGET = 0.005  # seconds for each direction; an uncached mapping needs them all
-SLOW_MBPS = 500.0  # below this the mapping is surely not cached
+SMALLEST_SAMPLE = 4096  # bytes
+LARGEST_SAMPLE = 256 * 1024  # bytes
+BUDGET = 0.005  # seconds of samples for each direction
+SLOW_MBPS = 500.0  # MB/s that every cached mapping exceeds
 _PATTERN = 0x5AA5_C33C_0FF0_9669
 
 
@@ -28,7 +28,7 @@ class Scratch(NamedTuple):
 
 
 class Probe(NamedTuple):
-    """Findings; None where nothing could be found out without storing."""
+    """The findings; None where the probe would have to store."""
 
     unaligned_ok: bool
     cas_ok: bool | None
@@ -36,7 +36,7 @@ class Probe(NamedTuple):
     write_mbps: float | None
 
     def describe(self) -> str:
-        """One line for people."""
+        """Return one line with all findings."""
         parts = [f"reads {self.read_mbps:.0f} MB/s"]
         if self.write_mbps is not None:
             parts.append(f"writes {self.write_mbps:.0f} MB/s")
@@ -47,7 +47,7 @@ class Probe(NamedTuple):
         return ", ".join(parts)
 
     def warning(self) -> str | None:
-        """One line when the mapping works but is slow, and what to do about it."""
+        """Return one line if the mapping works but is slow, with what to do; else None."""
         if self.read_mbps >= SLOW_MBPS:
             return None
         return (
@@ -56,8 +56,7 @@ class Probe(NamedTuple):
         )
 
 
-# Rates are by the time that this thread computes: on a busy machine it may be kept waiting for
-# longer than any sample takes.
+# Rates use the CPU time of this thread: on a busy machine it may wait longer than any sample takes.
 
 
 def _sample_rate(memory: Memory, sample: int) -> float:
@@ -67,7 +66,7 @@ def _sample_rate(memory: Memory, sample: int) -> float:
 
 
 def read_rate(memory: Memory, budget: float = BUDGET) -> float:
-    """MB/s of reading the start of the region: the best of growing samples within `budget`."""
+    """Return the MB/s of reading the start of the region: the best sample within `budget`."""
     end = time.thread_time() + budget
     sample = min(SMALLEST_SAMPLE, memory.length)
     best = _sample_rate(memory, sample)
@@ -78,7 +77,7 @@ def read_rate(memory: Memory, budget: float = BUDGET) -> float:
 
 
 def write_rate(memory: Memory, scratch: Scratch, budget: float = BUDGET) -> float:
-    """MB/s of writing to `scratch`; what it held is put back."""
+    """Return the MB/s of writing to `scratch`; its contents stay the same."""
     before = memory.read(scratch.offset, scratch.length)
     best, end = 0.0, time.thread_time() + budget
     while best == 0.0 or time.thread_time() < end:
@@ -91,7 +90,7 @@ def write_rate(memory: Memory, scratch: Scratch, budget: float = BUDGET) -> floa
 
 
 def cas_works(memory: Memory, offset: int) -> bool:
-    """Whether compare-and-swap stores exactly when it should; the word is as before afterwards."""
+    """Return whether compare-and-swap stores exactly when it should; the word is restored."""
     try:
         before = memory.load(offset)
         other = before ^ _PATTERN
@@ -106,8 +105,8 @@ def cas_works(memory: Memory, offset: int) -> bool:
 def probe(memory: Memory, scratch: Scratch | None = None) -> Probe:
     """Measure a mapping in some milliseconds.
 
-    Stores nothing without `scratch`; with it only there, and its bytes are the same afterwards.
-    Raises OSError when the region cannot even be read.
+    The probe stores only to `scratch`, and restores it.  Raises OSError when the region cannot be
+    read.
     """
     writing = scratch is not None and memory.writable
     return Probe(
@@ -123,7 +122,7 @@ def probe(memory: Memory, scratch: Scratch | None = None) -> Probe:
 
 
 def refuse_unfit(found: Probe, spec: str) -> None:
-    """Raise RegionUnfit when a mapping must not be written to: its compare-and-swap fails."""
+    """Raise RegionUnfit if compare-and-swap fails: then no mount may write to the mapping."""
     if found.cas_ok is False:
         raise RegionUnfit(
             f"{spec}: compare-and-swap does not work on this mapping, so writing would destroy "

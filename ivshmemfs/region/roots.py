@@ -1,4 +1,4 @@
-"""Where the system's directories are; tests put others in their place."""
+"""The system's directories, which tests replace."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Roots:
 
     @property
     def shm(self) -> Path:
-        """Where regions that guests share usually stand on a host."""
+        """The usual directory of regions on a host."""
         return self.dev / "shm"
 
     @property
@@ -37,7 +37,7 @@ class Roots:
 
     @property
     def x86(self) -> bool:
-        """Whether every mapping, device memory too, bears accesses of any alignment."""
+        """Whether every mapping, also of device memory, allows unaligned accesses."""
         return self.machine in ("x86_64", "i686", "AMD64")
 
 

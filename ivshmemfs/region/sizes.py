@@ -13,7 +13,7 @@ MAX_SIZE = (1 << 63) - 1
 
 
 def parse_number(text: str) -> int:
-    """Decimal or 0x-hexadecimal to int; raises UsageError."""
+    """Parse a decimal or 0x-hexadecimal number; raises UsageError."""
     try:
         return int(text, 16 if text.lower().startswith("0x") else 10)
     except ValueError:
@@ -21,7 +21,7 @@ def parse_number(text: str) -> int:
 
 
 def parse_size(text: str) -> int:
-    """Bytes that a text such as ``1M`` stands for, at least 1; raises UsageError."""
+    """Return the bytes of a size such as ``1M``, at least 1; raises UsageError."""
     match = _SIZE.fullmatch(text.strip())
     if match is None:
         raise UsageError(f"{text!r} is not a size; write it like 4096, 64K, 1M or 16G")
@@ -33,7 +33,7 @@ def parse_size(text: str) -> int:
 
 
 def exact_size(size: int) -> str:
-    """The shortest text that parse_size() turns back into `size`."""
+    """Return the shortest text that parse_size() turns back into `size`."""
     for unit in ("T", "G", "M", "K"):
         if size and size % _UNITS[unit] == 0:
             return f"{size // _UNITS[unit]}{unit}"
@@ -41,7 +41,7 @@ def exact_size(size: int) -> str:
 
 
 def readable_size(size: int) -> str:
-    """A size for reading, rounded: 1 MiB, 1.5 GiB, 700 bytes."""
+    """Return a rounded size for messages: 1 MiB, 1.5 GiB, 700 bytes."""
     for unit, bytes_of in _READABLE.items():
         if size >= bytes_of:
             return f"{size / bytes_of:.4g} {unit}iB"

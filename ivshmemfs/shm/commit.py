@@ -1,16 +1,16 @@
 """The commit word and the hint word.
 
-The **commit word** (sequence, root block) is the whole truth: what is reachable from its root is
-the filesystem.  It changes by compare-and-swap only, from the value that a change was planned on,
-so of several planners one wins and the others plan again.  `fence` moves the sequence on without
-a new root: every commit planned before then fails, and nothing else happens.  A word that says
-"under repair" has failed them already, and only the repair replaces it (`repair`).
+The **commit word** (sequence, root block) defines the filesystem: all blocks that its root reaches.
+A peer changes it by compare-and-swap only, from the value that its change was planned on.  One of
+several planners wins; the others plan again.  `fence` increments the sequence and keeps the root,
+so every commit that was planned before the fence fails.  A word that says "under repair" fails
+those commits too; only the repair replaces it (`repair`).
 
-The **hint word** is advice: 0 = nobody is committing, else (slot, need, progress) of who is.
-Writers take it before they plan so that they do not plan in vain.  It protects nothing.  A holder
-that makes no progress for `PATIENCE` seconds, or four times what it says that it usually needs (a
-guest under emulation is slow), but never longer than `LONGEST`, loses it to whoever waited; what
-the holder was doing then either still commits or is planned again.
+The **hint word** is advice: 0, or (slot, need, progress) of the peer that is about to commit.
+A writer takes it before it plans; otherwise writers often plan in vain.  It protects nothing.
+A waiting peer takes the word over from a holder that shows no progress.  The patience is
+`PATIENCE`, or four times the need that the holder states, at most `LONGEST`.  (A guest under
+emulation is slow.)  The former holder then commits all the same, or plans again.
 """
 
 from __future__ import annotations
@@ -21,24 +21,24 @@ from ivshmemfs.format import words
 from ivshmemfs.format.geometry import COMMIT_OFFSET, HINT_OFFSET
 from ivshmemfs.region import Memory
 
-PATIENCE = 0.005  # seconds without progress after which the hint is taken over at the earliest
-LONGEST = 0.08  # and at the latest
+PATIENCE = 0.005  # shortest time without progress before a take-over of the hint, in seconds
+LONGEST = 0.08  # longest such time, in seconds
 
 
 class CommitWord:
-    """The two words of one region."""
+    """The commit word of one region."""
 
     def __init__(self, memory: Memory) -> None:
         self._memory = memory
 
     def load(self) -> int:
-        """The commit word; 0 while the region is being formatted."""
+        """Return the commit word; 0 while the region is being formatted."""
         return self._memory.load(COMMIT_OFFSET)
 
     def publish(self, planned_on: int, root_block: int) -> int:
-        """Make `root_block` the root if nobody committed since `planned_on`.
+        """Make `root_block` the root if the commit word still is `planned_on`.
 
-        Returns the new commit word, or 0 when somebody was faster.
+        Returns the new commit word, or 0 when another peer committed first.
         """
         sequence = words.next_sequence(planned_on >> words.BLOCK_BITS)
         new = words.make_commit(sequence, root_block)
@@ -46,7 +46,7 @@ class CommitWord:
         return new if won else 0
 
     def fence(self) -> None:
-        """Let every commit that was planned before this call fail."""
+        """Make every commit fail that was planned before this call."""
         while (word := self.load()) and not words.under_repair(word):
             if self.publish(word, word & words.BLOCK_MASK):
                 return
@@ -55,8 +55,8 @@ class CommitWord:
 class Hint:
     """This peer's view of the hint word.
 
-    FREE -> (take) -> HELD -> (give) -> FREE; another peer may take it from us at any time, which
-    `give` notices and does not mind, and after which `retake` has to queue up again.
+    FREE -> (take) -> HELD -> (give) -> FREE.  Another peer may take the hint over at any time.
+    Then `give` changes nothing, and `retake` queues up again.
     """
 
     def __init__(self, memory: Memory) -> None:
@@ -64,12 +64,12 @@ class Hint:
         self._mine = 0
         self._progress = time.monotonic_ns()
         self._taken_at = 0.0
-        self._need = 0.0  # seconds that we usually hold it
-        self._seen = 0
-        self._since = 0.0
+        self._need = 0.0  # seconds that this mount usually holds it
+        self._seen = 0  # the last word seen of another holder
+        self._since = 0.0  # when that word was seen first
 
     def take(self, slot: int) -> bool:
-        """Try to become the one who commits; False: somebody else is at it and makes progress."""
+        """Take the hint for `slot`; return False when another peer holds it and makes progress."""
         self._progress += 1
         mine = words.make_hint(slot, int(self._need * 1000), self._progress)
         seen = self._memory.cas(HINT_OFFSET, 0, mine)
@@ -83,11 +83,11 @@ class Hint:
 
     @property
     def held(self) -> bool:
-        """Whether anybody is committing."""
+        """Whether any peer holds the hint."""
         return self._memory.load(HINT_OFFSET) != 0
 
     def retake(self, slot: int) -> bool:
-        """Show progress, or try again to become the one who commits."""
+        """Keep the hint, or take it again; return whether this mount holds it."""
         return self._memory.load(HINT_OFFSET) == self._mine or self.take(slot)
 
     def _outwaited(self, seen: int) -> bool:
@@ -96,10 +96,10 @@ class Hint:
             self._seen, self._since = seen, now
             return False
         patience = max(PATIENCE, min(words.hint_need(seen) * 0.004, LONGEST))
-        return abs(now - self._since) > patience  # whichever way the clock goes
+        return abs(now - self._since) > patience  # also when the clock goes backwards
 
     def give(self) -> None:
-        """Stop committing."""
+        """Give the hint back, and update the stated need."""
         if self._mine:
             self._memory.cas(HINT_OFFSET, self._mine, 0)
             self._mine = 0

@@ -1,4 +1,11 @@
-"""Where one mount finds free blocks."""
+"""Where one mount finds free blocks, and how many there are.
+
+A count of free blocks has these states.  Only `FreeList.free` and `FreeList.lacking` move it on:
+
+    none     -> (free) -> counting -> (free, in turns) -> known
+    known    -> (after its age, or `recount`) -> none
+    counting -> (`ABANDONED` seconds without a turn) -> none
+"""
 
 from __future__ import annotations
 
@@ -12,57 +19,56 @@ from ivshmemfs.format.geometry import REPAIR_OFFSET
 from ivshmemfs.shm.published import Store
 
 SIZE: Final = words.POINTER_SIZE
-BULK: Final = 8  # blocks from which on claims are kept packed, and together
-COUNTED_ALWAYS: Final = 1 << 16  # blocks of a region whose free ones are counted in 0.2 ms
+BULK: Final = 8  # smallest claim, in blocks, that is kept packed and together
+COUNTED_ALWAYS: Final = 1 << 16  # largest region, in blocks, that is counted each time: 0.2 ms
 COUNTED_AT_ONCE: Final = 1 << 16  # blocks that one turn counts
-COUNTED_COST: Final = 128  # of that, in nodes
+COUNTED_COST: Final = 128  # cost of one such turn, in visited nodes
 ABANDONED: Final = 10.0  # seconds without a turn after which a count begins anew
-RECOUNT: Final = 0.5  # seconds for which a count is good enough to say that there is room
-FRESH: Final = 0.05  # seconds for which a count is good enough to say that there is none
-FEW_KEPT = 4096  # released blocks that are remembered
-BULK_KEPT = 16384
+RECOUNT: Final = 0.5  # longest age, in seconds, of a count that shows enough free blocks
+FRESH: Final = 0.05  # longest age, in seconds, of a count that shows too few
+FEW_KEPT = 4096  # most single released blocks that are remembered
+BULK_KEPT = 16384  # most blocks of bulk releases that are remembered
 
 
 class FreeList:
-    """Where one mount finds free blocks: those that it released last, else on from a cursor.
+    """The free blocks that one mount knows: those that it released last, then from a cursor on.
 
-    What was released last is still in a cache and mapped already, while a block that nobody has
-    touched yet must first be given memory.  Blocks of data that were released together stay
-    together, so that copies of what is put into them go in long runs.  All this is a guess at
-    which blocks are free: others may have claimed them.
+    Blocks that were released last are still cached and mapped; the system must first give memory to
+    an untouched block.  Data blocks that were released together stay together, so copies into them
+    go in long runs.  The list is a guess: other peers may have claimed these blocks.
 
-    A repair may have found a use for what a commit before it replaced.  So nothing is released any
-    more that a transaction left which began before the last repair; it is `owed`, and collected.
+    A repair may use blocks that an earlier commit replaced.  So a transaction that began before the
+    last repair releases nothing; it sets `owed`, and a collection frees the blocks.
     """
 
     def __init__(self, store: Store, cursor: int = 0) -> None:
         self._store = store
         self._repairs = store.memory.load(REPAIR_OFFSET)
-        self.owed = False  # whether something was left to a collection
+        self.owed = False  # whether blocks were left to a collection
         self._cursor = cursor
         self._few = bytearray()  # packed pointers, the last released at the end
-        self._bulk = bytearray()
+        self._bulk = bytearray()  # the same, of bulk releases
         self._counted_at = float("-inf")  # when the last count ended
-        self._settled = 0  # blocks free when they were counted, and those in use by that commit
-        self._sure = True  # whether nobody changed how many are in use during that count
+        self._settled = 0  # its result: blocks free then, plus blocks in use then
+        self._sure = True  # whether the number of blocks in use was constant during that count
         self._counting_at = float("-inf")  # when the last turn of a count under way ended
-        self._counted = 0  # blocks that it has looked at, so many of them were free
-        self._found = 0
+        self._counted = 0  # blocks that the count under way has looked at
+        self._found = 0  # free blocks among them
         self._took = self._taking = 0.0  # seconds that the last count took, and this one so far
-        self._used_first = 0  # blocks in use when it began, and the most since
-        self._used_most = 0
+        self._used_first = 0  # blocks in use when the count under way began
+        self._used_most = 0  # most blocks in use since then
 
     def begin(self) -> int:
-        """A transaction begins: before it loads the commit word.
+        """Note the state word of the repair slot, and return it.
 
-        Returns the state word of the repair slot; what commits before another one left must not be
-        released any more.
+        A transaction calls this before it loads the commit word.  When the word changes, a repair
+        has run: blocks that earlier commits replaced must not be released any more.
         """
         self._repairs = self._store.memory.load(REPAIR_OFFSET)
         return self._repairs
 
     def claim(self, count: int, tag: int) -> bytes:
-        """Packed pointers to `count` blocks, or to as many as there are."""
+        """Claim `count` blocks, or as many as are free; return packed pointers."""
         blocks, missing = self._store.blocks, count * SIZE
         got = b""
         for known in (self._bulk, self._few) if count >= BULK else (self._few, self._bulk):
@@ -77,12 +83,12 @@ class FreeList:
         return got
 
     def free(self, used: int, age: float = FRESH) -> int:
-        """About how many blocks are free under a root that uses `used`.
+        """Return about how many blocks are free under a root that uses `used`.
 
-        Counting those of a large region takes longer than a commit: 8 ms for 16 GiB, seconds where
-        the mapping is not cached.  So it takes turns, and raises Unfinished after each but the
-        last.  A count serves for `age` seconds, or four times what it took, corrected by what
-        commits used or freed since; claims that others hold for a moment are as they were then.
+        Counting a large region takes longer than a commit: 8 ms for 16 GiB, seconds on an uncached
+        mapping.  So a count takes turns, and raises Unfinished after each but the last.
+        A count is valid for `age` seconds, or four times the time that it took.  `used` corrects it
+        for later commits.  Claims of other peers' transactions stay as they were at the count.
         """
         if self._store.geometry.block_count <= COUNTED_ALWAYS:
             return self._store.blocks.free_count()
@@ -91,21 +97,21 @@ class FreeList:
         return max(self._settled - used, 0)
 
     def recount(self) -> None:
-        """Forget the last count: lost blocks were collected since."""
+        """Forget the last count, because a collection has freed blocks since."""
         self._counted_at = float("-inf")
 
     def lacking(self, used: int) -> bool:
-        """Whether blocks are neither free nor in use, or may be so: lost, or claims of a moment.
+        """Return whether some blocks may be neither free nor in use: garbage, or claims in flight.
 
         Raises Unfinished, as `free` does.
         """
         return self.free(used) < self._store.geometry.block_count - used or not self._sure
 
     def _count_on(self, used: int) -> None:
-        """Go on with a count, or begin one; Unfinished until it ends.
+        """Continue a count, or begin one; raises Unfinished until it ends.
 
-        Commits between its turns move blocks that it counted, or was going to count.  It takes the
-        most blocks in use that it saw, so it may tell of some that are not free, but hides none.
+        Commits between its turns use and free blocks, counted or not.  The result takes the largest
+        number of blocks in use, so it may report too many free blocks, but never too few.
         """
         now, count = time.monotonic(), self._store.geometry.block_count
         if not self._counted or not 0 <= now - self._counting_at <= ABANDONED:
@@ -124,13 +130,13 @@ class FreeList:
         self._counted, self._counted_at, self._took = 0, self._counting_at, self._taking
 
     def release(self, pointers: bytes | bytearray, *, bulk: bool = False) -> None:
-        """Free the blocks that still bear their pointers' tags; null pointers are skipped."""
+        """Free the blocks that still have their pointers' tags; skip null pointers."""
         if self._store.memory.load(REPAIR_OFFSET) != self._repairs:
             self.owed = True
             return
         try:
             self._store.blocks.release(pointers)
-        except ValueError:  # a damaged tree led to a block that does not exist
+        except ValueError:  # a damaged tree led to a block beyond the region
             for at in range(0, len(pointers), SIZE):
                 with suppress(ValueError):
                     self._store.blocks.release(pointers[at : at + SIZE])

@@ -1,23 +1,23 @@
-"""Who a peer is, and whether its process is there: `presence`, by which everybody decides.
+"""The identity of a peer's process, and `presence`: is that process still there?
 
-GONE means that no store of that incarnation can come any more.  Two things prove it:
+GONE means: that incarnation cannot store anything any more.  Two facts prove it:
 
-* ESRCH: it ran under this very kernel (same boot id) in this pid namespace, and its process id is
-  nobody's now, or somebody's who started at another time;
-* it ran on this machine (same hardware UUID) under another boot id.
+* The peer ran under this kernel (same boot id) in this pid namespace.  Its process id is now free
+  (ESRCH), or belongs to a process with another start time.
+* The peer ran on this machine (same hardware UUID) under another boot id.
 
-Everything else is UNKNOWN, and each side says of itself which of these it may be judged by
-(`peer.BOOT_PROVES` and the others), because it alone can know:
+Everything else is UNKNOWN.  Each peer states in its slot which proofs apply to it
+(`peer.BOOT_PROVES` and the others), because only the peer itself can know:
 
-* a boot id that is mounted over (systemd-nspawn does that) is not the kernel's own;
-* a hardware UUID speaks for whoever is in the initial pid namespace.  A container shares it with
-  its host, under a boot id that may be made up.  Some makers give one to all their boards;
-* a /proc of another pid namespace shows other processes under the same numbers, and start times
-  are shifted by the reader's time namespace.  One that may not be read (hidepid) says nothing.
+* A boot id that is mounted over (systemd-nspawn does that) is not the kernel's own.
+* A hardware UUID identifies a machine only in the initial pid namespace.  A container shares the
+  UUID with its host, perhaps under an invented boot id.  Some makers give one UUID to all boards.
+* A /proc of another pid namespace shows other processes under the same numbers.  The reader's
+  time namespace shifts start times.  An unreadable /proc (hidepid) proves nothing.
 
-Silence is no proof, because a paused machine may wake up; but nobody is taken for dead without
-it either (`shm/watch.py`), because what is compared here may have been cloned.
-/etc/machine-id is not looked at: cloned images share it.
+Silence is not a proof, because a paused machine may wake up.  A proof without silence is not
+enough either (`shm/watch.py`), because the compared values may have been cloned.
+This module ignores /etc/machine-id: cloned images share it.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ from ivshmemfs.format.peer import BOOT_PROVES, MACHINE_PROVES, START_PROVES
 _UNKNOWN = bytes(16)
 _BOOT_ID = "/proc/sys/kernel/random/boot_id"
 _PRODUCT_UUID = "/sys/class/dmi/id/product_uuid"
-INITIAL_PID_NAMESPACE = 0xEFFFFFFC  # the kernel's own constant
-LAST_PID = 1 << 22  # Linux hands out none above
+INITIAL_PID_NAMESPACE = 0xEFFFFFFC  # PROC_PID_INIT_INO of the kernel
+LAST_PID = 1 << 22  # PID_MAX_LIMIT of the kernel
 
-#: Hardware UUIDs that makers put into every board, in both orders of bytes; besides, those of
-#: one byte repeated.
+#: Hardware UUIDs that makers put into many boards, in both byte orders.  A UUID that repeats one
+#: byte is a placeholder too (`is_placeholder`).
 PLACEHOLDERS: Final = frozenset(
     _uuid.UUID(text).bytes
     for text in (
@@ -61,7 +61,7 @@ PLACEHOLDERS: Final = frozenset(
 
 
 class Presence(Enum):
-    """What is known of a peer's process."""
+    """The state of a peer's process, judged from here."""
 
     GONE = "gone"
     ALIVE = "alive"
@@ -69,7 +69,7 @@ class Presence(Enum):
 
 
 class Surroundings(NamedTuple):
-    """What this process knows of its own surroundings; the fields as in a slot's record."""
+    """Where this process runs; fields as in `peer.SlotRecord`."""
 
     boot: bytes
     machine: bytes
@@ -89,12 +89,12 @@ def _read_uuid(path: str) -> bytes:
 
 
 def boot_id() -> bytes:
-    """What stands for the running kernel's boot id; 16 zero bytes if it cannot be read."""
+    """Return the boot id of the running kernel; 16 zero bytes if it cannot be read."""
     return _read_uuid(_BOOT_ID)
 
 
 def machine_id() -> bytes:
-    """The hardware UUID; 16 zero bytes if there is none or it is readable by root alone."""
+    """Return the hardware UUID; 16 zero bytes if this process cannot read one."""
     return _read_uuid(_PRODUCT_UUID)
 
 
@@ -106,17 +106,17 @@ def _namespace(kind: str) -> int:
 
 
 def pid_namespace() -> int:
-    """Inode number of this process's pid namespace; 0 if unknown."""
+    """Return the inode number of this process's pid namespace; 0 if unknown."""
     return _namespace("pid")
 
 
 def time_namespace() -> int:
-    """Inode number of this process's time namespace; 0 if unknown, or if there is no such thing."""
+    """Return the inode number of this process's time namespace; 0 if unknown or not supported."""
     return _namespace("time")
 
 
 def boot_id_is_genuine() -> bool:
-    """Whether nothing is mounted over the kernel's boot id."""
+    """Return whether the boot id file is the kernel's own: no mount covers it."""
     try:
         mounts = Path("/proc/self/mountinfo").read_bytes().splitlines()
     except OSError:
@@ -136,7 +136,7 @@ def boot_id_is_genuine() -> bool:
 
 
 def proc_is_own() -> bool:
-    """Whether /proc lists the processes of this process's own pid namespace."""
+    """Return whether /proc lists the processes of this process's own pid namespace."""
     try:
         status = Path("/proc/self/status").read_bytes()
     except OSError:
@@ -148,12 +148,12 @@ def proc_is_own() -> bool:
 
 
 def is_placeholder(machine: bytes) -> bool:
-    """Whether a hardware UUID is one that many machines have."""
+    """Return whether many machines have this hardware UUID."""
     return len(set(machine)) == 1 or machine in PLACEHOLDERS
 
 
 def surroundings() -> Surroundings:
-    """Where this process runs."""
+    """Return where this process runs, and which proofs apply to it."""
     here = Surroundings(boot_id(), machine_id(), pid_namespace(), time_namespace(), 0)
     if here.boot == _UNKNOWN or not boot_id_is_genuine():
         return here
@@ -169,7 +169,7 @@ def surroundings() -> Surroundings:
 
 
 def process_exists(pid: int) -> bool | None:
-    """Whether this pid namespace has a process `pid`; None when that is not to be known."""
+    """Return whether this pid namespace has a process `pid`; None when kill(2) cannot tell."""
     if not 0 < pid <= LAST_PID:
         return None
     try:
@@ -184,7 +184,7 @@ def process_exists(pid: int) -> bool | None:
 
 
 def start_time(pid: int) -> int:
-    """Start time of a process in clock ticks since boot; 0 if it cannot be read."""
+    """Return the start time of a process in clock ticks since boot; 0 if it cannot be read."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_bytes()
         return int(stat.rpartition(b")")[2].split()[19])
@@ -193,7 +193,7 @@ def start_time(pid: int) -> int:
 
 
 def current(incarnation: int) -> peer.SlotRecord:
-    """The identity of this process, for a slot's record; state and hot words are zero."""
+    """Return the slot record of this process; its state and hot words are zero."""
     here, pid = surroundings(), os.getpid()
     start = start_time(pid) if here.proofs & START_PROVES else 0
     return peer.SlotRecord(
@@ -223,11 +223,10 @@ def current(incarnation: int) -> peer.SlotRecord:
 def presence(
     record: peer.SlotRecord, here: Surroundings | None = None, shared: Container[bytes] = ()
 ) -> Presence:
-    """What is known of the process that `record` speaks of.
+    """Return the state of the process that `record` describes.
 
-    `record` must be whole (its checksum right) and of the slot's present incarnation; the caller
-    checks both, and that its owner shows no life (`shm/watch.py` does).  `shared` are hardware
-    UUIDs that were seen on two machines.
+    The caller (`shm/watch.py`) has checked the record's checksum and incarnation, and that the
+    slot's owner is silent.  `shared` holds the hardware UUIDs that were seen on two machines.
     """
     here = here or surroundings()
     both = record.proofs & here.proofs

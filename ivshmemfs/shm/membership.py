@@ -1,4 +1,16 @@
-"""This mount's own slot of the peer table: join, begin and end transactions, beat, leave."""
+"""This mount's own slot of the peer table.
+
+States, as the state word says them (`shm/peers.py` has the whole table):
+
+    (none)   -> JOINING   `join` or `rejoin` takes a slot
+    JOINING  -> IDLE      the identity and the open filter are stored
+    IDLE     -> ACTIVE    `begin`
+    ACTIVE   -> IDLE      `end`
+    IDLE     -> FREE      `leave`
+
+Only this mount makes these changes.  Each compares with the last word that this mount stored, so
+it fails with `Fenced` after another peer has changed the slot.  The caller then calls `rejoin`.
+"""
 
 from __future__ import annotations
 
@@ -15,20 +27,20 @@ from ivshmemfs.format.words import ACTIVE, FREE, IDLE, JOINING
 from ivshmemfs.shm import identity, watch
 from ivshmemfs.shm.peers import PeerTable
 
-_NEVER: Final = (1 << 64) - 1  # all bits of a word; no state word is ever this
-JOIN_ATTEMPTS = 20
+_NEVER: Final = (1 << 64) - 1  # all bits of a word; never a state word
+JOIN_ATTEMPTS = 20  # slots that `join` takes and loses to other peers before it gives up
 
 
 def _fresh_nonce() -> int:
-    """Anything but 0 and the mark, and hardly ever the same twice."""
+    """Return a random nonce, neither 0 nor the mark."""
     return int.from_bytes(os.urandom(words.WORD), "little") % (peer.TWIN_MARK - 1) + 1
 
 
 def _first_counter() -> int:
-    """Where an incarnation begins to count: anywhere in the first half.
+    """Return the first counter of an incarnation: random, from the lower half of all counters.
 
-    The same incarnation comes back after 2^20 mounts of a slot.  Its tags do not, unless it counts
-    through the same places.
+    The same incarnation comes back after 2^20 mounts of a slot.  Its tags come back only if it
+    also counts through the same numbers.
     """
     return int.from_bytes(os.urandom(words.WORD), "little") % (words.COUNTER_MASK // 2)
 
@@ -41,35 +53,35 @@ class Membership:
         self.slot = 0
         self.incarnation = 0
         self.counter = 0
-        self._at = 0  # where the own slot, and so its state word, stands
-        self._word = 0
+        self._at = 0  # byte offset of the own slot, and so of its state word
+        self._word = 0  # state word, as this mount stored it last; _NEVER after it left to a twin
         self._beat = 0
-        self._nonce = 0  # as we stored it last
-        self._proofs = peer.ALL_PROOFS  # what may prove our end
+        self._nonce = 0  # as this mount stored it last
+        self._proofs = peer.ALL_PROOFS  # facts that may prove this mount's end
         self._record: peer.SlotRecord | None = None
-        self._own = b""  # identity as it stands in the slot
+        self._own = b""  # identity, as stored in the slot
         self._filter = [0] * open_filter.WORDS
         self._opens = [0] * open_filter.SIZE
         self._intent = 0
         self._waiting: tuple[float, dict[int, tuple[int, int]]] | None = None
         self.must_collect = False
-        self.twin_seen = False  # whether somebody else with our identity was met
+        self.twin_seen = False  # whether another process with this identity was met
 
     # --- joining and leaving ---
 
     def join(self, wait: float | None = None) -> None:
-        """Take a slot; raises TooManyPeers when none falls free within `wait` seconds."""
+        """Take a slot; raises TooManyPeers when no slot becomes free within `wait` seconds."""
         for _ in range(JOIN_ATTEMPTS):
             self._take_slot(watch.SILENCE if wait is None else wait)
-            with suppress(Fenced):  # it took so long that somebody else has the slot now
+            with suppress(Fenced):  # this took so long that another peer has the slot now
                 self._settle_in()
                 return
-        raise Busy("other peers take every slot before this one has settled in")
+        raise Busy("other peers take every slot before this mount has stored its identity there")
 
     def rejoin(self) -> None:
-        """Take a slot without waiting for one: for a mount that serves others meanwhile.
+        """Take a slot without waiting, for a mount that serves requests meanwhile.
 
-        Raises Busy while somebody who is silent may still turn out to be, TooManyPeers after that.
+        Raises Busy while a peer may still turn out to be silent, TooManyPeers after that.
         """
         if not self._join_at_once() and not self._join_who_stays_silent():
             raise self._no_slot()
@@ -77,7 +89,7 @@ class Membership:
         with suppress(Fenced):
             self._settle_in()
             return
-        raise Busy("another peer took the slot before this one had settled in")
+        raise Busy("another peer took the slot before this mount had stored its identity there")
 
     def _take_slot(self, wait: float) -> None:
         if not self._join_at_once() and not self._join_silent(wait):
@@ -85,8 +97,8 @@ class Membership:
 
     def _no_slot(self) -> TooManyPeers:
         return TooManyPeers(
-            f"all {self.table.count} peer slots are taken: unmount one, or see `ivshmemfs peers` "
-            "and let go of a machine that will not come back with `ivshmemfs evict`"
+            f"all {self.table.count} peer slots are taken: unmount one, or find a machine that "
+            "will not come back with `ivshmemfs peers` and remove it with `ivshmemfs evict`"
         )
 
     def _join_at_once(self) -> bool:
@@ -114,12 +126,12 @@ class Membership:
         return self._join_after_the_gone() or self._join_unchanged(before)
 
     def _join_who_stays_silent(self) -> bool:
-        """The same in many calls, of which none waits: Busy until it has taken long enough."""
+        """Take a silent peer's slot, in many calls that do not wait; Busy until it is silent."""
         now = time.monotonic()
         if self._waiting is None:
             self._waiting = now, self.table.heartbeats()
         since, before = self._waiting
-        if abs(now - since) < watch.SILENCE:  # whichever way the clock goes
+        if abs(now - since) < watch.SILENCE:  # also when the clock goes backwards
             raise Busy("all peer slots are taken; waiting for one whose owner is silent")
         self._waiting = None
         return self._join_unchanged(before)
@@ -161,17 +173,17 @@ class Membership:
         self._own = peer.encode_identity(self._record)
 
     def doubt_machine(self, machine: bytes) -> None:
-        """Let nobody conclude anything from a UUID of ours that is not ours alone."""
+        """Withdraw the proof by hardware UUID if `machine`, seen on two machines, is this one's."""
         if self._record is not None and self._record.machine == machine:
             self._proofs &= ~peer.MACHINE_PROVES
             self._identify(self._record)  # stored with the next beat
 
     def _store(self, field: int, content: bytes) -> None:
-        """Store words of the own slot, but not over those of whoever took it meanwhile: a value
-        that was seen while the slot was ours is replaced, or nothing.  Raises Fenced.
+        """Store words of the own slot by compare-and-swap.  Raises Fenced if the slot is taken.
 
-        Filter words bear an incarnation, so those of the next owner are never equal to what was
-        seen.  Words of its identity may be, and are set right with its next beat.
+        Each word replaces a value that this mount saw while it owned the slot.  So a store after a
+        take-over fails if the new owner has changed the word.  A new owner's filter words always
+        differ, by their stamp.  A word of its identity may be equal; its next beat corrects it.
         """
         memory, at = self.table.memory, self.table.offset(self.slot, field)
         for word in memoryview(content).cast("Q"):
@@ -185,10 +197,10 @@ class Membership:
             at += words.WORD
 
     def leave(self) -> None:
-        """Give the slot back; harmless when it was taken from us already."""
+        """Give the slot back; harmless after another peer has taken it."""
         if self.slot:
             with suppress(Fenced):
-                self._sign()  # whoever has the same identity learns that we were here
+                self._sign()  # a twin learns of this mount by the nonce
                 self._move(FREE, self.counter)
             self.slot = 0
 
@@ -201,7 +213,7 @@ class Membership:
         self._word, self.counter = new, counter
 
     def begin(self) -> int:
-        """Start a transaction; returns the tag for its claims.  Raises Fenced, Busy."""
+        """Begin a transaction; return the tag for its claims.  Raises Fenced, Busy."""
         if self.counter >= words.COUNTER_MASK - 1:
             self._renew()
         self._move(ACTIVE, self.counter + 1)
@@ -211,9 +223,10 @@ class Membership:
         return words.make_tag(self.slot, self.incarnation, self.counter)
 
     def _renew(self) -> None:
-        """Become a new incarnation, because the counter is used up; Busy while that fails.
+        """Become a new incarnation, because the counter is used up.  Raises Busy, Fenced.
 
-        In another slot if one is free, so that what is open here is listed throughout.
+        It takes another slot if one is free, and leaves its own afterwards.  So its open files are
+        listed all the time.
         """
         slot, word = self.slot, self._word
         if self._join_free():
@@ -228,17 +241,21 @@ class Membership:
 
     @property
     def owns_slot(self) -> bool:
-        """Whether nobody has declared this incarnation gone."""
+        """Whether the slot is still this incarnation's: no peer has declared it gone."""
         return self.table.memory.load(self._at) == self._word
 
     def check(self) -> None:
-        """Raise Fenced unless the transaction is still under way; after loading the commit word."""
+        """Raise Fenced unless the transaction is under way.
+
+        The caller loads the commit word first.
+        """
         if not (self.active and self.owns_slot):
             raise self._lost("another peer declared this mount gone in the middle of a transaction")
 
     def end(self) -> None:
-        """Everything claimed under the tag is settled.  Raises Fenced, also when this mount has
-        joined again since: it was not us who ended that transaction.
+        """End the transaction: everything claimed under its tag is settled.
+
+        Raises Fenced if another peer declared this mount gone, also if it has joined again since.
         """
         if not self.active:
             raise Fenced("this mount was declared gone in the middle of a transaction")
@@ -246,7 +263,7 @@ class Membership:
 
     @property
     def own_state(self) -> tuple[int, int]:
-        """Where the own state word is, and what it says while this transaction is under way."""
+        """(byte offset of the own state word, its value while this transaction is under way)."""
         return self._at, self._word
 
     @property
@@ -255,12 +272,12 @@ class Membership:
         return self._word >> words.SLOT_SHIFT == ACTIVE
 
     def beat(self) -> None:
-        """Show life.  Raises Fenced when the slot is no longer ours."""
+        """Show life: store a new nonce and heartbeat.  Raises Fenced if the slot is taken."""
         self._sign()
         if not self.owns_slot:
             raise self._lost("another peer declared this mount gone while it was silent")
         at = self.table.offset(self.slot, peer.HEARTBEAT_OFFSET)
-        after = self._beat + 1 & _NEVER  # the region may say anything
+        after = self._beat + 1 & _NEVER  # a damaged region may hold any number
         seen = self.table.memory.cas(at, self._beat, after)
         self._beat = after if seen == self._beat else seen
         self._store(peer.IDENTITY_OFFSET, self._own)
@@ -268,17 +285,17 @@ class Membership:
     # --- two owners of one identity ---
 
     def _lost(self, text: str) -> Fenced:
-        """What to raise when a word of the own slot is not what was stored there last."""
+        """Return the error for a word of the own slot that another process has changed."""
         if not self._has_twin():
             return Fenced(text)
         self._part()
-        return Fenced("another process goes by the identity of this mount")
+        return Fenced("another process uses the identity of this mount")
 
     def _sign(self) -> None:
-        """Store another nonce.  Raises Fenced if it is not ours that stands there.
+        """Store another nonce.  Raises Fenced if another process has stored one.
 
-        A beat signs first and looks at the state word then, a transaction begins and looks at the
-        nonce then: of two owners that do so at once, one sees the other.
+        A beat stores the nonce and then checks the state word.  A transaction stores the state word
+        and then checks the nonce.  So of two owners that do both at once, one sees the other.
         """
         at, nonce = self._at + peer.NONCE_OFFSET, _fresh_nonce()
         if self.table.memory.cas(at, self._nonce, nonce) != self._nonce:
@@ -286,10 +303,10 @@ class Membership:
         self._nonce = nonce
 
     def _has_twin(self) -> bool:
-        """Whether somebody changes the own slot as only its owner may.
+        """Return whether a word of the own slot has changed that only the owner may change.
 
-        Others end an incarnation as it stands; none of them begins a transaction in it, counts on,
-        or stores another nonce before it has taken the slot.
+        Other peers end an incarnation with the counter that it has.  They never begin a transaction
+        in it, increase its counter, or store a nonce before they have taken the slot.
         """
         word = self.table.state(self.slot)
         state, incarnation, counter = words.split_state(word)
@@ -301,14 +318,14 @@ class Membership:
         return nonce != self._nonce and self.table.state(self.slot) == word
 
     def _part(self) -> None:
-        """Leave the slot to the other one, and let nothing that we share with it prove our end.
+        """Mark the slot and leave it to the twin, which finds the mark at its next beat.
 
-        It finds the mark at its next beat and does the same.
+        From now on nothing that both share may prove this mount's end.
         """
         memory, at = self.table.memory, self._at + peer.NONCE_OFFSET
         self.twin_seen, self._proofs = True, 0
         self._word = _NEVER
-        while (seen := memory.load(at)) != peer.TWIN_MARK:  # the other may show life meanwhile
+        while (seen := memory.load(at)) != peer.TWIN_MARK:  # the twin may show life meanwhile
             if words.split_state(self.table.state(self.slot))[1] != self.incarnation:
                 return
             if memory.cas(at, seen, peer.TWIN_MARK) == seen:  # a newcomer stores its own over it
@@ -317,7 +334,7 @@ class Membership:
     # --- open inodes ---
 
     def list_open(self, ino: int) -> None:
-        """Tell everybody that `ino` is open here; ends with a fence.  Raises Fenced."""
+        """List `ino` as open here, then fence.  Raises Fenced."""
         index = open_filter.index_of(ino)
         self._opens[index] += 1
         if self._opens[index] == 1:
@@ -329,7 +346,7 @@ class Membership:
                 raise
 
     def unlist_open(self, ino: int) -> None:
-        """One handle of `ino` less.  Ends with a fence; never raises."""
+        """Drop one handle of `ino`; unlist it with the last one, then fence.  Never raises."""
         index = open_filter.index_of(ino)
         self._opens[index] -= 1
         if self._opens[index] == 0:
@@ -350,25 +367,25 @@ class Membership:
             raise self._lost("another peer declared this mount gone while it was silent")
 
     def intend(self, ino: int) -> None:
-        """Announce that `ino` is about to be freed, then fence.  Raises Fenced."""
+        """Announce that this mount is about to free `ino`, then fence.  Raises Fenced."""
         if self._intent == ino:
             return
-        # A former owner of the slot may have left its own there, before it noticed.
+        # A former owner may have stored its own intent here before it noticed the take-over.
         self._store(peer.INTENT_OFFSET, ino.to_bytes(words.WORD, "little"))
         self._intent = ino
         self.table.memory.fence()
 
     def withdraw(self) -> None:
-        """Take back what was announced, if anything was."""
+        """Withdraw the announced intent, if there is one."""
         if self._intent:
             at = self.table.offset(self.slot, peer.INTENT_OFFSET)
             self.table.memory.cas(at, self._intent, 0)
             self._intent = 0
 
     def listed_elsewhere(self, ino: int) -> bool:
-        """Whether another peer may hold `ino` open."""
+        """Return whether another peer may hold `ino` open."""
         return self.table.lists(open_filter.index_of(ino), self.slot)
 
     def intended_elsewhere(self, ino: int) -> bool:
-        """Whether another peer is about to free `ino`."""
+        """Return whether another peer is about to free `ino`."""
         return self.table.intends(ino, self.slot)

@@ -1,4 +1,4 @@
-"""The node record: one parsed metadata block, and where nodes come from."""
+"""The record of one node, and the interface of what provides nodes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ from ivshmemfs.format.words import block_of
 
 
 class Node:
-    """One metadata block in private memory.  Immutable; `parsed` is what a reader made of it."""
+    """One metadata block in private memory.
+
+    Immutable but for `parsed`, where a reader keeps the object that it made of the node.
+    """
 
     __slots__ = ("count", "data", "kind", "level", "owner", "parsed", "pointer")
 
@@ -25,20 +28,21 @@ class Node:
 
     @property
     def block(self) -> int:
-        """Where it stands."""
+        """The block's number."""
         return block_of(self.pointer)
 
 
 class NodeSource:
-    """Where nodes come from: the region, or a transaction with nodes of its own beside it."""
+    """A provider of nodes: the region, or a transaction that adds private nodes to it."""
 
     def __init__(self, block_size: int, fanout: int) -> None:
         self.block_size: Final = block_size
         self.fanout: Final = fanout  # pointers in an index node
 
     def node(self, pointer: bytes, kind: int, level: int, owner: int | None) -> Node:
-        """The node that a packed pointer leads to, of any owner if None.
+        """Return the node that a packed pointer leads to.
 
-        Raises Restart when it was replaced, or Corrupt.
+        The node must have this kind, level and owner; with `owner` None it may have any owner.
+        Raises Restart when another peer has replaced it, or Corrupt.
         """
         raise NotImplementedError

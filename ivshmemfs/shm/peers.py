@@ -1,40 +1,42 @@
-"""The peer table: who has the region mounted, and what each is doing.
+"""The peer table: the slots of all peers, as any peer sees them.
 
-States of a slot, and who may change them (always by compare-and-swap of the state word, which
-also carries incarnation and counter, so that nobody acts on a slot that has moved on):
+Each change of a slot's state is a compare-and-swap of the state word.  That word also carries the
+incarnation and the counter, so a peer never changes a slot that has moved on.  States:
 
-    FREE     -> JOINING   a newcomer, with the next incarnation
-    JOINING  -> IDLE      its owner, once its identity stands
-    IDLE     -> ACTIVE    its owner, counter + 1: a transaction begins, and claims bear that counter
-    ACTIVE   -> IDLE      its owner, when everything it claimed is settled: published, or garbage
-                          that it releases next
-    IDLE     -> FREE      its owner leaves
-    IDLE     -> JOINING   a newcomer takes the slot of a peer that is gone, or silent when the
-                          table is full; safe at any time, since all claims of an idle peer are
-                          settled and it cannot begin a transaction any more
-    IDLE     -> JOINING   its owner, with the next incarnation: its counter is used up
-    IDLE     -> FREE      anybody, when it is silent and was left to a second owner of its identity;
-                          safe, as above
-    JOINING  -> FREE      anybody, when it stays so for seconds: its owner died before it could say
-                          who it is, or will start again; safe, as above
-    ACTIVE   -> DEAD      whoever knows that the owner is gone (`Watch.absent`), or was told so by
-                          an administrator
-    DEAD     -> FREE      anybody, after a fence of the commit word: what the owner planned can no
-                          longer be published, so its claims are settled and may be collected
+    FREE     -> JOINING   a newcomer takes the slot, with the next incarnation
+    JOINING  -> IDLE      the owner has stored its identity
+    IDLE     -> ACTIVE    the owner begins a transaction: counter + 1, which its claims carry
+    ACTIVE   -> IDLE      the owner ends it: all its claims are settled (published, or garbage that
+                          the owner releases next)
+    IDLE     -> FREE      the owner leaves
+    IDLE     -> JOINING   a newcomer takes the slot of a peer that is gone, or that is silent while
+                          the table is full.  Safe at any time: all claims of an idle peer are
+                          settled, and its next compare-and-swap of the state word fails
+    IDLE     -> JOINING   the owner has used up its counter and takes the next incarnation
+    IDLE     -> FREE      any peer, when the slot is silent and its owner left it to a twin; safe as
+                          above
+    JOINING  -> FREE      any peer, when the slot is silent: its owner died while it joined, or will
+                          start again; safe as above
+    ACTIVE   -> DEAD      a peer that knows that the owner is gone (`Watch.absent`), or that an
+                          administrator told so
+    DEAD     -> FREE      any peer, after a fence of the commit word: the owner cannot publish its
+                          plans any more, so its claims are settled and may be collected
 
-Settled claims are reachable from the root or garbage for ever.  Claims are settled that bear an
-older incarnation of their slot, a counter below the slot's, or any counter of a slot that is not
-ACTIVE or DEAD.  A silent peer in ACTIVE keeps its claims (quarantine): it may still be writing.
+A settled claim stays reachable from the root, or stays garbage.  A claim is settled if the slot has
+moved on to a newer incarnation or a higher counter.  So is every claim of a slot that is neither
+ACTIVE nor DEAD.  A silent ACTIVE peer keeps its claims (quarantine): it may still be writing.
 
-An owner that finds its state word changed was declared gone: `Fenced`.  It joins again, as a new
-incarnation, and goes on.  One that finds a word of its slot changed as only its owner may change it
-has a twin (its machine was cloned): it marks the slot, leaves it to the other, and joins again
-under an identity that proves nothing.  The other finds the mark and does the same.
+An owner that finds its state word changed was declared gone: `Fenced`.  It joins again as a new
+incarnation.  A **twin** is a second owner of one slot: the machine was cloned, or put back into an
+older state.  An owner has a twin if a word has changed that only the owner may change.  It marks
+the slot, leaves it to the twin, and joins again under an identity that proves nothing.  The twin
+finds the mark and does the same.
 
-The open filter lists, coarsely, which inodes the owner holds open (a set bit may stand for
-several).  Opening: list, fence, look whether the inode still exists, and whether anybody intends
-to free it.  Freeing: store the intent, fence, look whether anybody lists it.  One of two that do
-so at once sees the other.
+The open filter (`format/open_filter.py`) lists the inodes that the owner may hold open.  A peer
+that opens an inode lists it and fences.  Then it checks whether a peer intends to free the inode
+(if so, it fences the commit word), and whether the inode still exists.  A peer that frees an inode
+stores its intent, fences, and then checks that no other peer lists it.  So of two peers that do
+both at once, one sees the other.
 """
 
 from __future__ import annotations
@@ -55,11 +57,11 @@ from ivshmemfs.shm.watch import Watch
 _SLOT: Final = peer.SLOT_SIZE
 _NOT_FREE: Final = 1 << words.SLOT_SHIFT  # state words of free slots are smaller
 _LISTING: Final = (IDLE, ACTIVE, DEAD)  # states of slots whose open filter counts
-DECIDED_AT_ONCE: Final = 8  # slots whose owners are looked for at once, in about 1 ms
+DECIDED_AT_ONCE: Final = 8  # slots that one step of a `Retirement` decides, in about 1 ms
 
 
 class PeerTable:
-    """All slots of one region, seen from outside."""
+    """All slots of one region, as any peer sees them."""
 
     def __init__(self, memory: Memory, geometry: Geometry, commit_word: CommitWord) -> None:
         self.memory = memory
@@ -69,36 +71,36 @@ class PeerTable:
         self._base = geometry.peers_offset
 
     def offset(self, slot: int, field: int = 0) -> int:
-        """Byte offset in the region of a slot (from 1) and a place in it."""
+        """Return the byte offset in the region of byte `field` of a slot (from 1)."""
         return self._base + (slot - 1) * peer.SLOT_SIZE + field
 
     def state(self, slot: int) -> int:
-        """A slot's state word."""
+        """Return a slot's state word."""
         return self.memory.load(self.offset(slot))
 
     def swap(self, slot: int, old: int, new: int) -> bool:
-        """Change a slot's state word if it is still `old`."""
+        """Change a slot's state word from `old` to `new`; return False if it was not `old`."""
         return self.memory.cas(self.offset(slot), old, new) == old
 
     def peer(self, slot: int) -> Occupant:
-        """What stands in a slot."""
+        """Return the contents of a slot."""
         return peer.occupant(slot, self.memory.read(self.offset(slot), peer.SLOT_SIZE))
 
     def peers(self) -> Iterator[Occupant]:
-        """All slots that are not free."""
+        """Yield the contents of all slots that are not free."""
         for number in self.memory.indices_at_least(self._base, _SLOT, self.count, _NOT_FREE):
             yield self.peer(number + 1)
 
     def states(self) -> list[int]:
-        """The state words of all slots, from slot 1 on."""
+        """Return the state words of all slots, from slot 1 on."""
         return self.memory.load_column(self._base, _SLOT, self.count)
 
     def limits(self) -> array[int]:
-        """For each slot number, what is not yet settled; 0 where there is no such slot.
+        """Return, for each slot number, the first claim that is not settled; 0 for no such slot.
 
-        A word (incarnation, counter): claims of an older incarnation, or of this one with a lower
-        counter, are settled; those of a newer incarnation are not (the slot moved on since).
-        Slot 0 is that of repairs, which claim as peers do.
+        An entry is a word (incarnation, counter).  Claims of an older incarnation, or of this one
+        with a lower counter, are settled.  Claims of a newer incarnation are not: the slot moved
+        on since.  Slot 0 is the repair slot; repairs claim as peers do.
         """
         limits = array("Q", bytes(256 * words.WORD))
         for slot in range(self.count + 1):
@@ -108,7 +110,7 @@ class PeerTable:
         return limits
 
     def heartbeats(self) -> dict[int, tuple[int, int]]:
-        """(state word, heartbeat) by slot, of all that are not free."""
+        """Return (state word, heartbeat) by slot number, for all slots that are not free."""
         found = {}
         for slot in range(1, self.count + 1):
             word = self.state(slot)
@@ -118,11 +120,10 @@ class PeerTable:
         return found
 
     def retire(self, slot: int, word: int) -> bool:
-        """Declare the owner of a slot gone; the caller answers for that being true.
+        """Declare the owner of a slot gone, which the caller must know.
 
-        Returns whether it was this call that did it; then the caller should collect, since the
-        peer may have left claims, or have owed the collection of what another left.  Safe against
-        anybody else who does the same at once.
+        Returns whether this call freed the slot.  Then the caller should collect: the peer may
+        have left claims, or have owed a collection itself.  Two callers may do this at once.
         """
         state, incarnation, counter = words.split_state(word)
         free = words.make_state(FREE, incarnation, counter)
@@ -138,17 +139,16 @@ class PeerTable:
         return True
 
     def retire_gone(self, own: int = 0) -> bool:
-        """Retire all who are surely gone; whether there may be something to collect.
+        """Retire all peers that are surely gone; return whether there may be garbage.
 
-        That takes somebody who looks again and again (`watch.look`): silence counts from the
-        first look.
+        The caller must have called `watch.look` repeatedly: silence counts from the first look.
         """
         retirement = Retirement(self)
         retirement.begin(own)
         return retirement.step(self.count)
 
     def lists(self, index: int, own: int) -> bool:
-        """Whether any slot but `own` lists filter index `index` as open."""
+        """Return whether any slot but `own` lists filter index `index` as open."""
         place, mask = open_filter.split_index(index)
         at = self.offset(1, peer.FILTER_OFFSET + place * words.WORD)
         for number, listed in enumerate(self.memory.load_column(at, _SLOT, self.count)):
@@ -161,7 +161,7 @@ class PeerTable:
         return False
 
     def intends(self, ino: int, own: int) -> bool:
-        """Whether any slot but `own` is about to free inode `ino`."""
+        """Return whether any slot but `own` announces that it frees inode `ino`."""
         intents = self.memory.load_column(self.offset(1, peer.INTENT_OFFSET), _SLOT, self.count)
         if 0 < own <= self.count:
             intents[own - 1] = 0
@@ -169,9 +169,9 @@ class PeerTable:
 
 
 class Retirement:
-    """A round over the slots that may be retired, some at a time: each costs system calls.
+    """A round over the slots that may be retired, in steps: each decision costs system calls.
 
-    idle -> `begin` queues who is silent, or declared dead -> `step` decides some -> idle
+    States: idle -> `begin` queues the silent and the dead slots -> `step` decides some -> idle.
     """
 
     def __init__(self, table: PeerTable) -> None:
@@ -181,11 +181,11 @@ class Retirement:
 
     @property
     def pending(self) -> bool:
-        """Whether a round is under way."""
+        """Whether slots are queued."""
         return bool(self._queue)
 
     def begin(self, own: int = 0) -> None:
-        """Begin a round, without the slot `own`; a round under way is left alone."""
+        """Begin a round over all slots but `own`, unless a round is under way."""
         if not self._queue:
             silent = self._table.watch.silent
             for slot, word in enumerate(self._table.states(), 1):
@@ -195,9 +195,9 @@ class Retirement:
             self._here = None
 
     def step(self, most: int = DECIDED_AT_ONCE) -> bool:
-        """Decide the next `most`, and retire who is surely gone.
+        """Decide the next `most` slots, and retire the peers that are surely gone.
 
-        Returns whether there may be something to collect.
+        Returns whether there may be garbage.
         """
         found = False
         for _ in range(min(most, len(self._queue))):
@@ -208,14 +208,15 @@ class Retirement:
 
     def _decide(self, slot: int, here: identity.Surroundings) -> bool:
         table = self._table
-        other = table.peer(slot)  # which may have moved on meanwhile
+        other = table.peer(slot)  # it may have moved on since `begin`
         gone = other.state == DEAD or self._is_left(other) or table.watch.absent(other, here)
         return gone and table.retire(slot, other.word)
 
     def _is_left(self, other: Occupant) -> bool:
-        """Whether nobody needs a slot: it is silent without a claim under way, and its owner never
-        settled in, or left it to a second owner of its identity.
+        """Return whether a slot is abandoned: silent and JOINING, or silent, IDLE and marked.
+
+        Such a slot has no claim under way.
         """
-        doubled = other.state == IDLE and other.record.nonce == peer.TWIN_MARK
-        left = other.state == JOINING or doubled
-        return left and self._table.watch.silent(other.slot, other.word)
+        marked = other.state == IDLE and other.record.nonce == peer.TWIN_MARK
+        abandoned = other.state == JOINING or marked
+        return abandoned and self._table.watch.silent(other.slot, other.word)

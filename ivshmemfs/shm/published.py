@@ -1,17 +1,17 @@
 """Reading published blocks: the snapshot, verified nodes, and the cache of them.
 
-A published block is never modified, so a node read under a pointer (block and tag) stays true as
-long as anybody points at it so; the cache is keyed by that and needs no invalidation.  One load of
-the commit word tells whether the root that a mount knows is the present one.
+No peer modifies a published block.  So a node that was read under a pointer (block and tag) stays
+valid as long as a tree has that pointer.  The cache is keyed by the pointer and needs no
+invalidation.  One load of the commit word tells whether the known root is the present one.
 
-Whatever contradicts itself raises Corrupt; what was merely overtaken by other peers raises
-Restart, and the operation starts again from the new root.
+Contradictory bytes raise Corrupt.  Blocks that other peers have replaced raise Restart; then the
+operation starts again from the new root.
 
-Work is counted here, because every walk goes from node to node: a visit costs 1, a node that must
-be read from the region `READ_COST` more.  `begin_turn` says how much work one turn may do; then
-the walk raises Unfinished.  What it has read stays in the cache, so the next try gets further.  A
-turn that reads nothing has nothing to leave to the next one, so it may do `KNOWN_TURNS` times as
-much, which is more than any sound tree asks for: who gets that far would never end (Corrupt).
+The store counts work, because every walk goes from node to node.  A visit costs 1; a node that must
+be read from the region costs `READ_COST` more.  `begin_turn` sets the budget of one turn; beyond it
+the walk raises Unfinished.  The nodes that it has read stay in the cache, so the next try gets
+further.  A turn that reads no node makes no such progress, so its budget is `KNOWN_TURNS` times as
+large.  No sound tree needs that much: a walk beyond it is in a cycle (Corrupt).
 """
 
 from __future__ import annotations
@@ -28,20 +28,20 @@ from ivshmemfs.shm.commit import CommitWord
 from ivshmemfs.shm.nodes import Node, NodeSource
 from ivshmemfs.shm.repair import abandoned, describe
 
-CACHE_BYTES = 18 << 20  # so that a mount stays below 64 MiB
-PARSED_BYTES = 1600  # of the objects that a node is made into, about
-RECENT: Final = 8  # lists of extended attributes: up to 2 MiB of objects each
-READ_COST: Final = 15  # of a node that is read, in visits of one that is known
-TURN: Final = 4096  # work of one turn: 256 nodes read, or 4096 visited, in about 5 ms
-KNOWN_TURNS: Final = 4  # of work that a turn may do with nodes that are all known: 15 ms
-ENDLESS: Final = 1 << 60  # work that no turn does
-ROOT_TRIES: Final = 200  # roots that one snapshot reads while others commit
+CACHE_BYTES = 18 << 20  # size of the node cache; keeps a mount below 64 MiB
+PARSED_BYTES = 1600  # estimated size of the objects that a reader makes of one node
+RECENT: Final = 8  # lists of extended attributes that are kept, of up to 2 MiB of objects each
+READ_COST: Final = 15  # additional cost of a node that is read; a visit of a known one costs 1
+TURN: Final = 4096  # budget of one turn: 256 nodes read, or 4096 visited, in about 5 ms
+KNOWN_TURNS: Final = 4  # budget of a turn that reads no node, in `TURN`s: 15 ms
+ENDLESS: Final = 1 << 60  # budget without limit
+ROOT_TRIES: Final = 200  # roots that one snapshot reads while other peers commit
 _unpack_pointer = words.POINTER.unpack
 _unpack_header = fmt.HEADER.unpack
 
 
 class NodeCache:
-    """Bounded cache by pointer; two generations, so that what is used survives."""
+    """Bounded cache of nodes by pointer.  It has two generations; a node in use survives."""
 
     def __init__(self, limit: int = CACHE_BYTES) -> None:
         self._limit = limit // 2
@@ -50,7 +50,7 @@ class NodeCache:
         self._old: dict[bytes, Node] = {}
 
     def get(self, pointer: bytes) -> Node | None:
-        """The node that a packed pointer leads to, if it is known."""
+        """Return the node that a packed pointer leads to, or None."""
         node = self._young.get(pointer)
         if node is None:
             node = self._old.get(pointer)
@@ -59,39 +59,39 @@ class NodeCache:
         return node
 
     def put(self, node: Node) -> None:
-        """Remember a node that was read, or that was published."""
+        """Keep a node that was read or published."""
         if self._size > self._limit:
             self._old, self._young, self._size = self._young, {}, 0
         self._young[node.pointer] = node
         self._size += len(node.data) + PARSED_BYTES
 
     def drop(self, pointer: bytes) -> None:
-        """Forget a node that this mount has replaced, so that its memory serves the next one."""
+        """Forget a node that this mount has replaced, and free its memory."""
         node = self._young.pop(pointer, None)
         if node is not None:
             self._size -= len(node.data) + PARSED_BYTES
 
     def clear(self) -> None:
-        """Forget everything."""
+        """Forget all nodes."""
         self._young, self._old, self._size = {}, {}, 0
 
 
 class Recent:
-    """What a reader made of a few large things, by their pointers; the least recent goes first."""
+    """Objects that a reader made of a few large values, by pointer; the least recent goes first."""
 
     def __init__(self, most: int) -> None:
         self._most = most
         self._made: dict[bytes, Any] = {}
 
     def get(self, key: bytes) -> Any:
-        """What was made of it; None when that is not known."""
+        """Return the object of `key`, or None."""
         made = self._made.pop(key, None)
         if made is not None:
             self._made[key] = made
         return made
 
     def put(self, key: bytes, made: Any) -> None:
-        """Remember it."""
+        """Keep the object of `key`."""
         self._made.pop(key, None)
         if len(self._made) >= self._most:
             del self._made[next(iter(self._made))]
@@ -117,9 +117,9 @@ class Store(NodeSource):
         )
         self.cache = NodeCache()
         self.recent = Recent(RECENT)
-        self.work = 0  # done so far
+        self.work = 0  # work done so far
         self.reads = 0  # nodes read so far
-        self._turn_ends = ENDLESS  # when `work` gets there
+        self._turn_ends = ENDLESS  # value of `work` at which the turn's budget is used up
         self._turn_reads = 0  # `reads` when the turn began
         self._word = 0
         self._root: Node | None = None
@@ -131,16 +131,16 @@ class Store(NodeSource):
 
     def _end_turn(self) -> None:
         if self.reads != self._turn_reads:
-            raise Unfinished("more is to be read than one turn may read")
+            raise Unfinished("the operation needs more reads than one turn may do")
         if self.work > self._turn_ends + (KNOWN_TURNS - 1) * TURN:
             steps = KNOWN_TURNS * TURN
-            raise Corrupt(f"metadata leads on and on: {steps} steps reach nothing new")
+            raise Corrupt(f"the metadata has a cycle: {steps} steps reach no new node")
 
     def snapshot(self) -> tuple[int, Node]:
-        """(commit word, root node) of this moment.
+        """Return the present (commit word, root node).
 
-        Raises StaleHandle when the region was reformatted, UnderRepair while it is being repaired,
-        Corrupt when the root makes no sense.
+        Raises StaleHandle when the region was reformatted, UnderRepair during a repair, Corrupt
+        when the root is damaged, Restart when other peers commit too fast.
         """
         word = self.commit_word.load()
         if word == self._word and self._root is not None:
@@ -154,7 +154,7 @@ class Store(NodeSource):
             if word == before and not self._overtaken(word):
                 block = word & words.BLOCK_MASK
                 raise Corrupt(f"the commit word leads to block {block}, which is free")
-        raise Restart("the root moves on faster than it can be read")
+        raise Restart("other peers commit faster than this mount can read the root")
 
     def _overtaken(self, word: int) -> bool:
         return self._read_root(word) is not None or self.commit_word.load() != word
@@ -191,7 +191,7 @@ class Store(NodeSource):
         return root
 
     def know(self, word: int, root: Node) -> None:
-        """This mount has just published `root` with commit word `word`."""
+        """Note that this mount has just published `root` with commit word `word`."""
         self._word, self._root = word, root
 
     def _load(self, pointer: bytes, kind: int, level: int, owner: int | None) -> Node | None:
@@ -221,7 +221,7 @@ class Store(NodeSource):
             )
 
     def node(self, pointer: bytes, kind: int, level: int, owner: int | None) -> Node:
-        """The published node that a packed pointer leads to; see `NodeSource`."""
+        """Return the published node that a packed pointer leads to; see `NodeSource.node`."""
         self.work += 1
         if self.work > self._turn_ends:
             self._end_turn()
@@ -235,10 +235,10 @@ class Store(NodeSource):
         return node
 
     def drain(self, pointers: bytes, skip: int, length: int, file: int, at: int) -> None:
-        """As `gather`, into an open file from its byte `at` on.
+        """Copy as `gather` does, into an open file from its byte `at` on.
 
-        Whatever is raised, what stands there then is of no use.  Raises FsError for what goes wrong
-        with the file as well.
+        After any error the bytes written there are invalid.  Raises what `gather` raises, and
+        FsError for an error of the file.
         """
         try:
             good = self.blocks.drain(pointers, skip, length, file, at)
@@ -252,10 +252,10 @@ class Store(NodeSource):
     def gather(
         self, pointers: bytes, skip: int, length: int, into: memoryview | None = None
     ) -> bytearray | memoryview:
-        """`length` bytes from `skip` bytes into the blocks named by `pointers` (packed).
+        """Return `length` bytes of the blocks that packed `pointers` name, from byte `skip` on.
 
-        They are put into `into`, or into new memory.  Null pointers read as zeros.  Raises Restart
-        when a block was replaced, or Corrupt.
+        The bytes go into `into`, or into new memory.  Null pointers read as zeros.  Raises Restart
+        when another peer has replaced a block, or Corrupt.
         """
         out = bytearray(length) if into is None else into[:length]
         try:

@@ -1,24 +1,26 @@
-"""A repair shuts everybody else out, in the region itself.
+"""A repair excludes all other peers, by words in the region itself.
 
-The commit word is what every peer loads first, so a repair puts a mark there in place of the root
-block: a number that no region has.  Whoever loads it gets `UnderRepair`, and every transaction
-planned before loses its compare-and-swap.  Who repairs, and from which commit word, stands in the
-repair slot, which is slot 0 of the peer table and is used as mounts use theirs.
+Every peer loads the commit word first.  A repair puts a mark there in place of the root block: a
+block number that no region has.  A peer that loads the mark gets `UnderRepair`, and every
+transaction planned before loses its compare-and-swap.  The repair slot says which process repairs,
+and from which commit word.  It is slot 0 of the peer table; a repair takes it as a mount takes its
+slot.
 
-States of one turn, and of the region meanwhile:
+States of one session, and of the region meanwhile:
 
-    FREE     -> (take) -> JOINING   slot 0 is ours by compare-and-swap, with the next incarnation;
-                                    our identity and the former commit word are stored
-    JOINING  -> (mark) -> ACTIVE    the commit word bears the mark; claims bear counter 1
-    ACTIVE   -> (publish) -> FREE   the mark is replaced by the new root, or by the former one
+    FREE     -> (take) -> JOINING   the session owns slot 0, with the next incarnation; it stores
+                                    its identity and the former commit word
+    JOINING  -> (mark) -> ACTIVE    the commit word has the mark; claims have counter 1
+    ACTIVE   -> (publish) -> FREE   the new root, or the former one, replaces the mark
 
-A turn in JOINING that has not said yet who it is may be taken over at once: it looks at slot 0
-after it has loaded the commit word that it marks, so of two that start at once one goes on.
+Another repair may take over a session in JOINING that has not yet stored its identity.  A session
+checks slot 0 after it has loaded the commit word that it marks.  So of two that start at once, one
+goes on.
 
-A turn that dies before the mark has changed nothing.  One that dies after it leaves the mark, and
-the next repair takes slot 0 over, marks again with the next sequence, so that the dead one could
-not publish even if it woke up, and starts from the same former commit word: no block that is
-reachable from there was stored to, unless the region was too full for anything else.
+A session that dies before the mark has changed nothing.  One that dies after it leaves the mark.
+The next repair takes slot 0 over and marks again with the next sequence, so the dead session cannot
+publish even if it wakes up.  It starts from the same former commit word.  No session stores to a
+block that is reachable from there, unless the region is too full for anything else.
 """
 
 from __future__ import annotations
@@ -36,29 +38,29 @@ from ivshmemfs.shm.commit import CommitWord
 from ivshmemfs.shm.peers import PeerTable
 from ivshmemfs.shm.watch import POLL, Watch
 
-COUNTER = 1  # of all claims of one repair
+COUNTER = 1  # counter of all claims of one repair
 PULSE = 1.0  # seconds between two signs of life
-MARK_ATTEMPTS = 10_000  # commits of others that may come between
+MARK_ATTEMPTS = 10_000  # commits of other peers that may precede the mark
 
 
 def repairing(page: bytes) -> bool:
-    """Whether the first page of a region says that it is being repaired."""
+    """Return whether the first page of a region says that it is being repaired."""
     word = page[COMMIT_OFFSET : COMMIT_OFFSET + words.WORD]
     return words.under_repair(int.from_bytes(word, "little"))
 
 
 def abandoned(memory: Memory) -> bool:
-    """Whether there is no repair, while a mark says so: nothing but damage leads to that.
+    """Return whether slot 0 is free; if the mark stays while it is, the region is damaged.
 
-    A repair has slot 0 before it marks and until the mark is gone, so whoever finds the same mark
-    again afterwards knows.
+    A repair owns slot 0 from before it marks until the mark is gone.  So the caller loads the
+    commit word again after this call, and compares.
     """
     state, _, _ = words.split_state(memory.load(REPAIR_OFFSET))
     return not words.FREE < state <= words.DEAD
 
 
 def describe(memory: Memory) -> str:
-    """What those are told whom a repair shuts out."""
+    """Return the message for a peer that a repair excludes."""
     who = _named(memory.read(REPAIR_OFFSET, peer.SLOT_SIZE))
     return (
         f"the region is being repaired{who}: wait for it, or run fsck.ivshmemfs -y again if that "
@@ -79,28 +81,28 @@ def _named(raw: bytes) -> str:
 
 
 class RepairSession:
-    """One repair's possession of a region.  Not thread-safe."""
+    """One repair's exclusive use of a region.  Not thread-safe."""
 
     def __init__(self, memory: Memory, geometry: Geometry) -> None:
         self._memory = memory
         self._commit_word = CommitWord(memory)
         self._geometry = geometry
         self._table = PeerTable(memory, geometry, self._commit_word)
-        self._word = 0  # of slot 0, while it is ours
+        self._word = 0  # state word of slot 0, while this session owns it
         self._beaten = 0.0
         self.former = 0  # the commit word before the repair
-        self.marked = 0  # the commit word that bears our mark
-        self.tag = 0  # of our claims
-        self.inherited = False  # whether the mark of another was there already
+        self.marked = 0  # the commit word with this session's mark
+        self.tag = 0  # tag of this session's claims
+        self.inherited = False  # whether the mark of another session was there already
 
     @property
     def marks(self) -> bool:
-        """Whether anybody's mark is on the region."""
+        """Whether the commit word has the mark of any session."""
         return words.under_repair(self._commit_word.load())
 
     @property
     def contested(self) -> bool:
-        """Whether another repair may be under way; takes as long as silence does if it is dead."""
+        """Whether another repair may be under way; waits up to `SILENCE` seconds if it is dead."""
         return self._may_live(self._table.peer(repair.SLOT))
 
     def take(self, *, force: bool) -> None:
@@ -132,7 +134,7 @@ class RepairSession:
         return not self._absent()
 
     def _absent(self) -> bool:
-        """Whether who has slot 0 is surely gone; takes as long as silence does."""
+        """Return whether the owner of slot 0 is surely gone; waits up to `SILENCE` seconds."""
         watch = Watch(self._memory, self._geometry)
         while True:
             watch.see(repair.SLOT)
@@ -148,7 +150,7 @@ class RepairSession:
         return peer.encode_identity(identity.current(incarnation))
 
     def _mark(self) -> None:
-        """Swap the mark in, and note what stood there before: that first."""
+        """Store the former commit word, then swap the mark in."""
         for _ in range(MARK_ATTEMPTS):
             word = self._commit_word.load()
             self.inherited = words.under_repair(word)
@@ -162,7 +164,7 @@ class RepairSession:
             self.marked = self._commit_word.publish(word, words.UNDER_REPAIR)
             if self.marked:
                 if words.under_repair(self.former):
-                    self.former = 0  # what stood there means nothing
+                    self.former = 0  # the stored word is not a root
                 return
         self._free()
         raise InUse("other peers commit too fast: try again when it is quieter")
@@ -179,12 +181,12 @@ class RepairSession:
         self._word = new
 
     def check(self) -> None:
-        """Raise InUse unless the repair is still ours; before anything is stored."""
+        """Raise InUse unless this session still owns slot 0; callers check before each store."""
         if self._table.state(repair.SLOT) != self._word:
             raise InUse("another repair took over from this one")
 
     def beat(self) -> None:
-        """Show life, once a second.  Raises InUse when the repair is no longer ours."""
+        """Show life, at most once a second.  Raises InUse when another repair has slot 0."""
         now = time.monotonic()
         if abs(now - self._beaten) > PULSE:
             self._beaten = now
@@ -193,7 +195,7 @@ class RepairSession:
             self._memory.store(at, self._memory.load(at) + 1 & (1 << 64) - 1)
 
     def publish(self, root_block: int) -> None:
-        """Replace the mark by a root, and let everybody in again."""
+        """Replace the mark by a root, and admit other peers again.  Raises InUse."""
         self.check()
         self._memory.fence()
         if not self._commit_word.publish(self.marked, root_block):
@@ -201,7 +203,7 @@ class RepairSession:
         self._free()
 
     def give_up(self) -> None:
-        """Leave all as it was: the former root, under a later sequence.  Never raises."""
+        """Put the former root back, under a later sequence.  Never raises."""
         if self.former:
             self._commit_word.publish(self.marked, words.split_commit(self.former)[1])
         elif self.marked:

@@ -1,12 +1,12 @@
-"""Who shows life, who is silent, and who is surely gone: what every layer asks.
+"""Which peers show life, which are silent, and which are surely gone, for every layer.
 
-A slot shows life when its state word, its heartbeat or its nonce changes.  Silence is measured by
-who watches, with its own clock; between two looks at most `LOOK` seconds count, because a watcher
-that was stopped itself has learnt nothing.
+A slot shows life when its state word, its heartbeat or its nonce changes.  The watcher measures
+silence with its own clock.  At most `LOOK` seconds count between two looks: a watcher that was
+itself stopped has learnt nothing.
 
-`Watch.absent` is the only way by which anybody is taken for dead: its process is gone
-(`identity.presence`) *and* it has been silent for `SILENCE`.  A mount asks at its ticks; a command
-waits until it is decided (`living`), and only if there is somebody whose process is gone.
+`Watch.absent` is the one rule that declares a peer dead: its process is gone
+(`identity.presence`), *and* it has been silent for `SILENCE`.  A mount applies the rule at its
+ticks.  A command waits until the rule decides (`living`), if a peer's process is gone.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from ivshmemfs.shm import identity
 from ivshmemfs.shm.identity import Presence, Surroundings
 
 SILENCE = 3.0  # seconds without a sign of life; a living mount shows one each second
-LOOK = 1.0  # seconds between two looks that count at most
-MACHINES = 1024  # hardware UUIDs that are remembered
-BOOTS = 4  # boots of each
-POLL = 0.05  # seconds between two looks of who waits
+LOOK = 1.0  # most seconds that count between two looks
+MACHINES = 1024  # most hardware UUIDs that a watcher remembers
+BOOTS = 4  # most boot ids remembered for each UUID
+POLL = 0.05  # seconds between two looks of a watcher that waits
 
 Sign = tuple[int, int, int]  # state word, heartbeat, nonce
 
 
 class Machines:
-    """Hardware UUIDs that were seen on two machines at once, so that they prove nothing.
+    """Hardware UUIDs that were seen on two machines at once; these prove nothing.
 
-    A boot id never comes back.  Signs of life under one UUID from one boot, then another, then the
-    first again come from two kernels that run.
+    A kernel's boot id never comes back.  So two kernels are running if signs of life come from one
+    boot id, then from another, then from the first again.
     """
 
     def __init__(self) -> None:
@@ -42,24 +42,24 @@ class Machines:
         self._boots: dict[bytes, list[bytes]] = {}
 
     def alive(self, machine: bytes, boot: bytes) -> None:
-        """A sign of life came from there just now."""
+        """Note a sign of life from this machine and boot id."""
         boots = self._boots.setdefault(machine, [])
         if boot in boots[:-1] and len(self.shared) < MACHINES:
             self.shared.add(machine)
         elif boot not in boots:
             boots.append(boot)
             del boots[:-BOOTS]
-        while len(self._boots) > MACHINES:  # the region may say anything
+        while len(self._boots) > MACHINES:  # a damaged region may name any number
             del self._boots[next(iter(self._boots))]
 
     @staticmethod
     def name(machine: bytes) -> str:
-        """A hardware UUID as text."""
+        """Return a hardware UUID as text."""
         return str(_uuid.UUID(bytes=machine))
 
 
 class Watch:
-    """What one process has seen of the slots of one region.  Not thread-safe."""
+    """The signs of life that one process has seen in the slots of one region.  Not thread-safe."""
 
     def __init__(self, memory: Memory, geometry: Geometry) -> None:
         self.machines = Machines()
@@ -68,7 +68,7 @@ class Watch:
         self._signs: dict[int, Sign] = {}
         self._looked: dict[int, float] = {}
         self._silence: dict[int, float] = {}
-        self._beating: set[int] = set()  # in the present incarnation
+        self._beating: set[int] = set()  # slots that showed life in their present incarnation
         self._known: dict[int, tuple[int, bytes, bytes]] = {}  # incarnation, machine, boot
         self._here: Surroundings | None = None
 
@@ -84,7 +84,7 @@ class Watch:
             self._note(slot, sign)
 
     def see(self, slot: int) -> None:
-        """Look at one."""
+        """Look at one slot."""
         at = self._base + (slot - 1) * peer.SLOT_SIZE
         sign = (
             self._memory.load(at + peer.STATE_OFFSET),
@@ -98,7 +98,7 @@ class Watch:
         if sign != before:
             self._signs[slot], self._silence[slot] = sign, 0.0
             self._note_change(slot, before, sign)
-        else:  # whichever way the clock goes
+        else:  # abs: the clock may go backwards
             self._silence[slot] += min(abs(now - self._looked[slot]), LOOK)
         self._looked[slot] = now
 
@@ -125,42 +125,42 @@ class Watch:
         return found.record.machine, found.record.boot
 
     def _note_here(self) -> None:
-        """This machine shows life by looking."""
+        """Note this machine too: it shows life by looking."""
         if self._here is None:
             self._here = identity.surroundings()
         if self._here.proofs & MACHINE_PROVES:
             self.machines.alive(self._here.machine, self._here.boot)
 
     def occupant(self, slot: int) -> Occupant:
-        """What stands in a slot now."""
+        """Return the present contents of a slot."""
         at = self._base + (slot - 1) * peer.SLOT_SIZE
         return peer.occupant(slot, self._memory.read(at, peer.SLOT_SIZE))
 
     # --- what was seen --------------------------------------------------------------------
 
     def beats(self, slot: int) -> bool:
-        """Whether the owner of a slot was seen to show life since this watch began."""
+        """Return whether this watch has seen the present owner of a slot show life."""
         return slot in self._beating
 
     def silence(self, slot: int, word: int) -> float:
-        """Seconds for which a slot has been seen unchanged in state `word`."""
+        """Return the seconds for which a slot was seen unchanged with state word `word`."""
         seen = self._signs.get(slot)
         return self._silence[slot] if seen is not None and seen[0] == word else 0.0
 
     def silent(self, slot: int, word: int) -> bool:
-        """Whether that is as long as it takes."""
+        """Return whether that is at least `SILENCE`."""
         seen = self._signs.get(slot)
         return seen is not None and seen[0] == word and self._silence[slot] >= SILENCE
 
     def absent(self, other: Occupant, here: Surroundings | None = None) -> bool:
-        """Whether the owner of a slot is surely gone: the one rule by which this is decided."""
+        """Return whether the owner of a slot is surely gone: the one rule that decides it."""
         if not self.silent(other.slot, other.word) or not self.vanished(other, here):
             return False
-        self.see(other.slot)  # before its end it may have said that somebody else goes by its name
+        self.see(other.slot)  # it may have marked the slot, because of a twin, before it ended
         return self.silent(other.slot, other.word)
 
     def vanished(self, other: Occupant, here: Surroundings | None = None) -> bool:
-        """Whether its process is gone, so that silence is all that is missing for `absent`."""
+        """Return whether the owner's process is gone; `absent` needs silence besides."""
         if not other.identity_valid:
             return False
         return identity.presence(other.record, here, self.machines.shared) is Presence.GONE
@@ -168,9 +168,9 @@ class Watch:
     # --- for commands ---------------------------------------------------------------------
 
     def decide(self) -> list[Occupant]:
-        """All slots in use whose owner is not surely gone.
+        """Return all slots in use whose owner is not surely gone.
 
-        Takes as long as silence does if there is somebody of whom nothing else is missing.
+        Waits up to `SILENCE` seconds if a process is gone and the slot's silence is not yet known.
         """
         self.look()
         while True:
@@ -188,5 +188,5 @@ class Watch:
 
 
 def living(memory: Memory, geometry: Geometry) -> tuple[Occupant, ...]:
-    """All peers that are not surely gone, for commands; see `Watch.decide`."""
+    """Return all peers that are not surely gone, for commands; see `Watch.decide`."""
     return tuple(Watch(memory, geometry).decide())

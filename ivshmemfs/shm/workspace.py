@@ -2,18 +2,18 @@
 
 States of a block in a transaction:
 
-    claimed    (tag table: 0 -> our tag)        in the pool, nobody points at it
+    claimed    (tag table: 0 -> own tag)  in the pool; no pointer leads to it
     used       taken from the pool for a node or for data; still private
-    published  the commit word was swapped to a root from which it is reachable
-    replaced   a published block that the new root no longer reaches; released after the commit
+    published  the commit word names a root that reaches it
+    replaced   published, but the new root no longer reaches it; released after the commit
 
-Until the commit nothing that anybody else can reach was stored to, so giving up at any point
-leaves nothing but claims, which `settle` (or, after a death, a collector) takes back.
+Before the commit the transaction stores only to its own blocks.  Giving up at any point leaves
+nothing but claims, which `settle` releases.  After a death a collector releases them.
 
-A claim is ours while our state word says that its transaction is under way, and no longer: a
-machine that was put back into an older state finds what it had claimed settled, and perhaps
-published, by what it did in the meantime.  So that word is looked at before blocks are filled
-(`Blocks.guard`), and claims are released only by whoever has ended the transaction itself.
+A claim belongs to the transaction only while the mount's state word says that it is under way.
+A machine may be put back into an older state.  It then finds its old claims settled, perhaps even
+published, by what it did before.  So the native layer checks the state word before it fills blocks
+(`Blocks.guard`).  A mount releases claims only if it ended their transaction itself.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ _FREE: Final = bytes(WORD)
 _ONE: Final = (1).to_bytes(TAG_AT - WEIGHT_AT, "little")
 _pack_header = HEADER.pack_values
 FIRST_CLAIM: Final = 6  # blocks that an ordinary transaction needs
-SMALL_CLAIM: Final = 4
+SMALL_CLAIM: Final = 4  # blocks of each later claim of that transaction
 _NOT_OURS = "another peer declared this mount gone in the middle of a transaction"
 
 
 class Workspace(NodeSource):
-    """Blocks of one transaction.  `tag` must come from `Membership.begin`.
+    """The blocks of one transaction.  `tag` comes from `Membership.begin`.
 
-    All pointers are packed; those in `_claims`, `_pool`, `_bulk` and `_spare` weigh 1.
+    All pointers are packed; those in `_claims`, `_pool`, `_bulk` and `_spare` have weight 1.
     """
 
     def __init__(self, store: Store, tag: int, free_list: FreeList) -> None:
@@ -47,18 +47,18 @@ class Workspace(NodeSource):
         self._store = store
         self._free_list = free_list
         self._tag = tag
-        self._mark = tag.to_bytes(WORD, "little")  # as pointers bear it
-        self._claims = b""  # in a row, all but those for bulk
-        self._pool: list[bytes] = []  # those of them that are not in use
+        self._mark = tag.to_bytes(WORD, "little")  # the tag, as in a packed pointer
+        self._claims = b""  # all claims but the bulk ones, one after another
+        self._pool: list[bytes] = []  # those of `_claims` that are not in use
         self._nodes: dict[bytes, Node] = {}
-        self._bulk = b""  # in a row, in use
-        self._spare = b""  # in a row, not in use
+        self._bulk = b""  # bulk claims in use, one after another
+        self._spare = b""  # bulk claims not in use, one after another
         self._replaced: list[bytes] = []
         self.dropped: list[tuple[bytes, int, int, int]] = []
         self._replaced_bulk = bytearray()
         self.replaced_count = 0
-        self.keep = 0  # free blocks that must be left, where they are few
-        self.used = 0  # blocks in use by the root that the plan is based on
+        self.keep = 0  # free blocks that this transaction must leave; 0: no limit
+        self.used = 0  # blocks that the root reaches on which the plan is based
 
     # --- taking blocks ---
 
@@ -80,7 +80,7 @@ class Workspace(NodeSource):
             raise NoSpace("the region is full")
 
     def claim(self, count: int) -> bytes:
-        """`count` packed pointers to fresh private blocks; NoSpace if there are not that many."""
+        """Return `count` packed pointers to fresh private blocks.  Raises NoSpace."""
         if count >= BULK:
             return self._claim_many(count)
         if len(self._pool) < count:
@@ -92,7 +92,7 @@ class Workspace(NodeSource):
         return pointers
 
     def _claim_many(self, count: int) -> bytes:
-        """The same for so many that they are kept packed; those of a failed plan come first."""
+        """Claim `BULK` blocks or more; reuse the claims of a failed plan if their number fits."""
         if len(self._spare) == count * SIZE:
             got, self._spare = self._spare, b""
         else:
@@ -120,9 +120,9 @@ class Workspace(NodeSource):
         weight: int = 1,
         parsed: Any = None,
     ) -> bytes:
-        """A private node with `body` after its header; returns its packed pointer.
+        """Make a private node with `body` after its header; return its packed pointer.
 
-        It is stored to the region at the commit.
+        `store_nodes` stores it to the region at the commit.
         """
         pointer = self._take()
         if weight != 1:
@@ -139,12 +139,12 @@ class Workspace(NodeSource):
         return pointer
 
     def node(self, pointer: bytes, kind: int, level: int, owner: int | None) -> Node:
-        """A node of this transaction, or a published one; see `NodeSource`."""
+        """Return a node of this transaction, or a published one; see `NodeSource.node`."""
         own = self._nodes.get(pointer)
         return own if own is not None else self._store.node(pointer, kind, level, owner)
 
     def replace(self, pointer: bytes) -> None:
-        """The new root will not reach this block (the block alone, not what it points at)."""
+        """Note that the new root does not reach this block; blocks below it are not concerned."""
         tag = pointer[TAG_AT:]
         if tag == self._mark and self._claimed(pointer):
             self._nodes.pop(pointer, None)
@@ -154,9 +154,9 @@ class Workspace(NodeSource):
             self.replaced_count += 1
 
     def _claimed(self, pointer: bytes) -> bool:
-        """Whether it was this transaction that claimed a block with its tag.
+        """Return whether this transaction claimed the block, which has its tag.
 
-        Tags come back after 2^20 mounts of one slot, and the block may have been there since.
+        Tags come back after 2^20 mounts of one slot, so the block may be older.
         """
         claim = pointer[:WEIGHT_AT] + _ONE + self._mark
         for claims in (self._claims, self._bulk):
@@ -168,18 +168,18 @@ class Workspace(NodeSource):
         return False
 
     def drop(self, pointer: bytes, kind: int, level: int, owner: int) -> None:
-        """The new root will not reach a whole subtree; after the commit `dropped` is released."""
+        """Note that the new root does not reach this subtree, for release after the commit."""
         self.dropped.append((pointer, kind, level, owner))
         self.replaced_count += weight_of(pointer)
 
     def replace_many(self, pointers: bytes, count: int) -> None:
-        """The same for packed pointers of published data, `count` of them not null."""
+        """Note the same of published data blocks: packed pointers, `count` of them not null."""
         self._replaced_bulk += pointers
         self.replaced_count += count
 
     @property
     def balance(self) -> int:
-        """How many blocks more would be in use after the commit than before."""
+        """The number by which blocks in use grow at the commit; negative if they become fewer."""
         claimed = (len(self._claims) + len(self._bulk)) // SIZE
         return claimed - len(self._pool) - self.replaced_count
 
@@ -189,10 +189,10 @@ class Workspace(NodeSource):
             raise Fenced(_NOT_OURS)
 
     def fill_from(self, pointers: bytes, file: int, at: int, length: int) -> int:
-        """The same with what stands in an open file from `at` on, which may end before `length`.
+        """Store `length` bytes of an open file, from its byte `at` on, into claimed blocks.
 
-        Returns how many bytes there were; blocks that none came for are given back.  Raises Fenced,
-        FsError for what went wrong with the file.
+        Returns how many bytes the file had there; blocks that stay empty return to the pool.
+        Raises Fenced, or FsError for an error of the file.
         """
         try:
             got = self._store.blocks.fill(pointers, file, at, length)
@@ -213,14 +213,14 @@ class Workspace(NodeSource):
     # --- ending ---
 
     def store_nodes(self) -> None:
-        """Write the nodes to the region; they are private still.  Raises Fenced."""
+        """Write the nodes to the region, still private, then fence.  Raises Fenced."""
         data = [node.data for node in self._nodes.values()]
         if not self._store.blocks.write_nodes(list(self._nodes), data):
             raise Fenced(_NOT_OURS)
         self._store.memory.fence()
 
     def publish(self, planned_on: int, root: Node) -> int:
-        """Swap the commit word; returns the new one, or 0 when somebody else committed first."""
+        """Swap the commit word; return the new one, or 0 when another peer committed first."""
         word = self._store.commit_word.publish(planned_on, root.block)
         if not word:
             return 0
@@ -233,7 +233,7 @@ class Workspace(NodeSource):
         return word
 
     def forget_plan(self) -> None:
-        """Back to claims alone, for planning again: all used blocks return to the pool."""
+        """Drop the plan and keep the claims: all used blocks return to the pool."""
         self._pool.clear()
         self._give_to_pool(self._claims)
         self._spare, self._bulk = self._spare + self._bulk, b""
@@ -244,10 +244,10 @@ class Workspace(NodeSource):
         self.replaced_count = 0
 
     def settle(self, published: bool, ended: bool) -> None:
-        """Release what was replaced (if the commit succeeded) and every claim not published.
+        """Release the replaced blocks, if `published`, and all claims that are not published.
 
-        Where it was not us who `ended` the transaction, what becomes of its claims is not ours to
-        say: they are garbage, which somebody collects, or published.
+        The claims are released only if this mount `ended` the transaction itself.  Otherwise they
+        may be published by now, or are garbage for a collector.
         """
         if not published:
             self.forget_plan()

@@ -163,7 +163,7 @@ class Placeless(NamedTuple):
     [
         (Overlapping, 8, "overlaps"),
         (Crooked, 8, "not aligned"),
-        (Placeless, 8, "does not say"),
+        (Placeless, 8, "has no offset"),
         (words.PointerRecord, 12, "takes 16 bytes, not 12"),
     ],
 )

@@ -130,7 +130,7 @@ def test_both_are_idle(one: Member, watcher: Member, clone: Clone, fates: Fates,
     assert watcher.table.peer(2).record.nonce == peer.TWIN_MARK
     assert twin("rejoin") == "None"
     assert twin("slot") == "3"
-    with pytest.raises(Fenced, match="goes by the identity"):
+    with pytest.raises(Fenced, match="uses the identity"):
         own.beat()
     assert own.twin_seen
     silence(watcher, fates)
