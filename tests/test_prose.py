@@ -24,6 +24,7 @@ DONE = (
     "docs/glossary.md",
     "docs/protocol.md",
     "ivshmemfs/format",
+    "ivshmemfs/fuse",
     "ivshmemfs/native",
     "ivshmemfs/region",
     "ivshmemfs/shm",

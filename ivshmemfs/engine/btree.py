@@ -10,9 +10,9 @@ A leaf is split between two hashes only, so names of equal hash are always in on
 look-up reads one path.  A leaf of less than a quarter of a block is merged with a neighbour.  A
 tree whose last leaf fits in the inode becomes a DIRLEAF again.
 
-Published nodes are never changed: each function here replaces a path of nodes by new ones in the
-transaction's `Workspace`, and returns the inode with the new top.  What entries mean is in
-`directory`.
+Published nodes are never changed.  Each function here writes a new path of nodes into the
+transaction's `Workspace`, and returns the inode with the new top.  `directory` gives entries their
+meaning.
 """
 
 from __future__ import annotations

@@ -265,7 +265,7 @@ class Transaction(View):
     def modified(self, mtime_ns: int) -> int:
         """Return the mtime of changed contents whose mtime was `mtime_ns`.
 
-        It differs from the old one even within a step of the clock: a kernel compares mtimes to
+        It differs from the old one even within a step of the clock.  A kernel compares mtimes to
         find out that its cached pages are stale.
         """
         if self.now <= mtime_ns:

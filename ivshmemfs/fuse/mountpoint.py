@@ -4,8 +4,8 @@ fusermount3 mounts for root and for ordinary users.  It is the only program that
 user, and it sets nosuid and nodev unless root asks otherwise.  Root unmounts by umount2(2).
 
 A mount with a stopped daemon blocks every caller that looks at its root.  So this module passes no
-path to the kernel that is the root of a mount in /proc/self/mountinfo, and none that leads through
-the root of an ivshmemfs mount.  The exception is `answers`, which limits its wait.
+path to the kernel that is the root of a mount in /proc/self/mountinfo.  Nor does it pass one that
+leads through the root of an ivshmemfs mount.  The exception is `answers`, which limits its wait.
 """
 
 from __future__ import annotations

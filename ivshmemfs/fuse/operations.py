@@ -2,8 +2,8 @@
 
 The kernel names an inode by a node number (`nodeids`, "node" here) and an open file by the number
 of a handle ("fh").  It sends the caller's identity (`Context`).  Two front ends translate requests
-to these operations, and results to answers: `kernel_frontend` for the bytes of the FUSE descriptor,
-`pyfuse3_frontend` for the objects of pyfuse3.  This module joins:
+to these operations, and results to answers.  `kernel_frontend` translates the bytes of the FUSE
+descriptor, `pyfuse3_frontend` the objects of pyfuse3.  This module joins:
 
 - the kernel's node numbers (`nodeids`) and the last look-up of each thread (`walks`),
 - the permissions of callers (`rights`) and the presented owners (`ownership`),

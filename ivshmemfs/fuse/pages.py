@@ -11,8 +11,8 @@ every other READ names one.  So the daemon knows which files to watch:
     closed      this mount has no handle any more; the next open drops all pages by itself
 
 The front end calls `note`, a task of the session `check` and `tidy`, all in the one thread of the
-event loop.  `Invalidator` has a thread of its own: the kernel first writes dirty
-pages back, by WRITE requests that the event loop answers, and only then returns.
+event loop.  `Invalidator` has a thread of its own, because the kernel first writes dirty pages
+back.  The event loop answers these WRITE requests meanwhile.
 
 A dirty page counts as written at that moment: later than the other machine's change.  It replaces
 that whole page.
@@ -223,7 +223,7 @@ class Invalidator:
                 log.error("the kernel did not drop the pages of a file: %s", error)
 
     def _send(self, message: bytes) -> None:
-        """Raises OSError; a file that the kernel does not know is no error."""
+        """Raises OSError, but not for a file that the kernel does not know."""
         try:
             os.write(self._device, message)
         except OSError as error:

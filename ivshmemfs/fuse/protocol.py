@@ -10,8 +10,8 @@ from __future__ import annotations
 import errno
 import struct
 
-#: Errors of the FUSE descriptor after the connection has ended: ENODEV after an unmount, the others
-#: after an abort (through /sys/fs/fuse/connections, or by an unmount under load).
+#: Errors of the FUSE descriptor after the connection has ended.  ENODEV follows an unmount.  The
+#: others follow an abort (through /sys/fs/fuse/connections, or by an unmount under load).
 ENDED = frozenset((errno.ENODEV, errno.ECONNABORTED, errno.ENOTCONN))
 #: Largest errno in an answer.  The kernel refuses an answer with a larger one.
 MAX_ERRNO = 511
@@ -149,8 +149,8 @@ GETXATTR_OUT = struct.Struct("=Ixxxx")
 STATFS_OUT = struct.Struct("=QQQQQIIIxxxx24x")
 #: offset.
 LSEEK_OUT = struct.Struct("=Q")
-#: After a cache time and flags (all 0 here): mask, blksize, nlink, uid, gid, mode, ino, size,
-#: blocks, seconds and nanoseconds of atime, btime, ctime and mtime, major and minor of rdev.
+#: cache time and flags (all 0 here), mask, blksize, nlink, uid, gid, mode, ino, size, blocks.
+#: Then seconds and nanoseconds of atime, btime, ctime and mtime; major and minor of rdev.
 STATX_OUT = struct.Struct("=32xIIxxxxxxxxIIIHxxQQQxxxxxxxxqIxxxxqIxxxxqIxxxxqIxxxxII120x")
 #: In its mask: the fields of stat(2), and the birth time.
 STATX_BASIC_STATS, STATX_BTIME = 0x7FF, 0x800

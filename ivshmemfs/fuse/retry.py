@@ -1,12 +1,14 @@
 """The retry policy of both front ends.
 
-Busy          `briefly` retries for BRIEF_SECONDS: another peer's commit usually takes less time
-              than a switch to another request
-still Busy    `patiently` pauses between attempts; other requests run meanwhile
-Unfinished    the operation has used up its turn and continues in `patiently`; each turn is
-              progress, so PATIENCE starts again
-too late      PATIENCE has passed, or the mount ends: the partial result, or EIO
-other errors  `errno_of` returns the caller's errno and logs unexpected errors
+An attempt ends in one of these:
+
+    Busy          `briefly` retries for BRIEF_SECONDS: another peer's commit usually takes less
+                  time than a switch to another request
+    still Busy    `patiently` pauses between attempts; other requests run meanwhile
+    Unfinished    the operation has used up its turn and continues in `patiently`; each turn is
+                  progress, so PATIENCE starts again
+    too late      PATIENCE has passed, or the mount ends: the partial result, or EIO
+    other errors  `errno_of` returns the caller's errno and logs unexpected errors
 """
 
 from __future__ import annotations

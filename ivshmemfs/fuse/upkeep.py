@@ -2,8 +2,9 @@
 
 States, the values of `Condition`:
 
-SOUND    the region is the one that was mounted
-another  something happened to the region; the log has one line when that begins and one at its end
+    SOUND    the region is the one that was mounted
+    another  something happened to the region; the log has one line when that begins, and one at
+             its end
 """
 
 from __future__ import annotations

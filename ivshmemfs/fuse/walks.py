@@ -5,8 +5,9 @@ returns success without a request: the names are hard links.  If another machine
 between the two look-ups, both names lead to it as well, but never at one moment.  Then two machines
 would both report that they renamed it.
 
-So a look-up must not return the node number of the same thread's look-up of another name before it,
-unless both names lead to the inode at one moment.  A name that is looked up twice is compared with
+So a look-up must not return the node number of the thread's look-up before it, by another name.
+The exception are two names that lead to the inode at one moment.
+A name that is looked up twice is compared with
 the name before it, too: the kernel repeats a look-up if its own entry differs.
 
 The rule leaves out a name that this mount changed since then.  rename(2) locks both directories
