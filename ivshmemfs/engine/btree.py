@@ -110,6 +110,27 @@ def _interior_at(view: View, pointer: bytes, level: int, owner: int) -> Interior
     return interior
 
 
+def top_pointers(inode: Inode) -> list[bytes]:
+    """The pointers to the children of the top of a DIRTREE directory; raises Corrupt."""
+    return _pointers(_top(inode))
+
+
+def pointers_at(view: View, inode: Inode, pointer: bytes, level: int) -> list[bytes]:
+    """The pointers in an interior node of a directory; raises Corrupt."""
+    return _pointers(_interior_at(view, pointer, level, inode.ino))
+
+
+def _pointers(interior: Interior) -> list[bytes]:
+    return [interior.pointer(at) for at in range(interior.count)]
+
+
+def leaf_at(view: View, inode: Inode, pointer: bytes) -> Leaf:
+    """The leaf at a pointer, or the one in the inode; raises Corrupt."""
+    if inode.record.payload != fmt.DIRTREE:
+        return inline_leaf(inode)
+    return _leaf_at(view, pointer, inode.ino)
+
+
 def descend(view: View, inode: Inode, key: int) -> tuple[list[Step], Leaf]:
     """Return (path, leaf) from the top of a DIRTREE to the leaf whose range holds `key`."""
     step, path = _first_step(inode, key), list[Step]()

@@ -120,6 +120,14 @@ def leaf_after(view: View, inode: Inode, key: int) -> list[Dirent]:
     return found
 
 
+def entries_at(view: View, inode: Inode, pointer: bytes) -> list[Dirent]:
+    """Return all entries of the leaf at `pointer`, or of the one in the inode; raises Corrupt."""
+    leaf, found = btree.leaf_at(view, inode, pointer), list[Dirent]()
+    while len(found) < leaf.count:
+        found += _entries_after(leaf, found[-1].key if found else -1)
+    return found
+
+
 def _entries_after(leaf: Leaf, key: int) -> list[Dirent]:
     keys, inos, sizes = leaf.keys, leaf.inos, leaf.sizes
     first, found = leaf.lower(key + 1), list[Dirent]()

@@ -110,7 +110,7 @@ def _next(
             if not present:
                 return first
         elif present or weight_of(pointer) < _full_weight(nodes.fanout, height):
-            below = _slots_at(nodes, pointer, height - 1, owner)
+            below = slots_at(nodes, pointer, height - 1, owner)
             found = _next(nodes, below, height - 1, owner, inner, present)
             if 0 <= found < span:
                 return top * span + found
@@ -121,7 +121,7 @@ def _next(
     pointer = slots[top * SIZE : top * SIZE + SIZE]
     if height == 0 or pointer == NULL:
         return top * span
-    below = _slots_at(nodes, pointer, height - 1, owner)
+    below = slots_at(nodes, pointer, height - 1, owner)
     found = _next(nodes, below, height - 1, owner, 0, present)
     if not 0 <= found < span:
         what = "no pointer" if present else "no hole"
@@ -129,7 +129,7 @@ def _next(
     return top * span + found
 
 
-def _slots_at(nodes: NodeSource, pointer: bytes, level: int, owner: int) -> bytes:
+def slots_at(nodes: NodeSource, pointer: bytes, level: int, owner: int) -> bytes:
     """Return the slots of an INDEX node."""
     return nodes.node(pointer, INDEX, level, owner).data[HEADER_SIZE:]
 
