@@ -32,6 +32,8 @@ SUBCOMMANDS = {
     "peers": "peers",
     "evict": "peers",
     "lock": "lock",
+    "wait": "wait",
+    "watch": "watch",
     "get": "transfer",
     "put": "transfer",
 }

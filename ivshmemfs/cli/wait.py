@@ -1,0 +1,66 @@
+"""`wait`: until a name exists, is gone, or changes, by whichever machine."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+import click
+
+from ivshmemfs.cli.inside import found
+from ivshmemfs.cli.watching import Target, commits, looking, target_of
+from ivshmemfs.errors import Busy
+
+if TYPE_CHECKING:
+    from ivshmemfs.engine import Filesystem
+
+#: Exit code when the time is over, as timeout(1) has it.
+TIMED_OUT = 124
+
+
+@click.command("wait", short_help="Wait for a file to appear, go or change.")
+@click.argument("path")
+@click.option("--exists", "condition", flag_value="exists", default="exists",
+              help="Until the name exists (the default).")  # fmt: skip
+@click.option("--gone", "condition", flag_value="gone", help="Until the name does not exist.")
+@click.option("--changed", "condition", flag_value="changed",
+              help="Until contents, attributes or existence differ from now.")  # fmt: skip
+@click.option("-t", "--timeout", type=click.FloatRange(min=0), metavar="SECONDS",
+              help=f"Give up after so many seconds, with exit code {TIMED_OUT}.")  # fmt: skip
+def wait_command(path: str, condition: str, timeout: float | None) -> int:
+    """Wait for PATH, whichever machine changes it.
+
+    PATH is on a mount, or REGION:/path, which needs no mount.  Nothing is stored in the region.
+
+    \b
+    Exit codes: 0 it happened, 124 the time is over, 32 the region cannot be read.
+    Example:
+      ivshmemfs wait --timeout 60 /mnt/shared/result && cat /mnt/shared/result
+    """
+    target = target_of(path)
+    with looking(target) as fs:
+        end = float("inf") if timeout is None else time.monotonic() + timeout
+        before: object = _state(fs, target) if condition == "changed" else None
+        for _ in commits(fs, end):
+            now = _state(fs, target)
+            if condition == "changed":
+                happened = now != before
+            else:
+                happened = (now is not None) == (condition == "exists")
+            if happened:
+                return 0
+    return TIMED_OUT
+
+
+def _state(fs: Filesystem, target: Target) -> tuple[int, ...] | None:
+    """What tells two states of a file apart; None if it does not exist."""
+    while True:
+        try:
+            attr = found(fs, target.path)
+        except NotADirectoryError:
+            return None
+        except Busy:
+            continue
+        if attr is None:
+            return None
+        return attr.ino, attr.mode, attr.size, attr.mtime_ns, attr.ctime_ns, attr.nlink
