@@ -21,7 +21,9 @@ from ivshmemfs.engine import (
     Context,
     Filesystem,
     Handle,
+    acl,
 )
+from ivshmemfs.engine.xattr import ACCESS_LIST, DEFAULT_LIST
 from tests.support.laboratory import Death, Laboratory, Peer
 from tests.support.regions import ROOT, put
 
@@ -375,6 +377,24 @@ for label, path, name, value in (
         ),
     )
 workload("xattr-remove", lambda fs: fs.removexattr(ino(fs, b"x"), b"user.one", ROOT))
+
+
+def _listed(scene: Scene) -> None:
+    """A file and a directory with access lists, longer than their inode blocks have room for."""
+    users = [acl.Entry(acl.USER, 6, 1000 + number) for number in range(80)]
+    entries = [acl.Entry(acl.USER_OBJ, 7), *users, acl.Entry(acl.GROUP_OBJ, 5)]
+    value = acl.encode([*entries, acl.Entry(acl.MASK, 7), acl.Entry(acl.OTHER, 0)])
+
+    def give(fs: Filesystem) -> None:
+        fs.setxattr(ino(fs, b"a"), ACCESS_LIST, value, 0, ROOT)
+        fs.setxattr(ino(fs, b"d"), DEFAULT_LIST, value, 0, ROOT)
+
+    scene.victim.run(give)
+
+
+workload("mkdir-list", lambda fs: fs.mkdir(ino(fs, b"d"), b"new", 0o770, ROOT), _listed)
+workload("setattr-list", lambda fs: fs.setattr(ino(fs, b"a"), ROOT, mode=0o640), _listed)
+workload("xattr-list-remove", lambda fs: fs.removexattr(ino(fs, b"a"), ACCESS_LIST, ROOT), _listed)
 workload("xattr-remove-blocks", lambda fs: fs.removexattr(ino(fs, b"y"), b"user.big", ROOT))
 
 workload("open", lambda fs: fs.open(ino(fs, b"a"), os.O_RDONLY, ROOT))

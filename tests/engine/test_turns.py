@@ -227,6 +227,8 @@ TABLE = [
     Row("readdir", 2 * LOOK + 62 * NODE, 1, _listed),
     Row("getxattr", DATA, 2, lambda fs, s: fs.getxattr(s.named, PATH % 77)),
     Row("listxattr", DATA, 2, lambda fs, s: len(fs.listxattr(s.named))),
+    Row("access_list", DATA, 2, lambda fs, s: len(fs.access_list(s.named))),
+    Row("mode_without_list", DATA, 2, lambda fs, s: fs.mode_without_list(fs.getattr(s.named))),
     Row("setxattr", DATA, 2, lambda fs, s: fs.setxattr(s.named, PATH % 78, b"", 0, ROOT)),
     Row("removexattr", DATA, 2, lambda fs, s: fs.removexattr(s.named, PATH % 79, ROOT)),
     Row("tick", CHANGE, 1, lambda fs, s: fs.tick()),

@@ -21,6 +21,7 @@ import pytest
 from ivshmemfs.engine import ROOT_INO, Filesystem, xattr
 from ivshmemfs.region import open_region
 from tests.posix.raising import fails
+from tests.support import lab
 from tests.support.lab import EVERYTHING, Lab, needs_fuse, needs_root, new_lab
 
 needs_programs = pytest.mark.skipif(
@@ -394,3 +395,23 @@ def test_a_list_that_another_machine_damaged(mount: Lab) -> None:
     subprocess.run(["setfacl", "-m", "u:5:r", folder], check=True)
     assert os.listxattr(folder) == [name.decode()]
     folder.rmdir()
+
+
+def test_where_libfuse_mounts_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without fusermount3 the kernel obeys lists, too; but it also applies the umask."""
+    monkeypatch.setitem(lab.ENVIRONMENT, "PATH", "/nonexistent")
+    with new_lab(16 << 20, 1, EVERYTHING) as made:
+        folder = made.paths[0] / "folder"
+        folder.mkdir()
+        assert "obeyed by the kernel, which applies the umask" in made.mounts[0].log_text()
+        (folder / "secret").write_text("x")
+        (folder / "secret").chmod(0o600)
+        words = ["setpriv", "--reuid", "65529", "--regid", "65528", "--clear-groups"]
+        assert subprocess.run([*words, "cat", "secret"], cwd=folder, capture_output=True).returncode
+        subprocess.run(["setfacl", "-m", "u:65529:r", folder / "secret"], check=True)
+        subprocess.run([*words, "cat", "secret"], cwd=folder, capture_output=True, check=True)
+        subprocess.run(["setfacl", "-d", "-m", "u:5:rwx,o::r", folder], check=True)
+        subprocess.run(["sh", "-c", "umask 077; touch masked"], cwd=folder, check=True)
+        shown = subprocess.run(["getfacl", "-c", "-n", "masked"], cwd=folder, capture_output=True)
+        assert b"user:5:rwx" in shown.stdout
+        assert stat.S_IMODE((folder / "masked").stat().st_mode) == 0o600
