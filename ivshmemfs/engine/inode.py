@@ -122,24 +122,13 @@ def parse(ino: int, data: bytes, block_size: int) -> Inode:
     return Inode(ino, record, data[PAYLOAD_OFFSET:end], data[end:])
 
 
-_ALLOWED = {
-    stat.S_IFREG: (fmt.EMPTY, fmt.INLINE, fmt.MAP),
-    stat.S_IFDIR: (fmt.EMPTY, fmt.DIRLEAF, fmt.DIRTREE),
-    stat.S_IFLNK: (fmt.INLINE, fmt.MAP),
-    stat.S_IFIFO: (fmt.EMPTY,),
-    stat.S_IFSOCK: (fmt.EMPTY,),
-    stat.S_IFCHR: (fmt.EMPTY,),
-    stat.S_IFBLK: (fmt.EMPTY,),
-}
-
-
 _MOST_BLOCKS = 1 << 32  # numbers of blocks have 32 bits
 MAX_RDEV = (1 << 32) - 1  # what a FUSE request carries
-TARGET_MAX = 4095  # bytes of a symbolic link
+TARGET_MAX = fmt.TARGET_MAX
 
 
 def _problem(record: InodeRecord) -> str | None:
-    kinds = _ALLOWED.get(stat.S_IFMT(record.mode))
+    kinds = fmt.ALLOWED_PAYLOADS.get(stat.S_IFMT(record.mode))
     if kinds is None:
         return f"mode {record.mode:o} is of no file type"
     if record.payload not in kinds:

@@ -198,6 +198,14 @@ def decode_leaf(raw: bytes, count: int) -> Leaf:
     return Leaf(raw, count)
 
 
+def encode_leaf(entries: list[tuple[int, int, bytes]]) -> bytes:
+    """Return the columns of (key, inode number and type, name) entries, which ascend by key."""
+    keys = b"".join([_pack_word(key) for key, _, _ in entries])
+    inos = b"".join([_pack_word(ino_and_type) for _, ino_and_type, _ in entries])
+    sizes = bytes([len(name) for _, _, name in entries])
+    return keys + inos + sizes + b"".join([name for _, _, name in entries])
+
+
 class Interior:
     """An interior node: lower-bound keys and as many pointers, packed.  Never modified."""
 

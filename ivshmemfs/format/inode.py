@@ -9,6 +9,7 @@ top of the block map (16-byte pointers), the directory entries themselves, or th
 directory tree.  One block thus serves a small file, a symlink or a small directory whole.
 """
 
+import stat
 from typing import Annotated, Final, NamedTuple
 
 from ivshmemfs.format import node
@@ -25,6 +26,17 @@ MAP: Final = 2
 DIRLEAF: Final = 3
 DIRTREE: Final = 4
 PAYLOAD_NAMES = ("empty", "inline", "map", "dirleaf", "dirtree")
+# The payloads that an inode of each file type may have.
+ALLOWED_PAYLOADS = {
+    stat.S_IFREG: (EMPTY, INLINE, MAP),
+    stat.S_IFDIR: (EMPTY, DIRLEAF, DIRTREE),
+    stat.S_IFLNK: (INLINE, MAP),
+    stat.S_IFIFO: (EMPTY,),
+    stat.S_IFSOCK: (EMPTY,),
+    stat.S_IFCHR: (EMPTY,),
+    stat.S_IFBLK: (EMPTY,),
+}
+TARGET_MAX: Final = 4095  # bytes of a symlink's target
 
 
 class InodeRecord(NamedTuple):
@@ -59,3 +71,8 @@ PAYLOAD_OFFSET = node.HEADER_SIZE + INODE.size
 def payload_capacity(block_size: int) -> int:
     """Bytes that payload and inline extended attributes may take together."""
     return block_size - PAYLOAD_OFFSET
+
+
+def orphan_name(ino: int) -> bytes:
+    """Return the name of inode `ino` in the list of inodes without links."""
+    return b"%016x" % ino

@@ -9,6 +9,7 @@ from typing import Annotated, Final, NamedTuple
 
 from ivshmemfs.format import words
 from ivshmemfs.format.record import At, Layout
+from ivshmemfs.native import crc32c
 
 ROOT: Final = 1
 INODE: Final = 2
@@ -40,6 +41,13 @@ class HeaderRecord(NamedTuple):
 
 
 HEADER = Layout(HeaderRecord, HEADER_SIZE)
+
+
+def seal(header: HeaderRecord, body: bytes) -> bytes:
+    """Return the bytes of a metadata block up to `used`, with `used` and the checksum set."""
+    raw = HEADER.pack(header._replace(used=HEADER_SIZE + len(body))) + body
+    covered = raw[HEADER.offset("crc") + 4 :]
+    return crc32c(covered).to_bytes(4, "little") + covered
 
 
 class RootRecord(NamedTuple):

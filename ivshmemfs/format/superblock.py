@@ -81,6 +81,11 @@ def layout_signature() -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
 
+def fsid_of(uuid: bytes) -> int:
+    """Return the number that every root block repeats: the first eight bytes of the UUID."""
+    return int.from_bytes(uuid[:8], "little")
+
+
 class Superblock(NamedTuple):
     """A superblock that was checked: what callers work with."""
 
@@ -93,7 +98,7 @@ class Superblock(NamedTuple):
     @property
     def fsid(self) -> int:
         """The first eight bytes of the UUID, which every root block repeats."""
-        return int.from_bytes(self.uuid[:8], "little")
+        return fsid_of(self.uuid)
 
 
 def encode(uuid: bytes, label: str, geometry: Geometry, created_ns: int) -> bytes:
