@@ -16,7 +16,6 @@ from typing import NamedTuple
 
 from ivshmemfs.format import inode, node, peer, superblock, words
 from ivshmemfs.format.geometry import Geometry
-from ivshmemfs.region import crc32c
 
 ROOT_BLOCK = 0
 _INITIAL_SLOT = 1
@@ -43,10 +42,8 @@ class Image(NamedTuple):
     commit: int
 
 
-def _seal(kind: int, owner: int, tag: int, body: bytes) -> bytes:
-    used = node.HEADER_SIZE + len(body)
-    raw = node.HEADER.pack(node.HeaderRecord(0, kind, 0, 0, used, owner, tag)) + body
-    return crc32c(raw[4:]).to_bytes(4, "little") + raw[4:]
+def _node(kind: int, owner: int, tag: int, body: bytes) -> bytes:
+    return node.seal(node.HeaderRecord(0, kind, 0, 0, 0, owner, tag), body)
 
 
 def _directory(ino: int, permissions: int, tag: int, parameters: Parameters) -> bytes:
@@ -73,13 +70,13 @@ def _directory(ino: int, permissions: int, tag: int, parameters: Parameters) -> 
         xattr_inline=0,
         xattr_pointer=words.NULL,
     )
-    return _seal(node.INODE, ino, tag, inode.INODE.pack(record))
+    return _node(node.INODE, ino, tag, inode.INODE.pack(record))
 
 
 def _root(sequence: int, tag: int, parameters: Parameters) -> bytes:
     pointers = words.NULL + words.POINTER.pack(1, 1, tag) + words.POINTER.pack(2, 1, tag)
     record = node.RootRecord(
-        fsid=int.from_bytes(parameters.uuid[:8], "little"),
+        fsid=superblock.fsid_of(parameters.uuid),
         sequence=sequence,
         next_ino=inode.FIRST_INO,
         used=3,
@@ -89,7 +86,7 @@ def _root(sequence: int, tag: int, parameters: Parameters) -> bytes:
         height=0,
         slots=3,
     )
-    return _seal(node.ROOT, 0, tag, node.ROOT_RECORD.pack(record) + pointers)
+    return _node(node.ROOT, 0, tag, node.ROOT_RECORD.pack(record) + pointers)
 
 
 def _peer_table(incarnations: list[int]) -> bytes:

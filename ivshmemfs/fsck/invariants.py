@@ -29,18 +29,7 @@ INVARIANTS: dict[int, Check[Any]] = {}
 
 MAX_SIZE = (1 << 63) - 1  # bytes of a file; off_t
 MODE_MASK = 0o177777
-TARGET_MAX = 4095  # bytes of a symlink's target
 FUTURE = 1 << 19  # an incarnation up to this far ahead, modulo 2^20, has not been yet
-
-ALLOWED_PAYLOADS = {
-    stat.S_IFREG: (ino_format.EMPTY, ino_format.INLINE, ino_format.MAP),
-    stat.S_IFDIR: (ino_format.EMPTY, ino_format.DIRLEAF, ino_format.DIRTREE),
-    stat.S_IFLNK: (ino_format.INLINE, ino_format.MAP),
-    stat.S_IFIFO: (ino_format.EMPTY,),
-    stat.S_IFSOCK: (ino_format.EMPTY,),
-    stat.S_IFCHR: (ino_format.EMPTY,),
-    stat.S_IFBLK: (ino_format.EMPTY,),
-}
 
 
 def _invariant(number: int, note: bool = False) -> Callable[[Callable[P, Iterator[str]]], Check[P]]:
@@ -219,10 +208,10 @@ def check_inode(record: InodeRecord, used: int) -> Iterator[str]:
     """An inode record is sane: a known type, a payload that goes with it and fits its block, and
     fields that do not apply are zero."""
     kind = stat.S_IFMT(record.mode)
-    if kind not in ALLOWED_PAYLOADS or record.mode & ~MODE_MASK:
+    if kind not in ino_format.ALLOWED_PAYLOADS or record.mode & ~MODE_MASK:
         yield f"mode {record.mode:o} is of no file type"
         return
-    if record.payload not in ALLOWED_PAYLOADS[kind]:
+    if record.payload not in ino_format.ALLOWED_PAYLOADS[kind]:
         yield f"a payload of kind {record.payload} does not go with mode {record.mode:o}"
         return
     if ino_format.PAYLOAD_OFFSET + record.payload_size + record.xattr_inline != used:
@@ -255,7 +244,7 @@ def _check_payload(record: InodeRecord) -> Iterator[str]:
         yield f"{record.height} levels below a payload without pointers"
     if kind == ino_format.DIRTREE and not record.height:
         yield "a directory tree without levels"
-    if stat.S_ISLNK(record.mode) and not 1 <= record.size <= TARGET_MAX:
+    if stat.S_ISLNK(record.mode) and not 1 <= record.size <= ino_format.TARGET_MAX:
         yield f"a symlink to a target of {record.size} bytes"
 
 
@@ -387,7 +376,7 @@ def check_orphan(listed: bool, linked: bool) -> Iterator[str]:
 @_invariant(26)
 def check_orphan_name(name: bytes, target: int) -> Iterator[str]:
     """An entry of the list of inodes without links is named after the inode that it leads to."""
-    if name != b"%016x" % target:
+    if name != ino_format.orphan_name(target):
         yield f"{show(name)} leads to inode {target}"
 
 
@@ -431,12 +420,3 @@ def check_tail(tail: bytes) -> Iterator[str]:
     """The bytes beyond the end of a file in its last block are zero."""
     if any(tail):
         yield "its last block is not zero beyond the end of the file"
-
-
-def child_bounds(keys: Sequence[int], low: int, high: int) -> list[tuple[int, int]]:
-    """(lowest, beyond highest) key of each child of an interior node with range [low, high).
-
-    The first child's range begins where the node's does, whatever its bound says.
-    """
-    lows = [low, *keys[1:]]
-    return list(zip(lows, [*keys[1:], high], strict=True))

@@ -15,8 +15,8 @@ import click
 from ivshmemfs import __version__
 from ivshmemfs import command as shared
 from ivshmemfs.format.superblock import identify
-from ivshmemfs.fsck.checking import check
-from ivshmemfs.fsck.repairing import repair
+from ivshmemfs.fsck.check import check
+from ivshmemfs.fsck.repair import repair
 from ivshmemfs.fsck.report import Report
 from ivshmemfs.printing import say
 from ivshmemfs.region import open_region

@@ -12,12 +12,12 @@ from ivshmemfs.format import inode as ino_format
 from ivshmemfs.format import node as node_format
 from ivshmemfs.format import words, xattr
 from ivshmemfs.format.inode import INODE, PAYLOAD_OFFSET, InodeRecord
-from ivshmemfs.fsck.invariants import ALLOWED_PAYLOADS, MAX_SIZE, MODE_MASK, TARGET_MAX
+from ivshmemfs.fsck.invariants import MAX_SIZE, MODE_MASK
 
 _PRIVATE = 0o600  # permissions of what turned out to be something else than it said
 
 
-class Mended(NamedTuple):
+class SoundInode(NamedTuple):
     """An inode that does not contradict itself, and what was wrong with it before."""
 
     record: InodeRecord
@@ -44,7 +44,7 @@ class _Draft:
             self.changes.append(why)
 
 
-def mend(data: bytes) -> Mended:
+def make_sound(data: bytes) -> SoundInode:
     """The inode in a whole inode block's bytes in use (at least PAYLOAD_OFFSET of them)."""
     draft = _Draft(INODE.unpack(data, node_format.HEADER_SIZE))
     _mend_payload_kind(draft)
@@ -52,7 +52,7 @@ def mend(data: bytes) -> Mended:
     payload = _mend_payload(draft, data[PAYLOAD_OFFSET:])
     blob = _mend_xattr(draft, data[PAYLOAD_OFFSET + len(payload) :])
     _mend_rest(draft)
-    return Mended(draft.record, payload, blob, tuple(draft.changes))
+    return SoundInode(draft.record, payload, blob, tuple(draft.changes))
 
 
 def _mend_payload_kind(draft: _Draft) -> None:
@@ -75,7 +75,7 @@ def _mend_type(draft: _Draft) -> None:
     record = draft.record
     draft.set("impossible mode bits", mode=record.mode & MODE_MASK)
     kind = stat.S_IFMT(draft.record.mode)
-    if record.payload in ALLOWED_PAYLOADS.get(kind, ()):
+    if record.payload in ino_format.ALLOWED_PAYLOADS.get(kind, ()):
         return
     is_directory = record.payload in (ino_format.DIRLEAF, ino_format.DIRTREE)
     new = stat.S_IFDIR | 0o700 if is_directory else stat.S_IFREG | _PRIVATE
@@ -127,7 +127,7 @@ def _drop_xattr(draft: _Draft) -> bytes:
 
 def _mend_rest(draft: _Draft) -> None:
     record = draft.record
-    if stat.S_ISLNK(record.mode) and not 1 <= record.size <= TARGET_MAX:
+    if stat.S_ISLNK(record.mode) and not 1 <= record.size <= ino_format.TARGET_MAX:
         draft.set(
             f"a symlink to {record.size} bytes: now a regular file", mode=stat.S_IFREG | _PRIVATE
         )

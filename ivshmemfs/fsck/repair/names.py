@@ -1,42 +1,41 @@
-"""Deciding which names of a damaged region are kept, so that they make one tree again.
+"""Decides which names of a damaged region a repair keeps, so that they make one tree again.
 
-Starting at the root directory, every name that leads to an inode of its type is kept; of several
-names of one directory the first.  What no kept name leads to goes to /lost+found, except inodes
-without links: those that are listed as such stay so, the others are dropped.
+The repair starts at the root directory.  It keeps every name that leads to an inode of the name's
+type; of several equal names in one directory it keeps the first.  Inodes that no kept name leads
+to go to /lost+found.  An inode with link count 0 is different: the repair keeps it if the list of
+inodes without links has it, and drops it otherwise.
 """
 
 from __future__ import annotations
 
 import stat
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator
 from typing import NamedTuple
 
 from ivshmemfs.format import inode as ino_format
-from ivshmemfs.format import node as node_format
 from ivshmemfs.format.dirent import (
     COLLISIONS,
     INO_MASK,
-    NODE_ENTRY,
     TYPE_SHIFT,
+    Interior,
     Leaf,
-    decode_interior,
     decode_leaf,
     name_key,
 )
-from ivshmemfs.format.node import HEADER, HEADER_SIZE
+from ivshmemfs.format.node import HEADER
 from ivshmemfs.fsck import invariants as inv
-from ivshmemfs.fsck.mend import Mended, mend
-from ivshmemfs.fsck.survey import Survey, pointers_in
-from ivshmemfs.fsck.walk import KEY_END, names_of
+from ivshmemfs.fsck.repair.inodes import SoundInode, make_sound
+from ivshmemfs.fsck.repair.survey import LenientDirectory, NodeReader, Settled, Survey
+from ivshmemfs.fsck.walk import KEY_END, KeyRange, Pointer, names_of
 
 DIRECTORY = stat.S_IFDIR >> 12
 LOST_AND_FOUND = b"lost+found"
 ROOT, ORPHANS = ino_format.ROOT_INO, ino_format.ORPHANS_INO
 
 
-class Entry(NamedTuple):
-    """One name; `kind` is mode >> 12 of what it leads to."""
+class FoundName(NamedTuple):
+    """One name in a directory; `kind` is mode >> 12 of the inode that it leads to."""
 
     key: int
     ino: int
@@ -44,107 +43,92 @@ class Entry(NamedTuple):
     name: bytes
 
 
-class Contents:
-    """All readable entries of one directory, and whether it can stay as it is."""
+class DirectoryContents:
+    """All readable names of one directory, and whether its tree can stay as it is.
+
+    It is the keeper of the walk of that directory.
+    """
 
     def __init__(self) -> None:
-        self.entries: list[Entry] = []
-        self.nodes: dict[int, int] = {}  # block -> tag of every node of the tree
+        self.names: list[FoundName] = []
+        self.nodes: dict[int, int] = {}  # tag by block, of every node of the tree
         self.intact = True
 
     def require(self, good: bool) -> None:
-        """Rebuild the directory unless `good`."""
+        """Mark the directory for rebuilding unless `good`."""
         self.intact = self.intact and good
 
+    def lost(self) -> None:
+        """See DirectoryKeeper."""
+        self.intact = False
 
-class Reader:
-    """Reads directories of a survey."""
+    def node(self, pointer: Pointer, blocks: int) -> None:
+        """See DirectoryKeeper."""
+        block, weight, tag = pointer
+        self.nodes[block] = tag
+        self.require(weight == blocks)
+
+    def interior(self, node: Interior, count: int, keys: KeyRange, top: bool) -> None:
+        """See DirectoryKeeper."""
+        self.require(count == node.count)
+        self.require(not any(inv.check_directory_bounds(node.keys, *keys, top)))
+
+    def leaf(self, raw: bytes, count: int, keys: KeyRange) -> None:
+        """See DirectoryKeeper; a leaf block has at least one name."""
+        self.require(count > 0)
+        self.add_leaf(raw, count, keys)
+
+    def add_leaf(self, raw: bytes, count: int, keys: KeyRange) -> None:
+        """Take the names of a leaf, if its bytes can be read."""
+        try:
+            leaf = decode_leaf(raw, count)
+        except ValueError:
+            self.intact = False
+            return
+        self.require(not any(inv.check_directory_keys(leaf.keys, *keys)))
+        self.names += names_in(leaf)
+
+
+class DirectoryReader:
+    """Reads the directories of a survey that has ended."""
 
     def __init__(self, survey: Survey) -> None:
         self._survey = survey
 
-    def inode(self, row: int) -> Mended:
-        """A kept inode, made sane."""
-        rows = self._survey.rows
-        data = self._survey.image.block(rows.blocks[row])
-        return mend(data[: min(HEADER.unpack(data).used, len(data))])
+    def inode(self, row: int) -> SoundInode:
+        """Return a kept inode, without contradictions."""
+        data = self._survey.image.block(self._survey.inodes.blocks[row])
+        return make_sound(data[: min(HEADER.unpack(data).used, len(data))])
 
-    def contents(self, row: int) -> Contents:
-        """The entries of the directory in `row`."""
-        found, ino = Contents(), self._survey.rows.numbers[row]
-        whole = self.inode(row)
-        record = whole.record
+    def contents(self, row: int) -> DirectoryContents:
+        """Return the names of the directory in `row`."""
+        survey, found = self._survey, DirectoryContents()
+        ino, sound = survey.inodes.numbers[row], self.inode(row)
+        record = sound.record
         if record.payload == ino_format.DIRLEAF:
-            self._leaf(found, whole.payload, record.entries, 0, KEY_END)
+            found.add_leaf(sound.payload, record.entries, (0, KEY_END))
         elif record.payload == ino_format.DIRTREE:
-            span = (0, KEY_END)
-            self._interior(found, whole.payload, record.height, span, ino, True)
-            found.require(ino not in self._survey.damaged_directories)
-        return found  # a wrong count of entries alone is no reason to store the tree anew
-
-    def _interior(
-        self, found: Contents, raw: bytes, height: int, span: tuple[int, int], ino: int, top: bool
-    ) -> int:
-        """Read what is below an interior node; returns the number of blocks there."""
-        try:
-            node = decode_interior(raw, len(raw) // NODE_ENTRY)
-        except ValueError:
-            found.require(False)
-            return 0
-        found.require(not any(inv.check_directory_bounds(node.keys, *span, top)))
-        bounds, below = inv.child_bounds(node.keys, *span), 0
-        for (block, weight, tag), child in zip(pointers_in(node.pointers), bounds, strict=True):
-            count = self._child(found, block, tag, height - 1, child, ino)
-            found.require(count == weight)
-            below += count
-        return below
-
-    def _child(
-        self, found: Contents, block: int, tag: int, level: int, span: tuple[int, int], ino: int
-    ) -> int:
-        survey = self._survey
-        kind = node_format.DIRNODE if level else node_format.DIRLEAF
-        if not survey.mine(block, tag, ino) or block in found.nodes:
-            found.require(False)
-            return 0
-        data = survey.read(block, tag, kind, level, ino)
-        if data is None:
-            found.require(False)
-            return 0
-        found.nodes[block] = tag
-        count, body = HEADER.unpack(data).count, data[HEADER_SIZE:]
-        if level:
-            found.require(count == len(body) // NODE_ENTRY)
-            return 1 + self._interior(found, body, level, span, ino, False)
-        found.require(count > 0)
-        self._leaf(found, body, count, *span)
-        return 1
-
-    def _leaf(self, found: Contents, raw: bytes, count: int, low: int, high: int) -> None:
-        try:
-            leaf = decode_leaf(raw, count)
-        except ValueError:
-            found.require(False)
-            return
-        found.require(not any(inv.check_directory_keys(leaf.keys, low, high)))
-        found.entries += entries_of(leaf)
+            reader = NodeReader(survey.image, Settled(survey.claims, Counter()))
+            LenientDirectory(reader, ino, found).walk(sound.payload, record.height)
+            found.require(ino not in survey.damaged_directories)
+        return found  # the repair corrects a wrong count of names without a new tree
 
 
-def entries_of(leaf: Leaf) -> Iterator[Entry]:
-    """The entries in a leaf."""
+def names_in(leaf: Leaf) -> Iterator[FoundName]:
+    """Return the names in a leaf."""
     for key, both, name in zip(leaf.keys, leaf.inos, names_of(leaf), strict=True):
-        yield Entry(key, both & INO_MASK, both >> TYPE_SHIFT, name)
+        yield FoundName(key, both & INO_MASK, both >> TYPE_SHIFT, name)
 
 
-class Graph:
+class KeptNames:
     """The names that are kept, and what must be stored anew for it."""
 
     def __init__(self, survey: Survey) -> None:
         self.survey = survey
-        self.rows = survey.rows
-        self.reader = Reader(survey)
+        self.inodes = survey.inodes
+        self.reader = DirectoryReader(survey)
         self.secret = survey.image.superblock.uuid
-        self.rewritten: dict[int, list[Entry]] = {}  # directories that cannot stay as they are
+        self.rewritten: dict[int, list[FoundName]] = {}  # directories that cannot stay as they are
         self.created: list[int] = []  # directories that did not exist
         self._leaves = survey.search_leaves()
         self._seen: set[int] = set()
@@ -164,18 +148,18 @@ class Graph:
     # --- inodes that must exist ---
 
     def _ensure_directory(self, ino: int) -> None:
-        at = self.rows.index(ino)
+        at = self.inodes.index(ino)
         if at < 0:
             self.survey.log.add(f"inode {ino} is made anew as an empty directory")
-            self.rows.insert(ino, 0, 0, DIRECTORY, 2)
+            self.inodes.insert(ino, 0, 0, DIRECTORY, 2)
             self.created.append(ino)
             self.rewritten[ino] = []
-        elif self.rows.kinds[at] != DIRECTORY:
+        elif self.inodes.kinds[at] != DIRECTORY:
             self.survey.log.add(f"inode {ino} was no directory; now it is an empty one")
-            self.rows.kinds[at] = DIRECTORY
+            self.inodes.kinds[at] = DIRECTORY
             self.created.append(ino)
             self.rewritten[ino] = []
-        self.rows.parents[self.rows.index(ino)] = ino
+        self.inodes.parents[self.inodes.index(ino)] = ino
 
     # --- spreading from a directory ---
 
@@ -190,19 +174,19 @@ class Graph:
                     self._seen.add(entry.ino)
                     queue.append(entry.ino)
 
-    def _contents(self, ino: int) -> Contents:
+    def _contents(self, ino: int) -> DirectoryContents:
         if ino in self.created:
-            return Contents()
-        found = self.reader.contents(self.rows.index(ino))
+            return DirectoryContents()
+        found = self.reader.contents(self.inodes.index(ino))
         for leaf in self._leaves.get(ino, ()):
-            found.entries += entries_of(leaf)
+            found.names += names_in(leaf)
             found.intact = False
         return found
 
-    def _keep_names(self, ino: int) -> list[Entry]:
+    def _keep_names(self, ino: int) -> list[FoundName]:
         found = self._contents(ino)
-        kept: dict[bytes, Entry] = {}
-        for entry in found.entries:
+        kept: dict[bytes, FoundName] = {}
+        for entry in found.names:
             mended = self._judge(ino, entry, kept)
             if mended is not None:
                 kept[entry.name] = mended
@@ -213,13 +197,15 @@ class Graph:
             self.rewritten[ino] = self.rewritten.get(ino, []) + entries
         return entries
 
-    def _judge(self, parent: int, entry: Entry, kept: dict[bytes, Entry]) -> Entry | None:
+    def _judge(
+        self, parent: int, entry: FoundName, kept: dict[bytes, FoundName]
+    ) -> FoundName | None:
         """The entry as it is kept, or None with a word in the log."""
         name, log = inv.show(entry.name), self.survey.log
-        at = self.rows.index(entry.ino)
+        at = self.inodes.index(entry.ino)
         base = name_key(entry.name, self.secret) if entry.name else 0
         problems = list(inv.check_name(entry.name, base, self.secret))
-        found = self.rows.kinds[at] if at >= 0 else None
+        found = self.inodes.kinds[at] if at >= 0 else None
         problems += inv.check_target(entry.name, entry.ino, found or 0, found)
         if entry.name in kept:
             if kept[entry.name].ino == entry.ino:
@@ -228,35 +214,35 @@ class Graph:
         if problems:
             log.add(f"directory {parent}: {name} is dropped: {problems[0]}")
             return None
-        if found == DIRECTORY and self.rows.parents[at]:
-            other = self.rows.parents[at]
+        if found == DIRECTORY and self.inodes.parents[at]:
+            other = self.inodes.parents[at]
             log.add(f"directory {parent}: {name} is dropped: directory {entry.ino} stands in "
                     f"directory {other}")  # fmt: skip
             return None
         key = entry.key if 0 <= entry.key - base < COLLISIONS else base
         return entry._replace(key=key, kind=found or 0)
 
-    def _count(self, parent: int, entry: Entry) -> None:
-        at = self.rows.index(entry.ino)
-        self.rows.links[at] += 1
+    def _count(self, parent: int, entry: FoundName) -> None:
+        at = self.inodes.index(entry.ino)
+        self.inodes.links[at] += 1
         if entry.kind == DIRECTORY:
-            self.rows.parents[at] = parent
-            self.rows.subdirs[self.rows.index(parent)] += 1
+            self.inodes.parents[at] = parent
+            self.inodes.subdirs[self.inodes.index(parent)] += 1
 
     # --- what no name leads to ---
 
     def _orphans(self) -> set[int]:
         """Inodes that stay listed as without links."""
         found = self._contents(ORPHANS)
-        listed: dict[int, Entry] = {}
-        for entry in found.entries:
-            at = self.rows.index(entry.ino)
-            name = b"%016x" % entry.ino
+        listed: dict[int, FoundName] = {}
+        for entry in found.names:
+            at = self.inodes.index(entry.ino)
+            name = ino_format.orphan_name(entry.ino)
             base = name_key(name, self.secret)
             good = at >= 0 and entry.ino not in (ROOT, ORPHANS) and entry.ino not in listed
-            good = good and not self.rows.links[at] and not self.rows.nlinks[at]
-            kind = self.rows.kinds[at] if at >= 0 else 0
-            mended = Entry(entry.key if entry.key - base in range(COLLISIONS) else base,
+            good = good and not self.inodes.links[at] and not self.inodes.nlinks[at]
+            kind = self.inodes.kinds[at] if at >= 0 else 0
+            mended = FoundName(entry.key if entry.key - base in range(COLLISIONS) else base,
                            entry.ino, kind, name)  # fmt: skip
             found.require(good and mended == entry)
             if good:
@@ -266,41 +252,43 @@ class Graph:
             self.rewritten[ORPHANS] = list(listed.values())
         return set(listed)
 
-    def _lost_directories(self) -> Iterator[Entry]:
+    def _lost_directories(self) -> Iterator[FoundName]:
         """Directories that hang in the air, tops of their trees first, then cycles."""
-        rows = self.rows
+        inodes = self.inodes
         lost = [
             ino
-            for ino, kind in zip(rows.numbers, rows.kinds, strict=True)
+            for ino, kind in zip(inodes.numbers, inodes.kinds, strict=True)
             if kind == DIRECTORY and ino not in (ROOT, ORPHANS) and ino not in self._seen
         ]
         below = {ino: self._subdirectories(ino) for ino in lost}
         held = {child for children in below.values() for child in children}
         for ino in sorted(lost, key=lambda ino: (ino in held, ino)):
             if ino not in self._seen:
-                rows.parents[rows.index(ino)] = ROOT  # a place holder: nothing below may take it
+                inodes.parents[inodes.index(ino)] = (
+                    ROOT  # a place holder: nothing below may take it
+                )
                 self._spread(ino)
-                yield Entry(0, ino, DIRECTORY, b"#%d" % ino)
+                yield FoundName(0, ino, DIRECTORY, b"#%d" % ino)
 
     def _subdirectories(self, ino: int) -> set[int]:
-        entries = self._contents(ino).entries
+        entries = self._contents(ino).names
         return {e.ino for e in entries if e.ino != ino and e.kind == DIRECTORY}
 
-    def _lost_files(self, listed: set[int]) -> list[Entry]:
-        rows, lost = self.rows, []
-        for at, ino in enumerate(rows.numbers):
-            if rows.links[at] or rows.kinds[at] == DIRECTORY or ino in listed:
+    def _lost_files(self, listed: set[int]) -> list[FoundName]:
+        inodes, lost = self.inodes, []
+        for at, ino in enumerate(inodes.numbers):
+            if inodes.links[at] or inodes.kinds[at] == DIRECTORY or ino in listed:
                 continue
-            if rows.nlinks[at] == 0:
+            if inodes.nlinks[at] == 0:
                 self.survey.log.add(f"inode {ino} has no links and is dropped")
-                rows.gone[at] = 1
+                inodes.dropped[at] = 1
             else:
-                lost.append(Entry(0, ino, rows.kinds[at], b"#%d" % ino))
+                lost.append(FoundName(0, ino, inodes.kinds[at], b"#%d" % ino))
         return lost
 
     # --- /lost+found ---
 
-    def _rescue(self, lost: list[Entry]) -> None:
+    def _rescue(self, lost: list[FoundName]) -> None:
         home, taken = self._lost_and_found()
         entries = self.rewritten[home]
         for entry in lost:
@@ -325,24 +313,24 @@ class Graph:
         while name in {e.name for e in top}:
             name += b"_"
         ino = self.next_ino()
-        self.rows.insert(ino, 0, 0, DIRECTORY, 2)
+        self.inodes.insert(ino, 0, 0, DIRECTORY, 2)
         self.created.append(ino)
         self._seen.add(ino)
-        entry = Entry(name_key(name, self.secret), ino, DIRECTORY, name)
+        entry = FoundName(name_key(name, self.secret), ino, DIRECTORY, name)
         self.rewritten[ROOT] = [*top, entry]
         self.rewritten[ino] = []
         self._count(ROOT, entry)
         return ino, set()
 
-    def _entries(self, ino: int) -> list[Entry]:
+    def _entries(self, ino: int) -> list[FoundName]:
         """The names that are kept of a directory that was decided already."""
         if ino in self.rewritten:
             return self.rewritten[ino]
-        return self._contents(ino).entries
+        return self._contents(ino).names
 
     def next_ino(self) -> int:
         """A number above all that are or were in use, as far as anybody can tell."""
         stated = self.survey.next_ino
-        highest = max(self.rows.numbers, default=0)
+        highest = max(self.inodes.numbers, default=0)
         wanted = max(highest + 1, ino_format.FIRST_INO)
         return stated if wanted <= stated <= ino_format.MAX_INO else min(wanted, ino_format.MAX_INO)

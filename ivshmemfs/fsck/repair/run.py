@@ -11,13 +11,14 @@ import time
 
 from ivshmemfs.errors import Busy, InUse, UnsupportedVersion
 from ivshmemfs.format import peer, superblock, words
-from ivshmemfs.fsck.checking import check, check_image
-from ivshmemfs.fsck.graph import Graph
+from ivshmemfs.fsck.check import StrictRun, check, check_image
 from ivshmemfs.fsck.image import Image, Overtaken, Superblocks, read_superblocks
-from ivshmemfs.fsck.rebuild import Builder
+from ivshmemfs.fsck.repair.names import KeptNames
+from ivshmemfs.fsck.repair.slots import SlotPlan
+from ivshmemfs.fsck.repair.survey import RepairLog, Survey
+from ivshmemfs.fsck.repair.trees import TreeBuilder
+from ivshmemfs.fsck.repair.writer import RepairedTree, RepairWriter
 from ivshmemfs.fsck.report import Report
-from ivshmemfs.fsck.survey import Log, Survey
-from ivshmemfs.fsck.walk import Walker
 from ivshmemfs.region import Memory, Region
 from ivshmemfs.shm.repair import Turn
 from ivshmemfs.shm.watch import Watch
@@ -70,7 +71,7 @@ def repair(region: Region | Memory, *, force: bool = False) -> Report:
         report = work.run(before)
         turn.publish(work.root_block)
     except BaseException:  # a signal as well
-        if not work.spoils:  # else the former root is not fit to be given back
+        if not work.overwrites:  # else the former root is not fit to be given back
             turn.give_up()
         raise
     work.release()
@@ -107,10 +108,10 @@ class _Repair:
         self._found = found
         self._turn = turn
         self._watch = watch
-        self._builder: Builder | None = None  # of the last round
+        self._writer: RepairWriter | None = None  # of the last round
         self._commit = turn.former
-        self.spoils = False  # whether blocks of the former root are being written over
-        self.log = Log()
+        self.overwrites = False  # whether blocks of the former root are being written over
+        self.log = RepairLog()
 
     @property
     def root_block(self) -> int:
@@ -138,7 +139,7 @@ class _Repair:
 
     def release(self) -> None:
         """After the commit: free all that it does not reach."""
-        freed = self._builder.release() if self._builder is not None else 0
+        freed = self._writer.release() if self._writer is not None else 0
         if freed:
             self.log.add(f"{freed} claimed blocks that nobody reached are free again")
 
@@ -157,11 +158,11 @@ class _Repair:
     def _round(self) -> None:
         nonsense = 0
         for _ in range(ATTEMPTS):
-            log = Log()
+            log = RepairLog()
             try:
-                builder, commit = self._build(log)
-                self.spoils |= builder.crowded
-                builder.store()
+                tree, writer = self._build(log)
+                self.overwrites |= tree.overwrites
+                writer.store()
             except Overtaken:
                 self._turn.beat()
                 continue
@@ -175,28 +176,29 @@ class _Repair:
                 continue
             for line in log.text():
                 self.log.add(line)
-            self._commit = commit
-            self._builder = builder
+            self._commit = tree.commit
+            self._writer = writer
             return
         raise Busy("other peers claim and release blocks too fast: try again when it is quieter")
 
-    def _build(self, log: Log) -> tuple[Builder, int]:
+    def _build(self, log: RepairLog) -> tuple[RepairedTree, RepairWriter]:
         image = self._image()
         living = frozenset(p.slot for p in _joined(self._watch))
-        walker = Walker(image, Report())
-        walker.run()
-        survey = Survey(image, walker.refs, log)
+        strict = StrictRun(image, Report())
+        strict.run()
+        survey = Survey(image, strict.owners, log)
         survey.run()
-        graph = Graph(survey)
-        graph.run()
-        builder = Builder(graph, self._turn, living)
-        commit = builder.build()
-        if builder.crowded:
+        names = KeptNames(survey)
+        names.run()
+        pairs = zip(survey.tags, survey.owners, strict=True)
+        slots = SlotPlan(image.states, (tag for tag, owner in pairs if owner), living)
+        tree = TreeBuilder(names, slots, self._turn.tag).build()
+        if tree.overwrites:
             log.add("the region is so full that replaced blocks were written over")
-        return builder, commit
+        return tree, RepairWriter(tree, survey, slots, self._turn)
 
 
-def _repair_superblocks(memory: Memory, found: Superblocks, log: Log) -> None:
+def _repair_superblocks(memory: Memory, found: Superblocks, log: RepairLog) -> None:
     if found.raw != found.good:
         memory.write(superblock.OFFSET, found.good)
         log.add("the superblock is restored from its copy")
