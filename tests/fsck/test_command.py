@@ -75,9 +75,9 @@ def test_a_leak_is_a_note(made: TestRegion, capsys: pytest.CaptureFixture[str]) 
         knife.set_tag(knife.free_block(), knife.tag(knife.root))
     assert run("-n", made.path) == 0
     out = capsys.readouterr().out
-    assert out.startswith("note: I29 1 claimed blocks are reachable by nobody\n")
+    assert out.startswith("note: I29 1 claimed blocks cannot be reached from the root\n")
     assert run("-y", made.path) == 1
-    assert "1 claimed blocks that nobody reached are free again" in capsys.readouterr().out
+    assert "1 claimed blocks that no root reached are free again" in capsys.readouterr().out
     assert run("-y", made.path) == 0
 
 

@@ -190,7 +190,7 @@ def test_a_root_directory_that_is_lost_is_made_anew(made: TestRegion) -> None:
         knife = Knife(region.memory)
         knife.flip(knife.block_of(1), 60, seal=False)
     fs, told = repaired(made)
-    assert "inode 1 is made anew as an empty directory" in told
+    assert "inode 1 is now a new empty directory" in told
     assert names_in(fs, 1) == {b"lost+found"}
     assert {b"#%d" % Names.folder, b"#%d" % Names.crowd, b"#%d" % Names.near} <= lost(fs)
     assert b"#%d" % Names.small not in lost(fs)  # the crowd has names for it

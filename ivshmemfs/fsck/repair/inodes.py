@@ -1,6 +1,6 @@
-"""Making one damaged inode sane: what its own block says, without looking at anything else.
+"""Makes one damaged inode sound, from the bytes of its own block alone.
 
-Nothing is invented: a field that contradicts the rest is cut down to what the rest supports.
+It invents nothing.  If a field contradicts the others, it gets the value that the others support.
 """
 
 from __future__ import annotations
@@ -14,24 +14,24 @@ from ivshmemfs.format import words, xattr
 from ivshmemfs.format.inode import INODE, PAYLOAD_OFFSET, InodeRecord
 from ivshmemfs.fsck.invariants import MAX_SIZE, MODE_MASK
 
-_PRIVATE = 0o600  # permissions of what turned out to be something else than it said
+_PRIVATE = 0o600  # permissions of an inode that gets another file type
 
 
 class SoundInode(NamedTuple):
-    """An inode that does not contradict itself, and what was wrong with it before."""
+    """An inode that does not contradict itself, and what changed for that."""
 
     record: InodeRecord
     payload: bytes
-    xattr: bytes  # inline
-    changes: tuple[str, ...]
+    xattr: bytes  # extended attributes in the inode block
+    changes: tuple[str, ...]  # a line for each
 
     def body(self) -> bytes:
-        """Everything after the node header."""
+        """Return the bytes after the node header."""
         return INODE.pack(self.record) + self.payload + self.xattr
 
 
 class _Draft:
-    """A record being changed; every change gets a word in the log."""
+    """A record under repair; it notes a line for every change."""
 
     def __init__(self, record: InodeRecord) -> None:
         self.record = record
@@ -45,7 +45,7 @@ class _Draft:
 
 
 def make_sound(data: bytes) -> SoundInode:
-    """The inode in a whole inode block's bytes in use (at least PAYLOAD_OFFSET of them)."""
+    """Return the inode in the used bytes of an inode block; at least PAYLOAD_OFFSET bytes."""
     draft = _Draft(INODE.unpack(data, node_format.HEADER_SIZE))
     _mend_payload_kind(draft)
     _mend_type(draft)
@@ -65,15 +65,15 @@ def _mend_payload_kind(draft: _Draft) -> None:
             payload=ino_format.EMPTY, height=0, size=0,
         )  # fmt: skip
     elif record.payload == ino_format.DIRTREE and not record.height:
-        draft.set("a directory tree without levels is empty", payload=ino_format.EMPTY)
+        draft.set("its directory tree has no levels: now empty", payload=ino_format.EMPTY)
     elif not pointers:
-        draft.set("levels without pointers", height=0)
+        draft.set("it had levels, but no pointers", height=0)
 
 
 def _mend_type(draft: _Draft) -> None:
-    """The payload tells better than the mode what something is, since it has a structure."""
+    """Make the mode follow the payload, which has a structure that shows what it is."""
     record = draft.record
-    draft.set("impossible mode bits", mode=record.mode & MODE_MASK)
+    draft.set("it had impossible mode bits", mode=record.mode & MODE_MASK)
     kind = stat.S_IFMT(draft.record.mode)
     if record.payload in ino_format.ALLOWED_PAYLOADS.get(kind, ()):
         return
@@ -133,10 +133,10 @@ def _mend_rest(draft: _Draft) -> None:
         )
     kind = stat.S_IFMT(draft.record.mode)
     if kind not in (stat.S_IFREG, stat.S_IFLNK):
-        draft.set("a size, and it is no file", size=0)
+        draft.set("it had a size, but is not a file", size=0)
     if kind not in (stat.S_IFCHR, stat.S_IFBLK):
-        draft.set("a device number, and it is no device", rdev=0)
+        draft.set("it had a device number, but is not a device", rdev=0)
     elif record.rdev >> 32:
-        draft.set("a device number of more than 32 bits", rdev=0)
+        draft.set("it had a device number of more than 32 bits", rdev=0)
     if kind != stat.S_IFDIR:
-        draft.set("directory fields, and it is no directory", parent=0, entries=0)
+        draft.set("it had directory fields, but is not a directory", parent=0, entries=0)

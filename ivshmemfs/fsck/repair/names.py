@@ -121,21 +121,20 @@ def names_in(leaf: Leaf) -> Iterator[FoundName]:
 
 
 class KeptNames:
-    """The names that are kept, and what must be stored anew for it."""
+    """The names that a repair keeps, and the directories that it must store anew for them."""
 
     def __init__(self, survey: Survey) -> None:
         self.survey = survey
         self.inodes = survey.inodes
         self.reader = DirectoryReader(survey)
         self.secret = survey.image.superblock.uuid
-        self.rewritten: dict[int, list[FoundName]] = {}  # directories that cannot stay as they are
-        self.created: list[int] = []  # directories that did not exist
+        self.rewritten: dict[int, list[FoundName]] = {}  # names of directories to store anew
+        self.created: list[int] = []  # directories that the repair adds
         self._leaves = survey.search_leaves()
-        self._seen: set[int] = set()
-        self._next = 0
+        self._seen: set[int] = set()  # directories whose names are decided
 
     def run(self) -> None:
-        """Decide everything."""
+        """Decide about all names."""
         for ino in (ROOT, ORPHANS):
             self._ensure_directory(ino)
         self._spread(ROOT)
@@ -150,12 +149,12 @@ class KeptNames:
     def _ensure_directory(self, ino: int) -> None:
         at = self.inodes.index(ino)
         if at < 0:
-            self.survey.log.add(f"inode {ino} is made anew as an empty directory")
+            self.survey.log.add(f"inode {ino} is now a new empty directory")
             self.inodes.insert(ino, 0, 0, DIRECTORY, 2)
             self.created.append(ino)
             self.rewritten[ino] = []
         elif self.inodes.kinds[at] != DIRECTORY:
-            self.survey.log.add(f"inode {ino} was no directory; now it is an empty one")
+            self.survey.log.add(f"inode {ino} was not a directory; now it is an empty one")
             self.inodes.kinds[at] = DIRECTORY
             self.created.append(ino)
             self.rewritten[ino] = []
@@ -169,10 +168,10 @@ class KeptNames:
         self._seen.add(start)
         while queue:
             ino = queue.popleft()
-            for entry in self._keep_names(ino):
-                if entry.kind == DIRECTORY and entry.ino not in self._seen:
-                    self._seen.add(entry.ino)
-                    queue.append(entry.ino)
+            for kept in self._keep_names(ino):
+                if kept.kind == DIRECTORY and kept.ino not in self._seen:
+                    self._seen.add(kept.ino)
+                    queue.append(kept.ino)
 
     def _contents(self, ino: int) -> DirectoryContents:
         if ino in self.created:
@@ -187,20 +186,20 @@ class KeptNames:
         found = self._contents(ino)
         kept: dict[bytes, FoundName] = {}
         for entry in found.names:
-            mended = self._judge(ino, entry, kept)
-            if mended is not None:
-                kept[entry.name] = mended
-                self._count(ino, mended)
-            found.require(mended == entry)
-        entries = list(kept.values())
+            kept_name = self._judge(ino, entry, kept)
+            if kept_name is not None:
+                kept[entry.name] = kept_name
+                self._count(ino, kept_name)
+            found.require(kept_name == entry)
+        names = list(kept.values())
         if not found.intact:
-            self.rewritten[ino] = self.rewritten.get(ino, []) + entries
-        return entries
+            self.rewritten[ino] = self.rewritten.get(ino, []) + names
+        return names
 
     def _judge(
         self, parent: int, entry: FoundName, kept: dict[bytes, FoundName]
     ) -> FoundName | None:
-        """The entry as it is kept, or None with a word in the log."""
+        """Return `entry` as the repair keeps it; None, and a line in the log, if it drops it."""
         name, log = inv.show(entry.name), self.survey.log
         at = self.inodes.index(entry.ino)
         base = name_key(entry.name, self.secret) if entry.name else 0
@@ -216,7 +215,7 @@ class KeptNames:
             return None
         if found == DIRECTORY and self.inodes.parents[at]:
             other = self.inodes.parents[at]
-            log.add(f"directory {parent}: {name} is dropped: directory {entry.ino} stands in "
+            log.add(f"directory {parent}: {name} is dropped: directory {entry.ino} is in "
                     f"directory {other}")  # fmt: skip
             return None
         key = entry.key if 0 <= entry.key - base < COLLISIONS else base
@@ -229,10 +228,10 @@ class KeptNames:
             self.inodes.parents[at] = parent
             self.inodes.subdirs[self.inodes.index(parent)] += 1
 
-    # --- what no name leads to ---
+    # --- inodes that no kept name leads to ---
 
     def _orphans(self) -> set[int]:
-        """Inodes that stay listed as without links."""
+        """Return the inodes that stay in the list of inodes without links."""
         found = self._contents(ORPHANS)
         listed: dict[int, FoundName] = {}
         for entry in found.names:
@@ -242,18 +241,18 @@ class KeptNames:
             good = at >= 0 and entry.ino not in (ROOT, ORPHANS) and entry.ino not in listed
             good = good and not self.inodes.links[at] and not self.inodes.nlinks[at]
             kind = self.inodes.kinds[at] if at >= 0 else 0
-            mended = FoundName(entry.key if entry.key - base in range(COLLISIONS) else base,
-                           entry.ino, kind, name)  # fmt: skip
-            found.require(good and mended == entry)
+            key = entry.key if entry.key - base in range(COLLISIONS) else base
+            kept_name = FoundName(key, entry.ino, kind, name)
+            found.require(good and kept_name == entry)
             if good:
-                listed[entry.ino] = mended
+                listed[entry.ino] = kept_name
         if not found.intact:
-            self.survey.log.add("the list of inodes without links is made anew")
+            self.survey.log.add("the list of inodes without links is stored anew")
             self.rewritten[ORPHANS] = list(listed.values())
         return set(listed)
 
     def _lost_directories(self) -> Iterator[FoundName]:
-        """Directories that hang in the air, tops of their trees first, then cycles."""
+        """Return the directories that no kept name leads to: tops of trees first, then cycles."""
         inodes = self.inodes
         lost = [
             ino
@@ -271,8 +270,8 @@ class KeptNames:
                 yield FoundName(0, ino, DIRECTORY, b"#%d" % ino)
 
     def _subdirectories(self, ino: int) -> set[int]:
-        entries = self._contents(ino).names
-        return {e.ino for e in entries if e.ino != ino and e.kind == DIRECTORY}
+        names = self._contents(ino).names
+        return {e.ino for e in names if e.ino != ino and e.kind == DIRECTORY}
 
     def _lost_files(self, listed: set[int]) -> list[FoundName]:
         inodes, lost = self.inodes, []
@@ -290,25 +289,28 @@ class KeptNames:
 
     def _rescue(self, lost: list[FoundName]) -> None:
         home, taken = self._lost_and_found()
-        entries = self.rewritten[home]
+        names = self.rewritten[home]
         for entry in lost:
             name = entry.name
             while name in taken:
                 name += b"_"
             taken.add(name)
             kept = entry._replace(name=name, key=name_key(name, self.secret))
-            entries.append(kept)
+            names.append(kept)
             self._count(home, kept)
             self.survey.log.add(f"inode {entry.ino} goes to /lost+found/{name.decode()}")
 
     def _lost_and_found(self) -> tuple[int, set[bytes]]:
-        """Inode of /lost+found (made if need be, and to be stored anew), and the names in it."""
-        top = self._entries(ROOT)
+        """Return the inode of /lost+found and the names in it; create it if it does not exist.
+
+        The repair stores this directory anew.
+        """
+        top = self._decided(ROOT)
         present = next((e for e in top if e.name == LOST_AND_FOUND), None)
         if present is not None and present.kind == DIRECTORY:
-            entries = self._entries(present.ino)
-            self.rewritten[present.ino] = entries
-            return present.ino, {e.name for e in entries}
+            names = self._decided(present.ino)
+            self.rewritten[present.ino] = names
+            return present.ino, {e.name for e in names}
         name = LOST_AND_FOUND
         while name in {e.name for e in top}:
             name += b"_"
@@ -322,14 +324,14 @@ class KeptNames:
         self._count(ROOT, entry)
         return ino, set()
 
-    def _entries(self, ino: int) -> list[FoundName]:
-        """The names that are kept of a directory that was decided already."""
+    def _decided(self, ino: int) -> list[FoundName]:
+        """Return the names that the repair keeps in a directory, once they are decided."""
         if ino in self.rewritten:
             return self.rewritten[ino]
         return self._contents(ino).names
 
     def next_ino(self) -> int:
-        """A number above all that are or were in use, as far as anybody can tell."""
+        """Return a number above all inode numbers in use, and above those once in use if known."""
         stated = self.survey.next_ino
         highest = max(self.inodes.numbers, default=0)
         wanted = max(highest + 1, ino_format.FIRST_INO)

@@ -346,7 +346,7 @@ class Survey:
             table = LenientRadix(self.reader, 0, ino_format.MAX_INO + 1, _TableSurvey(self))
             table.walk(self.root.slots, self.root.record.height)
         else:
-            self.log.add("no root block could be used: all inodes are searched for")
+            self.log.add("no root block is usable: the repair searches all blocks for inodes")
             self.table_damaged = True
         if self.table_damaged:
             self._search_inodes()
@@ -365,7 +365,7 @@ class Survey:
         if named is not None and named.tag == self.image.tags[named.block]:
             self.next_ino = named.record.next_ino
             return named
-        self.log.add("the commit word leads to no root block: another one is searched for")
+        self.log.add("the commit word leads to no root block: the repair searches for another one")
         best = self._newest_root()
         if best is not None and best.tag == self.image.tags[best.block]:
             return best
@@ -458,7 +458,7 @@ class Survey:
         for ino in sorted(newest):
             _, block, tag = newest[ino]
             if self.keep_inode(ino, block, tag):
-                self.log.add(f"inode {ino} was found in block {block}, the inode table lacks it")
+                self.log.add(f"inode {ino} is in block {block}, but not in the inode table")
 
     def search_leaves(self) -> dict[int, list[Leaf]]:
         """Return the leaves that damaged directories lost, by directory.

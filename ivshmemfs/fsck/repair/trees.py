@@ -47,7 +47,7 @@ _SIZE = words.POINTER_SIZE
 
 
 class PackedDirectory(NamedTuple):
-    """A directory's entries as the payload of its inode."""
+    """The names of a directory as the payload of its inode."""
 
     payload: int
     height: int
@@ -99,7 +99,7 @@ class BlockPlan:
         if block is None:
             if not self._retired:
                 raise NoSpace(
-                    "the region is too full to store what must be made anew: nothing was changed"
+                    "the region is too full to store the repaired metadata: nothing was changed"
                 )
             block, self.overwrites = self._retired.pop(), True
         header = HeaderRecord(0, kind, level, count, 0, owner, self._tag)
@@ -180,7 +180,7 @@ class _Pieces:
 
 
 class TreeBuilder:
-    """One repair of one surveyed region."""
+    """Rebuilds the trees of one surveyed region."""
 
     def __init__(self, names: KeptNames, slots: SlotPlan, tag: int) -> None:
         self._names = names
@@ -215,7 +215,7 @@ class TreeBuilder:
     # --- inodes ---
 
     def _inode(self, row: int) -> bytes:
-        """The pointer to an inode that is kept."""
+        """Return the pointer to a kept inode."""
         inodes, ino = self._inodes, self._inodes.numbers[row]
         if ino in self._names.created:
             sound, old = self._fresh_directory(), None
@@ -237,7 +237,7 @@ class TreeBuilder:
         return self._blocks.add_node(node_format.INODE, 0, ino, 0, body)
 
     def _tell(self, ino: int, old: bytes, new: InodeRecord) -> None:
-        """One line about the fields that only the whole tree shows to be wrong."""
+        """Log the fields that only the whole tree shows to be wrong."""
         if len(old) < ino_format.INODE.size:
             return
         was = ino_format.INODE.unpack(old)
@@ -259,7 +259,7 @@ class TreeBuilder:
         return SoundInode(record, b"", b"", ())
 
     def _contents(self, row: int, ino: int, sound: SoundInode) -> SoundInode:
-        """The inode with what is kept of its contents, and every count of it true."""
+        """Return the inode with the kept part of its contents, and with true counts."""
         inodes, record, payload, below = self._inodes, sound.record, sound.payload, 0
         if inodes.kinds[row] == DIRECTORY:
             packed, names = self._directory(row, ino, sound)
@@ -338,7 +338,7 @@ class TreeBuilder:
     # --- directories ---
 
     def _directory(self, row: int, ino: int, sound: SoundInode) -> tuple[PackedDirectory, int]:
-        """(payload, number of names)"""
+        """Return (payload, number of names) of a directory."""
         record, entries = sound.record, self._names.rewritten.get(ino)
         if ino not in self._names.created:
             found = self._names.reader.contents(row)
@@ -361,7 +361,7 @@ class TreeBuilder:
         return self._pack(ino, entries, room), len(entries)
 
     def _keyed(self, entries: list[FoundName]) -> list[FoundName]:
-        """The entries by ascending key, no key twice."""
+        """Return the names by ascending key, no key twice."""
         done: list[FoundName] = []
         for base, group in groupby(sorted(entries), lambda e: e.key // COLLISIONS * COLLISIONS):
             key = base
@@ -396,7 +396,7 @@ class TreeBuilder:
         return PackedDirectory(ino_format.DIRTREE, level, data, below)
 
     def _wanted(self, entries: list[FoundName], capacity: int) -> int:
-        """How full leaves are made: on a roomy region the next few names find a place."""
+        """Return the bytes per leaf; with free blocks, leaves keep room for the next names."""
         roomy = self._room * capacity > 4 * _size(entries)
         return capacity * 7 // 8 if roomy else capacity
 
@@ -430,7 +430,7 @@ class TreeBuilder:
     def _runs(
         self, numbers: array[int], pointers: bytes, fanout: int
     ) -> Iterator[tuple[int, bytes]]:
-        """(place, slots) of the parents of a level's pointers."""
+        """Return (place, slots) of the parents of a level's pointers."""
         for place, group in groupby(enumerate(numbers), lambda pair: pair[1] // fanout):
             slots = bytearray()
             for at, number in group:
@@ -496,7 +496,7 @@ def _encode(names: list[FoundName]) -> bytes:
 
 
 def _leaves(entries: list[FoundName], wanted: int) -> Iterator[list[FoundName]]:
-    """The entries in parts of at most `wanted` bytes, divided between hashes only."""
+    """Return the names in parts of at most `wanted` bytes; equal hashes stay together."""
     part: list[FoundName] = []
     size = 0
     for _, same in groupby(entries, lambda entry: entry.key // COLLISIONS):
