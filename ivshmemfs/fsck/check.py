@@ -6,7 +6,7 @@ inode table and, below each inode, its block map and extended attributes.  The s
 all directories, when the first has found which inodes exist.  Between them `InodeFacts` holds one
 row of numbers per inode.
 
-The size of the region bounds time and memory, whatever the bytes say.  No pass follows two
+The size of the region bounds time and memory for any bytes.  No pass follows two
 pointers to one block, a tree has at most MAX_HEIGHT levels, and `Report` bounds the findings.
 """
 

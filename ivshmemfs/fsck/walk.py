@@ -149,7 +149,7 @@ def trim(slots: bytes) -> bytes:
 def child_bounds(keys: Sequence[int], low: int, high: int) -> list[KeyRange]:
     """Return the key range of each child of an interior node with range [low, high).
 
-    The first child's range begins where the node's own range does, whatever its bound says.
+    The first child's range begins where the range of the node does; its bound does not count.
     """
     lows = [low, *keys[1:]]
     return list(zip(lows, [*keys[1:], high], strict=True))

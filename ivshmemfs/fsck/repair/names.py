@@ -62,11 +62,13 @@ class DirectoryContents:
         """See DirectoryKeeper."""
         self.intact = False
 
-    def node(self, pointer: Pointer, blocks: int) -> None:
+    def node(self, block: int, tag: int) -> None:
         """See DirectoryKeeper."""
-        block, weight, tag = pointer
         self.nodes[block] = tag
-        self.require(weight == blocks)
+
+    def subtree(self, pointer: Pointer, blocks: int) -> None:
+        """See DirectoryKeeper."""
+        self.require(pointer[1] == blocks)
 
     def interior(self, node: Interior, count: int, keys: KeyRange, top: bool) -> None:
         """See DirectoryKeeper."""

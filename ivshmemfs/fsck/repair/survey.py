@@ -258,7 +258,10 @@ class DirectoryKeeper(Protocol):
     def lost(self) -> None:
         """Note that a part of the tree is lost."""
 
-    def node(self, pointer: Pointer, blocks: int) -> None:
+    def node(self, block: int, tag: int) -> None:
+        """Note a node of the tree, before the nodes below it."""
+
+    def subtree(self, pointer: Pointer, blocks: int) -> None:
         """Note the subtree of `pointer`, which has `blocks` blocks."""
 
     def interior(self, node: Interior, count: int, keys: KeyRange, top: bool) -> None:
@@ -276,7 +279,7 @@ class LenientDirectory:
         self._owner = owner
         self._keeper = keeper
         self.reached = 0
-        self.leave = keeper.node
+        self.leave = keeper.subtree
 
     def walk(self, payload: bytes, height: int) -> None:
         """Walk the whole tree; `payload` is that of the inode."""
@@ -290,6 +293,7 @@ class LenientDirectory:
             self._keeper.lost()
         else:
             self.reached += 1
+            self._keeper.node(child, tag)
         return data
 
     def interior(
@@ -540,8 +544,11 @@ class _DirectorySurvey:
     def lost(self) -> None:
         self._damaged.add(self._ino)
 
-    def node(self, pointer: Pointer, blocks: int) -> None:
+    def node(self, block: int, tag: int) -> None:
         """Nothing to note: `KeptNames` reads the directory again."""
+
+    def subtree(self, pointer: Pointer, blocks: int) -> None:
+        """Nothing to note."""
 
     def interior(self, node: Interior, count: int, keys: KeyRange, top: bool) -> None:
         """Nothing to note."""
