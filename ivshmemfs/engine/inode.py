@@ -122,13 +122,14 @@ def parse(ino: int, data: bytes, block_size: int) -> Inode:
     return Inode(ino, record, data[PAYLOAD_OFFSET:end], data[end:])
 
 
+_ALLOWED = fmt.ALLOWED_PAYLOADS
 _MOST_BLOCKS = 1 << 32  # numbers of blocks have 32 bits
 MAX_RDEV = (1 << 32) - 1  # what a FUSE request carries
 TARGET_MAX = fmt.TARGET_MAX
 
 
 def _problem(record: InodeRecord) -> str | None:
-    kinds = fmt.ALLOWED_PAYLOADS.get(stat.S_IFMT(record.mode))
+    kinds = _ALLOWED.get(stat.S_IFMT(record.mode))
     if kinds is None:
         return f"mode {record.mode:o} is of no file type"
     if record.payload not in kinds:
