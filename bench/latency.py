@@ -17,7 +17,7 @@ from ivshmemfs.cli.watching import commits
 from ivshmemfs.engine import ROOT_INO, Context, Filesystem
 from ivshmemfs.format import geometry
 from ivshmemfs.region import create_file, open_region
-from mkfs.image import Parameters
+from mkfs.initial import Parameters
 from mkfs.writer import format_region
 
 SIZE = 16 << 20

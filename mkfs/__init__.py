@@ -1,6 +1,6 @@
-"""Making a new filesystem on a region: knows the format and the region, never the engine."""
+"""Makes a new filesystem on a region.  It imports the format and the region, not the engine."""
 
-from mkfs.image import Image, Parameters, make_image
+from mkfs.initial import InitialFilesystem, Parameters, initial_filesystem
 from mkfs.writer import format_region, refuse_used
 
-__all__ = ["Image", "Parameters", "format_region", "make_image", "refuse_used"]
+__all__ = ["InitialFilesystem", "Parameters", "format_region", "initial_filesystem", "refuse_used"]

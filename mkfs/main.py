@@ -30,11 +30,11 @@ from ivshmemfs.region import (
     refuse_hung,
     reserve,
 )
-from mkfs.image import Parameters
+from mkfs.initial import Parameters
 from mkfs.writer import Existing, examine, format_region, refuse_used
 
 NOT_FILES = ("pci", "mem:", "label=", "uuid=")  # what --size cannot create
-FAILURE = 1  # the one exit code for everything that went wrong, wrong usage included
+FAILURE = 1  # the exit code of every failure, wrong usage included
 EXITS = shared.Exits(usage=FAILURE, system=FAILURE, interrupted=FAILURE, internal=FAILURE)
 
 
@@ -77,7 +77,7 @@ def _report(region: Region, geometry: Geometry, parameters: Parameters) -> None:
 
 
 def _refuse_odd(spec: str, size: int) -> None:
-    """Raise RegionSize for what a guest's device cannot have: QEMU takes powers of two alone."""
+    """Raise RegionSize unless `size` is a power of two, which QEMU needs for a device."""
     if size & (size - 1):
         below = 1 << size.bit_length() - 1
         raise RegionSize(
@@ -86,46 +86,48 @@ def _refuse_odd(spec: str, size: int) -> None:
         )
 
 
-class Wish(NamedTuple):
-    """What was asked for."""
+class Options(NamedTuple):
+    """The options and the argument of one run."""
 
     spec: str
-    size: int | None  # of a file that is made, or made larger
+    size: int | None  # of a file that mkfs creates or enlarges
     block_size: int | None
     peers: int
-    force: int  # how often it was given
+    force: int  # how often the user gave --force
     sparse: bool
     any_size: bool
 
 
-def _make(wish: Wish, new: Parameters) -> None:
-    spec, size = wish.spec, wish.size
+def _make(options: Options, new: Parameters) -> None:
+    spec, size = options.spec, options.size
     refuse_hung(spec)
     if size is not None:
-        _plan(size, wish.block_size, wish.peers)  # before a file is made that cannot be formatted
-        if not wish.any_size:
+        _plan(
+            size, options.block_size, options.peers
+        )  # before mkfs creates a file that it cannot format
+        if not options.any_size:
             _refuse_odd(spec, size)
         if spec.startswith(NOT_FILES) and not os.path.lexists(spec):
             raise UsageError(
                 f"--size creates a file; {spec} has a size of its own: leave out --size"
             )
-    with _prepared(wish) as (region, existing):
-        geometry = _plan(region.size, wish.block_size, wish.peers)
+    with _prepared(options) as (region, existing):
+        geometry = _plan(region.size, options.block_size, options.peers)
         if region.kind == "file":
-            if not wish.any_size:
+            if not options.any_size:
                 _refuse_odd(spec, region.size)
-            if not wish.sparse:
+            if not options.sparse:
                 reserve(region)
         with _explained(region):
             format_region(region.memory, geometry, new, fresh=existing is None)
-    # It carries a filesystem now; whatever fails from here on, it stays.
+    # The region has a filesystem now; it keeps it even if a line below fails.
     _report(region, geometry, new)
     if existing is not None:
         _tell_harm(existing)
 
 
 def _tell_harm(existing: Existing) -> None:
-    """What formatting did to others."""
+    """Tell what formatting did to peers."""
     if existing.repair:
         say("the repair that was under way there ends without effect")
     for occupant in existing.live:
@@ -136,7 +138,7 @@ def _tell_harm(existing: Existing) -> None:
 
 @contextmanager
 def _explained(region: Region) -> Iterator[None]:
-    """Say what is behind an access that failed."""
+    """Replace a failed access to a region that is too short by the true cause."""
     try:
         yield
     except OSError as error:
@@ -147,20 +149,20 @@ def _explained(region: Region) -> Iterator[None]:
 
 
 @contextmanager
-def _prepared(wish: Wish) -> Iterator[tuple[Region, Existing | None]]:
-    """The region, of the size that it shall have, and what was on it; None: it was made just now.
+def _prepared(options: Options) -> Iterator[tuple[Region, Existing | None]]:
+    """Return the region, in its wanted size, and what it has; None if mkfs just created it.
 
-    What was made of a file is undone when the caller fails.
+    If the caller fails, this undoes what it did to a file.
     """
-    spec, size = wish.spec, wish.size
+    spec, size = options.spec, options.size
     before = os.stat(spec).st_size if size is not None and os.path.lexists(spec) else None
     existing: Existing | None = None
     if size is None or before:
         with open_region(spec, identify=identify) as region:
-            _refuse_size(region, wish)
+            _refuse_size(region, options)
             with _explained(region):
                 existing = examine(region)
-            refuse_used(existing, spec, wish.force)
+            refuse_used(existing, spec, options.force)
             if size is None or size == region.size:
                 yield region, existing
                 return
@@ -174,24 +176,25 @@ def _prepared(wish: Wish) -> Iterator[tuple[Region, Existing | None]]:
         raise
 
 
-def _refuse_size(region: Region, wish: Wish) -> None:
-    """Raise RegionSize unless a file that exists may get the size that was asked for."""
-    if wish.size is None or wish.size == region.size:
+def _refuse_size(region: Region, options: Options) -> None:
+    """Raise RegionSize unless an existing file may get the size of --size."""
+    if options.size is None or options.size == region.size:
         return
-    if wish.size < region.size and region.kind == "file":
+    if options.size < region.size and region.kind == "file":
         raise RegionSize(
-            f"{wish.spec} has {readable_size(region.size)}, and no file is made smaller, because "
-            "who has it mapped would lose its end: leave out --size, or remove the file"
+            f"{options.spec} has {readable_size(region.size)}, and mkfs makes no file smaller, "
+            "because a process that maps it would lose its end: leave out --size, or remove the "
+            "file"
         )
-    if region.kind != "file" or not wish.force:
+    if region.kind != "file" or not options.force:
         raise RegionSize(
-            f"{wish.spec} exists and has {region.size} bytes, not {wish.size}: leave out --size, "
-            "or make it larger with --force"
+            f"{options.spec} exists and has {region.size} bytes, not {options.size}: leave out "
+            "--size, or make it larger with --force"
         )
 
 
 def _take_back(path: str, before: int | None, size: int) -> None:
-    """Undo what making a file of `size` did, after it could not be used; None: it was not there."""
+    """Undo the creation of a file of `size`; `before` is its size before, None: no file."""
     if before is None:
         Path(path).unlink(missing_ok=True)
     elif before < size == os.stat(path).st_size:
@@ -239,7 +242,7 @@ def command(
     REGION is a file, pci, pci:ADDRESS, mem:ADDRESS:SIZE or a character device.
     """
     new = Parameters(uuid, label, os.getuid(), os.getgid(), time.time_ns())
-    _make(Wish(region, size, block_size, peers, force, sparse, any_size), new)
+    _make(Options(region, size, block_size, peers, force, sparse, any_size), new)
 
 
 def main(args: list[str] | None = None, prog_name: str = "mkfs.ivshmemfs") -> None:

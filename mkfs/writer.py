@@ -1,47 +1,45 @@
-"""Storing a new filesystem, and refusing to when something would be harmed.
+"""Stores a new filesystem, and refuses if that destroys something without --force.
 
-The order matters to mounts that are still alive when --force was given, and to a death half-way:
+The order protects live mounts under --force, and covers a death of mkfs half-way:
 
-1. the commit word becomes 0: whoever looks at the region from now on finds no filesystem, and no
-   commit planned before can succeed;
-2. transactions that were under way get a moment to notice and end;
-3. tags, blocks, peer table, superblock and its copy are stored;
-4. the commit word is swapped in last, unless another program was at it meanwhile.  Until then
-   there is nothing to mount.
+1. mkfs sets the commit word to 0: peers find no filesystem, and no earlier plan can commit;
+2. peers get GRACE seconds to end their transactions;
+3. mkfs stores tags, blocks, the peer table, the superblock and its copy;
+4. mkfs swaps the commit word in, unless another program changed it.  Until then there is nothing
+   to mount.
 """
 
 from __future__ import annotations
 
 import random
-import time
 from typing import NamedTuple
 
 from ivshmemfs.errors import ForeignFormat, InUse
 from ivshmemfs.format import peer, superblock, words
 from ivshmemfs.format.geometry import COMMIT_OFFSET, HINT_OFFSET, PEERS_OFFSET, Geometry
 from ivshmemfs.region import Found, Memory, Region, find_data
+from ivshmemfs.shm.exclusion import count_and_names, wait_for_transactions
 from ivshmemfs.shm.repair import RepairSession, describe
 from ivshmemfs.shm.watch import living
-from mkfs.image import Image, Parameters, make_image
+from mkfs.initial import InitialFilesystem, Parameters, initial_filesystem
 
 FIRST_PAGE = 4096
-GRACE = 1.0  # seconds that transactions under way get to end
 
 
 class Existing(NamedTuple):
-    """What stands on a region before it is formatted."""
+    """What a region has before mkfs formats it."""
 
-    identity: tuple[str, str] | None  # label and UUID text, if it is a filesystem of ours
-    data: Found  # where anything else was found
-    live: tuple[peer.Occupant, ...]  # peers that are not surely gone
-    repair: str  # who repairs it at this moment, if anybody does
+    identity: tuple[str, str] | None  # label and UUID text of an ivshmemfs filesystem
+    data: Found  # where mkfs found other data
+    live: tuple[peer.Occupant, ...]  # peers that may be alive
+    repair: str  # a line about the repair in progress; empty: none
 
 
 _UNSEARCHED = Found(None, whole=True)
 
 
 def _old_geometry(page: bytes, region_size: int) -> Geometry | None:
-    """That of a filesystem of any version and size whose peer table can be looked at."""
+    """Return the geometry of a filesystem of any version, if its peer table is in the region."""
     for offset in (superblock.OFFSET, superblock.COPY_OFFSET):
         raw = page[offset : offset + superblock.SUPERBLOCK.size]
         if superblock.identify(raw) is None:
@@ -53,7 +51,7 @@ def _old_geometry(page: bytes, region_size: int) -> Geometry | None:
 
 
 def examine(region: Region) -> Existing:
-    """Look at what a region carries, storing nothing."""
+    """Return what a region has; stores nothing."""
     memory = region.memory
     page = memory.read(0, min(FIRST_PAGE, memory.length))
     known = superblock.identify(page) or superblock.identify(page[superblock.COPY_OFFSET :])
@@ -67,16 +65,15 @@ def examine(region: Region) -> Existing:
 
 
 def refuse_used(existing: Existing, spec: str, force: int = 0) -> None:
-    """Raise InUse or ForeignFormat if formatting would destroy something.
+    """Raise InUse or ForeignFormat if formatting destroys something.
 
-    `force` is how often --force was given: once for what lies there, twice for who is there.
+    `force` counts --force: one permits the loss of data, two also the loss under live peers.
     """
     if existing.repair and force < 2:
         raise InUse(f"{spec}: {existing.repair}")
     if existing.live and force < 2:
-        peers = ", ".join(occupant.describe() for occupant in existing.live)
         raise InUse(
-            f"{spec} is mounted now by {len(existing.live)} peer(s): {peers}; unmount it there "
+            f"{spec} is mounted now by {count_and_names(existing.live)}; unmount it there "
             "first (only --force given twice formats it under them, and what is on it is lost)"
         )
     if existing.identity and not force:
@@ -93,28 +90,23 @@ def refuse_used(existing: Existing, spec: str, force: int = 0) -> None:
         )
 
 
-def _wait_for_transactions(memory: Memory, geometry: Geometry) -> None:
-    until = time.monotonic() + GRACE
-    while time.monotonic() < until:
-        table = memory.read(geometry.peers_offset, geometry.peer_count * peer.SLOT_SIZE)
-        used = peer.occupants(table, geometry.peer_count)
-        if not any(p.state == words.ACTIVE for p in used):
-            return
-        time.sleep(0.01)
+def _occupants(memory: Memory, geometry: Geometry) -> list[peer.Occupant]:
+    table = memory.read(geometry.peers_offset, geometry.peer_count * peer.SLOT_SIZE)
+    return list(peer.occupants(table, geometry.peer_count))
 
 
-def _store(memory: Memory, geometry: Geometry, image: Image, fresh: bool) -> None:
+def _store(memory: Memory, geometry: Geometry, new: InitialFilesystem, fresh: bool) -> None:
     if not fresh:
         memory.zero(geometry.tags_offset, geometry.block_count * words.WORD)
-    for block, raw in image.blocks.items():
+    for block, raw in new.blocks.items():
         memory.write(geometry.data_offset + block * geometry.block_size, raw)
-        memory.store(geometry.tags_offset + block * words.WORD, image.tag)
-    memory.write(PEERS_OFFSET, image.peer_table)
+        memory.store(geometry.tags_offset + block * words.WORD, new.tag)
+    memory.write(PEERS_OFFSET, new.peer_table)
     memory.store(HINT_OFFSET, 0)
-    memory.write(superblock.COPY_OFFSET, image.superblock)
-    memory.write(superblock.OFFSET, image.superblock)
+    memory.write(superblock.COPY_OFFSET, new.superblock)
+    memory.write(superblock.OFFSET, new.superblock)
     memory.fence()
-    if memory.cas(COMMIT_OFFSET, 0, image.commit):
+    if memory.cas(COMMIT_OFFSET, 0, new.commit):
         raise InUse("another program formats or repairs the region now: run mkfs again after it")
     memory.fence()
 
@@ -127,17 +119,17 @@ def format_region(
     fresh: bool = False,
     chance: random.Random | None = None,
 ) -> None:
-    """Make a new filesystem; what stood on the region is lost.
+    """Make a new filesystem; the region loses what it had.
 
-    `fresh` promises that every byte of the region is zero, so that the tag table need not be
-    cleared (and a sparse file stays sparse).  Raises ValueError when the label is too long,
+    `fresh` promises that every byte of the region is zero.  Then mkfs does not clear the tag
+    table, and a sparse file stays sparse.  Raises ValueError when the label is too long,
     OSError when the region fails, InUse when another program formats or repairs it.
     """
-    image = make_image(geometry, parameters, chance or random.SystemRandom())
+    new = initial_filesystem(geometry, parameters, chance or random.SystemRandom())
     if not fresh:
         old = _old_geometry(memory.read(0, min(FIRST_PAGE, memory.length)), memory.length)
         memory.store(COMMIT_OFFSET, 0)
         memory.fence()
         if old:
-            _wait_for_transactions(memory, old)
-    _store(memory, geometry, image, fresh)
+            wait_for_transactions(lambda: _occupants(memory, old))
+    _store(memory, geometry, new, fresh)

@@ -91,6 +91,52 @@ def test_every_line_is_printed_by_say(path: Path) -> None:
         assert not called & {"sys.stderr.write", "logging.Formatter"} or path.name == "logs.py"
 
 
+FSCK = TOP / "ivshmemfs" / "fsck"
+# Inside fsck each module may import itself and every module after it; `repair` is the package.
+FSCK_ORDER = ("main", "repair", "check", "walk", "image", "invariants", "report")
+REPAIR_ORDER = ("run", "trees", "writer", "slots", "names", "survey", "inodes")
+
+
+def _modules_below(path: Path, package: str) -> set[str]:
+    """The modules of `package` that a file imports."""
+    parts = [name.removeprefix(f"{package}.").split(".")[0] for name in _imports(path)
+             if name.startswith(f"{package}.")]  # fmt: skip
+    return set(parts)
+
+
+@pytest.mark.parametrize(
+    ("folder", "package", "order"),
+    [
+        (FSCK, "ivshmemfs.fsck", FSCK_ORDER),
+        (FSCK / "repair", "ivshmemfs.fsck.repair", REPAIR_ORDER),
+    ],
+    ids=["fsck", "repair"],
+)
+def test_the_modules_of_fsck_import_downwards(
+    folder: Path, package: str, order: tuple[str, ...]
+) -> None:
+    """A check never needs a repair, and no part of a repair the one that uses it."""
+    names = {path.stem for path in folder.glob("*.py")} - {"__init__", "__main__"}
+    names |= {path.name for path in folder.iterdir() if (path / "__init__.py").exists()}
+    assert names == set(order)
+    for path in folder.rglob("*.py"):
+        name = path.relative_to(folder).parts[0].removesuffix(".py")
+        if name in order:
+            above = set(order[: order.index(name)])
+            assert not _modules_below(path, package) & above, f"{path} imports upwards"
+
+
+def test_every_package_is_listed() -> None:
+    """Setuptools takes only the packages that pyproject.toml lists."""
+    listed = tomllib.loads((TOP / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    found = {
+        ".".join(path.parent.relative_to(TOP).parts)
+        for top in ("ivshmemfs", "mkfs")
+        for path in (TOP / top).rglob("__init__.py")
+    }
+    assert set(listed) == found
+
+
 NATIVE = TOP / "ivshmemfs" / "native"
 INCLUDE = re.compile(r'^\s*#\s*include\s+[<"]([^>"]+)[>"]', re.MULTILINE)
 C_SOURCES = sorted([*NATIVE.glob("*.[ch]"), *(TOP / "tests" / "native").glob("*.[ch]")])

@@ -123,20 +123,10 @@ def parse(ino: int, data: bytes, block_size: int) -> Inode:
     return Inode(ino, record, data[PAYLOAD_OFFSET:end], data[end:])
 
 
-_ALLOWED = {
-    stat.S_IFREG: (fmt.EMPTY, fmt.INLINE, fmt.MAP),
-    stat.S_IFDIR: (fmt.EMPTY, fmt.DIRLEAF, fmt.DIRTREE),
-    stat.S_IFLNK: (fmt.INLINE, fmt.MAP),
-    stat.S_IFIFO: (fmt.EMPTY,),
-    stat.S_IFSOCK: (fmt.EMPTY,),
-    stat.S_IFCHR: (fmt.EMPTY,),
-    stat.S_IFBLK: (fmt.EMPTY,),
-}
-
-
-_MOST_BLOCKS = 1 << 32  # block numbers have 32 bits
-MAX_RDEV = (1 << 32) - 1  # a FUSE request has 32 bits for it
-TARGET_MAX = 4095  # bytes of a symbolic link's target: PATH_MAX without its NUL
+_ALLOWED = fmt.ALLOWED_PAYLOADS
+_MOST_BLOCKS = 1 << 32  # numbers of blocks have 32 bits
+MAX_RDEV = (1 << 32) - 1  # what a FUSE request carries
+TARGET_MAX = fmt.TARGET_MAX
 
 
 def _problem(record: InodeRecord) -> str | None:

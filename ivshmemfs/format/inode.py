@@ -15,6 +15,7 @@ Field `payload` says what the payload is:
 So one block holds a whole small file, symlink or small directory.
 """
 
+import stat
 from typing import Annotated, Final, NamedTuple
 
 from ivshmemfs.format import node
@@ -34,6 +35,17 @@ MAP: Final = 2
 DIRLEAF: Final = 3
 DIRTREE: Final = 4
 PAYLOAD_NAMES = ("empty", "inline", "map", "dirleaf", "dirtree")
+# The payloads that an inode of each file type may have.
+ALLOWED_PAYLOADS = {
+    stat.S_IFREG: (EMPTY, INLINE, MAP),
+    stat.S_IFDIR: (EMPTY, DIRLEAF, DIRTREE),
+    stat.S_IFLNK: (INLINE, MAP),
+    stat.S_IFIFO: (EMPTY,),
+    stat.S_IFSOCK: (EMPTY,),
+    stat.S_IFCHR: (EMPTY,),
+    stat.S_IFBLK: (EMPTY,),
+}
+TARGET_MAX: Final = 4095  # bytes of a symlink's target
 
 
 class InodeRecord(NamedTuple):

@@ -1,9 +1,9 @@
-"""Reading a region that may be damaged, hostile, or in use by live peers.
+"""Reads a region that may be damaged, hostile, or in use by live peers.
 
-An `Image` is the region as of one commit word.  The tag table is copied when it is opened, after
-the commit word was read: every block that this commit reaches is in the copy under the tag that
-its pointer says, however busily other peers claim and release.  What changes afterwards shows as a
-moved commit word, and then whatever was found does not count (`Overtaken`).
+An `Image` is the region under one commit word.  It reads the commit word first, then copies the
+tag table.  So the copy has every block of this commit under the tag in its pointer, while other
+peers claim and release.  If a peer commits later, the commit word moves: the findings do not count
+any more, and `Image.refuse_moved` raises Overtaken.
 """
 
 from __future__ import annotations
@@ -30,23 +30,23 @@ from ivshmemfs.shm.repair import RepairSession, abandoned, describe
 
 
 class Overtaken(Exception):
-    """Another peer committed while the region was being checked; start again."""
+    """A peer committed during the check; start again."""
 
 
 class Superblocks(NamedTuple):
-    """Both copies as they stand, and what can be used of them."""
+    """Both copies as the region has them, and the one to use."""
 
     raw: bytes
     copy: bytes
-    good: bytes  # that of the two which can be used
-    usable: Superblock  # the same, checked
+    good: bytes  # the one to use
+    usable: Superblock  # the same, decoded
 
 
 def read_superblocks(memory: Memory) -> Superblocks:
-    """Find a superblock that can be used.
+    """Return the superblock to use.
 
-    Raises NotFormatted or ForeignFormat when there is none, UnsupportedVersion, GeometryMismatch,
-    or Corrupt when both copies are damaged.
+    Raises NotFormatted or ForeignFormat when the region has none, UnsupportedVersion,
+    GeometryMismatch, or Corrupt when both copies are damaged.
     """
     if memory.length < node_format.HEADER_SIZE + superblock.COPY_OFFSET + SUPERBLOCK.size:
         raise NotFormatted("the region is too small to carry a filesystem")
@@ -76,9 +76,9 @@ def _damaged_twice(error: IvshmemfsError) -> IvshmemfsError:
 
 
 def _leads_to_root(memory: Memory, candidate: Superblock) -> bool:
-    """Whether the commit word leads to a root of this very filesystem."""
+    """Return whether the commit word leads to a root of this filesystem."""
     geometry = candidate.geometry
-    _, block = words.split_commit(stands_for(memory))
+    _, block = words.split_commit(published_commit(memory))
     if block >= geometry.block_count:
         return False
     data = memory.read(
@@ -88,8 +88,8 @@ def _leads_to_root(memory: Memory, candidate: Superblock) -> bool:
     return record.fsid == candidate.fsid
 
 
-def stands_for(memory: Memory) -> int:
-    """The commit word; that from before a repair where one is under way, or died."""
+def published_commit(memory: Memory) -> int:
+    """Return the commit word; if a repair has put its mark there, the one before the repair."""
     word = memory.load(COMMIT_OFFSET)
     if words.under_repair(word):
         return memory.load(REPAIR_OFFSET + repair.FORMER_OFFSET)
@@ -97,9 +97,10 @@ def stands_for(memory: Memory) -> int:
 
 
 class Image:
-    """The region as of one commit word.
+    """The region under one commit word.
 
-    The present one, or for a repair, which has put its mark `turn.marked` there, `commit`.
+    A check uses the present commit word.  A repair has put its mark there, and passes the `commit`
+    that it works on.
     """
 
     def __init__(
@@ -119,18 +120,18 @@ class Image:
         self.sequence = words.split_commit(self._word)[0]
         self.tags: array[int] = array("Q")
         self.tags.frombytes(memory.read(self.geometry.tags_offset, self.block_count * words.WORD))
-        self.states = tuple(  # by slot number; slot 0 is that of repairs
+        self.states = tuple(  # state words by slot; slot 0 is the repair slot
             memory.load(REPAIR_OFFSET + slot * peer.SLOT_SIZE)
             for slot in range(1 + self.geometry.peer_count)
         )
 
     @property
     def moved(self) -> bool:
-        """Whether another peer committed since the image was opened."""
+        """Whether the commit word has changed since the image was opened."""
         return self.memory.load(COMMIT_OFFSET) != self._word
 
     def refuse_moved(self) -> None:
-        """Raise Overtaken when another peer committed since; InUse where our mark forbade it."""
+        """Raise Overtaken if a peer committed; InUse if the mark of this repair is gone."""
         if not self.moved:
             return
         if self._turn is not None:
@@ -138,14 +139,14 @@ class Image:
         raise Overtaken
 
     def block(self, number: int) -> bytes:
-        """A whole block, read once; the caller has checked that `number` is in range."""
+        """Return a whole block; the caller has checked that `number` is in range."""
         if self._turn is not None:
             self._turn.beat()
         at = self.geometry.data_offset + number * self.block_size
         return self.memory.read(at, self.block_size)
 
     def occupants(self) -> list[peer.Occupant]:
-        """Peer slots in use.  One that is just being joined is read again until it is whole."""
+        """Return the peer slots in use; read again, at most twice, while a peer joins."""
         offset, count = self.geometry.peers_offset, self.geometry.peer_count
         found: list[peer.Occupant] = []
         for _ in range(3):

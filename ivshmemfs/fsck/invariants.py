@@ -1,7 +1,6 @@
-"""The numbered invariants.  Each `check_*` states one and yields what contradicts it.
+"""The numbered invariants.  Each `check_*` states one and yields a phrase for each violation.
 
-The functions are pure: they are given facts that others have read, and everything they are
-given may come from a hostile region.
+The functions are pure: the caller reads the facts.  Every fact may come from a hostile region.
 """
 
 from __future__ import annotations
@@ -17,44 +16,35 @@ from ivshmemfs.format import node as node_format
 from ivshmemfs.format import superblock, words, xattr
 from ivshmemfs.format.dirent import COLLISIONS, NAME_MAX, name_key
 from ivshmemfs.format.geometry import Geometry
-from ivshmemfs.format.inode import InodeRecord, orphan_name
+from ivshmemfs.format.inode import InodeRecord
 from ivshmemfs.format.node import KIND_NAMES, HeaderRecord, RootRecord
 from ivshmemfs.format.record import Buffer
-from ivshmemfs.fsck.report import Check
+from ivshmemfs.fsck.report import Invariant
 from ivshmemfs.region import crc32c
 
 P = ParamSpec("P")
 
-INVARIANTS: dict[int, Check[Any]] = {}
+INVARIANTS: dict[int, Invariant[Any]] = {}
 
 MODE_MASK = 0o177777
-TARGET_MAX = 4095  # bytes of a symlink's target
-FUTURE = 1 << 19  # an incarnation up to this far ahead, modulo 2^20, has not been yet
-
-ALLOWED_PAYLOADS = {
-    stat.S_IFREG: (ino_format.EMPTY, ino_format.INLINE, ino_format.MAP),
-    stat.S_IFDIR: (ino_format.EMPTY, ino_format.DIRLEAF, ino_format.DIRTREE),
-    stat.S_IFLNK: (ino_format.INLINE, ino_format.MAP),
-    stat.S_IFIFO: (ino_format.EMPTY,),
-    stat.S_IFSOCK: (ino_format.EMPTY,),
-    stat.S_IFCHR: (ino_format.EMPTY,),
-    stat.S_IFBLK: (ino_format.EMPTY,),
-}
+FUTURE = 1 << 19  # incarnations; one that is up to this far ahead, modulo 2^20, is of the future
 
 
-def _invariant(number: int, note: bool = False) -> Callable[[Callable[P, Iterator[str]]], Check[P]]:
-    def register(function: Callable[P, Iterator[str]]) -> Check[P]:
-        check = Check(number, note, function)
+def _invariant(
+    number: int, note: bool = False
+) -> Callable[[Callable[P, Iterator[str]]], Invariant[P]]:
+    def register(function: Callable[P, Iterator[str]]) -> Invariant[P]:
+        invariant = Invariant(number, note, function)
         if number in INVARIANTS:
-            raise ValueError(f"two invariants bear number {number}")
-        INVARIANTS[number] = check
-        return check
+            raise ValueError(f"two invariants have number {number}")
+        INVARIANTS[number] = invariant
+        return invariant
 
     return register
 
 
 def show(name: bytes) -> str:
-    """A name from the region as ASCII of bounded length."""
+    """Return a name from the region as ASCII of bounded length."""
     return ascii(name[:60])[1:] + ("..." if len(name) > 60 else "")
 
 
@@ -114,8 +104,8 @@ def check_root(header: HeaderRecord, record: RootRecord, fsid: int, commit: int)
 def check_node(
     data: bytes, block_size: int, tag: int, kind: int, level: int, owner: int
 ) -> Iterator[str]:
-    """A metadata block is whole, of the kind, level and owner that its place asks for, and says
-    itself under which tag it was written."""
+    """A metadata block is whole, of the kind, level and owner that its place asks for, and repeats
+    the tag of the claim that wrote it."""
     header = node_format.HEADER.unpack(data)
     if not node_format.HEADER_SIZE <= header.used <= block_size:
         yield f"{header.used} bytes in use in a block of {block_size}"
@@ -134,11 +124,11 @@ def check_node(
 
 
 @_invariant(6)
-def check_tag(pointed: int, stands: int) -> Iterator[str]:
-    """The tag in a pointer is the tag that the block bears in the tag table."""
-    if pointed != stands:
-        now = f"it bears {stands:#x}" if stands else "it is free"
-        yield f"a pointer says tag {pointed:#x}, but {now}"
+def check_tag(pointed: int, found: int) -> Iterator[str]:
+    """The tag in a pointer is the tag of the block in the tag table."""
+    if pointed != found:
+        now = f"the tag of the block is {found:#x}" if found else "the block is free"
+        yield f"a pointer has tag {pointed:#x}, but {now}"
 
 
 @_invariant(7)
@@ -162,7 +152,7 @@ def check_single_reference(owner: int, other: int) -> Iterator[str]:
 def check_weight(stated: int, found: int) -> Iterator[str]:
     """A pointer's weight is the number of blocks in its subtree, the target included."""
     if stated != found:
-        yield f"a pointer says that {stated} blocks stand below it; there are {found}"
+        yield f"a pointer has weight {stated}; its subtree has {found} blocks"
 
 
 @_invariant(10)
@@ -170,7 +160,7 @@ def check_slots(slots: bytes, used: int, may_be_empty: bool) -> Iterator[str]:
     """A run of radix tree slots consists of whole pointers, and its last one is not null; an
     index block has at least one."""
     if used % words.POINTER_SIZE:
-        yield f"{used} bytes are no whole number of pointers"
+        yield f"{used} bytes are not a whole number of pointers"
     elif not slots and not may_be_empty:
         yield "an index block without pointers"
     elif slots and not any(slots[-words.POINTER_SIZE :]):
@@ -200,14 +190,14 @@ def check_counters(
 @_invariant(12)
 def check_fixed_inodes(ino: int, kind: int | None) -> Iterator[str]:
     """Inode 1, the root directory, and inode 2, the list of inodes without links, exist and are
-    directories; no inode bears number 0 or one above the largest."""
+    directories; no inode has number 0 or one above the largest."""
     if ino in (ino_format.ROOT_INO, ino_format.ORPHANS_INO):
         if kind is None:
             yield "it is missing"
         elif kind != stat.S_IFDIR >> 12:
             yield "it is not a directory"
     elif not ino_format.FIRST_INO <= ino <= ino_format.MAX_INO:
-        yield "there cannot be an inode of this number"
+        yield "no inode can have this number"
 
 
 # --- inodes ---------------------------------------------------------------------------------
@@ -218,10 +208,10 @@ def check_inode(record: InodeRecord, used: int) -> Iterator[str]:
     """An inode record is sane: a known type, a payload that goes with it and fits its block, and
     fields that do not apply are zero."""
     kind = stat.S_IFMT(record.mode)
-    if kind not in ALLOWED_PAYLOADS or record.mode & ~MODE_MASK:
+    if kind not in ino_format.ALLOWED_PAYLOADS or record.mode & ~MODE_MASK:
         yield f"mode {record.mode:o} is of no file type"
         return
-    if record.payload not in ALLOWED_PAYLOADS[kind]:
+    if record.payload not in ino_format.ALLOWED_PAYLOADS[kind]:
         yield f"a payload of kind {record.payload} does not go with mode {record.mode:o}"
         return
     if ino_format.PAYLOAD_OFFSET + record.payload_size + record.xattr_inline != used:
@@ -233,13 +223,13 @@ def check_inode(record: InodeRecord, used: int) -> Iterator[str]:
         yield f"a size of {record.size} bytes"
     yield from _check_payload(record)
     if kind not in (stat.S_IFREG, stat.S_IFLNK) and record.size:
-        yield f"a size of {record.size} bytes, but it is no file"
+        yield f"a size of {record.size} bytes, but it is not a file"
     if kind not in (stat.S_IFCHR, stat.S_IFBLK) and record.rdev:
-        yield f"device number {record.rdev:#x}, but it is no device"
+        yield f"device number {record.rdev:#x}, but it is not a device"
     elif record.rdev >> 32:
         yield f"device number {record.rdev:#x}, of more than 32 bits"
     if kind != stat.S_IFDIR and (record.parent or record.entries):
-        yield f"parent {record.parent} and {record.entries} entries, but it is no directory"
+        yield f"parent {record.parent} and {record.entries} entries, but it is not a directory"
 
 
 def _check_payload(record: InodeRecord) -> Iterator[str]:
@@ -249,12 +239,12 @@ def _check_payload(record: InodeRecord) -> Iterator[str]:
     if kind == ino_format.EMPTY and record.payload_size:
         yield f"an empty payload of {record.payload_size} bytes"
     if kind == ino_format.INLINE and record.payload_size != record.size:
-        yield f"{record.payload_size} bytes stand in the inode, its size is {record.size}"
+        yield f"the inode block has {record.payload_size} bytes, but the size is {record.size}"
     if kind not in (ino_format.MAP, ino_format.DIRTREE) and record.height:
         yield f"{record.height} levels below a payload without pointers"
     if kind == ino_format.DIRTREE and not record.height:
         yield "a directory tree without levels"
-    if stat.S_ISLNK(record.mode) and not 1 <= record.size <= TARGET_MAX:
+    if stat.S_ISLNK(record.mode) and not 1 <= record.size <= ino_format.TARGET_MAX:
         yield f"a symlink to a target of {record.size} bytes"
 
 
@@ -262,7 +252,7 @@ def _check_payload(record: InodeRecord) -> Iterator[str]:
 def check_map(beyond: int) -> Iterator[str]:
     """A file's block map has no pointers beyond the end of the file."""
     if beyond:
-        yield f"{beyond} blocks stand beyond the end of the file"
+        yield f"{beyond} blocks are beyond the end of the file"
 
 
 @_invariant(15)
@@ -275,7 +265,7 @@ def check_blocks(stated: int, found: int) -> Iterator[str]:
 
 @_invariant(16)
 def check_xattr(record: InodeRecord, blob: bytes | None) -> Iterator[str]:
-    """Extended attributes stand either in the inode block or in a tree of their own, and are
+    """Extended attributes are either in the inode block or in a tree of their own, and are
     well-formed: in order, with valid names, adding up to their size."""
     if record.xattr_inline not in (0, record.xattr_size) or record.xattr_size > xattr.BLOB_MAX:
         yield f"{record.xattr_inline} of {record.xattr_size} bytes of extended attributes inline"
@@ -330,8 +320,8 @@ def check_name(name: bytes, key: int, secret: bytes) -> Iterator[str]:
 
 @_invariant(20)
 def check_unique_name(name: bytes) -> Iterator[str]:
-    """No name stands in a directory twice."""
-    yield f"{show(name)} stands in it twice"
+    """No directory has a name twice."""
+    yield f"{show(name)} is in it twice"
 
 
 @_invariant(21)
@@ -355,7 +345,7 @@ def check_entries(stated: int, found: int) -> Iterator[str]:
 
 @_invariant(23)
 def check_parent(names: int, parent: int, found: int, connected: bool) -> Iterator[str]:
-    """A directory stands under exactly one name, its parent field names the directory that holds
+    """Exactly one name leads to a directory, its parent field names the directory that holds
     it, and going up from parent to parent leads to the root directory."""
     if names > 1:
         yield f"{names} names lead to this directory"
@@ -386,7 +376,7 @@ def check_orphan(listed: bool, linked: bool) -> Iterator[str]:
 @_invariant(26)
 def check_orphan_name(name: bytes, target: int) -> Iterator[str]:
     """An entry of the list of inodes without links is named after the inode that it leads to."""
-    if name != orphan_name(target):
+    if name != ino_format.orphan_name(target):
         yield f"{show(name)} leads to inode {target}"
 
 
@@ -395,7 +385,7 @@ def check_orphan_name(name: bytes, target: int) -> Iterator[str]:
 
 @_invariant(27)
 def check_slot(state: int, identity_valid: bool) -> Iterator[str]:
-    """A peer slot is in a state that exists, and one that has joined says who it is."""
+    """A peer slot has a state that exists, and a valid identity if its peer has joined."""
     if state >= len(words.STATE_NAMES):
         yield f"its state is {state}"
     elif state in (words.IDLE, words.ACTIVE) and not identity_valid:
@@ -404,7 +394,7 @@ def check_slot(state: int, identity_valid: bool) -> Iterator[str]:
 
 @_invariant(28)
 def check_tag_past(tag: int, states: tuple[int, ...]) -> Iterator[str]:
-    """A tag is of a slot that exists (0: of a repair), and of a transaction that has been."""
+    """A tag is of a slot that exists (0: of a repair), and of a transaction that has begun."""
     slot, incarnation, counter = words.split_tag(tag)
     if slot >= len(states):
         yield f"its tag {tag:#x} is of slot {slot}; there are {len(states) - 1}"
@@ -420,9 +410,9 @@ def check_tag_past(tag: int, states: tuple[int, ...]) -> Iterator[str]:
 @_invariant(29, note=True)
 def check_leak(leaked: int) -> Iterator[str]:
     """Every claimed block can be reached from the root, or its owner is amid a transaction.
-    (What a dead peer left behind is no damage: collection gives it back.)"""
+    (Blocks that a dead peer claimed do no harm: collection releases them.)"""
     if leaked:
-        yield f"{leaked} claimed blocks are reachable by nobody"
+        yield f"{leaked} claimed blocks cannot be reached from the root"
 
 
 @_invariant(30, note=True)
@@ -430,12 +420,3 @@ def check_tail(tail: bytes) -> Iterator[str]:
     """The bytes beyond the end of a file in its last block are zero."""
     if any(tail):
         yield "its last block is not zero beyond the end of the file"
-
-
-def child_bounds(keys: Sequence[int], low: int, high: int) -> list[tuple[int, int]]:
-    """(lowest, beyond highest) key of each child of an interior node with range [low, high).
-
-    The first child's range begins where the node's does, whatever its bound says.
-    """
-    lows = [low, *keys[1:]]
-    return list(zip(lows, [*keys[1:], high], strict=True))

@@ -15,8 +15,8 @@ import click
 from ivshmemfs import __version__
 from ivshmemfs import command as shared
 from ivshmemfs.format.superblock import identify
-from ivshmemfs.fsck.checking import check
-from ivshmemfs.fsck.repairing import repair
+from ivshmemfs.fsck.check import check
+from ivshmemfs.fsck.repair import repair
 from ivshmemfs.fsck.report import Report
 from ivshmemfs.printing import say
 from ivshmemfs.region import open_region
@@ -52,7 +52,7 @@ def _run(spec: str, change: bool, force: bool) -> int:
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("-n", "check_only", is_flag=True, help="Only check, store nothing (the default).")
-@click.option("-y", "change", is_flag=True, help="Repair whatever is wrong.")
+@click.option("-y", "change", is_flag=True, help="Repair what is wrong.")
 @click.option("-p", "-a", "preen", is_flag=True, help="The same as -y, as fsck(8) calls it.")
 @click.option("-f", "_always", is_flag=True, help="Accepted and ignored: it always checks.")
 @click.option("--force", is_flag=True, help="Repair although peers may be using the region.")
@@ -63,7 +63,7 @@ def command(
 ) -> int:
     """Check the filesystem on REGION, and repair it with -y.
 
-    Checking is possible at any time.  Repairing needs a region that nobody has mounted.  A mount
+    Checking is possible at any time.  Repairing needs a region that no peer has mounted.  A mount
     that starts meanwhile waits for 3 s, then refuses.
 
     \b

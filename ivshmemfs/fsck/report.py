@@ -1,4 +1,4 @@
-"""What a check found, in bounded memory however bad the region is."""
+"""What a check found, in bounded memory for any region."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing import Final, Generic, NamedTuple, ParamSpec
 
 P = ParamSpec("P")
 
-SHOWN = 50  # findings of one invariant that are kept; the rest is counted
+SHOWN = 50  # findings of one invariant that a report keeps; it counts the rest
 
 
 class Place(NamedTuple):
-    """Where something was found; -1 stands for "does not apply"."""
+    """Where a finding is; -1: does not apply."""
 
     block: int = -1
     ino: int = -1
@@ -26,7 +26,7 @@ REGION = Place()
 
 
 class Finding(NamedTuple):
-    """One contradiction (or, if `note`, something worth saying that is no contradiction)."""
+    """One violation of an invariant; with `note`, a remark about an allowed state."""
 
     invariant: int
     place: Place
@@ -38,11 +38,11 @@ class Finding(NamedTuple):
         return f"I{self.invariant} {where}{self.text}"
 
 
-class Check(Generic[P]):
-    """One numbered invariant: its statement, and the function that tells what contradicts it.
+class Invariant(Generic[P]):
+    """One numbered invariant: its statement, and the function that finds violations.
 
-    Calling it yields a phrase for each contradiction in the facts it is given.  A check with
-    `note` speaks of what is allowed but worth telling.
+    A call yields a phrase for each violation in the facts that it gets.  With `note`, the
+    violation is allowed and the report has it as a remark.
     """
 
     def __init__(self, number: int, note: bool, function: Callable[P, Iterator[str]]) -> None:
@@ -53,12 +53,12 @@ class Check(Generic[P]):
         self._function = function
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> Iterator[str]:
-        """What contradicts the invariant, a phrase each."""
+        """Return a phrase for each violation."""
         return self._function(*args, **kwargs)
 
 
 class Report:
-    """Findings of one run, and what a repair did about them."""
+    """The findings of one check, and what a repair did about them."""
 
     def __init__(self) -> None:
         self.findings: list[Finding] = []
@@ -66,37 +66,39 @@ class Report:
         self.errors = 0
         self.notes = 0
         self.repairs: list[str] = []
-        self.before: Report | None = None  # what a repair found when it began
+        self.before: Report | None = None  # the check at the start of a repair
         self.summary = ""
         self.before_adding: Callable[[], None] = lambda: None
 
-    def add(self, check: Check[P], place: Place, text: str) -> None:
-        """Record one contradiction of `check`; may raise what `before_adding` raises."""
+    def add(self, invariant: Invariant[P], place: Place, text: str) -> None:
+        """Record one violation of `invariant`; raises what `before_adding` raises."""
         self.before_adding()
-        count = self.counts.get(check.number, 0)
-        self.counts[check.number] = count + 1
-        if check.note:
+        count = self.counts.get(invariant.number, 0)
+        self.counts[invariant.number] = count + 1
+        if invariant.note:
             self.notes += 1
         else:
             self.errors += 1
         if count < SHOWN:
-            self.findings.append(Finding(check.number, place, text, check.note))
+            self.findings.append(Finding(invariant.number, place, text, invariant.note))
 
-    def test(self, check: Check[P], place: Place, *args: P.args, **kwargs: P.kwargs) -> bool:
-        """Run `check` on facts found at `place`; whether they satisfy it."""
+    def test(
+        self, invariant: Invariant[P], place: Place, *args: P.args, **kwargs: P.kwargs
+    ) -> bool:
+        """Test `invariant` on facts from `place`; return whether they satisfy it."""
         good = True
-        for text in check(*args, **kwargs):
-            self.add(check, place, text)
+        for text in invariant(*args, **kwargs):
+            self.add(invariant, place, text)
             good = False
         return good
 
     @property
     def clean(self) -> bool:
-        """Whether nothing contradicts the format (notes are allowed)."""
+        """Whether nothing violates the format; notes do not count."""
         return not self.errors
 
     def lines(self) -> Iterator[str]:
-        """The findings as text, the most basic first."""
+        """Return the findings as text, by number of the invariant."""
         for number in sorted(self.counts):
             shown = [f for f in self.findings if f.invariant == number]
             yield from (f"{'note: ' if f.note else ''}{f}" for f in shown)

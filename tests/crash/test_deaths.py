@@ -13,7 +13,7 @@ import pytest
 from ivshmemfs.errors import FsError, IvshmemfsError
 from ivshmemfs.format import superblock
 from ivshmemfs.region import Memory
-from mkfs.image import Parameters
+from mkfs.initial import Parameters
 from mkfs.writer import format_region
 from tests.crash.cases import (
     Reference,

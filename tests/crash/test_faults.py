@@ -15,7 +15,7 @@ from ivshmemfs.engine import ROOT_INO, Filesystem
 from ivshmemfs.errors import Busy, FsError, IvshmemfsError, NoSpace, TooManyPeers
 from ivshmemfs.format import geometry
 from ivshmemfs.region import Blocks
-from mkfs.image import Parameters
+from mkfs.initial import Parameters
 from mkfs.writer import format_region
 from tests.crash import zombies
 from tests.crash.cases import (

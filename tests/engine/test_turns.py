@@ -55,8 +55,6 @@ PATH = b"user.%04d"
 WHOLE = {"mount", "unmount", "collect", "reap"}
 #: Attributes that are not operations, or are parts of operations.
 PARTS = {
-    "access_list",
-    "mode_without_list",
     "commit_word",
     "is_open",
     "only_own_commits",

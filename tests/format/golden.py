@@ -16,7 +16,7 @@ from pathlib import Path
 
 from ivshmemfs.engine import Context, Filesystem
 from ivshmemfs.format.geometry import Geometry, plan
-from mkfs.image import Parameters
+from mkfs.initial import Parameters
 from mkfs.writer import format_region
 from tests.support.regions import new_region
 

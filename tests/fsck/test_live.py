@@ -95,7 +95,9 @@ def test_what_is_in_flight_is_no_leak(made: TestRegion) -> None:
             knife.set_tag(block, words.make_tag(2, incarnation, counter))
         report = fsck.check(memory)
         texts = [f.text for f in report.findings if f.invariant == 29]
-        assert texts == ([f"{leaked} claimed blocks are reachable by nobody"] if leaked else [])
+        assert texts == (
+            [f"{leaked} claimed blocks cannot be reached from the root"] if leaked else []
+        )
         memory.write(0, sample())
 
 

@@ -13,8 +13,9 @@ from ivshmemfs.errors import Interrupted, InUse, NoSpace, UnderRepair
 from ivshmemfs.format import inode, node, words
 from ivshmemfs.format.dirent import name_key
 from ivshmemfs.format.geometry import COMMIT_OFFSET, PEERS_OFFSET
-from ivshmemfs.fsck import repairing
-from ivshmemfs.fsck.rebuild import Builder
+from ivshmemfs.fsck.repair.run import _Repair
+from ivshmemfs.fsck.repair.trees import TreeBuilder
+from ivshmemfs.fsck.repair.writer import RepairedTree, RepairWriter
 from ivshmemfs.region import Region, open_region
 from ivshmemfs.shm import watch
 from tests.support.checks import detailed_tree
@@ -189,7 +190,7 @@ def test_a_root_directory_that_is_lost_is_made_anew(made: TestRegion) -> None:
         knife = Knife(region.memory)
         knife.flip(knife.block_of(1), 60, seal=False)
     fs, told = repaired(made)
-    assert "inode 1 is made anew as an empty directory" in told
+    assert "inode 1 is now a new empty directory" in told
     assert names_in(fs, 1) == {b"lost+found"}
     assert {b"#%d" % Names.folder, b"#%d" % Names.crowd, b"#%d" % Names.near} <= lost(fs)
     assert b"#%d" % Names.small not in lost(fs)  # the crowd has names for it
@@ -303,11 +304,11 @@ def test_a_full_region_stays_shut_when_its_repair_is_interrupted(
         knife.edit_inode(Names.small, nlink=5)
         knife.edit_payload(Names.crowd, 0, b"\x01")
 
-    def interrupted(_: Builder) -> None:
+    def interrupted(_: RepairWriter) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, open_region(str(made.path)) as region:
-        patch.setattr(Builder, "_free_slots", interrupted)
+        patch.setattr(RepairWriter, "_free_slots", interrupted)
         with pytest.raises(KeyboardInterrupt):
             fsck.repair(region)
     with pytest.raises(UnderRepair):
@@ -428,10 +429,10 @@ def test_a_repair_whose_mark_is_overwritten_says_so(
     wound = Knife(region.memory)
     wound.edit_inode(Names.big, nlink=7)
 
-    def overwrite(work: repairing._Repair) -> None:
+    def overwrite(work: _Repair) -> None:
         region.memory.store(COMMIT_OFFSET, words.make_commit(99, wound.root))
 
-    monkeypatch.setattr(repairing._Repair, "_wait_for_transactions", overwrite)
+    monkeypatch.setattr(_Repair, "_wait_for_transactions", overwrite)
     with pytest.raises(InUse, match="meanwhile"):
         fsck.repair(region, force=True)
     assert region.memory.load(COMMIT_OFFSET) == words.make_commit(99, wound.root)
@@ -445,10 +446,10 @@ def test_a_repair_that_is_ended_lets_everybody_in_again(
     wound = Knife(region.memory)
     wound.edit_inode(Names.big, nlink=7)
 
-    def interrupt(work: repairing._Repair) -> None:
+    def interrupt(work: _Repair) -> None:
         raise end
 
-    monkeypatch.setattr(repairing._Repair, "_wait_for_transactions", interrupt)
+    monkeypatch.setattr(_Repair, "_wait_for_transactions", interrupt)
     with pytest.raises(end):
         fsck.repair(region, force=True)
     assert not words.under_repair(region.memory.load(COMMIT_OFFSET))
@@ -459,14 +460,14 @@ def test_a_block_that_changes_between_two_reads_is_surveyed_again(
 ) -> None:
     wound = Knife(made.region().memory)
     wound.edit_inode(Names.big, nlink=7)
-    build, calls = Builder.build, []
+    build, calls = TreeBuilder.build, []
 
-    def torn(builder: Builder) -> int:
+    def torn(builder: TreeBuilder) -> RepairedTree:
         calls.append(builder)
         if len(calls) < 3:
             inode.INODE.unpack(b"")
         return build(builder)
 
-    monkeypatch.setattr(Builder, "build", torn)
+    monkeypatch.setattr(TreeBuilder, "build", torn)
     repaired(made)
     assert len(calls) >= 3

@@ -251,7 +251,7 @@ def test_no_file_is_made_smaller(
     options: tuple[str, ...], path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     create_file(path, 2 * SIZE)
-    assert "no file is made smaller" in refused(capsys, *options, "--size", "1M", path)
+    assert "mkfs makes no file smaller" in refused(capsys, *options, "--size", "1M", path)
     assert path.stat().st_size == 2 * SIZE
 
 

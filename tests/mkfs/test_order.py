@@ -17,8 +17,9 @@ from ivshmemfs.errors import FsError, IvshmemfsError
 from ivshmemfs.format import words
 from ivshmemfs.format.geometry import COMMIT_OFFSET, plan
 from ivshmemfs.region import DEVICE, NORMAL, WRITE_COMBINING, Memory, open_region
+from ivshmemfs.shm import exclusion
 from mkfs import writer
-from mkfs.image import Parameters, make_image
+from mkfs.initial import Parameters, initial_filesystem
 from tests.support.regions import ROOT, TestRegion, get, new_region, put
 
 SIZE = 256 << 10
@@ -117,7 +118,7 @@ def test_a_live_mount_notices(made: TestRegion) -> None:
 def test_transactions_under_way_get_a_moment(
     made: TestRegion, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(writer, "GRACE", 60.0)
+    monkeypatch.setattr(exclusion, "GRACE", 60.0)
     fs = made.mount()
     with open_region(str(made.path)) as region:
         memory, at = region.memory, 4096
@@ -137,7 +138,7 @@ def test_transactions_under_way_get_a_moment(
 def test_a_transaction_that_does_not_end_is_not_waited_for(
     made: TestRegion, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(writer, "GRACE", 0.05)
+    monkeypatch.setattr(exclusion, "GRACE", 0.05)
     made.mount()
     with open_region(str(made.path)) as region:
         word = region.memory.load(4096)
@@ -156,7 +157,7 @@ def test_the_same_bytes_on_every_kind_of_mapping(made: TestRegion, access: int) 
     os.close(descriptor)
     writer.format_region(memory, geometry, parameters, chance=random.Random(9))
     memory.close()
-    image = make_image(geometry, parameters, random.Random(9))
+    image = initial_filesystem(geometry, parameters, random.Random(9))
     expected = bytearray(SIZE)
     for at, raw in (
         (0, image.superblock),
@@ -197,7 +198,7 @@ def test_every_geometry_is_clean_and_mounts(block_size: int, peers: int) -> None
 def test_tags_of_a_new_filesystem_are_of_the_past() -> None:
     geometry = plan(SIZE)
     for seed in range(50):
-        image = make_image(geometry, Parameters(bytes(16)), random.Random(seed))
+        image = initial_filesystem(geometry, Parameters(bytes(16)), random.Random(seed))
         _, incarnation, _ = words.split_tag(image.tag)
         state = int.from_bytes(image.peer_table[:8], "little")
         assert words.split_state(state)[0] == words.FREE

@@ -16,7 +16,7 @@ import pytest
 
 from ivshmemfs.format import geometry
 from ivshmemfs.region import create_file, open_region
-from mkfs.image import Parameters
+from mkfs.initial import Parameters
 from mkfs.writer import format_region
 from tests.support.checks import assert_sound
 

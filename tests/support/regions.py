@@ -12,7 +12,7 @@ from pathlib import Path
 from ivshmemfs.engine import Attr, Context, Filesystem
 from ivshmemfs.format import geometry
 from ivshmemfs.region import Region, create_file, open_region
-from mkfs.image import Parameters
+from mkfs.initial import Parameters
 from mkfs.writer import format_region
 
 ROOT = Context(0, 0)

@@ -1,7 +1,7 @@
-"""What a new filesystem consists of, as bytes.  Pure: no region, no clock, no chance of its own.
+"""A new filesystem as bytes.  Pure: the caller passes the clock and the random numbers.
 
-The initial tree takes three blocks, claimed under one tag of slot 1 that is older than any
-that slot 1 will hand out:
+The initial tree has three blocks under one tag of slot 1.  The tag is of the incarnation before
+the first one that a mount gets:
 
     block 0   root block, inode table of three pointers (null, 1, 2)
     block 1   inode 1, the root directory
@@ -23,7 +23,7 @@ _INITIAL_COUNTER = 1
 
 
 class Parameters(NamedTuple):
-    """All that two filesystems of one geometry may differ in when they are new."""
+    """What two new filesystems of one geometry may differ in."""
 
     uuid: bytes
     label: str = ""
@@ -32,8 +32,8 @@ class Parameters(NamedTuple):
     now_ns: int = 0
 
 
-class Image(NamedTuple):
-    """The parts of a new filesystem, in no order; `writer` knows the order of storing them."""
+class InitialFilesystem(NamedTuple):
+    """The parts of a new filesystem; `writer` stores them, in the order that is safe."""
 
     superblock: bytes
     peer_table: bytes
@@ -94,18 +94,20 @@ def _peer_table(incarnations: list[int]) -> bytes:
     return b"".join(word.to_bytes(peer.SLOT_SIZE, "little") for word in slots)
 
 
-def make_image(geometry: Geometry, parameters: Parameters, chance: random.Random) -> Image:
-    """A new filesystem for `geometry`.
+def initial_filesystem(
+    geometry: Geometry, parameters: Parameters, chance: random.Random
+) -> InitialFilesystem:
+    """Return a new filesystem for `geometry`.
 
-    `chance` gives the first commit sequence and each slot's first incarnation, so that neither
-    commit words nor tags of whatever stood on the region before come back.  Raises ValueError
+    `chance` gives the first commit sequence and the first incarnation of each slot.  So the commit
+    words and tags of an earlier filesystem on the region do not come back.  Raises ValueError
     when the label is too long.
     """
     sequence = chance.randrange(1, words.SEQUENCE_MASK)
     incarnations = [chance.randrange(words.INCARNATION_MASK) for _ in range(geometry.peer_count)]
     before = (incarnations[_INITIAL_SLOT - 1] - 1) & words.INCARNATION_MASK
     tag = words.make_tag(_INITIAL_SLOT, before, _INITIAL_COUNTER)
-    return Image(
+    return InitialFilesystem(
         superblock.encode(parameters.uuid, parameters.label, geometry, parameters.now_ns),
         _peer_table(incarnations),
         tag,

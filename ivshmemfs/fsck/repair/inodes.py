@@ -1,6 +1,6 @@
-"""Making one damaged inode sane: what its own block says, without looking at anything else.
+"""Makes one damaged inode sound, from the bytes of its own block alone.
 
-Nothing is invented: a field that contradicts the rest is cut down to what the rest supports.
+It invents nothing.  If a field contradicts the others, it gets the value that the others support.
 """
 
 from __future__ import annotations
@@ -12,28 +12,29 @@ from ivshmemfs.format import inode as ino_format
 from ivshmemfs.format import node as node_format
 from ivshmemfs.format import words, xattr
 from ivshmemfs.format.inode import INODE, PAYLOAD_OFFSET, InodeRecord
-from ivshmemfs.fsck.invariants import ALLOWED_PAYLOADS, MODE_MASK, TARGET_MAX
+from ivshmemfs.fsck.invariants import MODE_MASK
 
 # Size of a file in blocks whose record has an impossible one; the rebuilt block map tells its size.
 UNKNOWN_SIZE = ino_format.MAX_FILE_SIZE + 1
-_PRIVATE = 0o600  # permissions of what turned out to be something else than it said
+
+_PRIVATE = 0o600  # permissions of an inode that gets another file type
 
 
-class Mended(NamedTuple):
-    """An inode that does not contradict itself, and what was wrong with it before."""
+class SoundInode(NamedTuple):
+    """An inode that does not contradict itself, and what changed for that."""
 
     record: InodeRecord
     payload: bytes
-    xattr: bytes  # inline
-    changes: tuple[str, ...]
+    xattr: bytes  # extended attributes in the inode block
+    changes: tuple[str, ...]  # a line for each
 
     def body(self) -> bytes:
-        """Everything after the node header."""
+        """Return the bytes after the node header."""
         return INODE.pack(self.record) + self.payload + self.xattr
 
 
 class _Draft:
-    """A record being changed; every change gets a word in the log."""
+    """A record under repair; it notes a line for every change."""
 
     def __init__(self, record: InodeRecord) -> None:
         self.record = record
@@ -46,15 +47,15 @@ class _Draft:
             self.changes.append(why)
 
 
-def mend(data: bytes) -> Mended:
-    """The inode in a whole inode block's bytes in use (at least PAYLOAD_OFFSET of them)."""
+def make_sound(data: bytes) -> SoundInode:
+    """Return the inode in the used bytes of an inode block; at least PAYLOAD_OFFSET bytes."""
     draft = _Draft(INODE.unpack(data, node_format.HEADER_SIZE))
     _mend_payload_kind(draft)
     _mend_type(draft)
     payload = _mend_payload(draft, data[PAYLOAD_OFFSET:])
     blob = _mend_xattr(draft, data[PAYLOAD_OFFSET + len(payload) :])
     _mend_rest(draft)
-    return Mended(draft.record, payload, blob, tuple(draft.changes))
+    return SoundInode(draft.record, payload, blob, tuple(draft.changes))
 
 
 def _mend_payload_kind(draft: _Draft) -> None:
@@ -67,17 +68,17 @@ def _mend_payload_kind(draft: _Draft) -> None:
             payload=ino_format.EMPTY, height=0, size=0,
         )  # fmt: skip
     elif record.payload == ino_format.DIRTREE and not record.height:
-        draft.set("a directory tree without levels is empty", payload=ino_format.EMPTY)
+        draft.set("its directory tree has no levels: now empty", payload=ino_format.EMPTY)
     elif not pointers:
-        draft.set("levels without pointers", height=0)
+        draft.set("it had levels, but no pointers", height=0)
 
 
 def _mend_type(draft: _Draft) -> None:
-    """The payload tells better than the mode what something is, since it has a structure."""
+    """Make the mode follow the payload, which has a structure that shows what it is."""
     record = draft.record
-    draft.set("impossible mode bits", mode=record.mode & MODE_MASK)
+    draft.set("it had impossible mode bits", mode=record.mode & MODE_MASK)
     kind = stat.S_IFMT(draft.record.mode)
-    if record.payload in ALLOWED_PAYLOADS.get(kind, ()):
+    if record.payload in ino_format.ALLOWED_PAYLOADS.get(kind, ()):
         return
     is_directory = record.payload in (ino_format.DIRLEAF, ino_format.DIRTREE)
     new = stat.S_IFDIR | 0o700 if is_directory else stat.S_IFREG | _PRIVATE
@@ -131,16 +132,16 @@ def _drop_xattr(draft: _Draft) -> bytes:
 
 def _mend_rest(draft: _Draft) -> None:
     record = draft.record
-    if stat.S_ISLNK(record.mode) and not 1 <= record.size <= TARGET_MAX:
+    if stat.S_ISLNK(record.mode) and not 1 <= record.size <= ino_format.TARGET_MAX:
         draft.set(
             f"a symlink to {record.size} bytes: now a regular file", mode=stat.S_IFREG | _PRIVATE
         )
     kind = stat.S_IFMT(draft.record.mode)
     if kind not in (stat.S_IFREG, stat.S_IFLNK):
-        draft.set("a size, and it is no file", size=0)
+        draft.set("it had a size, but is not a file", size=0)
     if kind not in (stat.S_IFCHR, stat.S_IFBLK):
-        draft.set("a device number, and it is no device", rdev=0)
+        draft.set("it had a device number, but is not a device", rdev=0)
     elif record.rdev >> 32:
-        draft.set("a device number of more than 32 bits", rdev=0)
+        draft.set("it had a device number of more than 32 bits", rdev=0)
     if kind != stat.S_IFDIR:
-        draft.set("directory fields, and it is no directory", parent=0, entries=0)
+        draft.set("it had directory fields, but is not a directory", parent=0, entries=0)
