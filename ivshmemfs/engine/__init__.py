@@ -6,7 +6,7 @@
 from ivshmemfs.engine import filesystem
 from ivshmemfs.engine.filesystem import NOW, Filesystem, Handle
 from ivshmemfs.engine.inode import Attr, Context, StatFs
-from ivshmemfs.engine.lock import FileLock
+from ivshmemfs.engine.locks import FileLock
 from ivshmemfs.engine.names import RENAME_EXCHANGE, RENAME_NOREPLACE, RENAME_WHITEOUT
 from ivshmemfs.format.inode import ROOT_INO
 

@@ -14,11 +14,20 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from ivshmemfs.engine import data, directory, holes, names, xattr
 from ivshmemfs.engine.directory import Entry
 from ivshmemfs.engine.inode import MAX_RDEV, TARGET_MAX, Attr, Context, Inode, StatFs, attributes
+from ivshmemfs.engine.locks import Guard, Locks
 from ivshmemfs.engine.mount import ATTEMPTS, Mount
 from ivshmemfs.engine.names import RENAME_EXCHANGE, RENAME_NOREPLACE, RENAME_WHITEOUT
 from ivshmemfs.engine.pieces import Pieces
 from ivshmemfs.engine.transaction import Transaction, View
-from ivshmemfs.errors import Busy, Corrupt, FsError, NoSpace, StaleHandle, Unfinished
+from ivshmemfs.errors import (
+    Busy,
+    Corrupt,
+    FsError,
+    IvshmemfsError,
+    NoSpace,
+    StaleHandle,
+    Unfinished,
+)
 from ivshmemfs.format.dirent import NAME_MAX, TYPE_SHIFT
 
 if TYPE_CHECKING:
@@ -48,7 +57,7 @@ class Handle:
     opening.
     """
 
-    __slots__ = ("append", "ino", "outsider", "readable", "unprivileged", "writable")
+    __slots__ = ("append", "guard", "ino", "outsider", "readable", "unprivileged", "writable")
 
     def __init__(
         self, ino: int, flags: int, ctx: Context | None, *, outsider: bool = False
@@ -60,6 +69,7 @@ class Handle:
         self.writable = access != os.O_RDONLY
         self.unprivileged = ctx is not None and ctx.uid != 0
         self.outsider = outsider
+        self.guard: Guard | None = None  # of the locks that were taken through it
 
 
 class Filesystem(Mount):
@@ -92,12 +102,27 @@ class Filesystem(Mount):
         self._pinned_blocks = 0
         self._careful_until = 0.0
         self._nameless: set[int] = set()  # open files that were made without a name
+        self.locks = Locks(self)
 
     def tick(self) -> bool:
         """Show life and do a bounded piece of housekeeping; see `Mount.tick`.  Raises Busy."""
         with suppress(Busy, FsError):  # neither of which may keep it from showing life
             self._unpin(time.monotonic())
+            self.locks.tick()
         return super().tick()
+
+    @property
+    def shares_locks(self) -> bool:
+        """Whether locks that are taken here hold on all mounts."""
+        return self.superblock.shares_locks and not self.readonly
+
+    def unmount(self) -> None:
+        """Give all locks back and leave the peer table; see `Mount.unmount`."""
+        if self._member is not None:
+            with suppress(IvshmemfsError, OSError):
+                self._check_identity()
+                self.locks.leave()
+        super().unmount()
 
     # --- what vanishes between two calls ------------------------------------------------------
 
@@ -304,10 +329,12 @@ class Filesystem(Mount):
         atime_ns: int | None = None,
         mtime_ns: int | None = None,
         kept: int | None = None,
+        guard: Guard | None = None,
     ) -> Attr:
         """Change attributes; times may be NOW.
 
-        `kept` is a mode: privileges that are not in it are shed, all else stays.
+        `kept` is a mode: privileges that are not in it are shed, all else stays.  `guard` is of the
+        open file through which the size is changed; raises LockLost.
         """
 
         wanted = {"mode": mode, "uid": uid, "gid": gid, "atime_ns": atime_ns, "mtime_ns": mtime_ns}
@@ -319,6 +346,8 @@ class Filesystem(Mount):
         def plan(tx: Transaction) -> Attr:
             inode = tx.inode(ino)
             if size is not None:
+                if guard is not None:
+                    guard.check(tx, inode)
                 inode = self._resized(tx, inode, size, ctx)
             if uid is not None or gid is not None:
                 sheds, outsider = not inode.is_dir, self._outsider(inode, ctx)
@@ -587,6 +616,8 @@ class Filesystem(Mount):
         def store(at: int, piece: data.Buffer) -> None:
             def plan(tx: Transaction) -> None:
                 inode = tx.inode(handle.ino)
+                if handle.guard is not None:
+                    handle.guard.check(tx, inode)
                 inode = data.write(tx, inode, inode.record.size if at_end else at, piece)
                 tx.put(self._shed(tx, inode, handle, ctx))
 
@@ -627,7 +658,10 @@ class Filesystem(Mount):
         """
 
         def plan(tx: Transaction) -> int:
-            inode, done = data.write_from(tx, tx.inode(handle.ino), offset, length, file)
+            inode = tx.inode(handle.ino)
+            if handle.guard is not None:
+                handle.guard.check(tx, inode)
+            inode, done = data.write_from(tx, inode, offset, length, file)
             if done:
                 tx.put(self._shed(tx, inode, handle))
             return done
@@ -666,7 +700,8 @@ class Filesystem(Mount):
 
     def _punch(self, handle: Handle, offset: int, length: int, *, grow: bool) -> None:
         def plan(tx: Transaction) -> None:
-            inode = holes.punch(tx, _file(tx, handle), offset, length)
+            inode = _guarded(tx, handle)
+            inode = holes.punch(tx, inode, offset, length)
             if grow and offset + length > inode.record.size:
                 inode = data.truncate(tx, inode, offset + length)
             tx.put(self._shed(tx, data.modified(tx, inode), handle))
@@ -675,7 +710,7 @@ class Filesystem(Mount):
 
     def _fill(self, handle: Handle, offset: int, end: int, *, grow: bool) -> None:
         def plan(tx: Transaction) -> int:
-            inode = _file(tx, handle)
+            inode = _guarded(tx, handle)
             upto = end if grow else min(end, inode.record.size)
             filled, following = holes.fill(tx, inode, offset, upto, FILLED_AT_ONCE)
             tx.put(self._shed(tx, data.modified(tx, filled), handle))
@@ -797,6 +832,14 @@ def _file(view: View, handle: Handle) -> Inode:
     inode = view.inode(handle.ino)
     if not inode.is_regular:
         raise FsError(errno.ENODEV)
+    return inode
+
+
+def _guarded(tx: Transaction, handle: Handle) -> Inode:
+    """The same for a change of its contents; raises LockLost."""
+    inode = _file(tx, handle)
+    if handle.guard is not None:
+        handle.guard.check(tx, inode)
     return inode
 
 
