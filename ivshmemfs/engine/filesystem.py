@@ -321,6 +321,8 @@ class Filesystem(Mount):
         self,
         ino: int,
         ctx: Context,
+        guard: Guard | None = None,
+        /,
         *,
         mode: int | None = None,
         uid: int | None = None,
@@ -329,7 +331,6 @@ class Filesystem(Mount):
         atime_ns: int | None = None,
         mtime_ns: int | None = None,
         kept: int | None = None,
-        guard: Guard | None = None,
     ) -> Attr:
         """Change attributes; times may be NOW.
 

@@ -286,7 +286,7 @@ class Locks:
     # --- looking ----------------------------------------------------------------------------
 
     def test(self, ino: int, lock: Lock) -> LockRecord | None:
-        """A held lock that would be in the way, or None.  Raises Busy, ESTALE, EUCLEAN."""
+        """A held lock that would be in the way, or None.  Raises Busy, ESTALE."""
         return self._fs.look(lambda view: self._in_the_way(view, ino, lock))
 
     def _in_the_way(self, view: View, ino: int, lock: Lock) -> LockRecord | None:
@@ -375,14 +375,15 @@ class Locks:
             before = []  # as Linux does it: another type is a lock given back and one asked for
         records = self._living(table)
         others = [one for one in records if not _is_of(one, key, place) or one.state == WAITING]
+        unchanged = [*others, *_held_records(before, key, place)]
         blocked = _blocker(others, lock, place) is not None
         if blocked:
             wait.is_blocked()
-        if blocked or self._lets_go_first(others, wait, now):
+        if blocked or self._lets_go_first(unchanged, wait, now):
             ticket = self._queued(tx, inode, others, wait) if wait.queues(now) else 0
             if ticket:
-                others.append(_waiting(lock, place, ticket))
-            self._store(tx, inode, table, [*others, *_held_records(before, key, place)])
+                unchanged.append(_waiting(lock, place, ticket))
+            self._store(tx, inode, table, unchanged)
             return lambda: self._refused(wait, place, before, ticket)
         after = changed_ranges(
             before, lock.start, lock.end, Range(lock.start, lock.end, lock.type, lock.pid)
@@ -639,13 +640,18 @@ def _value(view: View, inode: Inode) -> bytes:
 
 
 def _records(view: View, inode: Inode) -> list[LockRecord]:
-    """The table of an inode; raises Corrupt when it is none."""
+    """The table of an inode.
+
+    A damaged one is empty, so the next change replaces it.  Holders lose their locks by that, and
+    are fenced.
+    """
     if not inode.record.xattr_size:
         return []
     try:
         return fmt.decode_locks(_value(view, inode))
     except ValueError as error:
-        raise Corrupt(f"inode {inode.ino}: locks: {error}") from None
+        log.warning("inode %d: its locks are damaged and hold nothing: %s", inode.ino, error)
+        return []
 
 
 def _waits(view: View) -> list[WaitRecord]:
@@ -739,7 +745,7 @@ class FileLock:
         self._lock = Lock(FLOCK, WRITE, next(FileLock._numbers), pid=os.getpid())
 
     def holder(self) -> LockRecord | None:
-        """A living peer's lock that is in the way.  Raises Busy, ESTALE, EUCLEAN."""
+        """A living peer's lock that is in the way.  Raises Busy, ESTALE."""
         return self._locks.test(self._guard.ino, self._lock)
 
     def gone(self) -> set[Place]:

@@ -13,8 +13,8 @@ from typing import Any, ParamSpec
 
 from ivshmemfs.errors import UnsupportedVersion
 from ivshmemfs.format import inode as ino_format
+from ivshmemfs.format import lock, superblock, words, xattr
 from ivshmemfs.format import node as node_format
-from ivshmemfs.format import superblock, words, xattr
 from ivshmemfs.format.dirent import COLLISIONS, NAME_MAX, name_key
 from ivshmemfs.format.geometry import Geometry
 from ivshmemfs.format.inode import InodeRecord
@@ -440,3 +440,19 @@ def child_bounds(keys: Sequence[int], low: int, high: int) -> list[tuple[int, in
     """
     lows = [low, *keys[1:]]
     return list(zip(lows, [*keys[1:], high], strict=True))
+
+
+# --- locks ----------------------------------------------------------------------------------
+
+
+@_invariant(31, note=True)
+def check_locks(blob: bytes) -> Iterator[str]:
+    """The locks of an inode, and the list of owners that wait, are of a possible shape: what is
+    not locks nothing, and the next lock replaces it."""
+    try:
+        attributes = xattr.decode(blob)
+    except ValueError:
+        return
+    for name in (lock.LOCKS, lock.WAITS):
+        if problem := lock.problem(name, attributes.get(name, b"")):
+            yield problem

@@ -62,11 +62,20 @@ class State(enum.Enum):
 class Relay:
     """Hands requests on to libfuse, over a socket, and its answers back to the kernel."""
 
-    def __init__(self, device: int, ours: socket.socket, *, setxattr_ext: bool = False) -> None:
+    def __init__(
+        self,
+        device: int,
+        ours: socket.socket,
+        *,
+        setxattr_ext: bool = False,
+        shares_locks: bool = False,
+    ) -> None:
         #: What requests are read from.
         self.device = device
         #: Whether the kernel sends the longer header of SETXATTR.
         self.setxattr_ext = setxattr_ext
+        #: Whether the kernel leaves all locks of files to this file system.
+        self.shares_locks = shares_locks
         self._ours = ours
         ours.setblocking(False)
 
@@ -98,10 +107,10 @@ class Relay:
 class Handshake:
     """The opening of one FUSE connection; *device* is its descriptor, owned from now on.
 
-    With *keep* somebody else than libfuse reads the requests.
+    With *keep* somebody else than libfuse reads the requests, who with *locks* keeps locks.
     """
 
-    def __init__(self, device: int, *, keep: bool = False) -> None:
+    def __init__(self, device: int, *, keep: bool = False, locks: bool = False) -> None:
         self.state = State.MOUNTED
         #: Whether the kernel allows shared mappings of files opened for direct I/O.
         self.shared_mappings = False
@@ -109,6 +118,8 @@ class Handshake:
         #: Once open, when the connection is kept.
         self.relay: Relay | None = None
         self._keep = keep
+        self._locks = locks and keep
+        self._offered_flags = 0
         self._offered_flags2 = 0
         self._setxattr_ext = False
         self._ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -156,6 +167,7 @@ class Handshake:
             raise MountError(f"the kernel sent request {opcode} before FUSE_INIT")
         if len(request) >= protocol.IN_HEADER.size + protocol.INIT_IN.size:
             *_, flags, flags2 = protocol.INIT_IN.unpack_from(request, protocol.IN_HEADER.size)
+            self._offered_flags = flags
             self._offered_flags2 = flags2 if flags & protocol.INIT_EXT else 0
         self._ours.send(request)
         self.state = State.OFFERED
@@ -171,7 +183,12 @@ class Handshake:
         self.state = State.OPEN
         if self._keep:
             os.set_blocking(self._device, False)
-            self.relay = Relay(self._device, self._ours, setxattr_ext=self._setxattr_ext)
+            self.relay = Relay(
+                self._device,
+                self._ours,
+                setxattr_ext=self._setxattr_ext,
+                shares_locks=self._locks,
+            )
             return
         os.dup2(self._device, self._libfuse_fd, inheritable=False)
         os.close(self._device)
@@ -186,6 +203,10 @@ class Handshake:
         if self._keep:
             # The attributes would be out of date at once; pyfuse3 lists in no other way.
             fields[3] &= ~(protocol.DO_READDIRPLUS | protocol.READDIRPLUS_AUTO)
+        both = protocol.POSIX_LOCKS | protocol.FLOCK_LOCKS
+        self._locks = self._locks and self._offered_flags & both == both
+        if self._locks:
+            fields[3] |= both
         if self._offered_flags2 & protocol.DIRECT_IO_ALLOW_MMAP:
             if not fields[3] & protocol.INIT_EXT:
                 fields[10] = 0

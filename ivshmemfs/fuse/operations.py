@@ -27,9 +27,12 @@ from typing import NamedTuple, TypeVar
 from ivshmemfs.engine import Attr, Context, Filesystem, Handle, StatFs
 from ivshmemfs.engine.data import Buffer
 from ivshmemfs.engine.directory import Entry
+from ivshmemfs.engine.locks import Lock, Wait
 from ivshmemfs.errors import FsError, StaleHandle
 from ivshmemfs.format.inode import MAX_INO
+from ivshmemfs.format.lock import LockRecord
 from ivshmemfs.fuse import callers
+from ivshmemfs.fuse.locks import SharedLocks
 from ivshmemfs.fuse.nodeids import NodeIds
 from ivshmemfs.fuse.ownership import Ownership
 from ivshmemfs.fuse.retry import Retry, errno_of
@@ -83,6 +86,8 @@ class Operations:
         self._handles: dict[int, Handle] = {}
         self._numbers = itertools.count(1)
         self._folders: dict[int, int] = {}  # by handle: the node that was opened
+        self._pause = pause
+        self._locks: SharedLocks | None = None  # None: the kernel keeps them, for this mount only
 
     # --- names ------------------------------------------------------------------------------
 
@@ -209,15 +214,20 @@ class Operations:
         ino = self.inode_of(node)
         return self._fs.getattr(ino), self._fs.birth_time(ino)
 
-    def setattr(self, node: int, wanted: dict[str, int], ctx: Context, *, opened: bool) -> Attr:
+    def setattr(
+        self, node: int, wanted: dict[str, int], ctx: Context, *, opened: bool, fh: int = 0
+    ) -> Attr:
         """Change what is *wanted*: mode, uid, gid, size, atime_ns, mtime_ns; times may be NOW.
 
-        *opened*: the caller does so through an open file.
+        *opened*: the caller does so through an open file, with the handle *fh* if it is known.
         """
         ino = self.inode_of(node)
         changes = self._ownership.stored(wanted)
         self._rights.need_change(ino, ctx, changes, opened=opened)
-        return self._fs.setattr(ino, ctx, **changes)
+        handle = self._handles.get(fh) if self._locks is not None else None
+        if handle is None or handle.guard is None:
+            return self._fs.setattr(ino, ctx, **changes)
+        return self._fs.setattr(ino, ctx, handle.guard, **changes)
 
     def access(self, node: int, mask: int, ctx: Context) -> None:
         """As access(2) and chdir(2); ENOSYS where the kernel checks permissions by itself."""
@@ -330,9 +340,14 @@ class Operations:
         """Make or fill holes; raises Unfinished after each piece."""
         self._fs.fallocate(self._handles[fh], mode, offset, size)
 
-    def flush(self, _fh: int) -> None:
-        """Nothing to do: each write is published when it returns.  ENOSYS: ask no more."""
-        raise FsError(errno.ENOSYS)
+    def flush(self, fh: int, owner: int = 0) -> None:
+        """A close(2): the fcntl(2) locks of *owner* are over; each write is published already.
+
+        ENOSYS where the kernel keeps the locks: ask no more.
+        """
+        if self._locks is None:
+            raise FsError(errno.ENOSYS)
+        self._locks.flush(self._handles[fh], owner)
 
     def fsync(self, fh: int, _datasync: bool) -> None:
         """Return when what was written is in the region."""
@@ -340,8 +355,39 @@ class Operations:
 
     def release(self, fh: int) -> None:
         """Close a file."""
+        if self._locks is not None:
+            self._locks.release(self._handles[fh])
         self._fs.release(self._handles[fh])
         del self._handles[fh]
+
+    # --- locks ------------------------------------------------------------------------------
+
+    def share_locks(self, ended: Callable[[], bool]) -> None:
+        """Keep the locks of files in the region; *ended* says whether the mount ends."""
+        self._locks = SharedLocks(self._fs.locks, self._pause, ended)
+
+    @property
+    def locks(self) -> SharedLocks:
+        """The locks of files; raises ENOSYS where the kernel keeps them."""
+        if self._locks is None:
+            raise FsError(errno.ENOSYS)
+        return self._locks
+
+    def getlk(self, fh: int, lock: Lock) -> tuple[LockRecord, bool] | None:
+        """(a lock that is in the way, whether its holder is on this mount); None if none is."""
+        return self.locks.test(self._handles[fh], lock)
+
+    def setlk(self, fh: int, lock: Lock) -> None:
+        """Take a lock; raises EAGAIN when another one is in the way."""
+        self.locks.take(self._handles[fh], lock)
+
+    def unlock(self, fh: int, lock: Lock) -> None:
+        """Give back what the owner of *lock* holds of its bytes."""
+        self.locks.give(self._handles[fh], lock)
+
+    def setlkw(self, fh: int, lock: Lock, ctx: Context) -> Wait | None:
+        """Take a lock, or return the wait for it; None when it was taken at once."""
+        return self.locks.ask(self._handles[fh], lock, ctx.pid)
 
     # --- directories ------------------------------------------------------------------------
 

@@ -45,6 +45,9 @@ OPENDIR = 27
 READDIR = 28
 RELEASEDIR = 29
 FSYNCDIR = 30
+GETLK = 31
+SETLK = 32
+SETLKW = 33
 ACCESS = 34
 CREATE = 35
 INTERRUPT = 36
@@ -96,6 +99,12 @@ SETXATTR_EXT_SIZE = 16
 GETXATTR_IN = struct.Struct("=Ixxxx")
 #: fh; RELEASE and RELEASEDIR.
 RELEASE_IN = struct.Struct("=Qxxxxxxxxxxxxxxxx")
+#: fh, release_flags, owner of the open file's flock(2) lock; RELEASE.
+RELEASE_LOCKS_IN = struct.Struct("=QxxxxIQ")
+#: fh, owner of the locks that end; FLUSH.
+FLUSH_IN = struct.Struct("=QxxxxxxxxQ")
+#: fh, owner, first and last byte, type, pid, lk_flags; GETLK, SETLK, SETLKW.
+LK_IN = struct.Struct("=QQQQIIIxxxx")
 #: mask, as access(2) takes it.
 ACCESS_IN = struct.Struct("=Ixxxx")
 #: unique of the request that is not waited for any more.
@@ -115,6 +124,10 @@ LSEEK_IN = struct.Struct("=QQIxxxx")
 # Bits of SETATTR_IN's first field.
 SET_MODE, SET_UID, SET_GID, SET_SIZE, SET_ATIME, SET_MTIME, SET_FH = 1, 2, 4, 8, 16, 32, 64
 SET_ATIME_NOW, SET_MTIME_NOW = 1 << 7, 1 << 8
+#: In LK_IN's type, as fcntl(2) has them.
+F_RDLCK, F_WRLCK, F_UNLCK = 0, 1, 2
+#: In lk_flags: an flock(2) lock.
+LK_FLOCK = 1
 #: In FSYNC_IN's flags: without the attributes.
 FSYNC_FDATASYNC = 1
 #: In write_flags: written back from the page cache, with whatever handle there is.
@@ -138,6 +151,8 @@ WRITE_OUT = struct.Struct("=Ixxxx")
 GETXATTR_OUT = struct.Struct("=Ixxxx")
 #: blocks, bfree, bavail, files, ffree, bsize, namelen, frsize.
 STATFS_OUT = struct.Struct("=QQQQQIIIxxxx24x")
+#: First and last byte, type, pid.
+LK_OUT = struct.Struct("=QQII")
 #: offset.
 LSEEK_OUT = struct.Struct("=Q")
 #: After how long it may be kept and flags (all 0 here): mask, blksize, nlink, uid, gid, mode, ino,
@@ -162,6 +177,8 @@ INIT_OUT = struct.Struct("=IIIIHHIIHHI")
 INIT_EXT = 1 << 30
 #: In ``flags``: listings come with attributes, always or as the kernel likes.
 DO_READDIRPLUS, READDIRPLUS_AUTO = 1 << 13, 1 << 14
+#: In ``flags``: the file system keeps fcntl(2) locks; flock(2) locks.
+POSIX_LOCKS, FLOCK_LOCKS = 1 << 1, 1 << 10
 #: In ``flags``: SETXATTR_IN is longer.
 SETXATTR_EXT = 1 << 29
 #: In the second word of flags (bit 36 of both words together).

@@ -21,7 +21,14 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import trio
 
-from ivshmemfs.errors import Busy, FsError, IvshmemfsError, UnderRepair, Unfinished
+from ivshmemfs.errors import (
+    Busy,
+    FsError,
+    IvshmemfsError,
+    LockLost,
+    UnderRepair,
+    Unfinished,
+)
 from ivshmemfs.fuse.protocol import MAX_ERRNO
 
 if TYPE_CHECKING:
@@ -58,7 +65,7 @@ class Refused(Exception):
 
 def errno_of(operation: str, error: Exception) -> int:
     """The errno that the caller of *operation* gets for *error*; logs what nobody expects."""
-    if isinstance(error, Refused):
+    if isinstance(error, Refused | LockLost):  # the log has what is to be said of it
         return error.errno
     if isinstance(error, IvshmemfsError):
         code = error.errno

@@ -63,6 +63,7 @@ class Session:
         ownership = Ownership(options.uid, options.gid, options.umask)
         unchecked = options.root_only and mountpoint.helper() is not None
         self._operations = Operations(fs, self.loop.pause, ownership=ownership, root_only=unchecked)
+        self._can_share_locks = fs.shares_locks
         self._upkeep = Upkeep(fs)
         self._options = options
         self._lifeline: mountpoint.Lifeline | None = None
@@ -73,7 +74,8 @@ class Session:
             target, words = self._path, libfuse_options(options, source)
         else:
             fd = mountpoint.open_mount(self._path, fusermount_options(options, source))
-            self._handshake = Handshake(fd, keep=self.loop.polling)
+            shares = options.locks == "shared" and self._can_share_locks
+            self._handshake = Handshake(fd, keep=self.loop.polling, locks=shares)
             target, words = self._handshake.path, set()
         with _stderr_captured() as said:
             try:
@@ -116,10 +118,28 @@ class Session:
             gc.set_threshold(*GC_THRESHOLDS)
             mappings = "allowed" if self.shared_mappings else "refused"
             log.info("%s: mounted; shared mappings with direct I/O are %s", self._path, mappings)
+            log.info("%s: locks of programs hold %s", self._path, self._reach_of_locks())
             self._on_ready()
         return ready
 
+    def _reach_of_locks(self) -> str:
+        """Between which programs flock(2) and fcntl(2) locks hold, and why."""
+        relay = self._handshake.relay if self._handshake is not None else None
+        if relay is not None and relay.shares_locks:
+            return "on all mounts"
+        if self._options.locks == "local":
+            reason = "locks=local"
+        elif not self._can_share_locks:
+            reason = "it is read-only, or the region was formatted without locks"
+        elif relay is None:
+            reason = "requests come through pyfuse3, which has no handlers for locks"
+        else:
+            reason = "the kernel does not offer them"
+        return f"on this mount only: {reason}"
+
     def _answer_first(self, connection: Relay) -> None:
+        if connection.shares_locks:
+            self._operations.share_locks(self._is_ending)
         front_end = KernelFrontEnd(
             self._operations,
             connection,
@@ -127,6 +147,9 @@ class Session:
             page_cache=self._options.mmap,
         )
         self.loop.answer_first(front_end, connection.device)
+
+    def _is_ending(self) -> bool:
+        return self.loop.closing or self._operations.retry.ending
 
     # --- serving --------------------------------------------------------------------------
 
