@@ -109,7 +109,7 @@ def _answered(turn: Unfinished, answer: Callable[[Any], Answer]) -> Unfinished:
 class KernelFrontEnd:
     """Reads and answers requests of one *connection*.
 
-    *spawn* starts a task.
+    *spawn* starts a task; *ended* says whether the mount ends, and so all that waits for a lock.
     """
 
     def __init__(
@@ -119,8 +119,11 @@ class KernelFrontEnd:
         spawn: Callable[[Callable[[], Awaitable[None]]], None],
         *,
         page_cache: bool,
+        ended: Callable[[], bool] = lambda: False,
     ) -> None:
         self._operations = operations
+        if connection.shares_locks:
+            operations.share_locks(ended)
         self._retry = operations.retry
         self._device = connection.device
         self.hand_on = connection.offer

@@ -8,10 +8,10 @@ locks of open files, OFD).  What ends a lock:
     flock     an unlock; RELEASE of the open file
     OFD       an unlock; RELEASE.  The kernel sends no unlock, so the handle's `Guard` remembers
 
-A request that may wait is attempted at once.  Then a task attempts it again: after FIRST_DELAY, with
-a backoff up to LONGEST_DELAY that starts again when the table has changed.  An attempt costs one
-load while nobody commits.  A wait ends with the lock, with an error, with INTERRUPT (EINTR), or with
-the mount (EIO).
+A request that may wait is attempted at once.  Then a task attempts it again: after FIRST_DELAY,
+with a backoff up to LONGEST_DELAY that starts again when the table has changed.  An attempt costs
+one load while nobody commits.  A wait ends with the lock, with an error, with INTERRUPT (EINTR), or
+with the mount (EIO).
 """
 
 from __future__ import annotations

@@ -138,13 +138,12 @@ class Session:
         return f"on this mount only: {reason}"
 
     def _answer_first(self, connection: Relay) -> None:
-        if connection.shares_locks:
-            self._operations.share_locks(self._is_ending)
         front_end = KernelFrontEnd(
             self._operations,
             connection,
             self.loop.spawn,
             page_cache=self._options.mmap,
+            ended=self._is_ending,
         )
         self.loop.answer_first(front_end, connection.device)
 
