@@ -286,12 +286,12 @@ class Locks:
     # --- looking ----------------------------------------------------------------------------
 
     def test(self, ino: int, lock: Lock) -> LockRecord | None:
-        """A held lock that would be in the way, or None.  Raises Busy, ESTALE."""
+        """The first held lock that would be in the way, or None.  Raises Busy, ESTALE."""
         return self._fs.look(lambda view: self._in_the_way(view, ino, lock))
 
     def _in_the_way(self, view: View, ino: int, lock: Lock) -> LockRecord | None:
         records = self._living(_records(view, view.inode(ino)))
-        return _blocker(records, lock, self._fs.place)
+        return _blocker(sorted(records, key=_start), lock, self._fs.place)
 
     def verify(self, guard: Guard) -> None:
         """Raise LockLost unless all that was taken through an open file is still held."""
@@ -685,6 +685,10 @@ def _blocker(records: list[LockRecord], lock: Lock, place: Place) -> LockRecord 
         if one.state == HELD and _conflicts(one, lock) and _owner(one) != me:
             return one
     return None
+
+
+def _start(record: LockRecord) -> int:
+    return record.start
 
 
 def _owner(record: LockRecord) -> tuple[int, int, int]:
