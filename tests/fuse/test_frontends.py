@@ -361,7 +361,7 @@ HANDLERS = {
     "birth_time": "statx",
 }
 #: What is no operation of a client.
-UNASKED = {"groups_of", "is_committing", "keeps_set_id"}
+UNASKED = {"groups_of", "is_committing", "keeps_set_id", "shares_locks"}
 #: How an operation ends on the test double where that is no success.
 ENDS = {"tmpfile": errno.EOPNOTSUPP}
 
