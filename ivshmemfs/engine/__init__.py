@@ -4,9 +4,9 @@
 """
 
 from ivshmemfs.engine import filesystem
+from ivshmemfs.engine.file_lock import FileLock
 from ivshmemfs.engine.filesystem import NOW, Filesystem, Handle
 from ivshmemfs.engine.inode import Attr, Context, StatFs
-from ivshmemfs.engine.locks import FileLock
 from ivshmemfs.engine.names import RENAME_EXCHANGE, RENAME_NOREPLACE, RENAME_WHITEOUT
 from ivshmemfs.format.inode import ROOT_INO
 

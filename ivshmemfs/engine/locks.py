@@ -29,22 +29,38 @@ not wait ignores all tickets.
 from __future__ import annotations
 
 import errno
-import itertools
 import logging
-import os
 import time
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection
 from contextlib import suppress
-from typing import Final, NamedTuple
+from typing import Final
 
-from ivshmemfs.engine import xattr
 from ivshmemfs.engine.inode import Inode
+from ivshmemfs.engine.lock_table import (
+    Key,
+    Lock,
+    Place,
+    Range,
+    blocker,
+    changed_ranges,
+    conflicts,
+    held_records,
+    is_of,
+    is_ticket,
+    owner_of,
+    ranges_of,
+    records_of,
+    start_of,
+    store_records,
+    store_waits,
+    value_of,
+    waiting_record,
+    waits_of,
+)
 from ivshmemfs.engine.mount import Mount
 from ivshmemfs.engine.transaction import Transaction, View
-from ivshmemfs.errors import Busy, Corrupt, FsError, IvshmemfsError, LockLost, StaleHandle
-from ivshmemfs.format import lock as fmt
+from ivshmemfs.errors import Corrupt, FsError, IvshmemfsError, LockLost, StaleHandle
 from ivshmemfs.format import words
-from ivshmemfs.format.inode import ORPHANS_INO
 from ivshmemfs.format.lock import (
     END,
     FLOCK,
@@ -52,7 +68,6 @@ from ivshmemfs.format.lock import (
     MAX_RECORDS,
     MAX_WAITS,
     WAITING,
-    WRITE,
     LockRecord,
     WaitRecord,
 )
@@ -70,57 +85,7 @@ _CHAIN = 32  # waiting requests that the search for a deadlock follows
 _OWED_AT_ONCE = 32  # locks that one tick gives back
 _TICKETS = 1000  # tickets of other waiters that are watched at most
 
-Place = tuple[int, int]  # slot, incarnation
-Key = tuple[int, int, int]  # inode, kind, owner
 _LOST = "another machine took this lock while this mount showed no life"
-
-
-class Lock(NamedTuple):
-    """A lock that an owner asks for; `start` and `end` in bytes, both included."""
-
-    kind: int
-    type: int
-    owner: int
-    start: int = 0
-    end: int = END
-    pid: int = 0
-
-
-class Range(NamedTuple):
-    """A part of a file that one owner holds."""
-
-    start: int
-    end: int
-    type: int
-    pid: int
-
-
-def changed_ranges(
-    ranges: Iterable[Range], start: int, end: int, new: Range | None = None
-) -> list[Range]:
-    """One owner's ranges without the bytes `start` to `end`, and with `new`.
-
-    The result is in order, disjoint, and has no two neighbours of one type that touch.
-    """
-    kept = [] if new is None else [new]
-    for one in ranges:
-        if one.end < start or one.start > end:
-            kept.append(one)
-            continue
-        if one.start < start:
-            kept.append(one._replace(end=start - 1))
-        if one.end > end:
-            kept.append(one._replace(start=end + 1))
-    kept.sort()
-    merged: list[Range] = []
-    for one in kept:
-        last = merged[-1] if merged else None
-        if last is not None and last.type == one.type and last.end + 1 == one.start:
-            pid = new.pid if new is not None else last.pid
-            merged[-1] = Range(last.start, one.end, one.type, pid)
-        else:
-            merged.append(one)
-    return merged
 
 
 class Held:
@@ -156,7 +121,7 @@ class Guard:
         locks = self._locks
         seen = (inode.xattr, inode.record.xattr_pointer, locks.place, locks.version)
         if seen != self._seen:
-            records = _records(view, inode)
+            records = records_of(view, inode)
             for held in self.held.values():
                 if not locks.stands(held, records):
                     raise locks.lost(held)
@@ -290,8 +255,8 @@ class Locks:
         return self._fs.look(lambda view: self._in_the_way(view, ino, lock))
 
     def _in_the_way(self, view: View, ino: int, lock: Lock) -> LockRecord | None:
-        records = self._living(_records(view, view.inode(ino)))
-        return _blocker(sorted(records, key=_start), lock, self._fs.place)
+        records = self._living(records_of(view, view.inode(ino)))
+        return blocker(sorted(records, key=start_of), lock, self._fs.place)
 
     def verify(self, guard: Guard) -> None:
         """Raise LockLost unless all that was taken through an open file is still held."""
@@ -301,7 +266,7 @@ class Locks:
         """Whether the table has what its owner believes to hold."""
         if held.place != self._fs.place:
             return False
-        mine = _ranges_of(records, held.key, held.place)
+        mine = ranges_of(records, held.key, held.place)
         return all(
             any(it.start <= one.start and one.end <= it.end and it.type >= one.type for it in mine)
             for one in held.ranges
@@ -347,15 +312,15 @@ class Locks:
     def _worth_trying(self, view: View, wait: Wait, now: float) -> bool:
         """Whether a transaction would change anything."""
         inode = view.inode(wait.guard.ino)
-        table = _records(view, inode)
-        wait.seen = _value(view, inode)
+        table = records_of(view, inode)
+        wait.seen = value_of(view, inode)
         held = self._held.get(wait.key)
         if held is not None and not self.stands(held, table):
             raise self.lost(held)
         if wait.queues(now) or (held is not None and wait.lock.kind == FLOCK):
             return True
         records = self._living(table)
-        if _blocker(records, wait.lock, self._fs.place) is not None:
+        if blocker(records, wait.lock, self._fs.place) is not None:
             wait.is_blocked()
             return False
         return not self._lets_go_first(records, wait, now)
@@ -364,7 +329,7 @@ class Locks:
         """The plan: what to do once it is committed."""
         place, lock, key = self._fs.place, wait.lock, wait.key
         inode = tx.inode(wait.guard.ino)
-        table = _records(tx, inode)
+        table = records_of(tx, inode)
         held = self._held.get(key)
         if held is not None and not self.stands(held, table):
             raise self.lost(held)
@@ -374,27 +339,27 @@ class Locks:
         if lock.kind == FLOCK and any(one.type != lock.type for one in before):
             before = []  # as Linux does it: another type is a lock given back and one asked for
         records = self._living(table)
-        others = [one for one in records if not _is_of(one, key, place) or one.state == WAITING]
-        unchanged = [*others, *_held_records(before, key, place)]
-        blocked = _blocker(others, lock, place) is not None
+        others = [one for one in records if not is_of(one, key, place) or one.state == WAITING]
+        unchanged = [*others, *held_records(before, key, place)]
+        blocked = blocker(others, lock, place) is not None
         if blocked:
             wait.is_blocked()
         if blocked or self._lets_go_first(unchanged, wait, now):
             ticket = self._queued(tx, inode, others, wait) if wait.queues(now) else 0
             if ticket:
-                unchanged.append(_waiting(lock, place, ticket))
-            self._store(tx, inode, table, unchanged)
+                unchanged.append(waiting_record(lock, place, ticket))
+            store_records(tx, inode, table, unchanged)
             return lambda: self._refused(wait, place, before, ticket)
         after = changed_ranges(
             before, lock.start, lock.end, Range(lock.start, lock.end, lock.type, lock.pid)
         )
         if wait.ticket:
-            others = [one for one in others if not _is_ticket(one, wait.ticket, place)]
+            others = [one for one in others if not is_ticket(one, wait.ticket, place)]
             self._unlist(tx, wait.ticket, place)
-        records = [*others, *_held_records(after, key, place)]
+        records = [*others, *held_records(after, key, place)]
         if len(records) > max(MAX_RECORDS, len(table)):
             raise FsError(errno.ENOLCK, f"inode {inode.ino} has {len(records) - 1} locks")
-        self._store(tx, inode, table, records)
+        store_records(tx, inode, table, records)
         return lambda: self._granted(wait, place, after)
 
     def _refused(self, wait: Wait, place: Place, ranges: list[Range], ticket: int) -> bool:
@@ -428,18 +393,6 @@ class Locks:
             held.guards.append(guard)
             guard.held[key] = held
 
-    @staticmethod
-    def _store(
-        tx: Transaction, inode: Inode, before: list[LockRecord], after: list[LockRecord]
-    ) -> None:
-        """Have these records in the table, unless they are there; raises ENOLCK."""
-        if len(after) > fmt.MOST:
-            raise FsError(errno.ENOLCK, f"inode {inode.ino} has {len(after)} locks")
-        after = sorted(after)
-        if after != before:
-            value = fmt.encode_locks(after) if after else b""
-            tx.put(xattr.set_hidden(tx, tx.inode(inode.ino), fmt.LOCKS, value))
-
     # --- the order of waiters -----------------------------------------------------------------
 
     def _lets_go_first(self, records: list[LockRecord], wait: Wait, now: float) -> bool:
@@ -450,7 +403,7 @@ class Locks:
         for one in records:
             if one.state != WAITING or (wait.ticket and one.ticket >= wait.ticket):
                 continue
-            if _is_of(one, wait.key, place) or not _conflicts(one, lock):
+            if is_of(one, wait.key, place) or not conflicts(one, lock):
                 continue
             if not self._waits_for_others(records, one, wait, now):
                 continue
@@ -462,12 +415,12 @@ class Locks:
     ) -> bool:
         """Whether a waiter is neither slow nor in need of what the owner of `wait` holds."""
         ticket = (wait.guard.ino, one.ticket)
-        holders = [it for it in records if it.state == HELD and _conflicts(it, one)]
-        holders = [it for it in holders if _owner(it) != _owner(one)]
+        holders = [it for it in records if it.state == HELD and conflicts(it, one)]
+        holders = [it for it in holders if owner_of(it) != owner_of(one)]
         if holders:
             self._free_since.pop(ticket, None)
             me = (*self._fs.place, wait.lock.owner)
-            return all(_owner(it) != me for it in holders)
+            return all(owner_of(it) != me for it in holders)
         if len(self._free_since) > _TICKETS:
             self._free_since.clear()
         return now - self._free_since.setdefault(ticket, now) < SLOW
@@ -484,7 +437,7 @@ class Locks:
         if wait.detect and len(waits) < MAX_WAITS:
             slot, incarnation = self._fs.place
             mine = WaitRecord(wait.lock.owner, inode.ino, ticket, incarnation, slot)
-            _store_waits(tx, [*waits, mine])
+            store_waits(tx, [*waits, mine])
         return ticket
 
     def withdraw(self, ino: int, ticket: int, place: Place) -> None:
@@ -494,9 +447,9 @@ class Locks:
             self._unlist(tx, ticket, place)
             inode = tx.find_inode(ino)
             if inode is not None:
-                table = _records(tx, inode)
-                kept = [one for one in self._living(table) if not _is_ticket(one, ticket, place)]
-                self._store(tx, inode, table, kept)
+                table = records_of(tx, inode)
+                kept = [one for one in self._living(table) if not is_ticket(one, ticket, place)]
+                store_records(tx, inode, table, kept)
 
         if place != self._fs.place:
             return
@@ -510,16 +463,16 @@ class Locks:
     # --- deadlocks --------------------------------------------------------------------------
 
     def _living_waits(self, tx: Transaction) -> list[WaitRecord]:
-        found = _waits(tx)
+        found = waits_of(tx)
         places = {(one.slot, one.incarnation) for one in found}
         living = {place for place in places if self.living(*place)}
         return [one for one in found if (one.slot, one.incarnation) in living]
 
     def _unlist(self, tx: Transaction, ticket: int, place: Place) -> None:
-        found = _waits(tx)
+        found = waits_of(tx)
         kept = [one for one in found if (one.ticket, one.slot, one.incarnation) != (ticket, *place)]
         if len(kept) != len(found):
-            _store_waits(tx, kept)
+            store_waits(tx, kept)
 
     def _is_deadlock(self, tx: Transaction, wait: Wait, waits: list[WaitRecord]) -> bool:
         """Whether an owner that blocks `wait` waits, over any number of others, for it."""
@@ -535,8 +488,8 @@ class Locks:
                 break
             ino, asked, by = todo.pop()
             for holder in self._table_of(tx, ino, known):
-                who = _owner(holder)
-                if holder.state != HELD or who == by or not _conflicts(holder, asked):
+                who = owner_of(holder)
+                if holder.state != HELD or who == by or not conflicts(holder, asked):
                     continue
                 if who == me:
                     return True
@@ -546,7 +499,7 @@ class Locks:
                     ):
                         seen.add((one.ino, one.ticket))
                         for it in self._table_of(tx, one.ino, known):
-                            if _is_ticket(it, one.ticket, who[:2]):
+                            if is_ticket(it, one.ticket, who[:2]):
                                 todo.append((one.ino, it, who))
         return False
 
@@ -559,7 +512,7 @@ class Locks:
             found = []
             if inode is not None:
                 with suppress(Corrupt):
-                    found = self._living(_records(tx, inode))
+                    found = self._living(records_of(tx, inode))
             known[ino] = found
         return found
 
@@ -595,14 +548,12 @@ class Locks:
         inode = tx.find_inode(key[0])
         if inode is None:
             return
-        table = _records(tx, inode)
+        table = records_of(tx, inode)
         others = [
-            one
-            for one in self._living(table)
-            if not _is_of(one, key, place) or one.state == WAITING
+            one for one in self._living(table) if not is_of(one, key, place) or one.state == WAITING
         ]
-        left = _held_records(after, key, place) if self.stands(held, table) else []
-        self._store(tx, inode, table, [*others, *left])
+        left = held_records(after, key, place) if self.stands(held, table) else []
+        store_records(tx, inode, table, [*others, *left])
 
     def close(self, guard: Guard) -> None:
         """Give back what no other open file shares with this one.  Raises Busy: call it again."""
@@ -630,170 +581,3 @@ class Locks:
             with suppress(IvshmemfsError, OSError):
                 self.give(*key)
         self.tick()
-
-
-# --- one table ------------------------------------------------------------------------------------
-
-
-def _value(view: View, inode: Inode) -> bytes:
-    return xattr.table(view, inode).get(fmt.LOCKS) or b""
-
-
-def _records(view: View, inode: Inode) -> list[LockRecord]:
-    """The table of an inode.
-
-    A damaged one is empty, so the next change replaces it.  Holders lose their locks by that, and
-    are fenced.
-    """
-    if not inode.record.xattr_size:
-        return []
-    try:
-        return fmt.decode_locks(_value(view, inode))
-    except ValueError as error:
-        log.warning("inode %d: its locks are damaged and hold nothing: %s", inode.ino, error)
-        return []
-
-
-def _waits(view: View) -> list[WaitRecord]:
-    """Which owners wait for which inodes; a damaged list is an empty one."""
-    inode = view.find_inode(ORPHANS_INO)
-    if inode is None or not inode.record.xattr_size:
-        return []
-    try:
-        return fmt.decode_waits(xattr.table(view, inode).get(fmt.WAITS) or b"")
-    except ValueError:
-        return []
-
-
-def _store_waits(tx: Transaction, waits: list[WaitRecord]) -> None:
-    value = fmt.encode_waits(waits) if waits else b""
-    tx.put(xattr.set_hidden(tx, tx.inode(ORPHANS_INO), fmt.WAITS, value))
-
-
-def _conflicts(one: Lock | LockRecord, other: Lock | LockRecord) -> bool:
-    return (
-        one.kind == other.kind
-        and one.start <= other.end
-        and other.start <= one.end
-        and (one.type == WRITE or other.type == WRITE)
-    )
-
-
-def _blocker(records: list[LockRecord], lock: Lock, place: Place) -> LockRecord | None:
-    me = (*place, lock.owner)
-    for one in records:
-        if one.state == HELD and _conflicts(one, lock) and _owner(one) != me:
-            return one
-    return None
-
-
-def _start(record: LockRecord) -> int:
-    return record.start
-
-
-def _owner(record: LockRecord) -> tuple[int, int, int]:
-    return record.slot, record.incarnation, record.owner
-
-
-def _is_of(record: LockRecord, key: Key, place: Place) -> bool:
-    return record.kind == key[1] and _owner(record) == (*place, key[2])
-
-
-def _is_ticket(record: LockRecord, ticket: int, place: Place) -> bool:
-    same = record.state == WAITING and record.ticket == ticket
-    return same and (record.slot, record.incarnation) == place
-
-
-def _ranges_of(records: list[LockRecord], key: Key, place: Place) -> list[Range]:
-    return [
-        Range(one.start, one.end, one.type, one.pid)
-        for one in records
-        if one.state == HELD and _is_of(one, key, place)
-    ]
-
-
-def _held_records(ranges: list[Range], key: Key, place: Place) -> list[LockRecord]:
-    slot, incarnation = place
-    return [
-        LockRecord(
-            key[1], one.type, HELD, slot, incarnation, key[2], one.start, one.end, one.pid, 0
-        )
-        for one in ranges
-    ]
-
-
-def _waiting(lock: Lock, place: Place, ticket: int) -> LockRecord:
-    slot, incarnation = place
-    return LockRecord(
-        lock.kind, lock.type, WAITING, slot, incarnation, lock.owner, lock.start, lock.end,
-        lock.pid, ticket,
-    )  # fmt: skip
-
-
-# --- the lock of a command ------------------------------------------------------------------------
-
-
-class FileLock:
-    """An exclusive flock(2) of one inode for a command that is a peer itself.
-
-    `fs` may be a read-only mount while the lock is only watched; `acquire` and what follows need
-    a writing one.
-    """
-
-    _numbers = itertools.count(1)
-
-    def __init__(self, fs: Mount, locks: Locks, ino: int) -> None:
-        self._fs = fs
-        self._locks = locks
-        self._guard = Guard(locks, ino)
-        self._lock = Lock(FLOCK, WRITE, next(FileLock._numbers), pid=os.getpid())
-
-    def holder(self) -> LockRecord | None:
-        """A living peer's lock that is in the way.  Raises Busy, ESTALE."""
-        return self._locks.test(self._guard.ino, self._lock)
-
-    def gone(self) -> set[Place]:
-        """The peers of the table that this watch takes for dead."""
-
-        def read(view: View) -> set[Place]:
-            records = _records(view, view.inode(self._guard.ino))
-            places = {(one.slot, one.incarnation) for one in records}
-            return {place for place in places if not self._locks.living(*place)}
-
-        return self._fs.look(read)
-
-    def undecided(self) -> bool:
-        """Whether the holder's process is gone, and all that is waited for is its silence."""
-        holder = self.holder()
-        if holder is None:
-            return False
-        table = self._fs.table
-        return table.watch.vanished(table.peer(holder.slot))
-
-    def acquire(self, gone: Collection[Place] = ()) -> bool:
-        """Take the lock unless a peer holds it that is not `gone`; whether it is held now.
-
-        Raises Busy, ESTALE, ENOLCK.
-        """
-        self._locks.presume_gone(gone)
-        return self._locks.take(self._guard, self._lock)
-
-    def keep(self) -> None:
-        """Show life, and make sure that the lock is still ours; at least once a second.
-
-        Raises LockLost, and then it is not.
-        """
-        try:
-            with suppress(Busy):
-                self._fs.tick()
-            self._locks.verify(self._guard)
-        except Busy:
-            return
-        except LockLost:
-            raise LockLost("the lock was taken over while this machine showed no life") from None
-        except IvshmemfsError as error:  # such as that all slots are taken
-            raise LockLost(f"the lock is lost: {error}") from None
-
-    def release(self) -> None:
-        """Give the lock back if it is still ours; raises Busy."""
-        self._locks.close(self._guard)

@@ -28,7 +28,8 @@ from typing import Any, Final, NamedTuple
 import trio
 
 from ivshmemfs.engine import NOW, Attr, Context
-from ivshmemfs.engine.locks import Lock, Wait
+from ivshmemfs.engine.lock_table import Lock
+from ivshmemfs.engine.locks import Wait
 from ivshmemfs.errors import Busy, FsError, Unfinished
 from ivshmemfs.format.lock import FCNTL, FLOCK
 from ivshmemfs.fuse import protocol

@@ -20,7 +20,8 @@ import errno
 from collections.abc import Awaitable, Callable
 
 from ivshmemfs.engine.filesystem import Handle
-from ivshmemfs.engine.locks import Guard, Lock, Locks, Wait
+from ivshmemfs.engine.lock_table import Lock
+from ivshmemfs.engine.locks import Guard, Locks, Wait
 from ivshmemfs.errors import Busy, FsError
 from ivshmemfs.format.lock import END, FCNTL, LockRecord
 from ivshmemfs.fuse.retry import Refused

@@ -27,7 +27,8 @@ from typing import NamedTuple, TypeVar
 from ivshmemfs.engine import Attr, Context, Filesystem, Handle, StatFs
 from ivshmemfs.engine.data import Buffer
 from ivshmemfs.engine.directory import Entry
-from ivshmemfs.engine.locks import Lock, Wait
+from ivshmemfs.engine.lock_table import Lock
+from ivshmemfs.engine.locks import Wait
 from ivshmemfs.errors import FsError, StaleHandle
 from ivshmemfs.format.inode import MAX_INO
 from ivshmemfs.format.lock import LockRecord

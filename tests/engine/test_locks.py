@@ -14,7 +14,8 @@ import pytest
 from ivshmemfs import fsck
 from ivshmemfs.engine import ROOT_INO, Filesystem, Handle, locks, xattr
 from ivshmemfs.engine.filesystem import KEEP_SIZE, PUNCH_HOLE
-from ivshmemfs.engine.locks import Guard, Lock, Range, Wait, changed_ranges
+from ivshmemfs.engine.lock_table import Lock, Range, changed_ranges
+from ivshmemfs.engine.locks import Guard, Wait
 from ivshmemfs.engine.transaction import Transaction, View
 from ivshmemfs.errors import LockLost
 from ivshmemfs.format import lock as fmt
