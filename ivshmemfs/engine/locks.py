@@ -59,7 +59,7 @@ from ivshmemfs.engine.lock_table import (
 )
 from ivshmemfs.engine.mount import Mount
 from ivshmemfs.engine.transaction import Transaction, View
-from ivshmemfs.errors import Corrupt, FsError, IvshmemfsError, LockLost, StaleHandle
+from ivshmemfs.errors import Corrupt, FsError, IvshmemfsError, LockLost, NoSpace, StaleHandle
 from ivshmemfs.format import words
 from ivshmemfs.format.lock import (
     END,
@@ -144,6 +144,7 @@ class Wait:
         self.ticket = 0
         self.place: Place = (0, 0)  # of this mount when it took the ticket
         self.seen = b""  # the table at the last look
+        self.before = 0  # earlier tickets that conflict, at the last look
         self._locks = locks
         self._began = time.monotonic()
         self._word = 0
@@ -314,6 +315,7 @@ class Locks:
         inode = view.inode(wait.guard.ino)
         table = records_of(view, inode)
         wait.seen = value_of(view, inode)
+        wait.before = sum(1 for one in table if self._is_before(one, wait))
         held = self._held.get(wait.key)
         if held is not None and not self.stands(held, table):
             raise self.lost(held)
@@ -399,16 +401,16 @@ class Locks:
         """Whether an earlier ticket is before `wait`; see the module's comment."""
         if not wait.blocking:
             return False
-        lock, place = wait.lock, self._fs.place
         for one in records:
-            if one.state != WAITING or (wait.ticket and one.ticket >= wait.ticket):
-                continue
-            if is_of(one, wait.key, place) or not conflicts(one, lock):
-                continue
-            if not self._waits_for_others(records, one, wait, now):
-                continue
-            return wait.yields(now)
+            if self._is_before(one, wait) and self._waits_for_others(records, one, wait, now):
+                return wait.yields(now)
         return False
+
+    def _is_before(self, one: LockRecord, wait: Wait) -> bool:
+        """Whether a record is an earlier ticket, of another owner, that conflicts."""
+        if one.state != WAITING or (wait.ticket and one.ticket >= wait.ticket):
+            return False
+        return conflicts(one, wait.lock) and not is_of(one, wait.key, self._fs.place)
 
     def _waits_for_others(
         self, records: list[LockRecord], one: LockRecord, wait: Wait, now: float
@@ -535,12 +537,26 @@ class Locks:
         owed = self._owed.setdefault(key, [])
         if (start, end) not in owed:
             owed.append((start, end))
-        with suppress(Corrupt, StaleHandle):  # neither has a lock
+        try:
             self._fs.change(lambda tx: self._reduce(tx, held, after), removal=True)
+        except (Corrupt, StaleHandle):  # neither has a lock
+            pass
+        except NoSpace:  # not even of the reserve: a later tick finds some
+            return
+        except FsError as error:
+            if error.errno == errno.ENOLCK:
+                self._forgive(key, (start, end))
+            raise
         self._believe(key, held.place, after, None)
-        owed.remove((start, end))
+        self._forgive(key, (start, end))
+
+    def _forgive(self, key: Key, part: tuple[int, int]) -> None:
+        """This part is no longer to be given back."""
+        owed = self._owed.get(key, [])
+        if part in owed:
+            owed.remove(part)
         if not owed:
-            del self._owed[key]
+            self._owed.pop(key, None)
 
     def _reduce(self, tx: Transaction, held: Held, after: list[Range]) -> None:
         """Have no more in the table than `after`; nothing where the lock was lost."""

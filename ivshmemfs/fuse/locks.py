@@ -29,6 +29,11 @@ from ivshmemfs.fuse.retry import Refused
 #: Seconds between two attempts of a request that waits: at first, and at most.
 FIRST_DELAY = 0.0002
 LONGEST_DELAY = 0.004
+#: Waiters of one lock, in their order, whose delays are as said.  Those behind them look more
+#: seldom, so that thousands keep the daemon no busier than some.
+NEAR = 8
+#: Those whose delay starts again when the table has changed.
+NEXT = 2
 _F_OFD_SETLKW = 38
 
 
@@ -93,7 +98,10 @@ class SharedLocks:
                         return
                 except Busy:
                     pass
-                delay = min(delay * 1.5, LONGEST_DELAY) if wait.seen == seen else FIRST_DELAY
+                if wait.seen != seen and wait.before < NEXT:
+                    delay = FIRST_DELAY
+                else:
+                    delay = min(delay * 1.5, LONGEST_DELAY * max(1.0, wait.before / NEAR))
                 seen = wait.seen
         finally:
             wait.leave()
