@@ -9,7 +9,8 @@ locks of open files, OFD).  What ends a lock:
     OFD       an unlock; RELEASE.  The kernel sends no unlock, so the handle's `Guard` remembers
 
 A request that may wait is attempted at once.  Then a task attempts it again: after FIRST_DELAY,
-with a backoff up to LONGEST_DELAY that starts again when the table has changed.  An attempt costs
+with a backoff up to LONGEST_DELAY that starts again when the table has changed, and at once when
+this mount gives back a lock of the inode.  An attempt costs
 one load while nobody commits.  A wait ends with the lock, with an error, with INTERRUPT (EINTR), or
 with the mount (EIO).
 """
@@ -19,11 +20,13 @@ from __future__ import annotations
 import errno
 from collections.abc import Awaitable, Callable
 
+import trio
+
 from ivshmemfs.engine.filesystem import Handle
 from ivshmemfs.engine.lock_table import Lock
 from ivshmemfs.engine.locks import Guard, Locks, Wait
 from ivshmemfs.errors import Busy, FsError
-from ivshmemfs.format.lock import END, FCNTL, LockRecord
+from ivshmemfs.format.lock import END, FCNTL, READ, LockRecord
 from ivshmemfs.fuse.retry import Refused
 
 #: Seconds between two attempts of a request that waits: at first, and at most.
@@ -50,6 +53,7 @@ class SharedLocks:
         self._locks = locks
         self._pause = pause
         self._ended = ended
+        self._asleep: dict[int, dict[trio.CancelScope, Wait]] = {}  # by inode
 
     def test(self, handle: Handle, lock: Lock) -> tuple[LockRecord, bool] | None:
         """(a lock that is in the way, whether its holder is on this mount); None if none is."""
@@ -64,11 +68,14 @@ class SharedLocks:
         _check(lock)
         if not self._locks.take(self._guard(handle), lock):
             raise FsError(errno.EAGAIN)
+        if lock.type == READ:  # it may have been a write lock before
+            self._wake(handle.ino)
 
     def give(self, handle: Handle, lock: Lock) -> None:
         """Give back what the owner of *lock* holds of its bytes."""
         _check(lock)
         self._locks.give(handle.ino, lock.kind, lock.owner, lock.start, lock.end)
+        self._wake(handle.ino)
 
     def ask(self, handle: Handle, lock: Lock, thread: int) -> Wait | None:
         """Take a lock, or return the wait for it; None when it was taken at once.
@@ -90,7 +97,7 @@ class SharedLocks:
         delay, seen = FIRST_DELAY, wait.seen
         try:
             while True:
-                await self._pause(delay)
+                await self._nap(wait, delay)
                 if self._ended():
                     raise Refused(errno.EIO)
                 try:
@@ -106,14 +113,36 @@ class SharedLocks:
         finally:
             wait.leave()
 
+    async def _nap(self, wait: Wait, seconds: float) -> None:
+        """Sleep, until this mount gives back a lock of the inode at most."""
+        ino = wait.guard.ino
+        with trio.CancelScope() as scope:
+            asleep = self._asleep.setdefault(ino, {})
+            asleep[scope] = wait
+            try:
+                await self._pause(seconds)
+            finally:
+                del asleep[scope]
+                if not asleep:
+                    self._asleep.pop(ino, None)
+
+    def _wake(self, ino: int) -> None:
+        """Let those attempt it again whose turn it may be."""
+        for scope, wait in list(self._asleep.get(ino, {}).items()):
+            if wait.before < NEXT:
+                scope.cancel()
+
     def flush(self, handle: Handle, owner: int) -> None:
         """A process closes the file: its fcntl locks of the inode are over."""
         self._locks.give(handle.ino, FCNTL, owner)
+        if self._asleep:
+            self._wake(handle.ino)
 
     def release(self, handle: Handle) -> None:
         """The last descriptor of an open file is closed: all that was taken through it is over."""
         if handle.guard is not None:
             self._locks.close(handle.guard)
+            self._wake(handle.ino)
 
     def _guard(self, handle: Handle) -> Guard:
         if handle.guard is None:
