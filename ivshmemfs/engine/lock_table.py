@@ -134,6 +134,11 @@ def start_of(record: LockRecord) -> int:
     return record.start
 
 
+def ticket_of(record: LockRecord) -> int:
+    """The ticket of a record."""
+    return record.ticket
+
+
 def owner_of(record: LockRecord) -> tuple[int, int, int]:
     """(slot, incarnation, owner) of a record: what names an owner in the whole region."""
     return record.slot, record.incarnation, record.owner

@@ -35,6 +35,7 @@ from collections.abc import Callable, Collection
 from contextlib import suppress
 from typing import Final
 
+from ivshmemfs.engine.deadlock import closes_ring
 from ivshmemfs.engine.inode import Inode
 from ivshmemfs.engine.lock_table import (
     Key,
@@ -53,6 +54,7 @@ from ivshmemfs.engine.lock_table import (
     start_of,
     store_records,
     store_waits,
+    ticket_of,
     value_of,
     waiting_record,
     waits_of,
@@ -81,7 +83,7 @@ LIVENESS = 0.5  # seconds between two looks at the holders, when nobody commits
 SLOW = 0.05  # seconds for which a waiter may leave unused what it could have
 YIELD = 0.5  # seconds for which a waiter lets earlier tickets go first
 _AGAIN = 0.01  # seconds between two looks while a waiter lets others go first
-_CHAIN = 32  # waiting requests that the search for a deadlock follows
+_FIRST = 16  # earlier tickets that are looked at
 _OWED_AT_ONCE = 32  # locks that one tick gives back
 _TICKETS = 1000  # tickets of other waiters that are watched at most
 
@@ -401,8 +403,13 @@ class Locks:
         """Whether an earlier ticket is before `wait`; see the module's comment."""
         if not wait.blocking:
             return False
-        for one in records:
-            if self._is_before(one, wait) and self._waits_for_others(records, one, wait, now):
+        earlier = [one for one in records if self._is_before(one, wait)]
+        if not earlier:
+            return False
+        earlier.sort(key=ticket_of)
+        held = [one for one in records if one.state == HELD]
+        for one in earlier[:_FIRST]:
+            if self._waits_for_others(held, one, wait, now):
                 return wait.yields(now)
         return False
 
@@ -413,12 +420,11 @@ class Locks:
         return conflicts(one, wait.lock) and not is_of(one, wait.key, self._fs.place)
 
     def _waits_for_others(
-        self, records: list[LockRecord], one: LockRecord, wait: Wait, now: float
+        self, held: list[LockRecord], one: LockRecord, wait: Wait, now: float
     ) -> bool:
         """Whether a waiter is neither slow nor in need of what the owner of `wait` holds."""
         ticket = (wait.guard.ino, one.ticket)
-        holders = [it for it in records if it.state == HELD and conflicts(it, one)]
-        holders = [it for it in holders if owner_of(it) != owner_of(one)]
+        holders = [it for it in held if conflicts(it, one) and owner_of(it) != owner_of(one)]
         if holders:
             self._free_since.pop(ticket, None)
             me = (*self._fs.place, wait.lock.owner)
@@ -477,46 +483,16 @@ class Locks:
             store_waits(tx, kept)
 
     def _is_deadlock(self, tx: Transaction, wait: Wait, waits: list[WaitRecord]) -> bool:
-        """Whether an owner that blocks `wait` waits, over any number of others, for it."""
         me = (*self._fs.place, wait.lock.owner)
-        known: dict[int, list[LockRecord]] = {}
-        lock = wait.lock
-        todo: list[tuple[int, Lock | LockRecord, tuple[int, int, int]]] = [
-            (wait.guard.ino, lock, me)
-        ]
-        seen: set[tuple[int, int]] = set()
-        for _ in range(_CHAIN):
-            if not todo:
-                break
-            ino, asked, by = todo.pop()
-            for holder in self._table_of(tx, ino, known):
-                who = owner_of(holder)
-                if holder.state != HELD or who == by or not conflicts(holder, asked):
-                    continue
-                if who == me:
-                    return True
-                for one in waits:
-                    if (one.slot, one.incarnation, one.owner) == who and (
-                        (one.ino, one.ticket) not in seen
-                    ):
-                        seen.add((one.ino, one.ticket))
-                        for it in self._table_of(tx, one.ino, known):
-                            if is_ticket(it, one.ticket, who[:2]):
-                                todo.append((one.ino, it, who))
-        return False
+        return closes_ring(wait.guard.ino, wait.lock, me, waits, lambda ino: self._table(tx, ino))
 
-    def _table_of(
-        self, tx: Transaction, ino: int, known: dict[int, list[LockRecord]]
-    ) -> list[LockRecord]:
-        found = known.get(ino)
-        if found is None:
+    def _table(self, tx: Transaction, ino: int) -> list[LockRecord]:
+        """The records of any inode that count; none of one that is gone or damaged."""
+        with suppress(Corrupt):
             inode = tx.find_inode(ino)
-            found = []
             if inode is not None:
-                with suppress(Corrupt):
-                    found = self._living(records_of(tx, inode))
-            known[ino] = found
-        return found
+                return self._living(records_of(tx, inode))
+        return []
 
     # --- giving back ------------------------------------------------------------------------
 
