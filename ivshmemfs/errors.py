@@ -211,9 +211,12 @@ class Fenced(IvshmemfsError):
 
 
 class LockLost(IvshmemfsError):
-    """A lock between machines is no longer held: its holder was silent for too long."""
+    """A lock between machines is no longer held: its holder was silent for too long.
 
-    errno = _errno.ENOLCK
+    What would be written under it is refused.
+    """
+
+    errno = _errno.EIO
 
 
 class Restart(Busy):

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import click
 
 from ivshmemfs.cli.peering import patiently, peer
-from ivshmemfs.errors import Busy, LockLost, RegionMissing, UsageError
+from ivshmemfs.errors import Busy, LockLost, RegionMissing, UnsupportedVersion, UsageError
 from ivshmemfs.fuse.mountpoint import FSTYPE, enclosing, mounted, refuse_hung
 from ivshmemfs.shm.watch import LOOK, SILENCE
 
@@ -148,11 +148,17 @@ def _held(region: Region, ino: int, patience: float | None) -> Iterator[FileLock
 
     end = None if patience is None else time.monotonic() + patience
     with peer(region, readonly=True) as looker:
-        watched = FileLock(looker, ino)
-        while (record := _free(watched, end)) is not None:
+        if not looker.superblock.shares_locks:
+            raise UnsupportedVersion(
+                f"{region.spec} was formatted by a version without locks between machines: "
+                "format it anew"
+            )
+        watched = FileLock(looker, looker.locks, ino)
+        while _free(watched, end):
+            gone = patiently(watched.gone)
             with peer(region, readonly=False) as fs:
-                lock = FileLock(fs, ino)
-                if patiently(lambda record=record, lock=lock: lock.acquire(record)):  # type: ignore[misc]
+                lock = FileLock(fs, fs.locks, ino)
+                if patiently(lambda lock=lock, gone=gone: lock.acquire(gone)):  # type: ignore[misc]
                     try:
                         yield lock
                     finally:
@@ -162,19 +168,18 @@ def _held(region: Region, ino: int, patience: float | None) -> Iterator[FileLock
     yield None
 
 
-def _free(lock: FileLock, end: float | None) -> bytes | None:
-    """The record of the lock once it can be taken; None when it is held until `end`.
+def _free(lock: FileLock, end: float | None) -> bool:
+    """Whether the lock can be taken before `end`; waits for that.
 
-    Whoever holds it and seems to be gone is waited for until that is sure.
+    A holder that seems to be gone is waited for until that is sure.
     """
     delay, decided = FIRST_WAIT, time.monotonic() + SILENCE + LOOK
     while True:
-        record = patiently(lock.record)
-        if lock.blocking(record) is None:
-            return bytes(record)
+        if patiently(lock.holder) is None:
+            return True
         now = time.monotonic()
-        if end is not None and now >= end and (now >= decided or not lock.undecided(record)):
-            return None
+        if end is not None and now >= end and (now >= decided or not patiently(lock.undecided)):
+            return False
         time.sleep(delay)
         delay = min(delay * 1.5, LONGEST_WAIT)
 

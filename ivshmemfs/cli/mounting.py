@@ -40,6 +40,7 @@ Options (-o), separated by commas:
   noexec, sync, ...  as in mount(8); options without effect here are ignored
   remount,ro         make a mount read-only until remount,rw (root only)
   mmap               allow shared mappings on kernels before 6.6, through the page cache
+  locks=shared|local flock(2) and fcntl(2) locks hold on all mounts, or on this one
   log=FILE           write the log to FILE
   loop=poll|trio     how to wait for requests
 nosuid and nodev are on unless suid or dev is given.  Permissions are always checked.

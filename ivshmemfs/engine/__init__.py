@@ -4,10 +4,10 @@ Callers use `Filesystem`.  Every change of the region goes through a `Transactio
 """
 
 from ivshmemfs.engine import filesystem
+from ivshmemfs.engine.file_lock import FileLock
 from ivshmemfs.engine.filesystem import NOW, Filesystem
 from ivshmemfs.engine.handle import Handle
 from ivshmemfs.engine.inode import Attr, Context, StatFs
-from ivshmemfs.engine.lock import FileLock
 from ivshmemfs.engine.names import RENAME_EXCHANGE, RENAME_NOREPLACE, RENAME_WHITEOUT
 from ivshmemfs.format.inode import ROOT_INO
 

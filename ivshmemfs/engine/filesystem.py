@@ -20,6 +20,7 @@ import errno
 import os
 import stat
 from collections.abc import Callable, Collection, Iterator
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
 
 from ivshmemfs.engine import acl, data, directory, holes, names, privileges, xattr
@@ -30,6 +31,7 @@ from ivshmemfs.engine.garbage import Garbage
 from ivshmemfs.engine.handle import Handle
 from ivshmemfs.engine.inode import MAX_RDEV, TARGET_MAX, Attr, Context, Inode, StatFs, attributes
 from ivshmemfs.engine.lifetimes import Lifetimes
+from ivshmemfs.engine.locks import Guard, Locks
 from ivshmemfs.engine.names import RENAME_EXCHANGE, RENAME_NOREPLACE, RENAME_WHITEOUT
 from ivshmemfs.engine.openfiles import OpenFiles
 from ivshmemfs.engine.orphans import Orphans
@@ -37,7 +39,15 @@ from ivshmemfs.engine.pieces import Pieces
 from ivshmemfs.engine.transaction import Transaction, View
 from ivshmemfs.engine.upkeep import Upkeep
 from ivshmemfs.engine.volume import Volume
-from ivshmemfs.errors import Corrupt, FsError, NoSpace, StaleHandle, Unfinished
+from ivshmemfs.errors import (
+    Busy,
+    Corrupt,
+    FsError,
+    IvshmemfsError,
+    NoSpace,
+    StaleHandle,
+    Unfinished,
+)
 from ivshmemfs.format.dirent import NAME_MAX, TYPE_SHIFT
 from ivshmemfs.format.inode import MAX_FILE_SIZE
 
@@ -74,6 +84,7 @@ class Filesystem:
         self._upkeep: Final = Upkeep(
             volume, self._openfiles, self._garbage, self._orphans, self._lifetimes
         )
+        self.locks: Final = Locks(volume, self._committer)
         self.region: Final = volume.region
         self.superblock: Final = volume.superblock
         self.readonly: Final = volume.readonly
@@ -93,7 +104,14 @@ class Filesystem:
         return cls(Volume.mount(region, readonly=readonly))
 
     def unmount(self) -> None:
-        """Leave the peers.  Frees files that are open here and have no links."""
+        """Give all locks back and leave the peers.
+
+        Frees files that are open here and have no links.
+        """
+        if self._volume.member is not None:
+            with suppress(IvshmemfsError, OSError):
+                self._volume.check_identity()
+                self.locks.leave()
         self._upkeep.unmount()
 
     # --- the mount's parts, as callers use them ---------------------------------------------
@@ -107,6 +125,11 @@ class Filesystem:
     def is_committing(self) -> bool:
         """Whether a peer holds the hint word now, so that a change would raise Busy."""
         return self._committer.hint.held
+
+    @property
+    def shares_locks(self) -> bool:
+        """Whether locks that are taken here hold on all mounts."""
+        return self.superblock.shares_locks and not self.readonly
 
     def commit_word(self) -> int:
         """The commit word; while it does not change, no peer has changed anything.  One load."""
@@ -152,6 +175,8 @@ class Filesystem:
 
     def tick(self) -> bool:
         """Beat and do one piece of upkeep, about once a second; see `Upkeep.tick`."""
+        with suppress(Busy, FsError):  # which must not keep the mount from beating
+            self.locks.tick()
         return self._upkeep.tick()
 
     def work(self) -> bool:
@@ -285,6 +310,8 @@ class Filesystem:
         self,
         ino: int,
         ctx: Context,
+        guard: Guard | None = None,
+        /,
         *,
         mode: int | None = None,
         uid: int | None = None,
@@ -308,6 +335,8 @@ class Filesystem:
         def plan(tx: Transaction) -> Attr:
             inode = tx.inode(ino)
             if size is not None:
+                if guard is not None:
+                    guard.check(tx, inode)
                 inode = self._resized(tx, inode, size, ctx)
             if uid is not None or gid is not None:
                 inode = self._credentials.after_chown(tx, inode, ctx)
@@ -556,6 +585,8 @@ class Filesystem:
         def store(at: int, piece: data.Buffer) -> None:
             def plan(tx: Transaction) -> None:
                 inode = tx.inode(handle.ino)
+                if handle.guard is not None:
+                    handle.guard.check(tx, inode)
                 inode = data.write(tx, inode, inode.record.size if at_end else at, piece)
                 tx.put(self._credentials.after_write(tx, inode, handle, ctx))
 
@@ -587,7 +618,10 @@ class Filesystem:
         """
 
         def plan(tx: Transaction) -> int:
-            inode, done = data.write_from(tx, tx.inode(handle.ino), offset, length, file)
+            inode = tx.inode(handle.ino)
+            if handle.guard is not None:
+                handle.guard.check(tx, inode)
+            inode, done = data.write_from(tx, inode, offset, length, file)
             if done:
                 tx.put(self._credentials.after_write(tx, inode, handle))
             return done
@@ -625,7 +659,7 @@ class Filesystem:
 
     def _punch(self, handle: Handle, offset: int, length: int, *, grow: bool) -> None:
         def plan(tx: Transaction) -> None:
-            inode = holes.punch(tx, _file(tx, handle), offset, length)
+            inode = holes.punch(tx, _guarded(tx, handle), offset, length)
             if grow and offset + length > inode.record.size:
                 inode = data.truncate(tx, inode, offset + length)
             tx.put(self._credentials.after_write(tx, data.modified(tx, inode), handle))
@@ -634,7 +668,7 @@ class Filesystem:
 
     def _fill(self, handle: Handle, offset: int, end: int, *, grow: bool) -> None:
         def plan(tx: Transaction) -> int:
-            inode = _file(tx, handle)
+            inode = _guarded(tx, handle)
             upto = end if grow else min(end, inode.record.size)
             filled, following = holes.fill(tx, inode, offset, upto, FILLED_AT_ONCE)
             tx.put(self._credentials.after_write(tx, data.modified(tx, filled), handle))
@@ -799,6 +833,14 @@ def _file(view: View, handle: Handle) -> Inode:
     inode = view.inode(handle.ino)
     if not inode.is_regular:
         raise FsError(errno.ENODEV)
+    return inode
+
+
+def _guarded(tx: Transaction, handle: Handle) -> Inode:
+    """Return the inode of an open regular file, to change its contents; raises LockLost."""
+    inode = _file(tx, handle)
+    if handle.guard is not None:
+        handle.guard.check(tx, inode)
     return inode
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 from ivshmemfs.engine.inode import Context
+from ivshmemfs.engine.locks import Guard
 
 
 class Handle:
@@ -14,7 +15,7 @@ class Handle:
     file's group.
     """
 
-    __slots__ = ("append", "ino", "outsider", "readable", "unprivileged", "writable")
+    __slots__ = ("append", "guard", "ino", "outsider", "readable", "unprivileged", "writable")
 
     def __init__(
         self, ino: int, flags: int, ctx: Context | None, *, outsider: bool = False
@@ -26,3 +27,4 @@ class Handle:
         self.writable = access != os.O_RDONLY
         self.unprivileged = ctx is not None and ctx.uid != 0
         self.outsider = outsider
+        self.guard: Guard | None = None  # of the locks that were taken through it

@@ -182,6 +182,18 @@ def save(
     return _stored(tx, inode, Table(names, entries, size), silent=silent)
 
 
+def set_hidden(tx: Transaction, inode: Inode, name: bytes, value: bytes) -> Inode:
+    """The inode with an attribute that users do not see; its ctime stays.
+
+    An empty value removes the attribute.  Raises ENOSPC when all attributes are too large.
+    """
+    found = table(tx, inode)
+    if value:
+        return _stored(tx, inode, found.put(name, value), silent=True)
+    at = found.find(name)
+    return inode if at < 0 else _stored(tx, inode, found.without(at), silent=True)
+
+
 def _stored(tx: Transaction, inode: Inode, new: Table, *, silent: bool = False) -> Inode:
     """Return the inode with the attributes of `new`; raises ENOSPC, NoSpace."""
     if new.size > TOTAL_MAX:

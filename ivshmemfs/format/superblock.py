@@ -26,8 +26,10 @@ LABEL_SIZE = 64
 
 # Feature bits that this version knows.  It ignores an unknown compat bit, mounts read-only with an
 # unknown ro_compat bit, and refuses an unknown incompat bit.
+#: ro_compat: writers keep each other's locks (`format/lock.py`).  Older programs may only read.
+LOCKS = 1
 KNOWN_COMPAT = 0
-KNOWN_RO_COMPAT = 0
+KNOWN_RO_COMPAT = LOCKS
 KNOWN_INCOMPAT = 0
 
 OFFSET = 0
@@ -93,6 +95,7 @@ class Superblock(NamedTuple):
     geometry: Geometry
     created_ns: int
     read_only: bool  # an unknown ro_compat feature forbids writing
+    shares_locks: bool  # every writer knows of the locks of inodes
 
     @property
     def fsid(self) -> int:
@@ -106,7 +109,7 @@ def encode(uuid: bytes, label: str, geometry: Geometry, created_ns: int) -> byte
     if len(name) > LABEL_SIZE:
         raise ValueError(f"a label has at most {LABEL_SIZE} bytes; this one has {len(name)}")
     record = SuperblockRecord(
-        MAGIC, MAJOR, MINOR, SUPERBLOCK.size, 0, 0, 0, uuid, name,
+        MAGIC, MAJOR, MINOR, SUPERBLOCK.size, 0, LOCKS, 0, uuid, name,
         geometry.region_size, geometry.block_size, geometry.peer_count, geometry.block_count,
         geometry.peers_offset, geometry.tags_offset, geometry.data_offset, geometry.reserve,
         layout_signature(), created_ns, 0,
@@ -191,7 +194,8 @@ def decode(raw: Buffer, region_size: int | None = None) -> Superblock:
         )
     label = record.label.rstrip(b"\0").decode(errors="replace")
     read_only = bool(record.ro_compat & ~KNOWN_RO_COMPAT)
-    return Superblock(record.uuid, label, geometry, record.created_ns, read_only)
+    shares_locks = bool(record.ro_compat & LOCKS)
+    return Superblock(record.uuid, label, geometry, record.created_ns, read_only, shares_locks)
 
 
 def identify(raw: Buffer) -> tuple[str, str] | None:

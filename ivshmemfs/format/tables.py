@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ivshmemfs.format import inode, node, peer, repair, superblock, words, xattr
+from ivshmemfs.format import inode, lock, node, peer, repair, superblock, words, xattr
 from ivshmemfs.format.record import Layout
 
 LAYOUTS: dict[str, Layout[Any]] = {
@@ -16,6 +16,9 @@ LAYOUTS: dict[str, Layout[Any]] = {
     "root": node.ROOT_RECORD,
     "inode": inode.INODE,
     "xattr": xattr.XATTR,
+    "lock": lock.LOCK,
+    "wait": lock.WAIT,
+    "lock_header": lock.HEADER,
 }
 
 _SIGNED = "qih"

@@ -277,6 +277,7 @@ class StrictRun:
         if record.xattr_pointer == words.NULL:
             start = PAYLOAD_OFFSET + record.payload_size
             self.report.test(inv.check_xattr, place, record, data[start:])
+            self.report.test(inv.check_locks, place, data[start:])
             return
         if not self.report.test(inv.check_xattr, place, record, None):
             self.lost += 1
@@ -294,6 +295,7 @@ class StrictRun:
         parts = (self.image.block(pieces[i]) if i in pieces else bytes(size) for i in range(count))
         blob = b"".join(parts)
         self.report.test(inv.check_xattr, place, record, blob[: record.xattr_size])
+        self.report.test(inv.check_locks, place, blob[: record.xattr_size])
 
     # --- second pass: directories ---
 

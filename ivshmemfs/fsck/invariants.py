@@ -12,8 +12,8 @@ from typing import Any, ParamSpec
 
 from ivshmemfs.errors import UnsupportedVersion
 from ivshmemfs.format import inode as ino_format
+from ivshmemfs.format import lock, superblock, words, xattr
 from ivshmemfs.format import node as node_format
-from ivshmemfs.format import superblock, words, xattr
 from ivshmemfs.format.dirent import COLLISIONS, NAME_MAX, name_key
 from ivshmemfs.format.geometry import Geometry
 from ivshmemfs.format.inode import InodeRecord
@@ -420,3 +420,21 @@ def check_tail(tail: bytes) -> Iterator[str]:
     """The bytes beyond the end of a file in its last block are zero."""
     if any(tail):
         yield "its last block is not zero beyond the end of the file"
+
+
+# --- locks ----------------------------------------------------------------------------------
+
+
+@_invariant(31, note=True)
+def check_locks(blob: bytes) -> Iterator[str]:
+    """The locks of an inode, and the list of waiting owners, have a possible shape.
+
+    An impossible table locks nothing, and the next lock replaces it.
+    """
+    try:
+        attributes = xattr.decode(blob)
+    except ValueError:
+        return
+    for name in (lock.LOCKS, lock.WAITS):
+        if problem := lock.problem(name, attributes.get(name, b"")):
+            yield problem

@@ -67,6 +67,7 @@ class Relay:
         *,
         setxattr_ext: bool = False,
         access_lists: bool = False,
+        shares_locks: bool = False,
     ) -> None:
         #: The FUSE descriptor.
         self.device = device
@@ -74,6 +75,8 @@ class Relay:
         self.setxattr_ext = setxattr_ext
         #: Whether the kernel obeys access lists.
         self.access_lists = access_lists
+        #: Whether the kernel sends requests for locks.
+        self.shares_locks = shares_locks
         self._ours = ours
         ours.setblocking(False)
 
@@ -110,6 +113,7 @@ class Handshake:
 
     With *keep* `kernel_frontend` reads the requests, else libfuse does.  With *kernel_checks* the
     kernel checks permissions (default_permissions); with *access_lists* it then obeys lists, too.
+    With *locks* it sends requests for locks, if requests are kept.
     """
 
     def __init__(
@@ -119,6 +123,7 @@ class Handshake:
         keep: bool = False,
         kernel_checks: bool = False,
         access_lists: bool = False,
+        locks: bool = False,
     ) -> None:
         self.state = State.MOUNTED
         #: Whether the kernel allows shared mappings of files opened for direct I/O.
@@ -131,6 +136,7 @@ class Handshake:
         #: Set in state OPEN if the connection is kept.
         self.relay: Relay | None = None
         self._keep = keep
+        self._locks = locks and keep
         self._offered_flags = 0
         self._offered_flags2 = 0
         self._setxattr_ext = False
@@ -201,6 +207,7 @@ class Handshake:
                 self._ours,
                 setxattr_ext=self._setxattr_ext,
                 access_lists=self.access_lists,
+                shares_locks=self._locks,
             )
             return
         os.dup2(self._device, self._libfuse_fd, inheritable=False)
@@ -219,6 +226,10 @@ class Handshake:
             wanted |= protocol.SETXATTR_EXT
             # Attributes in a listing are out of date at once.  pyfuse3 always asks for them.
             fields[3] &= ~(protocol.DO_READDIRPLUS | protocol.READDIRPLUS_AUTO)
+        both = protocol.POSIX_LOCKS | protocol.FLOCK_LOCKS
+        self._locks = self._locks and self._offered_flags & both == both
+        if self._locks:
+            wanted |= both
         fields[3] |= wanted & self._offered_flags
         self._setxattr_ext = bool(fields[3] & protocol.SETXATTR_EXT)
         self.access_lists = bool(fields[3] & protocol.POSIX_ACL)

@@ -10,12 +10,12 @@ States of a request:
     read       it is in the request buffer
     answered   the kernel has the answer
     forwarded  it has no handler here; the caller of `serve` gives it to pyfuse3
-    waiting    the engine was busy; a task retries with a copy of the request, until it is answered
-               or the kernel sends INTERRUPT for it
+    waiting    the engine was busy, or the request waits for a lock; a task answers it later, or the
+               kernel sends INTERRUPT for it
 
 A handler takes (node, caller, buffer, end of the request in the buffer).  It returns the body of
-the answer, None for an empty body, or ABSENT for ENOENT.  It raises the engine's errors.  It reads
-its buffer before it returns, because the next request overwrites the buffer.
+the answer, None for an empty body, ABSENT for ENOENT, or LATER when a task answers.  It raises the
+engine's errors.  It reads its buffer before it returns, because the next request overwrites it.
 """
 
 from __future__ import annotations
@@ -30,7 +30,10 @@ from typing import Any, Final, NamedTuple
 import trio
 
 from ivshmemfs.engine import NOW, Attr, Context
+from ivshmemfs.engine.lock_table import Lock
+from ivshmemfs.engine.locks import Wait
 from ivshmemfs.errors import Busy, FsError, Unfinished
+from ivshmemfs.format.lock import FCNTL, FLOCK
 from ivshmemfs.fuse import protocol
 from ivshmemfs.fuse.connection import Relay
 from ivshmemfs.fuse.operations import LARGEST, Operations
@@ -55,6 +58,8 @@ Handler = Callable[[int, Context, Buffer, int], Answer]
 
 #: The answer to a look-up of a name that does not exist; it costs less than an exception.
 ABSENT: Final = memoryview(b"ENOENT")
+#: A task answers.
+LATER: Final = memoryview(b"later")
 #: Make a `Context` of (uid, gid, pid); calling the class would cost one more Python call.
 _context = functools.partial(tuple.__new__, Context)
 _header = protocol.IN_HEADER.unpack_from
@@ -108,7 +113,8 @@ def _answered(turn: Unfinished, answer: Callable[[Any], Answer]) -> Unfinished:
 class KernelFrontEnd:
     """Reads and answers the requests of one *connection*; *spawn* starts a task.
 
-    *pages* learns which files the kernel keeps pages of.
+    *pages* learns which files the kernel keeps pages of.  *ended* tells whether the mount ends,
+    which ends all waits for locks.
     """
 
     def __init__(
@@ -119,8 +125,11 @@ class KernelFrontEnd:
         *,
         page_cache: bool,
         pages: Pages | None = None,
+        ended: Callable[[], bool] = lambda: False,
     ) -> None:
         self._operations = operations
+        if connection.shares_locks:
+            operations.share_locks(ended)
         self._pages = pages
         self._page_cache = page_cache
         self._retry = operations.retry
@@ -175,6 +184,9 @@ class KernelFrontEnd:
             protocol.FLUSH: self._flush,
             protocol.FSYNC: self._fsync,
             protocol.RELEASE: self._release,
+            protocol.GETLK: self._getlk,
+            protocol.SETLK: self._setlk,
+            protocol.SETLKW: self._setlkw,
             protocol.OPENDIR: self._opendir,
             protocol.READDIR: self._readdir,
             protocol.RELEASEDIR: self._releasedir,
@@ -226,6 +238,8 @@ class KernelFrontEnd:
                 os.write(self._device, _out(_OUT_SIZE, 0, unique))
             elif answer is ABSENT:
                 self._say(unique, errno.ENOENT)
+            elif answer is LATER:
+                pass
             else:
                 header = _out(_OUT_SIZE + len(answer), 0, unique)
                 os.writev(self._device, (header, answer))
@@ -276,15 +290,21 @@ class KernelFrontEnd:
     # --- waiting ----------------------------------------------------------------------------
 
     def _wait(self, waiting: Waiting, busy: Busy) -> None:
+        self._later(waiting.unique, lambda: self._answer_patiently(waiting, busy))
+
+    def _later(self, unique: int, answering: Callable[[], Awaitable[None]]) -> None:
+        """Let a task answer, unless the caller is interrupted before."""
+        scope = self._waiting[unique] = trio.CancelScope()  # before the next request is read
+
         async def answer_later() -> None:
-            with trio.CancelScope() as scope:
-                self._waiting[waiting.unique] = scope
+            with scope:
                 try:
-                    await self._answer_patiently(waiting, busy)
+                    await answering()
                 finally:
-                    del self._waiting[waiting.unique]
+                    if self._waiting.get(unique) is scope:
+                        del self._waiting[unique]
             if scope.cancelled_caught:
-                self._say(waiting.unique, errno.EINTR)
+                self._say(unique, errno.EINTR)
 
         self._spawn(answer_later)
 
@@ -402,7 +422,7 @@ class KernelFrontEnd:
         )  # fmt: skip
 
     def _setattr(self, node: int, ctx: Context, request: Buffer, _end: int) -> Answer:
-        valid, _fh, size, atime, mtime, atime_ns, mtime_ns, mode, uid, gid = (
+        valid, fh, size, atime, mtime, atime_ns, mtime_ns, mode, uid, gid = (
             protocol.SETATTR_IN.unpack_from(request, _BODY)
         )
         wanted = {}
@@ -421,7 +441,9 @@ class KernelFrontEnd:
             now = valid & protocol.SET_MTIME_NOW
             wanted["mtime_ns"] = NOW if now else mtime * _BILLION + mtime_ns
         opened = bool(valid & protocol.SET_FH)
-        return self._attr(self._operations.setattr(node, wanted, ctx, opened=opened))
+        return self._attr(
+            self._operations.setattr(node, wanted, ctx, opened=opened, fh=fh if opened else 0)
+        )
 
     def _access(self, node: int, ctx: Context, request: Buffer, _end: int) -> Answer:
         (mask,) = protocol.ACCESS_IN.unpack_from(request, _BODY)
@@ -536,7 +558,7 @@ class KernelFrontEnd:
         return None
 
     def _flush(self, _node: int, _ctx: Context, request: Buffer, _end: int) -> Answer:
-        self._operations.flush(protocol.RELEASE_IN.unpack_from(request, _BODY)[0])
+        self._operations.flush(*protocol.FLUSH_IN.unpack_from(request, _BODY))
         return None
 
     def _fsync(self, _node: int, _ctx: Context, request: Buffer, _end: int) -> Answer:
@@ -547,6 +569,53 @@ class KernelFrontEnd:
     def _release(self, _node: int, _ctx: Context, request: Buffer, _end: int) -> Answer:
         self._operations.release(protocol.RELEASE_IN.unpack_from(request, _BODY)[0])
         return None
+
+    # --- locks ------------------------------------------------------------------------------
+
+    @staticmethod
+    def _lock(request: Buffer) -> tuple[int, bool, Lock]:
+        """(handle, whether it is to be given back, the lock) of a request about one."""
+        fh, owner, start, end, kind, pid, flags = protocol.LK_IN.unpack_from(request, _BODY)
+        if kind not in (protocol.F_RDLCK, protocol.F_WRLCK, protocol.F_UNLCK):
+            raise FsError(errno.EINVAL)
+        which = FLOCK if flags & protocol.LK_FLOCK else FCNTL
+        return fh, kind == protocol.F_UNLCK, Lock(which, kind & 1, owner, start, end, pid)
+
+    def _getlk(self, _node: int, _ctx: Context, request: Buffer, _end: int) -> Answer:
+        fh, _, lock = self._lock(request)
+        found = self._operations.getlk(fh, lock)
+        if found is None:
+            return protocol.LK_OUT.pack(lock.start, lock.end, protocol.F_UNLCK, 0)
+        record, here = found
+        pid = record.pid if here else 0
+        return protocol.LK_OUT.pack(record.start, record.end, record.type, pid)
+
+    def _setlk(self, _node: int, _ctx: Context, request: Buffer, _end: int) -> Answer:
+        fh, unlock, lock = self._lock(request)
+        if unlock:
+            self._operations.unlock(fh, lock)
+        else:
+            self._operations.setlk(fh, lock)
+        return None
+
+    def _setlkw(self, node: int, ctx: Context, request: Buffer, end: int) -> Answer:
+        fh, unlock, lock = self._lock(request)
+        if unlock:
+            return self._setlk(node, ctx, request, end)
+        wait = self._operations.setlkw(fh, lock, ctx)
+        if wait is None:
+            return None
+        unique = _header(request)[2]
+        self._later(unique, lambda: self._answer_lock(unique, wait))
+        return LATER
+
+    async def _answer_lock(self, unique: int, wait: Wait) -> None:
+        try:
+            await self._operations.locks.granted(wait)
+        except Exception as error:
+            self._say(unique, errno_of("setlkw", error))
+        else:
+            self._answer(unique, None)
 
     # --- directories ------------------------------------------------------------------------
 

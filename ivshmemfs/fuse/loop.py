@@ -216,6 +216,11 @@ class Loop:
         if self._fd >= 0 and self._fd != fd:
             trio.lowlevel.notify_closing(self._fd)
 
+    @property
+    def closing(self) -> bool:
+        """Whether no more requests are read."""
+        return self._closing
+
     def _wait_while_opening(self, fd: int) -> Awaitable[None]:
         """Wait while the connection is not open; then replace `wait_readable`."""
         if not self._before_wait(fd):

@@ -27,10 +27,14 @@ from typing import NamedTuple, TypeVar
 from ivshmemfs.engine import Attr, Context, Filesystem, Handle, StatFs
 from ivshmemfs.engine.data import Buffer
 from ivshmemfs.engine.directory import Dirent
+from ivshmemfs.engine.lock_table import Lock
+from ivshmemfs.engine.locks import Wait
 from ivshmemfs.engine.xattr import LISTS
 from ivshmemfs.errors import FsError, StaleHandle
 from ivshmemfs.format.inode import MAX_INO
+from ivshmemfs.format.lock import LockRecord
 from ivshmemfs.fuse import callers
+from ivshmemfs.fuse.locks import SharedLocks
 from ivshmemfs.fuse.nodeids import NodeIds
 from ivshmemfs.fuse.ownership import Ownership
 from ivshmemfs.fuse.retry import Retry, errno_of
@@ -89,6 +93,8 @@ class Operations:
         self._handles: dict[int, Handle] = {}
         self._numbers = itertools.count(1)
         self._folders: dict[int, int] = {}  # node of an open directory, by handle
+        self._pause = pause
+        self._locks: SharedLocks | None = None  # None: the kernel keeps them, for this mount only
 
     # --- names ------------------------------------------------------------------------------
 
@@ -218,15 +224,21 @@ class Operations:
         ino = self.inode_of(node)
         return self._fs.getattr(ino), self._fs.birth_time(ino)
 
-    def setattr(self, node: int, wanted: dict[str, int], ctx: Context, *, opened: bool) -> Attr:
+    def setattr(
+        self, node: int, wanted: dict[str, int], ctx: Context, *, opened: bool, fh: int = 0
+    ) -> Attr:
         """Change the attributes in *wanted*: mode, uid, gid, size, atime_ns, mtime_ns.
 
-        A time may be NOW.  *opened* is True for a change through an open file.
+        A time may be NOW.  *opened* is True for a change through an open file, whose handle is *fh*
+        if the front end knows it.
         """
         ino = self.inode_of(node)
         changes = self._ownership.stored(wanted)
         self._rights.need_change(ino, ctx, changes, opened=opened)
-        return self._fs.setattr(ino, ctx, **changes)
+        handle = self._handles.get(fh) if self._locks is not None else None
+        if handle is None or handle.guard is None:
+            return self._fs.setattr(ino, ctx, **changes)
+        return self._fs.setattr(ino, ctx, handle.guard, **changes)
 
     def access(self, node: int, mask: int, ctx: Context) -> None:
         """Check permissions for access(2) and chdir(2); ENOSYS if the kernel checks them itself."""
@@ -360,9 +372,14 @@ class Operations:
         """Make or fill holes; raise Unfinished after each piece."""
         self._fs.fallocate(self._handles[fh], mode, offset, size)
 
-    def flush(self, _fh: int) -> None:
-        """Raise ENOSYS, after which the kernel sends no FLUSH: each write is published already."""
-        raise FsError(errno.ENOSYS)
+    def flush(self, fh: int, owner: int = 0) -> None:
+        """End the fcntl(2) locks of *owner* at a close(2).  All writes are published already.
+
+        Raises ENOSYS where the kernel keeps the locks: it then sends no FLUSH any more.
+        """
+        if self._locks is None:
+            raise FsError(errno.ENOSYS)
+        self._locks.flush(self._handles[fh], owner)
 
     def fsync(self, fh: int, _datasync: bool) -> None:
         """Return when all writes are in the region."""
@@ -370,8 +387,39 @@ class Operations:
 
     def release(self, fh: int) -> None:
         """Close a file."""
+        if self._locks is not None:
+            self._locks.release(self._handles[fh])
         self._fs.release(self._handles[fh])
         del self._handles[fh]
+
+    # --- locks ------------------------------------------------------------------------------
+
+    def share_locks(self, ended: Callable[[], bool]) -> None:
+        """Keep the locks of files in the region; *ended* says whether the mount ends."""
+        self._locks = SharedLocks(self._fs.locks, self._pause, ended)
+
+    @property
+    def locks(self) -> SharedLocks:
+        """The locks of files; raises ENOSYS where the kernel keeps them."""
+        if self._locks is None:
+            raise FsError(errno.ENOSYS)
+        return self._locks
+
+    def getlk(self, fh: int, lock: Lock) -> tuple[LockRecord, bool] | None:
+        """(a lock that is in the way, whether its holder is on this mount); None if none is."""
+        return self.locks.test(self._handles[fh], lock)
+
+    def setlk(self, fh: int, lock: Lock) -> None:
+        """Take a lock; raises EAGAIN when another one is in the way."""
+        self.locks.take(self._handles[fh], lock)
+
+    def unlock(self, fh: int, lock: Lock) -> None:
+        """Give back what the owner of *lock* holds of its bytes."""
+        self.locks.give(self._handles[fh], lock)
+
+    def setlkw(self, fh: int, lock: Lock, ctx: Context) -> Wait | None:
+        """Take a lock, or return the wait for it; None when it was taken at once."""
+        return self.locks.ask(self._handles[fh], lock, ctx.pid)
 
     # --- directories ------------------------------------------------------------------------
 

@@ -51,6 +51,8 @@ _OPPOSITES = {"exec": "noexec", "atime": "noatime", "async": "sync"}
 _MS_RDONLY, _MS_REMOUNT = 1, 32
 #: The ways to wait for requests; see `loop`.
 LOOPS = ("poll", "trio")
+#: Between which programs flock(2) and fcntl(2) locks hold: of all mounts, or of this one.
+LOCKS = ("shared", "local")
 
 
 @dataclass
@@ -71,6 +73,7 @@ class MountOptions:
     #: Open files through the page cache, which allows shared mappings on kernels before 6.6.
     mmap: bool = False
     loop: str = "poll"
+    locks: str = "shared"
     log: str | None = None
     #: Change an existing mount.
     remount: bool = False
@@ -210,6 +213,12 @@ def _set_loop(options: MountOptions, value: str) -> None:
     options.loop = value
 
 
+def _set_locks(options: MountOptions, value: str) -> None:
+    if value not in LOCKS:
+        raise UsageError(f"mount option 'locks={value}': give one of {', '.join(LOCKS)}")
+    options.locks = value
+
+
 def _set_log(options: MountOptions, value: str) -> None:
     options.log = value
 
@@ -230,5 +239,6 @@ _VALUED: dict[str, Callable[[MountOptions, str], None]] = {
     "gid": _set_gid,
     "umask": _set_umask,
     "loop": _set_loop,
+    "locks": _set_locks,
     "log": _set_log,
 }

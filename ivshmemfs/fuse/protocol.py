@@ -46,6 +46,9 @@ OPENDIR = 27
 READDIR = 28
 RELEASEDIR = 29
 FSYNCDIR = 30
+GETLK = 31
+SETLK = 32
+SETLKW = 33
 ACCESS = 34
 CREATE = 35
 INTERRUPT = 36
@@ -103,6 +106,12 @@ SETXATTR_EXT_IN = struct.Struct("=IIIxxxx")
 GETXATTR_IN = struct.Struct("=Ixxxx")
 #: fh; RELEASE and RELEASEDIR.
 RELEASE_IN = struct.Struct("=Qxxxxxxxxxxxxxxxx")
+#: fh, release_flags, owner of the open file's flock(2) lock; RELEASE.
+RELEASE_LOCKS_IN = struct.Struct("=QxxxxIQ")
+#: fh, owner of the locks that end; FLUSH.
+FLUSH_IN = struct.Struct("=QxxxxxxxxQ")
+#: fh, owner, first and last byte, type, pid, lk_flags; GETLK, SETLK, SETLKW.
+LK_IN = struct.Struct("=QQQQIIIxxxx")
 #: mask, as access(2) takes it.
 ACCESS_IN = struct.Struct("=Ixxxx")
 #: unique of the request whose caller was interrupted.
@@ -124,6 +133,10 @@ SET_MODE, SET_UID, SET_GID, SET_SIZE, SET_ATIME, SET_MTIME, SET_FH = 1, 2, 4, 8,
 SET_ATIME_NOW, SET_MTIME_NOW = 1 << 7, 1 << 8
 #: In SETXATTR_EXT_IN's flags: an access list must clear set-group-ID.
 SETXATTR_ACL_KILL_SGID = 1
+#: In LK_IN's type, as fcntl(2) has them.
+F_RDLCK, F_WRLCK, F_UNLCK = 0, 1, 2
+#: In lk_flags: an flock(2) lock.
+LK_FLOCK = 1
 #: In FSYNC_IN's flags: fdatasync(2), which leaves out the attributes.
 FSYNC_FDATASYNC = 1
 #: In write_flags: the kernel writes back its page cache, through any handle of the file.
@@ -147,6 +160,8 @@ WRITE_OUT = struct.Struct("=Ixxxx")
 GETXATTR_OUT = struct.Struct("=Ixxxx")
 #: blocks, bfree, bavail, files, ffree, bsize, namelen, frsize.
 STATFS_OUT = struct.Struct("=QQQQQIIIxxxx24x")
+#: First and last byte, type, pid.
+LK_OUT = struct.Struct("=QQII")
 #: offset.
 LSEEK_OUT = struct.Struct("=Q")
 #: cache time and flags (all 0 here), mask, blksize, nlink, uid, gid, mode, ino, size, blocks.
@@ -193,6 +208,8 @@ INIT_OUT = struct.Struct("=IIIIHHIIHHI")
 INIT_EXT = 1 << 30
 #: In ``flags``: listings carry attributes, always or when the kernel asks for them.
 DO_READDIRPLUS, READDIRPLUS_AUTO = 1 << 13, 1 << 14
+#: In ``flags``: the file system keeps fcntl(2) locks; flock(2) locks.
+POSIX_LOCKS, FLOCK_LOCKS = 1 << 1, 1 << 10
 #: In ``flags``: the kernel sends SETXATTR_EXT_IN.
 SETXATTR_EXT = 1 << 29
 #: In ``flags``: the kernel does not apply the umask; the request carries it.

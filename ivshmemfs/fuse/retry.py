@@ -23,7 +23,14 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import trio
 
-from ivshmemfs.errors import Busy, FsError, IvshmemfsError, UnderRepair, Unfinished
+from ivshmemfs.errors import (
+    Busy,
+    FsError,
+    IvshmemfsError,
+    LockLost,
+    UnderRepair,
+    Unfinished,
+)
 from ivshmemfs.fuse.protocol import MAX_ERRNO
 
 if TYPE_CHECKING:
@@ -60,7 +67,7 @@ class Refused(Exception):
 
 def errno_of(operation: str, error: Exception) -> int:
     """Return the errno for the caller of *operation*; log an unexpected *error*."""
-    if isinstance(error, Refused):
+    if isinstance(error, Refused | LockLost):  # the log has the cause already
         return error.errno
     if isinstance(error, IvshmemfsError):
         code = error.errno

@@ -66,6 +66,7 @@ class Session:
         #: Whether the kernel checks permissions, and not `rights`.
         self._kernel_checks = not options.root_only or mountpoint.helper() is None
         self._access_lists = options.acl and ownership == Ownership()
+        self._can_share_locks = fs.shares_locks
         self._operations = Operations(
             fs,
             self.loop.pause,
@@ -90,6 +91,7 @@ class Session:
                 keep=self.loop.polling,
                 kernel_checks=self._kernel_checks,
                 access_lists=self._access_lists,
+                locks=options.locks == "shared" and self._can_share_locks,
             )
             target, words = self._handshake.path, set()
         with _stderr_captured() as said:
@@ -137,10 +139,12 @@ class Session:
             gc.set_threshold(*GC_THRESHOLDS)
             mappings = "allowed" if self.shared_mappings else "refused"
             log.info(
-                "%s: mounted; shared mappings with direct I/O are %s; access lists are %s",
+                "%s: mounted; shared mappings with direct I/O are %s; access lists are %s; "
+                "locks of programs hold %s",
                 self._path,
                 mappings,
                 self._lists_obeyed(),
+                self._reach_of_locks(),
             )
             self._on_ready()
         return ready
@@ -157,6 +161,21 @@ class Session:
             return "not obeyed: the kernel is too old"
         return "obeyed by the kernel"
 
+    def _reach_of_locks(self) -> str:
+        """Return between which programs flock(2) and fcntl(2) locks hold, and why."""
+        relay = self._handshake.relay if self._handshake is not None else None
+        if relay is not None and relay.shares_locks:
+            return "on all mounts"
+        if self._options.locks == "local":
+            reason = "locks=local"
+        elif not self._can_share_locks:
+            reason = "it is read-only, or the region was formatted without locks"
+        elif relay is None:
+            reason = "requests come through pyfuse3, which has no handlers for locks"
+        else:
+            reason = "the kernel does not offer them"
+        return f"on this mount only: {reason}"
+
     def _answer_first(self, connection: Relay) -> None:
         self._invalidator.use(connection.device)
         front_end = KernelFrontEnd(
@@ -165,8 +184,12 @@ class Session:
             self.loop.spawn,
             page_cache=self._options.mmap,
             pages=self._pages,
+            ended=self._is_ending,
         )
         self.loop.answer_first(front_end, connection.device)
+
+    def _is_ending(self) -> bool:
+        return self.loop.closing or self._operations.retry.ending
 
     # --- serving --------------------------------------------------------------------------
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import stat
 import tempfile
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -23,7 +24,10 @@ from ivshmemfs.engine import (
     Handle,
     acl,
 )
+from ivshmemfs.engine.lock_table import Lock
+from ivshmemfs.engine.locks import QUEUE_AFTER, Guard, Wait
 from ivshmemfs.engine.xattr import ACCESS_LIST, DEFAULT_LIST
+from ivshmemfs.format.lock import END, FCNTL, READ, WRITE
 from tests.support.laboratory import Death, Laboratory, Peer
 from tests.support.regions import ROOT, put
 
@@ -396,6 +400,58 @@ workload("mkdir-list", lambda fs: fs.mkdir(ino(fs, b"d"), b"new", 0o770, ROOT), 
 workload("setattr-list", lambda fs: fs.setattr(ino(fs, b"a"), ROOT, mode=0o640), _listed)
 workload("xattr-list-remove", lambda fs: fs.removexattr(ino(fs, b"a"), ACCESS_LIST, ROOT), _listed)
 workload("xattr-remove-blocks", lambda fs: fs.removexattr(ino(fs, b"y"), b"user.big", ROOT))
+
+
+def _lock(fs: Filesystem, path: bytes, owner: int, end: int = END, type: int = WRITE) -> bool:
+    """Take an fcntl(2) lock, through an open file of its own."""
+    return fs.locks.take(Guard(fs.locks, ino(fs, path)), Lock(FCNTL, type, owner, 0, end))
+
+
+def _locked(*paths: bytes) -> Step:
+    def prepare(scene: Scene) -> None:
+        for path in paths:
+            assert scene.victim.run(lambda fs: _lock(fs, path, 1))  # noqa: B023
+
+    return prepare
+
+
+def _queue(scene: Scene) -> None:
+    """Wait for the lock of another peer, with a ticket."""
+
+    def wait(fs: Filesystem) -> bool:
+        lock = Lock(FCNTL, WRITE, 2)
+        wait = Wait(fs.locks, Guard(fs.locks, ino(fs, b"b")), lock, blocking=True, detect=True)
+        wait.attempt()
+        time.sleep(QUEUE_AFTER)
+        return wait.attempt()
+
+    scene.victim.run(wait)
+
+
+def _write_locked(scene: Scene) -> None:
+    handle = scene.handles["it"]
+    scene.victim.run(lambda fs: fs.write(handle, 0, pattern(100, 9)))
+
+
+def _opened_and_locked(scene: Scene) -> None:
+    def prepare(fs: Filesystem) -> Handle:
+        handle = fs.open(ino(fs, b"b"), os.O_RDWR, ROOT)
+        handle.guard = Guard(fs.locks, handle.ino)
+        fs.locks.take(handle.guard, Lock(FCNTL, WRITE, 1))
+        return handle
+
+    scene.handles["it"] = scene.victim.run(prepare)
+
+
+workload("lock", lambda fs: _lock(fs, b"b", 1))
+workload("lock-beside-attributes", lambda fs: _lock(fs, b"y", 1))
+workload("lock-more", lambda fs: _lock(fs, b"b", 1, 99, READ), _locked(b"b"))
+workload("unlock", lambda fs: fs.locks.give(ino(fs, b"b"), FCNTL, 1), _locked(b"b"))
+workload("unlock-all", lambda fs: fs.locks.leave(), _locked(b"a", b"b", b"d"))
+WORKLOADS["lock-queue"] = Workload(
+    "lock-queue", _queue, lambda scene: scene.other.run(lambda fs: _lock(fs, b"b", 1))
+)
+WORKLOADS["write-locked"] = Workload("write-locked", _write_locked, _opened_and_locked)
 
 workload("open", lambda fs: fs.open(ino(fs, b"a"), os.O_RDONLY, ROOT))
 workload("open-truncating", lambda fs: fs.open(ino(fs, b"b"), os.O_RDWR | os.O_TRUNC, ROOT))

@@ -10,7 +10,7 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 from ivshmemfs.engine import RENAME_EXCHANGE, ROOT_INO, Filesystem
-from ivshmemfs.errors import FsError
+from ivshmemfs.errors import FsError, LockLost
 from tests.crash.cases import Tree, check_quarantine, close_others, set_up
 from tests.crash.workloads import WORKLOADS, Scene, ino, pattern
 from tests.support.checks import assert_sound, detailed_tree, unreachable
@@ -82,7 +82,7 @@ class Case(NamedTuple):
 def errno_of(step: Callable[[], object]) -> int:
     try:
         step()
-    except FsError as error:
+    except (FsError, LockLost) as error:
         return error.errno
     return 0
 

@@ -9,29 +9,36 @@ import time
 import pytest
 
 from ivshmemfs.engine import ROOT_INO, FileLock, Filesystem
-from ivshmemfs.engine import lock as engine
+from ivshmemfs.engine import locks as engine
 from ivshmemfs.errors import FsError, LockLost
+from ivshmemfs.format import lock as fmt
 from ivshmemfs.shm import identity, watch
 from ivshmemfs.shm.identity import Presence
 from tests.support.checks import assert_adds_up
 from tests.support.regions import ROOT, new_region, put
 
 
-def holder_of(lock: FileLock) -> engine.Holder | None:
-    return lock.blocking(lock.record())
+def lock_of(fs: Filesystem, ino: int) -> FileLock:
+    return FileLock(fs, fs.locks, ino)
+
+
+def holder_of(lock: FileLock) -> tuple[int, int] | None:
+    """(slot, incarnation) of the living peer that holds it."""
+    found = lock.holder()
+    return None if found is None else (found.slot, found.incarnation)
 
 
 def test_one_holder_at_a_time(fs: Filesystem, other: Filesystem) -> None:
     ino = put(fs, ROOT_INO, b"file", b"content").ino
-    mine, theirs = FileLock(fs, ino), FileLock(other, ino)
-    assert theirs.record() == b""
-    assert mine.acquire(b"")
-    assert not theirs.acquire(b"")
-    assert holder_of(theirs) == (ino, *fs.peer_id)
+    mine, theirs = lock_of(fs, ino), lock_of(other, ino)
+    assert holder_of(theirs) is None
+    assert mine.acquire()
+    assert not theirs.acquire()
+    assert holder_of(theirs) == fs.peer_id
     mine.keep()
     mine.release()
-    assert theirs.record() == b""
-    assert theirs.acquire(b"")
+    assert holder_of(theirs) is None
+    assert theirs.acquire()
     mine.release()  # not ours any more: changes nothing
     theirs.keep()
     theirs.release()
@@ -40,14 +47,14 @@ def test_one_holder_at_a_time(fs: Filesystem, other: Filesystem) -> None:
 
 def test_nobody_sees_the_record(fs: Filesystem) -> None:
     attr = put(fs, ROOT_INO, b"file", b"content")
-    lock = FileLock(fs, attr.ino)
-    assert lock.acquire(b"")
+    lock = lock_of(fs, attr.ino)
+    assert lock.acquire()
     assert fs.listxattr(attr.ino, ROOT) == []
     assert fs.getattr(attr.ino) == attr
     for call in (
-        lambda: fs.getxattr(attr.ino, engine.ATTRIBUTE),
-        lambda: fs.setxattr(attr.ino, engine.ATTRIBUTE, b"", 0, ROOT),
-        lambda: fs.removexattr(attr.ino, engine.ATTRIBUTE, ROOT),
+        lambda: fs.getxattr(attr.ino, fmt.LOCKS),
+        lambda: fs.setxattr(attr.ino, fmt.LOCKS, b"", 0, ROOT),
+        lambda: fs.removexattr(attr.ino, fmt.LOCKS, ROOT),
     ):
         with pytest.raises(FsError) as caught:
             call()
@@ -57,20 +64,18 @@ def test_nobody_sees_the_record(fs: Filesystem) -> None:
 
 def test_a_holder_that_left(fs: Filesystem, other: Filesystem) -> None:
     ino = put(other, ROOT_INO, b"file", b"").ino
-    assert FileLock(fs, ino).acquire(b"")
+    assert lock_of(fs, ino).acquire()
     fs.unmount()
-    theirs = FileLock(other, ino)
-    record = theirs.record()
-    assert record
-    assert theirs.blocking(record) is None
-    assert theirs.acquire(record)
+    theirs = lock_of(other, ino)
+    assert holder_of(theirs) is None
+    assert theirs.acquire()
 
 
 def test_a_holder_that_was_declared_gone(fs: Filesystem, other: Filesystem) -> None:
     """It notices, also when it has joined again meanwhile."""
     ino = put(fs, ROOT_INO, b"file", b"").ino
-    mine, theirs = FileLock(fs, ino), FileLock(other, ino)
-    assert mine.acquire(b"")
+    mine, theirs = lock_of(fs, ino), lock_of(other, ino)
+    assert mine.acquire()
     slot = fs.peer_id[0]
     other.table.retire(slot, other.table.state(slot))
     assert holder_of(theirs) is None
@@ -78,7 +83,7 @@ def test_a_holder_that_was_declared_gone(fs: Filesystem, other: Filesystem) -> N
     assert holder_of(theirs) is None
     with pytest.raises(LockLost):
         mine.keep()
-    assert theirs.acquire(theirs.record())
+    assert theirs.acquire()
     with pytest.raises(LockLost):
         mine.keep()
     mine.release()
@@ -117,12 +122,12 @@ def test_how_long_a_holder_must_be_silent(
 ) -> None:
     """A process that is surely gone need not be waited for as long as one that may be paused."""
     ino = put(fs, ROOT_INO, b"file", b"").ino
-    theirs = FileLock(other, ino)
-    assert FileLock(fs, ino).acquire(b"")
+    theirs = lock_of(other, ino)
+    assert lock_of(fs, ino).acquire()
     monkeypatch.setattr(identity, "presence", lambda *_: presence)
     clock = Seconds(monkeypatch)
     assert clock.waits(theirs, seconds - 1)
-    assert theirs.undecided(theirs.record()) == (presence is Presence.GONE)
+    assert theirs.undecided() == (presence is Presence.GONE)
     assert not clock.waits(theirs, 2)
 
 
@@ -131,8 +136,8 @@ def test_a_holder_that_beats_is_there(
 ) -> None:
     """Whatever is said of its process: its machine may be a copy of another one."""
     ino = put(fs, ROOT_INO, b"file", b"").ino
-    mine, theirs = FileLock(fs, ino), FileLock(other, ino)
-    assert mine.acquire(b"")
+    mine, theirs = lock_of(fs, ino), lock_of(other, ino)
+    assert mine.acquire()
     monkeypatch.setattr(identity, "presence", lambda *_: Presence.GONE)
     clock = Seconds(monkeypatch)
     for _ in range(5):
@@ -144,8 +149,8 @@ def test_a_watcher_that_was_stopped_itself_learns_nothing(
     fs: Filesystem, other: Filesystem, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ino = put(fs, ROOT_INO, b"file", b"").ino
-    theirs = FileLock(other, ino)
-    assert FileLock(fs, ino).acquire(b"")
+    theirs = lock_of(other, ino)
+    assert lock_of(fs, ino).acquire()
     clock = Seconds(monkeypatch)
     assert clock.waits(theirs, 1)
     clock.now += 3600
@@ -157,47 +162,36 @@ def test_a_silent_holder(
 ) -> None:
     """It counts as dead only after somebody watched it be silent for long enough."""
     ino = put(fs, ROOT_INO, b"file", b"").ino
-    mine, theirs = FileLock(fs, ino), FileLock(other, ino)
-    assert mine.acquire(b"")
+    mine, theirs = lock_of(fs, ino), lock_of(other, ino)
+    assert mine.acquire()
     clock = Seconds(monkeypatch)
     assert clock.waits(theirs, engine.SILENT - 1)
     mine.keep()
     assert clock.waits(theirs, engine.SILENT - 1)
     assert not clock.waits(theirs, 3)
-    assert theirs.acquire(theirs.record())
+    assert theirs.acquire()
     with pytest.raises(LockLost, match="taken over"):
         mine.keep()
-
-
-def test_a_record_that_was_copied_or_damaged_locks_nothing(fs: Filesystem) -> None:
-    ino = put(fs, ROOT_INO, b"file", b"").ino
-    second = put(fs, ROOT_INO, b"second", b"").ino
-    lock = FileLock(fs, ino)
-    assert lock.acquire(b"")
-    record = lock.record()
-    assert FileLock(fs, second).blocking(record) is None
-    for broken in (record[:-1], record + b"x", b"\xff" * 24, bytes(24)):
-        assert lock.blocking(broken) is None
 
 
 def test_a_lock_on_what_is_removed(fs: Filesystem, other: Filesystem) -> None:
     ino = put(fs, ROOT_INO, b"file", b"").ino
     handle = fs.open(ino, os.O_RDONLY, ROOT)
-    lock = FileLock(fs, ino)
-    assert lock.acquire(b"")
+    lock = lock_of(fs, ino)
+    assert lock.acquire()
     other.unlink(ROOT_INO, b"file", ROOT)
     lock.keep()
     lock.release()
     fs.release(handle)
-    gone = FileLock(fs, ino)
+    gone = lock_of(fs, ino)
     with pytest.raises(FsError):
-        gone.acquire(b"")
+        gone.acquire()
 
 
 def test_losing_the_file(fs: Filesystem, other: Filesystem) -> None:
     ino = put(fs, ROOT_INO, b"file", b"").ino
-    lock = FileLock(fs, ino)
-    assert lock.acquire(b"")
+    lock = lock_of(fs, ino)
+    assert lock.acquire()
     other.unlink(ROOT_INO, b"file", ROOT)
     with pytest.raises(LockLost):
         lock.keep()
@@ -207,8 +201,8 @@ def test_a_holder_that_finds_no_slot_any_more(monkeypatch: pytest.MonkeyPatch) -
     with new_region(peer_count=2) as made:
         fs, other = made.mount(), made.mount()
         ino = put(fs, ROOT_INO, b"file", b"").ino
-        mine = FileLock(fs, ino)
-        assert mine.acquire(b"")
+        mine = lock_of(fs, ino)
+        assert mine.acquire()
         assert other.table.retire(fs.peer_id[0], other.table.state(fs.peer_id[0]))
         for mount in (other, made.mount()):
             assert mount._volume.member is not None

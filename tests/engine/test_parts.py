@@ -33,3 +33,7 @@ def test_every_part_is_used() -> None:
 @pytest.mark.parametrize("name", ["collect", "dropped", "credentials", "handle", "pieces"])
 def test_what_the_parts_are_made_of_uses_none_of_them(name: str) -> None:
     assert not parts_in(name)
+
+
+def test_locks_look_and_change_and_use_nothing_else() -> None:
+    assert parts_in("locks") == {"volume", "committer"}

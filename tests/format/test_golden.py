@@ -92,6 +92,14 @@ def test_the_tree_is_all_there(tree: TestRegion) -> None:
     assert (device.mode, device.rdev) == (0o020600, 0x103)
 
 
+def test_a_region_without_shared_locks(tree: TestRegion) -> None:
+    """The tree was made before them: its other writers may not know of any."""
+    assert not tree.mount().shares_locks
+    with new_region(golden.SIZE) as made:
+        assert made.mount().shares_locks
+        assert not made.mount(readonly=True).shares_locks
+
+
 def test_the_tree_can_be_written_to(tree: TestRegion) -> None:
     fs = tree.mount()
     handle, _ = fs.create(1, b"new", 0o644, os.O_WRONLY, ME)

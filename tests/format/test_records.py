@@ -20,6 +20,9 @@ SIZES = {
     "root": 96,
     "inode": 160,
     "xattr": 8,
+    "lock": 48,
+    "wait": 32,
+    "lock_header": 8,
 }
 
 

@@ -122,7 +122,7 @@ def test_features_that_forbid_writing(made: TestRegion, capsys: pytest.CaptureFi
     with open_region(str(made.path)) as region:
         knife = Knife(region.memory)
         for offset in (0, 2048):
-            knife.edit_superblock(offset, ro_compat=1)
+            knife.edit_superblock(offset, ro_compat=1 << 5)
     assert run("-n", made.path) == 0
     assert run("-y", made.path) == 8
     assert "may not write" in capsys.readouterr().err

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import pytest
 
 from ivshmemfs import fsck
-from ivshmemfs.format import inode, node, words
+from ivshmemfs.format import inode, lock, node, words, xattr
 from ivshmemfs.format.dirent import name_key
 from ivshmemfs.format.geometry import COMMIT_OFFSET
 from ivshmemfs.fsck import INVARIANTS
@@ -529,6 +529,24 @@ def bytes_beyond_the_end(k: Knife) -> None:
 
 
 # --- the test -------------------------------------------------------------------------------
+
+
+# --- I31: locks -----------------------------------------------------------------------------
+
+
+@violates(31)
+def locks_that_cannot_be(k: Knife) -> None:
+    raw = xattr.encode({lock.LOCKS: b"\xff" * 56, b"user.colour": b"red"})
+    block, record = k.block_of(Names.near), k.record(Names.near)
+    k.edit_inode(Names.near, xattr_size=len(raw), xattr_inline=len(raw))
+    k.resize(block, inode.PAYLOAD_OFFSET + record.payload_size, raw)
+
+
+def test_what_a_repair_of_locks_keeps(made: TestRegion) -> None:
+    region = made.region()
+    locks_that_cannot_be(Knife(region.memory))
+    fsck.repair(region, force=True)
+    assert made.mount(readonly=True).getxattr(Names.near, b"user.colour") == b"red"
 
 
 def test_every_invariant_has_its_cases() -> None:

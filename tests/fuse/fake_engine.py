@@ -88,6 +88,7 @@ class FakeFilesystem:
     """See the module's comment."""
 
     is_committing = False
+    shares_locks = False
 
     def __init__(self, faults: str | None = None, *, readonly: bool = False) -> None:
         self._faults = faults

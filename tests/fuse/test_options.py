@@ -32,6 +32,8 @@ def test_values() -> None:
     assert chosen.allow_other
     assert chosen.mmap
     assert chosen.loop == "trio"
+    assert chosen.locks == "shared"
+    assert parse(["locks=local"]).locks == "local"
     assert chosen.log == "/x/y=z"
 
 

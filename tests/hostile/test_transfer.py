@@ -65,8 +65,8 @@ def stored(fs: Filesystem, local: Path) -> None:
 
 def locked(fs: Filesystem, _local: Path) -> None:
     for ino in (Names.small, Names.far, Names.crowd, 999):
-        lock = FileLock(fs, ino)
-        if lock.blocking(lock.record()) is None and lock.acquire(lock.record()):
+        lock = FileLock(fs, fs.locks, ino)
+        if lock.holder() is None and lock.acquire(lock.gone()):
             lock.keep()
             lock.release()
 

@@ -174,7 +174,7 @@ def test_no_mount_is_needed_to_hold_it(lab: Lab, here: Path, there: Path, start:
     holder.wait(PATIENCE)
 
 
-# --- what does not count between mounts ---------------------------------------------------------
+# --- locks of other programs --------------------------------------------------------------------
 
 
 def _locked(path: Path, how: Callable[[int, int], object]) -> bool:
@@ -190,12 +190,13 @@ def _locked(path: Path, how: Callable[[int, int], object]) -> bool:
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 1
 
 
-def test_flock_and_fcntl_locks_hold_within_one_mount(here: Path, there: Path) -> None:
+def test_flock_and_fcntl_locks_hold_on_all_mounts(here: Path, there: Path) -> None:
     (here / "file").touch()
     for how in (fcntl.flock, fcntl.lockf):
         fd = os.open(here / "file", os.O_RDWR)
         how(fd, fcntl.LOCK_EX)
         assert _locked(here / "file", how)
-        assert not _locked(there / "file", how), "documented: another machine does not see it"
+        assert _locked(there / "file", how)
         os.close(fd)
+        eventually(lambda: not _locked(there / "file", how))  # noqa: B023 # closing is told later
         assert not _locked(here / "file", how)

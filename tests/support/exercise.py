@@ -20,7 +20,10 @@ from ivshmemfs import fsck
 from ivshmemfs.engine import Filesystem
 from ivshmemfs.engine.directory import Dirent
 from ivshmemfs.engine.filesystem import KEEP_SIZE, PUNCH_HOLE, ZERO_RANGE
+from ivshmemfs.engine.lock_table import Lock
+from ivshmemfs.engine.locks import QUEUE_AFTER, Guard, Wait
 from ivshmemfs.errors import Busy, Corrupt, FormatError, IvshmemfsError, Unfinished
+from ivshmemfs.format.lock import FCNTL, WRITE
 from ivshmemfs.region import Region
 from ivshmemfs.shm.published import TURN
 from tests.support.attacks import of_use
@@ -44,6 +47,7 @@ TOLERABLE = {
     errno.ENOTEMPTY, errno.ENOTDIR, errno.EISDIR, errno.EINVAL, errno.ENODATA, errno.EFBIG,
     errno.EROFS, errno.EMLINK, errno.EUSERS, errno.E2BIG, errno.EPERM, errno.EBUSY,
     errno.EPROTONOSUPPORT, errno.EOPNOTSUPP, errno.EACCES, errno.ENXIO, errno.ENODEV,
+    errno.ENOLCK, errno.EDEADLK,
 }  # fmt: skip
 
 
@@ -218,6 +222,25 @@ def _made(fs: Filesystem) -> None:
         fs.release(handle)
 
 
+def _locked(fs: Filesystem, ino: int) -> None:
+    """Lock, wait with a ticket, write under the lock, and give all back."""
+    handle = fs.open(ino, os.O_RDWR, ROOT)
+    handle.guard = Guard(fs.locks, ino)
+    try:
+        fs.locks.test(ino, Lock(FCNTL, WRITE, 1))
+        fs.locks.take(handle.guard, Lock(FCNTL, WRITE, 1, 0, 99))
+        wait = Wait(fs.locks, Guard(fs.locks, ino), Lock(FCNTL, WRITE, 2), blocking=True)
+        wait.detect = True
+        wait.attempt()
+        time.sleep(QUEUE_AFTER)
+        wait.attempt()
+        wait.leave()
+        fs.write(handle, 0, b"locked")
+    finally:
+        fs.locks.leave()
+        fs.release(handle)
+
+
 def changes(fs: Filesystem) -> list[Callable[[], object]]:
     """Every kind of change, what takes things away last."""
     n = Names
@@ -245,6 +268,7 @@ def changes(fs: Filesystem) -> list[Callable[[], object]]:
             lambda ino=ino: _stored(fs, ino, 0, os.O_WRONLY | os.O_APPEND),  # type: ignore[misc]
             lambda ino=ino: fs.setattr(ino, ROOT, size=5000),  # type: ignore[misc]
             lambda ino=ino: _copied(fs, ino),  # type: ignore[misc]
+            lambda ino=ino: _locked(fs, ino),  # type: ignore[misc]
         ]
         for mode, at, length in ALLOCATIONS:
             ops.append(

@@ -11,7 +11,7 @@ import sys
 #: Where the wait of each name is declared.
 WAITS = {
     "SILENCE": "ivshmemfs.shm.watch",
-    "SILENT": "ivshmemfs.engine.lock",
+    "SILENT": "ivshmemfs.engine.locks",
     "REPAIR_SECONDS": "ivshmemfs.cli.peering",
 }
 

@@ -9,8 +9,8 @@ import stat
 from typing import Any, NamedTuple
 
 from ivshmemfs.format import inode as ino_format
+from ivshmemfs.format import lock, words, xattr
 from ivshmemfs.format import node as node_format
-from ivshmemfs.format import words, xattr
 from ivshmemfs.format.inode import INODE, PAYLOAD_OFFSET, InodeRecord
 from ivshmemfs.fsck.invariants import MODE_MASK
 
@@ -113,13 +113,22 @@ def _mend_xattr(draft: _Draft, rest: bytes) -> bytes:
         return b""
     blob = rest[: record.xattr_inline]
     try:
-        xattr.decode(blob)
+        attributes = xattr.decode(blob)
         whole = len(blob) == record.xattr_inline == record.xattr_size and not outside
     except ValueError:
         whole = False
     if whole and not record.xattr_height:
-        return blob
+        return _mend_locks(draft, blob, attributes)
     return _drop_xattr(draft)
+
+
+def _mend_locks(draft: _Draft, blob: bytes, attributes: dict[bytes, bytes]) -> bytes:
+    damaged = [name for name in attributes if lock.problem(name, attributes[name])]
+    if not damaged:
+        return blob
+    blob = xattr.encode({name: attributes[name] for name in attributes if name not in damaged})
+    draft.set("its damaged locks are gone", xattr_size=len(blob), xattr_inline=len(blob))
+    return blob
 
 
 def _drop_xattr(draft: _Draft) -> bytes:

@@ -1,0 +1,55 @@
+"""Rings of owners that wait for each other's locks.
+
+An owner waits for those that hold what it asks for; each of them may wait itself, in this file or
+another one.  The region lists which owner waits where (`WaitRecord`).  A commit that
+adds a waiting request follows these edges first, so the last request of a ring sees all of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Final
+
+from ivshmemfs.engine.lock_table import Lock, conflicts, is_ticket, owner_of
+from ivshmemfs.format.lock import HELD, LockRecord, WaitRecord
+
+LONGEST: Final = 16  # waiting requests that are followed, so tables that are read
+
+Owner = tuple[int, int, int]  # slot, incarnation, number
+
+
+def closes_ring(
+    ino: int,
+    lock: Lock,
+    me: Owner,
+    waits: Iterable[WaitRecord],
+    table_of: Callable[[int], list[LockRecord]],
+) -> bool:
+    """Whether an owner that blocks `lock` of inode `ino` waits, over any others, for `me`.
+
+    `table_of` gives the records of an inode that count.
+    """
+    by_owner: dict[Owner, list[WaitRecord]] = {}
+    for one in waits:
+        by_owner.setdefault((one.slot, one.incarnation, one.owner), []).append(one)
+    tables: dict[int, list[LockRecord]] = {ino: table_of(ino)}
+    todo: list[tuple[int, Lock | LockRecord, Owner]] = [(ino, lock, me)]
+    followed = 0
+    while todo:
+        at, asked, by = todo.pop()
+        for holder in tables[at]:
+            who = owner_of(holder)
+            if holder.state != HELD or who == by or not conflicts(holder, asked):
+                continue
+            if who == me:
+                return True
+            for one in by_owner.pop(who, ()):  # each owner once
+                followed += 1
+                if followed > LONGEST:
+                    return False
+                if one.ino not in tables:
+                    tables[one.ino] = table_of(one.ino)
+                for it in tables[one.ino]:
+                    if is_ticket(it, one.ticket, who[:2]):
+                        todo.append((one.ino, it, who))
+    return False

@@ -1,0 +1,169 @@
+"""Locks as the kernel asks for them: owners, waiting, and what closing a file gives back.
+
+The kernel keeps no lock itself once INIT has agreed on FUSE_POSIX_LOCKS and FUSE_FLOCK_LOCKS.  It
+names an owner by 64 bits: the file table of a process (fcntl), or an open file (flock(2), and fcntl
+locks of open files, OFD).  What ends a lock:
+
+    fcntl     an unlock; FLUSH, which the kernel sends at each close(2), with the owner that closes
+    flock     an unlock; RELEASE of the open file
+    OFD       an unlock; RELEASE.  The kernel sends no unlock, so the handle's `Guard` remembers
+
+A request that may wait is attempted at once.  Then a task attempts it again: after FIRST_DELAY,
+with a backoff up to LONGEST_DELAY that starts again when the table has changed, and at once when
+this mount gives back a lock of the inode.  An attempt costs
+one load while nobody commits.  A wait ends with the lock, with an error, with INTERRUPT (EINTR), or
+with the mount (EIO).
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Awaitable, Callable
+
+import trio
+
+from ivshmemfs.engine.handle import Handle
+from ivshmemfs.engine.lock_table import Lock
+from ivshmemfs.engine.locks import Guard, Locks, Wait
+from ivshmemfs.errors import Busy, FsError
+from ivshmemfs.format.lock import END, FCNTL, READ, LockRecord
+from ivshmemfs.fuse.retry import Refused
+
+#: Seconds between two attempts of a request that waits: at first, and at most.
+FIRST_DELAY = 0.0002
+LONGEST_DELAY = 0.004
+#: Waiters of one lock, in their order, whose delays are as said.  Those behind them look more
+#: seldom, so that thousands keep the daemon no busier than some.
+NEAR = 8
+#: Those whose delay starts again when the table has changed.
+NEXT = 2
+_F_OFD_SETLKW = 38
+
+
+class SharedLocks:
+    """The locks of one mount's open files, for the front end that reads the descriptor.
+
+    *pause* sleeps for some seconds while other requests are served; *ended* says whether the mount
+    ends.
+    """
+
+    def __init__(
+        self, locks: Locks, pause: Callable[[float], Awaitable[None]], ended: Callable[[], bool]
+    ) -> None:
+        self._locks = locks
+        self._pause = pause
+        self._ended = ended
+        self._asleep: dict[int, dict[trio.CancelScope, Wait]] = {}  # by inode
+
+    def test(self, handle: Handle, lock: Lock) -> tuple[LockRecord, bool] | None:
+        """(a lock that is in the way, whether its holder is on this mount); None if none is."""
+        _check(lock)
+        found = self._locks.test(handle.ino, lock)
+        if found is None:
+            return None
+        return found, (found.slot, found.incarnation) == self._locks.place
+
+    def take(self, handle: Handle, lock: Lock) -> None:
+        """Take a lock at once; raises EAGAIN when another one is in the way."""
+        _check(lock)
+        if not self._locks.take(self._guard(handle), lock):
+            raise FsError(errno.EAGAIN)
+        if lock.type == READ:  # it may have been a write lock before
+            self._wake(handle.ino)
+
+    def give(self, handle: Handle, lock: Lock) -> None:
+        """Give back what the owner of *lock* holds of its bytes."""
+        _check(lock)
+        self._locks.give(handle.ino, lock.kind, lock.owner, lock.start, lock.end)
+        self._wake(handle.ino)
+
+    def ask(self, handle: Handle, lock: Lock, thread: int) -> Wait | None:
+        """Take a lock, or return the wait for it; None when it was taken at once.
+
+        *thread* is the caller's.
+        """
+        _check(lock)
+        wait = Wait(self._locks, self._guard(handle), lock, blocking=True)
+        try:
+            if wait.attempt():
+                return None
+        except Busy:
+            pass
+        wait.detect = lock.kind == FCNTL and not _is_of_open_file(thread)
+        return wait
+
+    async def granted(self, wait: Wait) -> None:
+        """Return when the lock is taken; raises what ends the wait."""
+        delay, seen = FIRST_DELAY, wait.seen
+        try:
+            while True:
+                await self._nap(wait, delay)
+                if self._ended():
+                    raise Refused(errno.EIO)
+                try:
+                    if wait.attempt():
+                        return
+                except Busy:
+                    pass
+                if wait.seen != seen and wait.before < NEXT:
+                    delay = FIRST_DELAY
+                else:
+                    delay = min(delay * 1.5, LONGEST_DELAY * max(1.0, wait.before / NEAR))
+                seen = wait.seen
+        finally:
+            wait.leave()
+
+    async def _nap(self, wait: Wait, seconds: float) -> None:
+        """Sleep, until this mount gives back a lock of the inode at most."""
+        ino = wait.guard.ino
+        with trio.CancelScope() as scope:
+            asleep = self._asleep.setdefault(ino, {})
+            asleep[scope] = wait
+            try:
+                await self._pause(seconds)
+            finally:
+                del asleep[scope]
+                if not asleep:
+                    self._asleep.pop(ino, None)
+
+    def _wake(self, ino: int) -> None:
+        """Let those attempt it again whose turn it may be."""
+        for scope, wait in list(self._asleep.get(ino, {}).items()):
+            if wait.before < NEXT:
+                scope.cancel()
+
+    def flush(self, handle: Handle, owner: int) -> None:
+        """A process closes the file: its fcntl locks of the inode are over."""
+        self._locks.give(handle.ino, FCNTL, owner)
+        if self._asleep:
+            self._wake(handle.ino)
+
+    def release(self, handle: Handle) -> None:
+        """The last descriptor of an open file is closed: all that was taken through it is over."""
+        if handle.guard is not None:
+            self._locks.close(handle.guard)
+            self._wake(handle.ino)
+
+    def _guard(self, handle: Handle) -> Guard:
+        if handle.guard is None:
+            handle.guard = Guard(self._locks, handle.ino)
+        return handle.guard
+
+
+def _check(lock: Lock) -> None:
+    if not lock.start <= lock.end <= END:
+        raise FsError(errno.EINVAL)
+
+
+def _is_of_open_file(thread: int) -> bool:
+    """Whether the caller, which waits in fcntl(2), asks for a lock of its open file (OFD).
+
+    The request does not say so.  For such a lock no deadlock is told.  False where the system call
+    cannot be read: the thread is in another pid namespace, or another user's.
+    """
+    try:
+        with open(f"/proc/{thread}/syscall", "rb") as file:
+            words = file.read(200).split()
+        return len(words) > 3 and int(words[2], 16) == _F_OFD_SETLKW
+    except (OSError, ValueError):
+        return False
