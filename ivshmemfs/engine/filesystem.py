@@ -108,7 +108,7 @@ class Filesystem(Mount):
         """Show life and do a bounded piece of housekeeping; see `Mount.tick`.  Raises Busy."""
         with suppress(Busy, FsError):  # neither of which may keep it from showing life
             self._unpin(time.monotonic())
-            self.locks.tick()
+        self.locks.tick()
         return super().tick()
 
     @property

@@ -557,7 +557,7 @@ class Locks:
                 self.give(*key)
 
     def tick(self) -> None:
-        """Give back what could not be given back before, some at a time."""
+        """Give back what could not be given back before, some at a time.  Never raises."""
         for key in list(self._owed)[:_OWED_AT_ONCE]:
             for start, end in list(self._owed.get(key, ())):
                 with suppress(IvshmemfsError, OSError):
