@@ -257,6 +257,15 @@ class Locks:
         """The first held lock that would be in the way, or None.  Raises Busy, ESTALE."""
         return self._fs.look(lambda view: self._in_the_way(view, ino, lock))
 
+    def owned(self, ino: int, lock: Lock) -> LockRecord | None:
+        """The first held lock of the owner of `lock` in its range, of any type."""
+        key = (ino, lock.kind, lock.owner)
+        held = self._held.get(key)
+        if held is None or held.place != self._fs.place:
+            return None
+        ranges = [one for one in held.ranges if one.start <= lock.end and lock.start <= one.end]
+        return held_records(ranges[:1], key, held.place)[0] if ranges else None
+
     def _in_the_way(self, view: View, ino: int, lock: Lock) -> LockRecord | None:
         records = self._living(records_of(view, view.inode(ino)))
         return blocker(sorted(records, key=start_of), lock, self._fs.place)

@@ -28,7 +28,16 @@ from tests.fuse.locker import (
     Program,
 )
 from tests.support.figures import Figures
-from tests.support.lab import ENVIRONMENT, EVERYTHING, TOP, Lab, needs_fuse, needs_root, new_lab
+from tests.support.lab import (
+    ENVIRONMENT,
+    EVERYTHING,
+    KERNEL,
+    TOP,
+    Lab,
+    needs_fuse,
+    needs_root,
+    new_lab,
+)
 from tests.support.mounts import eventually, stop
 
 pytestmark = [needs_fuse, needs_root]
@@ -194,6 +203,21 @@ def test_locks_of_open_files(paths: list[Path], program: Starts, other: int) -> 
     busy(two.lock, b, WRITE, 5, 1, command=OFD_SETLK)
     one.call("end_child", child)
     two.lock(b, WRITE, 5, 1, command=OFD_SETLKW)
+
+
+def test_an_open_file_is_asked_for_its_own_locks(paths: list[Path], program: Starts) -> None:
+    """F_OFD_GETLK with F_UNLCK, which kernels before 6.6 refuse."""
+    one = program()
+    a, b = one.open(paths[0]), one.open(paths[0])
+    one.lock(a, READ, 10, 10, command=OFD_SETLK)
+    one.lock(a, WRITE, 20, 10, command=OFD_SETLK)
+    if KERNEL < (6, 6):
+        refused(errno.EINVAL, one.lock, a, UNLOCK, 0, 0, command=OFD_GETLK)
+        return
+    assert one.lock(a, UNLOCK, 0, 0, command=OFD_GETLK)[:3] == (READ, 10, 10)
+    assert one.lock(a, UNLOCK, 25, 0, command=OFD_GETLK)[:3] == (WRITE, 20, 10)
+    assert one.lock(a, UNLOCK, 30, 0, command=OFD_GETLK)[0] == UNLOCK
+    assert one.lock(b, UNLOCK, 0, 0, command=OFD_GETLK)[0] == UNLOCK
 
 
 # --- flock --------------------------------------------------------------------------------------
