@@ -443,7 +443,7 @@ class Locks:
         return now - self._free_since.setdefault(ticket, now) < SLOW
 
     def _queued(self, tx: Transaction, inode: Inode, records: list[LockRecord], wait: Wait) -> int:
-        """The ticket of `wait`; 0 when there is no room for it.  Raises EDEADLK."""
+        """The ticket of `wait`; 0 when the table has no room for it.  Raises EDEADLK."""
         waits = self._living_waits(tx) if wait.detect else []
         if wait.detect and self._is_deadlock(tx, wait, waits):
             raise FsError(errno.EDEADLK)
@@ -536,7 +536,7 @@ class Locks:
         self._forgive(key, (start, end))
 
     def _forgive(self, key: Key, part: tuple[int, int]) -> None:
-        """This part is no longer to be given back."""
+        """Forget that this part was to be given back."""
         owed = self._owed.get(key, [])
         if part in owed:
             owed.remove(part)

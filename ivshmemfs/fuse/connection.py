@@ -107,7 +107,7 @@ class Relay:
 class Handshake:
     """The opening of one FUSE connection; *device* is its descriptor, owned from now on.
 
-    With *keep* somebody else than libfuse reads the requests, who with *locks* keeps locks.
+    With *keep* the daemon reads the requests before libfuse; with *locks* it keeps locks, too.
     """
 
     def __init__(self, device: int, *, keep: bool = False, locks: bool = False) -> None:

@@ -505,7 +505,7 @@ def test_a_killed_daemons_locks_are_freed(program: Starts) -> None:
 
 @pytest.mark.slow
 def test_a_daemon_that_was_stopped_for_too_long(program: Starts) -> None:
-    """Its lock is another machine's by now: whoever held it cannot write."""
+    """Its lock is another machine's by now: the former holder cannot write."""
     with new_lab(16 << 20, 2) as lab:
         one, two = program(), program()
         here, there = (path / "f" for path in lab.paths)
