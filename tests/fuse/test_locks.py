@@ -16,6 +16,8 @@ from pathlib import Path
 
 import pytest
 
+from ivshmemfs.fuse import protocol
+from tests.fuse.fake_kernel import Kernel
 from tests.fuse.locker import (
     GETLK,
     OFD_GETLK,
@@ -562,6 +564,29 @@ def test_a_short_pause_loses_nothing(program: Starts) -> None:
         two.result(5.0)
 
 
+@pytest.mark.slow
+def test_evicting_a_stopped_mount_frees_its_locks(program: Starts) -> None:
+    with new_lab(16 << 20, 2) as lab:
+        one, two = program(), program()
+        a, b = one.open(lab.paths[0] / "f"), two.open(lab.paths[1] / "f")
+        one.lock(a, WRITE)
+        two.wait_for(b, WRITE)
+        stop(lab.mounts[0].process.pid)
+        slots = subprocess.run(
+            [sys.executable, "-m", "ivshmemfs.cli", "peers", str(lab.region)],
+            env=ENVIRONMENT, check=True, capture_output=True, text=True,
+        ).stdout.splitlines()  # fmt: skip
+        (line,) = (text for text in slots if str(lab.mounts[0].process.pid) in text.split())
+        words = [sys.executable, "-m", "ivshmemfs.cli", "evict", str(lab.region), line.split()[0]]
+        done = subprocess.run(
+            [*words, "--force"], env=ENVIRONMENT, check=False, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        two.result(8.0)
+        lab.mounts[0].process.send_signal(signal.SIGCONT)
+        refused(errno.EIO, one.call, "pwrite", a, b"x", 0)
+
+
 # --- surroundings -------------------------------------------------------------------------------
 
 
@@ -610,6 +635,17 @@ def test_where_locks_stay_on_one_mount(program: Starts, options: str, why: str) 
         (line,) = (one for one in lines if "locks of programs" in one)
         assert "on this mount only" in line
         assert why in line
+
+
+def test_requests_that_were_not_agreed_on(kernel: Kernel) -> None:
+    """Where the kernel keeps the locks it asks for none, and for no close more than once."""
+    _, fh = kernel.create(b"f")
+    lock = protocol.LK_IN.pack(fh, 1, 0, 10, protocol.F_WRLCK, 7, 0)
+    for opcode in (protocol.GETLK, protocol.SETLK, protocol.SETLKW):
+        assert kernel.send(opcode, lock) is None
+        assert kernel.answer() == (errno.ENOSYS, b"")
+    assert kernel.send(protocol.FLUSH, protocol.FLUSH_IN.pack(fh, 1)) is None
+    assert kernel.answer() == (errno.ENOSYS, b"")
 
 
 def test_every_close_is_told_once_locks_are_shared(paths: list[Path], program: Starts) -> None:
