@@ -36,7 +36,9 @@ from ivshmemfs.engine.inode import Inode
 from ivshmemfs.engine.transaction import View
 from ivshmemfs.format import inode as fmt
 
-NAMES_MAX = 1 << 18  # names that one watcher remembers; beyond, it reports OVERFLOW; tests change it
+NAMES_MAX = (
+    1 << 18
+)  # names that one watcher remembers; beyond, it reports OVERFLOW; tests change it
 DETAILS_MAX: Final = 1 << 14  # inodes whose details it remembers
 COMPARED_AT_ONCE: Final = 100  # inodes that one look reads
 _DIRECTORY: Final = 4  # the kind of a dirent that names a directory

@@ -259,6 +259,15 @@ class Locks:
         """The first held lock that would be in the way, or None.  Raises Busy, ESTALE."""
         return self._volume.look(lambda view: self._in_the_way(view, ino, lock))
 
+    def owned(self, ino: int, lock: Lock) -> LockRecord | None:
+        """The first held lock of the owner of `lock` in its range, of any type."""
+        key = (ino, lock.kind, lock.owner)
+        held = self._held.get(key)
+        if held is None or held.place != self._volume.peer_id:
+            return None
+        ranges = [one for one in held.ranges if one.start <= lock.end and lock.start <= one.end]
+        return held_records(ranges[:1], key, held.place)[0] if ranges else None
+
     def _in_the_way(self, view: View, ino: int, lock: Lock) -> LockRecord | None:
         records = self._living(records_of(view, view.inode(ino)))
         return blocker(sorted(records, key=start_of), lock, self._volume.peer_id)
@@ -436,7 +445,7 @@ class Locks:
         return now - self._free_since.setdefault(ticket, now) < SLOW
 
     def _queued(self, tx: Transaction, inode: Inode, records: list[LockRecord], wait: Wait) -> int:
-        """The ticket of `wait`; 0 when there is no room for it.  Raises EDEADLK."""
+        """The ticket of `wait`; 0 when the table has no room for it.  Raises EDEADLK."""
         waits = self._living_waits(tx) if wait.detect else []
         if wait.detect and self._is_deadlock(tx, wait, waits):
             raise FsError(errno.EDEADLK)
@@ -529,7 +538,7 @@ class Locks:
         self._forgive(key, (start, end))
 
     def _forgive(self, key: Key, part: tuple[int, int]) -> None:
-        """This part is no longer to be given back."""
+        """Forget that this part was to be given back."""
         owed = self._owed.get(key, [])
         if part in owed:
             owed.remove(part)
@@ -559,7 +568,7 @@ class Locks:
                 self.give(*key)
 
     def tick(self) -> None:
-        """Give back what could not be given back before, some at a time."""
+        """Give back what could not be given back before, some at a time.  Never raises."""
         for key in list(self._owed)[:_OWED_AT_ONCE]:
             for start, end in list(self._owed.get(key, ())):
                 with suppress(IvshmemfsError, OSError):

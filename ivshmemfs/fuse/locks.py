@@ -55,10 +55,16 @@ class SharedLocks:
         self._ended = ended
         self._asleep: dict[int, dict[trio.CancelScope, Wait]] = {}  # by inode
 
-    def test(self, handle: Handle, lock: Lock) -> tuple[LockRecord, bool] | None:
-        """(a lock that is in the way, whether its holder is on this mount); None if none is."""
+    def test(
+        self, handle: Handle, lock: Lock, *, own: bool = False
+    ) -> tuple[LockRecord, bool] | None:
+        """(a lock that is in the way, whether its holder is on this mount); None if none is.
+
+        With *own* a lock of the owner of *lock* itself (F_OFD_GETLK with F_UNLCK).
+        """
         _check(lock)
-        found = self._locks.test(handle.ino, lock)
+        find = self._locks.owned if own else self._locks.test
+        found = find(handle.ino, lock)
         if found is None:
             return None
         return found, (found.slot, found.incarnation) == self._locks.place

@@ -168,8 +168,10 @@ class Session:
             return "on all mounts"
         if self._options.locks == "local":
             reason = "locks=local"
+        elif self._options.readonly:
+            reason = "it is read-only"
         elif not self._can_share_locks:
-            reason = "it is read-only, or the region was formatted without locks"
+            reason = "the region cannot be written to, or was formatted before locks were shared"
         elif relay is None:
             reason = "requests come through pyfuse3, which has no handlers for locks"
         else:
