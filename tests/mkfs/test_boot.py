@@ -90,7 +90,7 @@ def test_something_else_is_refused(path: Path, capsys: pytest.CaptureFixture[str
     assert path.read_bytes()[:8] == b"my diary"
 
 
-def _root_at(raw: bytes) -> int:
+def _root_at(raw: bytes | bytearray) -> int:
     word = int.from_bytes(raw[COMMIT_OFFSET : COMMIT_OFFSET + 8], "little")
     geometry = superblock.decode(raw, len(raw)).geometry
     return geometry.data_offset + words.split_commit(word)[1] * geometry.block_size
