@@ -1,7 +1,7 @@
 """The bundle: installs from what it carries alone, on machines that have little or nothing else.
 
-A root of this machine with busybox alone is what a guest with a kernel and busybox has.  With --long
-the same runs in fresh roots of Debian 11, 12 and 13, which debootstrap makes.
+A root of this machine with busybox alone is what a guest with a kernel and busybox has.  With
+--long the same runs in fresh roots of Debian 11, 12 and 13, which debootstrap makes.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Other roots on this machine: a chroot in a mount namespace of its own, which ends with the command.
+"""Other roots on this machine, each in a mount namespace that ends with the command.
 
 Nothing that a command in such a root mounts is seen outside of it, and nothing is left behind.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 #: Mounts what a booted machine has, then runs the rest of the words in the root.
@@ -71,3 +72,30 @@ def busybox_root(place: Path) -> Path | None:
         (place / "bin" / name).symlink_to("busybox")
     (place / "etc/passwd").write_text("root:x:0:0:root:/:/bin/sh\n")
     return place
+
+
+#: Puts the commands where an installation puts them, on top of this machine's own directories.
+BESIDE = """set -eu
+place=$1
+mount --make-rprivate /
+mount -t tmpfs none /mnt
+mount -t tmpfs none /dev/shm
+mkdir /mnt/commands
+for name in ivshmemfs mkfs.ivshmemfs fsck.ivshmemfs mount.ivshmemfs mount.fuse.ivshmemfs; do
+    ln -s "$place/$name" /mnt/commands/
+done
+for folder in /usr/sbin /usr/local/bin; do
+    mount -t overlay -o "lowerdir=/mnt/commands:$folder" none "$folder"
+done
+"""
+
+
+def run_beside(script: str, timeout: float = 120) -> subprocess.CompletedProcess[str]:
+    """Run shell text on this machine with the commands installed, /mnt and /dev/shm empty."""
+    place = Path(sys.executable).parent
+    return subprocess.run(
+        ["unshare", "-m", "-f", "-p", "--mount-proc", "--kill-child", "--propagation", "private",
+         "sh", "-euc", BESIDE + script, "sh", place],
+        capture_output=True, text=True, timeout=timeout, check=False, stdin=subprocess.DEVNULL,
+        env={"PATH": PATH, "HOME": "/root"},
+    )  # fmt: skip
