@@ -116,7 +116,7 @@ def test_the_mount_unit_is_sound(tmp_path: Path) -> None:
 
 
 def commands(unit: str, **variables: str) -> list[str]:
-    """The ExecStart lines of a unit, for the instance hello, with variables as systemd puts them."""
+    """The ExecStart lines of a unit for the instance hello, their variables replaced."""
     text = (UNITS / unit).read_text()
     found = re.findall(r"^ExecStart=(.*)$", text, re.MULTILINE)
     set_here = dict(re.findall(r"(\w+)=(\S+)", re.findall(r"^Environment=(.*)$", text, re.M)[0]))
@@ -204,8 +204,8 @@ def test_mount_8_keeps_upper_case_names_for_itself() -> None:
     """So fstab has `label=`; the command takes both."""
     done = run_beside(
         "mkfs.ivshmemfs -q --size 1M -L hello /dev/shm/hello; "
-        "mkdir /mnt/a; mount -t ivshmemfs LABEL=hello /mnt/a || ivshmemfs mount LABEL=hello /mnt/a; "
-        "umount /mnt/a"
+        "mkdir /mnt/a; cd /mnt; mount -t ivshmemfs LABEL=hello /mnt/a || "
+        "ivshmemfs mount LABEL=hello /mnt/a; umount /mnt/a"
     )
     assert done.returncode == 0
     assert "can't find LABEL=hello" in done.stderr
