@@ -34,6 +34,7 @@ SUBCOMMANDS = {
     "lock": "lock",
     "get": "transfer",
     "put": "transfer",
+    "doctor": "doctor",
 }
 
 
