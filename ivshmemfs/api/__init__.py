@@ -5,6 +5,7 @@
 - ``file``: open files, as the module `io` has them
 - ``session``: the peer behind a client: its lock, its retries, its upkeep and its end
 - ``walk``: paths; ``locks``: locks between machines; ``kv``: a directory as a key-value store
+- ``fsspec_adapter``: the same for programs that use fsspec
 
 Every failure is an OSError with errno and filename.  Its ``__cause__`` is the error of the layer
 below.  Misuse raises what the standard library raises: ValueError, TypeError, RuntimeError.

@@ -349,6 +349,11 @@ class Client:
         """Return the attributes of a symbolic link itself, and of everything else."""
         return self.stat(path, follow_symlinks=False)
 
+    def created_ns(self, path: Path) -> int:
+        """Return the time of the creation, in ns since 1970."""
+        name = text_of(path)
+        return self.session.call(lambda fs: fs.birth_time(walk.existing(fs, name).ino), name)
+
     def _mode(self, path: Path, *, follow: bool = True) -> int:
         """Return the mode; 0 when nothing is there."""
         try:
