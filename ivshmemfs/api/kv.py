@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from ivshmemfs.api import walk
-from ivshmemfs.engine import contents
+from ivshmemfs.engine import contents, names
 from ivshmemfs.errors import FsError
 
 if TYPE_CHECKING:
@@ -102,11 +102,11 @@ class KeyValue:
 
     def get_many(self, keys: Iterable[K]) -> dict[K, bytes]:
         """Return the values of those keys that have one, all from the same commit."""
-        names = {key: name_of(key) for key in keys}
+        ready = {key: name_of(key) for key in keys}
 
         def read(fs: Filesystem, folder: int) -> dict[K, bytes]:
             def look(view: View) -> dict[K, bytes]:
-                items = {key: _item(view, folder, name) for key, name in names.items()}
+                items = {key: _item(view, folder, name) for key, name in ready.items()}
                 return {key: item.value for key, item in items.items() if item is not None}
 
             return fs.look(look)
@@ -182,18 +182,19 @@ class KeyValue:
 
         return self._run(store, name)
 
-    def delete(self, key: Key) -> bool:
-        """Remove a key; returns whether it had a value."""
-        name, me = name_of(key), self._client.context
+    def delete(self, key: Key, version: int | None = None) -> bool:
+        """Remove a key, with `version` only that version of it; returns whether it did."""
+        name = name_of(key)
 
         def remove(fs: Filesystem, folder: int) -> bool:
-            try:
-                fs.unlink(folder, name, me)
-            except FsError as error:
-                if error.errno != errno.ENOENT:
-                    raise
-                return False
-            return True
+            def plan(tx: Transaction) -> bool:
+                found = contents.load(tx, folder, name, most=0)
+                if found is None or version not in (None, found.version):
+                    return False
+                names.unlink(tx, folder, name)
+                return True
+
+            return fs.change(plan, removal=True)
 
         return self._run(remove, name)
 

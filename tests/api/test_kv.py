@@ -115,6 +115,30 @@ def test_notes_and_versions(fs: Client) -> None:
     assert cache.get_item("k")[1] == b""  # type: ignore[index]
 
 
+def test_one_version_is_removed(fs: Client, other: Client) -> None:
+    cache = fs.kv("/cache")
+    cache["k"] = b"old"
+    old = cache.get_item("k")
+    assert old is not None
+    other.kv("/cache")["k"] = b"new"
+    assert not cache.delete("k", old.version)
+    assert cache["k"] == b"new"
+    new = cache.get_item("k")
+    assert new is not None
+    assert cache.delete("k", new.version)
+    assert "k" not in cache
+    fs.mkdir("/cache/folder")
+    assert not cache.delete("folder")
+
+
+def test_a_deleted_value_stays_readable_where_it_is_open(fs: Client, other: Client) -> None:
+    cache = fs.kv("/cache")
+    cache["k"] = bytes(50_000)
+    with other.open("/cache/k", "rb") as file:
+        assert cache.delete("k")
+        assert file.read() == bytes(50_000)
+
+
 def test_no_update_is_lost(fs: Client, other: Client) -> None:
     caches = [fs.kv("/cache"), other.kv("/cache")] * 2
     caches[0]["n"] = b"0"
