@@ -4,9 +4,7 @@
 it is loaded before its first use.
 """
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
+TYPE_CHECKING = False  # as in the module typing, which every command would wait for
 
 if TYPE_CHECKING:
     from ivshmemfs.api import Client as Client

@@ -48,6 +48,8 @@ PATIENCE = 30.0
 FIRST_NAP, LONGEST_NAP = 0.00005, 0.005
 #: Walks of a path again after what it led to vanished on the way.
 WALKS = 16
+#: Seconds that the end waits for a call that is under way; a finalizer must not wait for ever.
+GIVE_UP = 10.0
 #: Seconds that `open` waits for the end of a repair.
 REPAIR_SECONDS = 3.0
 
@@ -220,7 +222,7 @@ class Session:
             self._ended.set()
             beating = self._beating
             if beating is not None and beating is not threading.current_thread():
-                beating.join()
+                beating.join(GIVE_UP)
             if self._owner == threading.get_ident():
                 # The last reference went during the upkeep thread's own call.
                 threading.Thread(target=self._give_back, daemon=True).start()
@@ -239,6 +241,10 @@ class Session:
             raise failed
 
     def _give_back(self) -> None:
-        with self._lock:
+        if not self._lock.acquire(timeout=GIVE_UP):
+            return  # a call hangs: others take the slot back when this process has ended
+        try:
             self._fs.unmount()
             self._region.close()
+        finally:
+            self._lock.release()

@@ -44,7 +44,7 @@ def python(code: str, *arguments: object) -> subprocess.CompletedProcess[str]:
 def test_importing_the_package_loads_nothing_of_the_api() -> None:
     code = (
         "import sys; before = set(sys.modules); import ivshmemfs; ivshmemfs.__version__;"
-        "print(sorted(m for m in set(sys.modules) - before if m.startswith('ivshmemfs')));"
+        "print(sorted(set(sys.modules) - before));"
         "ivshmemfs.open; print(sorted({'trio', 'pyfuse3', 'click'} & set(sys.modules)))"
     )
     assert python(code).stdout.splitlines() == ["['ivshmemfs']", "[]"]
