@@ -4,6 +4,7 @@
 - ``client``: `Client`, the operations on paths
 - ``file``: open files, as the module `io` has them
 - ``session``: the peer behind a client: its lock, its retries, its upkeep and its end
+- ``signals``: signals wait while a call of the engine runs
 - ``walk``: paths; ``locks``: locks between machines; ``kv``: a directory as a key-value store
 - ``fsspec_adapter``: the same for programs that use fsspec
 

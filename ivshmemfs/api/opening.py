@@ -7,6 +7,7 @@ from contextlib import suppress
 
 from ivshmemfs.api.client import Client
 from ivshmemfs.api.session import Session, join, os_error
+from ivshmemfs.api.signals import deferred
 from ivshmemfs.errors import IvshmemfsError, MountError
 
 
@@ -27,7 +28,7 @@ def open(region: str | os.PathLike[str], *, readonly: bool = False) -> Client:
     try:
         opened = open_region(_mounted_at(spec) or spec, readonly=readonly, identify=identify)
         try:
-            fs = join(opened, readonly=readonly)
+            fs = deferred(lambda: join(opened, readonly=readonly))
             return Client(Session(opened, fs), fs, opened.spec)
         except BaseException:
             opened.close()

@@ -23,6 +23,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from ivshmemfs.api.signals import deferred
 from ivshmemfs.errors import (
     Busy,
     IvshmemfsError,
@@ -128,9 +129,8 @@ class Session:
         attempt: Callable[[], Any] = lambda: action(self._fs)  # noqa: E731  # `go_on` replaces it
         end, nap, walks = time.monotonic() + PATIENCE, FIRST_NAP, 0
         while True:
-            self._enter()
             try:
-                result: T = attempt()
+                result: T = self._exclusively(attempt)
                 return result
             except Unfinished as turn:
                 attempt = turn.go_on or attempt
@@ -143,11 +143,13 @@ class Session:
                 walks, pause = walks + 1, 0.0
                 if walks > WALKS:
                     raise
-            finally:
-                self._leave()
             time.sleep(pause)
 
-    def _enter(self) -> None:
+    def _exclusively(self, attempt: Callable[[], T]) -> T:
+        """Return what `attempt` returns, with the lock held and signals deferred.
+
+        Raises RuntimeError, ValueError, and what `attempt` raises.
+        """
         if self._pid != os.getpid():
             raise RuntimeError(
                 f"process {self._pid} opened this region before fork(): a peer belongs to one "
@@ -155,16 +157,19 @@ class Session:
             )
         me = threading.get_ident()
         if self._owner == me:
-            raise RuntimeError("a signal handler or finalizer cannot use the region during a call")
-        self._lock.acquire()
-        if self._ended.is_set():
-            self._lock.release()
-            raise ValueError("I/O operation on a closed region")
-        self._owner = me
+            raise RuntimeError("a finalizer or callback cannot use the region during a call of it")
 
-    def _leave(self) -> None:
-        self._owner = 0
-        self._lock.release()
+        def run() -> T:
+            with self._lock:
+                if self._ended.is_set():
+                    raise ValueError("I/O operation on a closed region")
+                self._owner = me
+                try:
+                    return attempt()
+                finally:
+                    self._owner = 0
+
+        return deferred(run)
 
     def release(self, handle: Handle) -> None:
         """Close an open file of the engine; after the session's end there is nothing to close."""
@@ -198,14 +203,13 @@ class Session:
                     log.error("upkeep of %s: %s", self._region.spec, told)
 
     def _upkeep(self, step: Callable[[Filesystem], bool]) -> bool:
-        self._enter()
-        try:
+        def run() -> bool:
             while self._unreleased:
                 with suppress(Busy):
                     self._fs.release(self._unreleased.pop())
             return step(self._fs)
-        finally:
-            self._leave()
+
+        return self._exclusively(run)
 
     # --- the end ------------------------------------------------------------------------------
 
@@ -241,10 +245,13 @@ class Session:
             raise failed
 
     def _give_back(self) -> None:
-        if not self._lock.acquire(timeout=GIVE_UP):
-            return  # a call hangs: others take the slot back when this process has ended
-        try:
-            self._fs.unmount()
-            self._region.close()
-        finally:
-            self._lock.release()
+        def leave() -> None:
+            if not self._lock.acquire(timeout=GIVE_UP):
+                return  # a call hangs: others take the slot back when this process has ended
+            try:
+                self._fs.unmount()
+                self._region.close()
+            finally:
+                self._lock.release()
+
+        deferred(leave)

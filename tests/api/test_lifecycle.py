@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import gc
 import os
+import random
+import signal
 import subprocess
 import sys
 import threading
@@ -18,6 +20,7 @@ import pytest
 import ivshmemfs
 from ivshmemfs import Client
 from ivshmemfs.api import session as sessions
+from ivshmemfs.api.signals import NUMBERS
 from ivshmemfs.engine import Filesystem
 from ivshmemfs.errors import Busy, LockLost, RegionMissing, Unfinished
 from ivshmemfs.format import words
@@ -247,11 +250,11 @@ def test_many_threads_share_a_client(fs: Client, other: Client) -> None:
     assert len(fs.listdir()) == count * (each + 1)
 
 
-def test_a_signal_handler_during_a_call_is_refused_and_harms_nothing(fs: Client) -> None:
+def test_a_call_within_a_call_is_refused_and_harms_nothing(fs: Client) -> None:
     def meddle(_engine: Filesystem) -> None:
-        fs.read_bytes("/f")  # as a handler that interrupts a call
+        fs.read_bytes("/f")  # as a finalizer that runs during a call
 
-    with pytest.raises(RuntimeError, match="signal handler"):
+    with pytest.raises(RuntimeError, match="during a call"):
         fs.session.call(meddle)
     fs.write_bytes("/f", b"goes on")
 
@@ -269,6 +272,58 @@ def test_a_file_that_is_collected_during_a_call_is_released_later(fs: Client) ->
 
     fs.session.call(during)
     assert eventually(lambda: not fs.session.call(lambda engine: engine.is_open(ino)))
+
+
+def test_an_interrupt_may_come_anywhere(made: TestRegion, fs: Client) -> None:
+    def interrupt(_number: int, _frame: object) -> None:
+        raise KeyboardInterrupt
+
+    chance, interrupted, done = random.Random(3), 0, 0
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        while interrupted < 150:
+            data = b"%d" % done * chance.choice([1, 3000])
+            try:
+                signal.setitimer(signal.ITIMER_REAL, chance.uniform(1e-5, 6e-4))
+                fs.write_bytes("/f", data)
+                with fs.open("/g", "ab", 0) as raw:
+                    raw.write(b"12345678")
+                fs.kv("/kv").set("k", data)
+            except KeyboardInterrupt:
+                interrupted += 1
+            finally:
+                try:
+                    signal.setitimer(signal.ITIMER_REAL, 0)
+                except KeyboardInterrupt:
+                    interrupted += 1
+            done += 1
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    fs.write_bytes("/f", b"goes on")
+    with ivshmemfs.open(made.path, readonly=True) as reader:
+        assert reader.read_bytes("/f") == b"goes on"
+        log = reader.read_bytes("/g")
+        assert {log[at : at + 8] for at in range(0, len(log), 8)} <= {b"12345678"}
+    assert len(peers(made)) == 1  # the client is still the same peer
+
+
+def test_a_signal_during_a_call_is_handled_right_after_it(fs: Client) -> None:
+    told: list[str] = []
+
+    def during(_engine: Filesystem) -> None:
+        signal.raise_signal(signal.SIGUSR1)
+        signal.raise_signal(signal.SIGINT)
+        told.append("the call ends")
+
+    handlers = {number: signal.getsignal(number) for number in NUMBERS}
+    before = signal.signal(signal.SIGUSR1, lambda _number, _frame: told.append("handled"))
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            fs.session.call(during)
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert told == ["the call ends", "handled"]
+    assert {number: signal.getsignal(number) for number in NUMBERS} == handlers
 
 
 # --- waiting ----------------------------------------------------------------------------------
