@@ -14,10 +14,11 @@ import pytest
 from ivshmemfs import __version__
 from ivshmemfs.cli import checks
 from ivshmemfs.cli.checks import FAIL, OK, WARN, check_machine, check_region
+from ivshmemfs.cli.doctor import doctor_command
 from ivshmemfs.cli.facts import Facts, File, Machine, Peer, QemuUser
 from ivshmemfs.cli.hypervisor import lines
 from ivshmemfs.format.geometry import COMMIT_OFFSET
-from ivshmemfs.region import Probe
+from ivshmemfs.region import Candidate, Probe
 from tests.cli.conftest import complains, ivshmemfs
 from tests.support.mounts import needs_fuse, run
 from tests.support.regions import TestRegion
@@ -280,3 +281,21 @@ def test_the_command_prints_the_lines(formatted: TestRegion) -> None:
     result = ivshmemfs("doctor", "--qemu", formatted.path)
     assert (result.returncode, result.stderr) == (0, "")
     assert f"mem-path={formatted.path},size=1M" in result.stdout
+
+
+def test_without_a_region_it_checks_all_that_carry_a_filesystem(
+    formatted: TestRegion, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    (tmp_path / "plain").write_bytes(bytes(MIB))
+    paths = [str(formatted.path), str(tmp_path / "plain")]
+    candidates = [Candidate(path, "file", MIB) for path in paths]
+    monkeypatch.setattr("ivshmemfs.cli.doctor.discover", lambda: candidates)
+    doctor_command.main([], standalone_mode=False)
+    told = capsys.readouterr().out.splitlines()
+    assert told[0] == f"this machine, ivshmemfs {__version__}"
+    assert str(formatted.path) in told
+    assert str(tmp_path / "plain") not in told
+    monkeypatch.setattr("ivshmemfs.cli.doctor.discover", list)
+    doctor_command.main([], standalone_mode=False)
+    assert "no region with a filesystem" in capsys.readouterr().out
