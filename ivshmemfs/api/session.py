@@ -195,12 +195,12 @@ class Session:
                 told = ""
             except Busy:
                 pass  # the next tick retries
-            except (ValueError, RuntimeError):
-                return  # closed meanwhile
-            except (IvshmemfsError, OSError) as error:
+            except Exception as error:  # without a beat others would take this peer for dead
+                if self._ended.is_set():
+                    return
                 if str(error) != told:
                     told = str(error)
-                    log.error("upkeep of %s: %s", self._region.spec, told)
+                    log.error("upkeep of %s: %s", self._region.spec, told or type(error).__name__)
 
     def _upkeep(self, step: Callable[[Filesystem], bool]) -> bool:
         def run() -> bool:

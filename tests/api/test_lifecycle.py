@@ -23,9 +23,11 @@ from ivshmemfs.api import session as sessions
 from ivshmemfs.api.signals import NUMBERS
 from ivshmemfs.engine import Filesystem
 from ivshmemfs.errors import Busy, LockLost, RegionMissing, Unfinished
-from ivshmemfs.format import words
+from ivshmemfs.format import geometry, words
+from mkfs.image import Parameters
+from mkfs.writer import format_region
 from tests.support.mounts import eventually, needs_fuse, release, run
-from tests.support.regions import TestRegion
+from tests.support.regions import TestRegion, new_region
 
 PYTHON = sys.executable
 
@@ -324,6 +326,56 @@ def test_a_signal_during_a_call_is_handled_right_after_it(fs: Client) -> None:
         signal.signal(signal.SIGUSR1, before)
     assert told == ["the call ends", "handled"]
     assert {number: signal.getsignal(number) for number in NUMBERS} == handlers
+
+
+# --- trouble with the region ------------------------------------------------------------------
+
+
+def test_a_region_that_is_formatted_anew_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    with new_region(1 << 20) as region:
+        client = ivshmemfs.open(region.path)
+        client.write_bytes("/f", b"old")
+        with region.region() as mapped:
+            layout = geometry.plan(region.size)
+            format_region(mapped.memory, layout, Parameters(os.urandom(16)), fresh=False)
+        for call in (lambda: client.read_bytes("/f"), lambda: client.write_bytes("/f", b"")):
+            with pytest.raises(OSError, match="format") as caught:
+                call()
+            assert caught.value.errno == errno.ESTALE
+        client.close()
+        with ivshmemfs.open(region.path) as fresh:
+            assert fresh.listdir() == []
+    caplog.clear()  # the upkeep may have noticed it first
+
+
+def test_a_region_that_is_cut_gives_errors(caplog: pytest.LogCaptureFixture) -> None:
+    with new_region(1 << 20) as region:
+        client = ivshmemfs.open(region.path)
+        client.write_bytes("/f", bytes(300_000))
+        os.truncate(region.path, 4096)
+        with pytest.raises(OSError, match=r".") as caught:
+            client.read_bytes("/f")
+        assert caught.value.errno == errno.EIO
+        assert caught.value.filename == "/f"
+        client.close()
+        assert client.closed
+    caplog.clear()
+
+
+def test_upkeep_tells_what_is_wrong_once_and_goes_on(
+    fs: Client, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    ticks: list[int] = []
+
+    def broken(_engine: Filesystem) -> bool:
+        ticks.append(1)
+        raise ZeroDivisionError("a bug")
+
+    monkeypatch.setattr(Filesystem, "tick", broken)
+    assert eventually(lambda: len(ticks) > 2)
+    lines = [line.getMessage() for line in caplog.records if line.name == sessions.__name__]
+    assert lines == [f"upkeep of {fs.spec}: a bug"]
+    caplog.clear()
 
 
 # --- waiting ----------------------------------------------------------------------------------
