@@ -146,8 +146,8 @@ def _left_alone(options: Options) -> bool:
             named = describe_identity(*identity)
             if wrong and not options.force:
                 raise InUse(
-                    f"{options.spec} carries an ivshmemfs filesystem ({named}) that cannot be used: "
-                    f"{wrong} (--force overwrites it)"
+                    f"{options.spec} carries an ivshmemfs filesystem ({named}) that cannot be "
+                    f"used: {wrong} (--force overwrites it)"
                 )
             if wrong:
                 return False

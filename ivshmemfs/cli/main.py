@@ -36,6 +36,7 @@ SUBCOMMANDS = {
     "watch": "watch",
     "get": "transfer",
     "put": "transfer",
+    "doctor": "doctor",
 }
 
 

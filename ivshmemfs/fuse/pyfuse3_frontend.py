@@ -53,7 +53,6 @@ class Pyfuse3FrontEnd(pyfuse3.Operations):
 
     def __init__(self, operations: Operations, *, page_cache: bool = False) -> None:
         super().__init__()
-        #: Whether libfuse asks the kernel to obey access lists; pyfuse3 reads it.
         self.operations = operations
         self._xattr_probe: tuple[RequestContext, int] | None = None
         self._reply = EntryAttributes()
