@@ -50,19 +50,29 @@ find / -xdev -name '*ivshmemfs*' ! -path '/tmp/*'
 """
 
 
+def make(place: Path, *, compiled: bool) -> Path:
+    """Make a bundle in a new directory, and an image where that can be."""
+    if not (TOP / ".venv").exists() or not sys.executable.startswith(str(TOP / ".venv")):
+        pytest.skip("builds on the environment that scripts/setup makes")
+    words = ["--iso"] if shutil.which("xorriso") else []
+    subprocess.run(
+        ["sh", TOP / "scripts/bundle", *words, place / "bundle.sh"],
+        check=True, timeout=1500, capture_output=True,
+        env={**os.environ, "IVSHMEMFS_COMPILE": "1" if compiled else "0"},
+    )  # fmt: skip
+    return place / "bundle.sh"
+
+
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A bundle without the compiled engine, which takes seconds and not minutes to make."""
-    if not (TOP / ".venv").exists() or not sys.executable.startswith(str(TOP / ".venv")):
-        pytest.skip("builds on the environment that scripts/setup makes")
-    made = tmp_path_factory.mktemp("bundle") / "bundle.sh"
-    environment = {**os.environ, "IVSHMEMFS_COMPILE": "0"}
-    words = ["--iso"] if shutil.which("xorriso") else []
-    subprocess.run(
-        ["sh", TOP / "scripts/bundle", *words, made],
-        check=True, timeout=900, env=environment, capture_output=True,
-    )  # fmt: skip
-    return made
+    return make(tmp_path_factory.mktemp("bundle"), compiled=False)
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle as users make it."""
+    return make(tmp_path_factory.mktemp("compiled"), compiled=True)
 
 
 def install(bundle: Path, root: Path, *words: str) -> subprocess.CompletedProcess[str]:
@@ -191,12 +201,12 @@ def test_the_image_for_a_cd_drive(bundle: Path, tmp_path: Path) -> None:
 # --- in other roots ---------------------------------------------------------------------------
 
 
-def check_all(root: Path, bundle: Path, mount: str) -> None:
+def check_all(root: Path, bundle: Path, mount: str, kind: str = "pure Python") -> None:
     """Install, use, replace and remove it in a root."""
     done = run_in(root, ALL.replace("MOUNT_A", mount), bundle, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     first, running, again = done.stdout.split("--- ")
-    assert first.splitlines()[0].endswith("is installed in /opt/ivshmemfs")
+    assert first.splitlines()[0] == f"0.1.0 ({kind}) is installed in /opt/ivshmemfs"
     assert first.splitlines()[-1] == "2"
     assert "0.1.0 stays in /opt/ivshmemfs/versions/0.1.0-1, because process" in running
     assert "in place of 0.1.0" in running
@@ -216,6 +226,31 @@ def test_with_busybox_alone(bundle: Path, tmp_path: Path) -> None:
     check_all(root, bundle, "ivshmemfs mount label=hello /mnt/a")
 
 
+@pytest.mark.skipif(bool(missing()), reason=missing())
+def test_commands_run_while_they_are_replaced(bundle: Path, tmp_path: Path) -> None:
+    """A command runs from the older version or from the newer one, never from a mixture."""
+    root = busybox_root(tmp_path / "root")
+    if root is None:
+        pytest.skip("no static busybox here: apt-get install busybox-static")
+    done = run_in(
+        root,
+        """
+sh /tmp/bundle.sh >/dev/null
+(while [ ! -e /tmp/stop ]; do ivshmemfs --version || echo failed; done >/tmp/said 2>&1) &
+sh /tmp/bundle.sh
+sh /tmp/bundle.sh
+touch /tmp/stop
+wait
+echo "$(grep -c '^ivshmemfs, version' /tmp/said) ran"
+grep -v '^ivshmemfs, version' /tmp/said || echo 'none failed'
+""",
+        bundle,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith("none failed\n"), done.stdout
+    assert int(done.stdout.split(" ran")[0].split()[-1]) > 10
+
+
 #: Generic words of mount(8), all at once.
 WORDS = (
     "rw,auto,noauto,user,nofail,_netdev,relatime,nodiratime,lazytime,comment=x,"
@@ -226,7 +261,7 @@ WORDS = (
 @pytest.mark.long
 @pytest.mark.skipif(bool(missing()), reason=missing())
 @pytest.mark.parametrize("suite", ["bullseye", "bookworm", "trixie"])
-def test_in_a_root_of_debian(suite: str, bundle: Path) -> None:
+def test_in_a_root_of_debian(suite: str, compiled: Path) -> None:
     if shutil.which("debootstrap") is None:
         pytest.skip("debootstrap is not installed: sh scripts/setup --programs")
     root = CACHE / "roots" / suite
@@ -240,4 +275,4 @@ def test_in_a_root_of_debian(suite: str, bundle: Path) -> None:
         (root / "complete").touch()
     fstab = f"echo 'label=hello /mnt/a ivshmemfs {WORDS} 0 2' >/etc/fstab; mount /mnt/a"
     more = "; mount -o remount,ro /mnt/a; mount -o remount,rw,noatime /mnt/a; fsck -t ivshmemfs -n /dev/shm/hello >/dev/null"  # noqa: E501
-    check_all(root, bundle, fstab + more)
+    check_all(root, compiled, fstab + more, kind="compiled")

@@ -31,7 +31,11 @@ bin_directory() {
 
 # Make the link $2 lead to $1, in one step where there is one already.
 link() {
-    ln -s "$1" "$2.$$" && rename "$2.$$" "$2" || { rm -f "$2.$$"; echo "note: $2 could not be made" >&2; }
+    if ln -s "$1" "$2.$$" && rename "$2.$$" "$2"; then
+        return
+    fi
+    rm -f "$2.$$"
+    fail "the link $2 could not be made"
 }
 
 carried_python() {
@@ -72,6 +76,7 @@ installed() {
 # Remove every version but the current one, unless a process runs from it.
 remove_old() {
     current=$(readlink "$PLACE/current" 2>/dev/null) || current=
+    sleep 1 # a command that was started just before the switch runs from its version by then
     for old in "$PLACE"/versions/*; do
         [ -d "$old" ] && [ "versions/${old##*/}" != "$current" ] || continue
         process=$(user_of "${old#"$DESTDIR"}")
@@ -131,6 +136,7 @@ install() {
     link "versions/$name" "$PLACE/current"
     trap - EXIT INT TERM HUP
     links
+    [ -n "$DESTDIR" ] || [ -c /dev/fuse ] || echo "note: there is no /dev/fuse here yet: 'modprobe fuse' before mounting" >&2
     remove_old
     case $before in
     '') echo "${said#ivshmemfs, version } is installed in $PLACE" ;;

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.mounts import TOP, run
-from tests.support.roots import missing, run_beside
+from tests.support.roots import missing_beside, run_beside
 
 GENERATOR = Path("/usr/lib/systemd/system-generators/systemd-fstab-generator")
 
@@ -24,7 +24,7 @@ needs_systemd = pytest.mark.skipif(
     not GENERATOR.exists() or shutil.which("systemd-analyze") is None,
     reason="systemd is not installed",
 )
-needs_namespace = pytest.mark.skipif(bool(missing()), reason=missing())
+needs_namespace = pytest.mark.skipif(bool(missing_beside()), reason=missing_beside())
 
 
 def blocks(kind: str) -> list[str]:

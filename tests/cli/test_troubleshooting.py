@@ -14,7 +14,7 @@ import pytest
 
 from ivshmemfs.cli.main import SUBCOMMANDS
 from tests.support.mounts import TOP
-from tests.support.roots import missing, run_beside
+from tests.support.roots import missing_beside, run_beside
 
 PAGE = (TOP / "docs/troubleshooting.md").read_text()
 
@@ -116,7 +116,7 @@ def test_the_links_lead_somewhere() -> None:
             assert not section or section in anchors
 
 
-@pytest.mark.skipif(bool(missing()), reason=missing())
+@pytest.mark.skipif(bool(missing_beside()), reason=missing_beside())
 def test_mount_8_without_its_helper() -> None:
     """What it says is quoted; a type that has no helper anywhere stands for this one."""
     done = run_beside("mkdir /mnt/shared; mount -t ivshmemfsx label=hello /mnt/shared")

@@ -74,6 +74,18 @@ def busybox_root(place: Path) -> Path | None:
     return place
 
 
+def missing_beside() -> str:
+    """What this machine lacks for `run_beside`, or ""."""
+    if lacking := missing():
+        return lacking
+    tried = subprocess.run(
+        ["unshare", "-m", "--propagation", "private", "mount", "-t", "overlay", "-o",
+         "lowerdir=/usr/local/bin:/usr/sbin", "none", "/mnt"],
+        capture_output=True, check=False,
+    )  # fmt: skip
+    return "" if tried.returncode == 0 else "this kernel has no overlayfs"
+
+
 #: Puts the commands where an installation puts them, on top of this machine's own directories.
 BESIDE = """set -eu
 place=$1
