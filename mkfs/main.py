@@ -338,7 +338,8 @@ def command(
     REGION is a file (also file:PATH), pci, pci:ADDRESS, mem:ADDRESS:SIZE or a character device.
     """
     new = Parameters(uuid, label, os.getuid(), os.getgid(), time.time_ns())
-    if not os.path.lexists(region):
+    refuse_hung(region)
+    if region.startswith("file:") and not os.path.lexists(region):
         region = region.removeprefix("file:")
     options = Options(region, size, block_size, peers, force, sparse, any_size, if_needed, quiet)
     _check(options)
