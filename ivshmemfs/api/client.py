@@ -423,10 +423,12 @@ class Client:
             if isinstance(here, tuple):
                 yield here
                 continue
-            folders, others = list[str](), list[str]()
+            folders, others, links = list[str](), list[str](), set[str]()
             try:
                 for entry in self.scandir(here):
                     (folders if entry.is_dir() else others).append(entry.name)
+                    if entry.is_symlink():
+                        links.add(entry.name)
             except OSError as error:
                 if onerror is not None:
                     onerror(error)
@@ -436,9 +438,8 @@ class Client:
             else:
                 todo.append((here, folders, others))
             for name in reversed(folders):
-                below = f"{here.rstrip('/')}/{name}"
-                if followlinks or not self.is_symlink(below):
-                    todo.append(below)
+                if followlinks or name not in links:
+                    todo.append(f"{here.rstrip('/')}/{name}")
 
     # --- names ----------------------------------------------------------------------------------
 

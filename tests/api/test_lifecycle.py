@@ -276,6 +276,8 @@ def test_a_file_that_is_collected_during_a_call_is_released_later(fs: Client) ->
     assert eventually(lambda: not fs.session.call(lambda engine: engine.is_open(ino)))
 
 
+# In a callback of the garbage collector or of a weak reference, Python prints what is raised.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_an_interrupt_may_come_anywhere(made: TestRegion, fs: Client) -> None:
     def interrupt(_number: int, _frame: object) -> None:
         raise KeyboardInterrupt
