@@ -499,7 +499,7 @@ class Client:
     def rmtree(self, path: Path) -> None:
         """Remove a directory and all that is below it, each name in a commit of its own.
 
-        Follows no links.  What another machine removes meanwhile is no error.
+        Follows no links.  Ignores what another machine removes meanwhile.
         """
         if not stat.S_ISDIR(self._attr(path, follow=False).mode):
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), text_of(path))

@@ -82,7 +82,7 @@ class IvshmemFileSystem(AbstractFileSystem):  # type: ignore[misc]  # fsspec has
         return [self._entry(entry) if detail else entry.path for entry in entries]
 
     def _entry(self, entry: DirEntry) -> dict[str, Any]:
-        """Return the attributes of an entry; a link to a directory is none, so no walk loops."""
+        """Return the attributes of an entry; a link to a directory has type other: walks end."""
         link = entry.is_symlink()
         try:
             found = _info(entry.path, entry.stat())
