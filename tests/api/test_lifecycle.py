@@ -106,6 +106,10 @@ def test_a_mount_point_stands_for_its_region(made: TestRegion, tmp_path: Path) -
             for field in ("st_mode", "st_ino", "st_nlink", "st_uid", "st_gid", "st_size",
                           "st_mtime_ns", "st_ctime_ns", "st_blocks"):  # fmt: skip
                 assert getattr(status, field) == getattr(shown, field)
+            words = (PYTHON, "-m", "ivshmemfs.cli", "lock", "-n", place / "lock", "--", "true")
+            with fs.lock("/lock"):
+                assert run(*words, timeout=60).returncode == 1  # the command's own lock is the same
+            assert run(*words, timeout=60).returncode == 0
     finally:
         run(PYTHON, "-m", "ivshmemfs.cli", "umount", place, timeout=60)
         release(place)
