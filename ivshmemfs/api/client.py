@@ -423,10 +423,12 @@ class Client:
             if isinstance(here, tuple):
                 yield here
                 continue
-            folders, others = list[str](), list[str]()
+            folders, others, links = list[str](), list[str](), set[str]()
             try:
                 for entry in self.scandir(here):
                     (folders if entry.is_dir() else others).append(entry.name)
+                    if entry.is_symlink():
+                        links.add(entry.name)
             except OSError as error:
                 if onerror is not None:
                     onerror(error)
@@ -436,9 +438,8 @@ class Client:
             else:
                 todo.append((here, folders, others))
             for name in reversed(folders):
-                below = f"{here.rstrip('/')}/{name}"
-                if followlinks or not self.is_symlink(below):
-                    todo.append(below)
+                if followlinks or name not in links:
+                    todo.append(f"{here.rstrip('/')}/{name}")
 
     # --- names ----------------------------------------------------------------------------------
 
@@ -498,7 +499,7 @@ class Client:
     def rmtree(self, path: Path) -> None:
         """Remove a directory and all that is below it, each name in a commit of its own.
 
-        Follows no links.  What another machine removes meanwhile is no error.
+        Follows no links.  Ignores what another machine removes meanwhile.
         """
         if not stat.S_ISDIR(self._attr(path, follow=False).mode):
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), text_of(path))

@@ -82,11 +82,14 @@ class IvshmemFileSystem(AbstractFileSystem):  # type: ignore[misc]  # fsspec has
         return [self._entry(entry) if detail else entry.path for entry in entries]
 
     def _entry(self, entry: DirEntry) -> dict[str, Any]:
+        """Return the attributes of an entry; a link to a directory has type other: walks end."""
         link = entry.is_symlink()
         try:
             found = _info(entry.path, entry.stat())
         except OSError:  # a link that leads nowhere
             found = _info(entry.path, entry.stat(follow_symlinks=False))
+        if link and found["type"] == "directory":
+            found["type"] = "other"
         return found | {"islink": link}
 
     def exists(self, path: str, **_options: Any) -> bool:

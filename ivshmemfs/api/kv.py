@@ -5,7 +5,7 @@ one look and each `set` one commit: when `set` has returned, every `get` of any 
 later returns the new value.
 
 A key becomes a name byte by byte.  A slash, a NUL, a percent sign, the bytes of a control character
-and a leading dot become %XX.  Only names that this makes of a key are keys: a file "100%" is none.
+and a leading dot become %XX.  Other names, such as "100%", are not keys.
 """
 
 from __future__ import annotations
@@ -70,8 +70,8 @@ def key_of(name: bytes) -> bytes | None:
 class KeyValue:
     """The values in one directory; `Client.kv` makes it.  Thread-safe.
 
-    Keys are str or bytes; a str stands for its UTF-8 bytes.  Values have up to VALUE_MAX bytes;
-    a larger file is no value, and reading it raises OSError EFBIG.
+    Keys are str or bytes; a str means its UTF-8 bytes.  Values have up to VALUE_MAX bytes;
+    reading a larger file raises OSError EFBIG.
     """
 
     def __init__(self, client: Client, path: str) -> None:

@@ -15,7 +15,7 @@ def open(region: str | os.PathLike[str], *, readonly: bool = False) -> Client:
     """Join the peers of `region` and return a client, which is a context manager.
 
     `region` is a path, "pci", "label=...", "uuid=...", "mem:ADDRESS:SIZE", as in all commands, or a
-    mount point of ivshmemfs, which stands for its region.  A writing client is a peer: a thread of
+    mount point of ivshmemfs, which means its region.  A writing client is a peer: a thread of
     it beats.  With `readonly` it stores nothing in the region, and needs no thread.
 
     Raises OSError: FileNotFoundError, PermissionError, EINVAL for what is not formatted, EUSERS

@@ -1,8 +1,8 @@
 """Signals wait while a call of the engine runs.
 
 Python runs signal handlers in the main thread between any two bytecodes.  A handler that raises,
-as Ctrl-C does, would end a call of the engine between a store and the note of it, so that the peer
-no longer knew its own slot.
+as that of Ctrl-C, would end a call of the engine between a store and the note of it.  The peer
+would then no longer know the state of its own slot.
 
     NOT CALLING   the program's handlers are in place
     CALLING       `deferred` has put `note` in their place; the signals that come are noted

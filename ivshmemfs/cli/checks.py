@@ -182,7 +182,7 @@ def _versions(facts: Facts) -> Finding:
 
 def _peers(facts: Facts) -> Finding:
     if not facts.peers:
-        return Finding("peers", OK, "nobody has it mounted for writing")
+        return Finding("peers", OK, "no peer writes to it")
     quiet = [peer for peer in facts.peers if peer.life != "alive"]
     if not quiet:
         return Finding("peers", OK, f"{len(facts.peers)} alive")

@@ -39,7 +39,7 @@ class QemuUser(NamedTuple):
 
 
 class Machine(NamedTuple):
-    """This machine; an empty string stands for no fault."""
+    """This machine; an empty string means that there is no fault."""
 
     fuse_device: str = ""
     has_helper: bool = True

@@ -73,7 +73,7 @@ def store(
     """Give the file `name` these contents and no others; make it with `mode` if there is none.
 
     `notes` are extended attributes to set; an empty value removes one.  Raises EISDIR, ELOOP for a
-    symbolic link, EINVAL for what is no regular file, NoSpace.
+    symbolic link, EINVAL for other kinds of files, NoSpace.
     """
     folder = names.parent_of(tx, parent, name)
     position = directory.locate(tx, folder, name)

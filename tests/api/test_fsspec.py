@@ -119,6 +119,14 @@ def test_attributes(spec: IvshmemFileSystem) -> None:
     assert spec.ukey("/f") != key
 
 
+def test_a_link_to_a_directory_above_is_no_endless_tree(spec: IvshmemFileSystem) -> None:
+    spec.makedirs("/d/e")
+    spec.pipe_file("/d/e/f", b"")
+    spec.symlink("..", "/d/e/up")
+    assert spec.find("/") == ["/d/e/f", "/d/e/up"]
+    assert spec.isdir("/d/e/up")
+
+
 def test_parts_of_a_file(spec: IvshmemFileSystem) -> None:
     data = os.urandom(100_000)
     spec.pipe_file("/f", data)

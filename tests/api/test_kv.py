@@ -201,7 +201,7 @@ def test_the_directory_may_be_moved_and_made_anew(fs: Client, other: Client) -> 
 _ECHO = """if True:
     import ivshmemfs, sys
     with ivshmemfs.open(sys.argv[1], readonly=sys.argv[2] == "reader") as fs:
-        cache = fs.kv("/cache") if sys.argv[2] == "writer" else ivshmemfs.KeyValue(fs, "/cache")
+        cache = fs.kv("/cache")
         for line in sys.stdin:
             word = line.split()
             if word[0] == "set":

@@ -16,7 +16,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from mkfs.initial import Parameters
 
 import ivshmemfs
 from ivshmemfs import Client
@@ -25,6 +24,7 @@ from ivshmemfs.api.signals import NUMBERS
 from ivshmemfs.engine import Filesystem
 from ivshmemfs.errors import Busy, LockLost, RegionMissing, Unfinished
 from ivshmemfs.format import geometry, words
+from mkfs.initial import Parameters
 from mkfs.writer import format_region
 from tests.support.mounts import eventually, needs_fuse, release, run
 from tests.support.regions import TestRegion, new_region
@@ -106,6 +106,10 @@ def test_a_mount_point_stands_for_its_region(made: TestRegion, tmp_path: Path) -
             for field in ("st_mode", "st_ino", "st_nlink", "st_uid", "st_gid", "st_size",
                           "st_mtime_ns", "st_ctime_ns", "st_blocks"):  # fmt: skip
                 assert getattr(status, field) == getattr(shown, field)
+            words = (PYTHON, "-m", "ivshmemfs.cli", "lock", "-n", place / "lock", "--", "true")
+            with fs.lock("/lock"):
+                assert run(*words, timeout=60).returncode == 1  # the command's own lock is the same
+            assert run(*words, timeout=60).returncode == 0
     finally:
         run(PYTHON, "-m", "ivshmemfs.cli", "umount", place, timeout=60)
         release(place)
@@ -276,6 +280,8 @@ def test_a_file_that_is_collected_during_a_call_is_released_later(fs: Client) ->
     assert eventually(lambda: not fs.session.call(lambda engine: engine.is_open(ino)))
 
 
+# In a callback of the garbage collector or of a weak reference, Python prints what is raised.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_an_interrupt_may_come_anywhere(made: TestRegion, fs: Client) -> None:
     def interrupt(_number: int, _frame: object) -> None:
         raise KeyboardInterrupt
