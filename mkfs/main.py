@@ -206,7 +206,7 @@ def _make(options: Options, new: Parameters) -> None:
                 reserve(region)
         with _explained(region):
             format_region(region.memory, geometry, new, fresh=existing is None)
-    # It carries a filesystem now; whatever fails from here on, it stays.
+    # The region has a filesystem now; it keeps it even if a line below fails.
     _warn(region)
     if not options.quiet:
         _report(region, geometry, new)

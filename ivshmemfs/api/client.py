@@ -1,8 +1,8 @@
 """`Client`: operations on the paths of one region, as the module `os` has them.
 
 Each operation is one look or one commit, so it is atomic for all machines, except those that say
-otherwise.  A client acts with the user and group of its process; as `ivshmemfs put`, it checks no
-permissions of files, because its process can write the whole region anyway.
+otherwise.  A client acts with the user and group of its process.  It checks no permissions of
+files, as `ivshmemfs put`, because its process can write the whole region anyway.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """A directory of a region as a store of values by key.
 
 Each value is a plain file, so a mount shows it, and what a mount writes is a value.  Each `get` is
-one look and each `set` one commit: when `set` has returned, every `get` of any machine that starts
+one look and each `set` one commit.  When `set` has returned, every `get` of any machine that starts
 later returns the new value.
 
 A key becomes a name byte by byte.  A slash, a NUL, a percent sign, the bytes of a control character

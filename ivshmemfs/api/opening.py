@@ -18,8 +18,9 @@ def open(region: str | os.PathLike[str], *, readonly: bool = False) -> Client:
     mount point of ivshmemfs, which means its region.  A writing client is a peer: a thread of
     it beats.  With `readonly` it stores nothing in the region, and needs no thread.
 
-    Raises OSError: FileNotFoundError, PermissionError, EINVAL for what is not formatted, EUSERS
-    when the peer table is full, EBUSY when a driver holds the device, ETIMEDOUT during a repair.
+    Raises FileNotFoundError, PermissionError, and OSError EINVAL for a region without a filesystem.
+    Raises OSError EUSERS when the peer table is full, EBUSY when a driver holds the device, and
+    ETIMEDOUT during a repair.
     """
     from ivshmemfs.format.superblock import identify
     from ivshmemfs.region import open_region

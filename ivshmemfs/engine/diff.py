@@ -1,7 +1,7 @@
 """What commits changed in watched directories: a comparison with what a watcher remembers.
 
 Trees are copy-on-write, so two nodes with one pointer are equal.  A watcher compares pointers and
-reads only what differs: a change costs one path of nodes, whatever the size of the directory.
+reads only what differs: a change costs one path of nodes, also in a large directory.
 
 Peers reuse the blocks of an older root at once.  So a watcher cannot read the older tree any more;
 it remembers what it needs of it:

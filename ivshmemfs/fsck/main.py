@@ -66,8 +66,9 @@ def command(
     Checking is possible at any time.  Repairing needs a region that no peer has mounted.  A mount
     that starts meanwhile waits for 3 s, then refuses.
 
-    \b
     Exit codes:
+
+    \b
       0   clean
       1   repaired
       4   something is wrong and was left so

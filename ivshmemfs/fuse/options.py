@@ -175,7 +175,7 @@ def mount_data(options: MountOptions) -> str:
 
 
 def _connection(options: MountOptions) -> list[str]:
-    """Return what decides who may use the connection, and who checks permissions."""
+    """Return the options for the users of the connection and for the check of permissions."""
     words = [] if options.root_only else ["default_permissions"]
     return words + (["allow_other"] if options.allow_other else [])
 
