@@ -117,7 +117,6 @@ class Wish(NamedTuple):
 def _check(wish: Wish) -> None:
     """Refuse what needs no look at the region."""
     spec, size = wish.spec, wish.size
-    refuse_hung(spec)
     if size is not None:
         _plan(size, wish.block_size, wish.peers)  # before a file is made that cannot be formatted
         if not wish.any_size:
@@ -335,6 +334,7 @@ def command(
     REGION is a file (also file:PATH), pci, pci:ADDRESS, mem:ADDRESS:SIZE or a character device.
     """
     new = Parameters(uuid, label, os.getuid(), os.getgid(), time.time_ns())
+    refuse_hung(region.removeprefix("file:"))
     if not os.path.lexists(region):
         region = region.removeprefix("file:")
     wish = Wish(region, size, block_size, peers, force, sparse, any_size, if_needed, quiet)

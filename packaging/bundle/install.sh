@@ -76,7 +76,8 @@ installed() {
 # Remove every version but the current one, unless a process runs from it.
 remove_old() {
     current=$(readlink "$PLACE/current" 2>/dev/null) || current=
-    sleep 1 # a command that was started just before the switch runs from its version by then
+    set -- "$PLACE"/versions/*
+    [ $# -le 1 ] || sleep 1 # a command that was started just before the switch runs by then
     for old in "$PLACE"/versions/*; do
         [ -d "$old" ] && [ "versions/${old##*/}" != "$current" ] || continue
         process=$(user_of "${old#"$DESTDIR"}")
