@@ -117,11 +117,9 @@ class Options(NamedTuple):
 def _check(options: Options) -> None:
     """Refuse what needs no look at the region."""
     spec, size = options.spec, options.size
-    refuse_hung(spec)
     if size is not None:
-        _plan(
-            size, options.block_size, options.peers
-        )  # before mkfs creates a file that it cannot format
+        # Before mkfs creates a file that it cannot format.
+        _plan(size, options.block_size, options.peers)
         if not options.any_size:
             _refuse_odd(spec, size)
         if spec.startswith(NOT_FILES) and not os.path.lexists(spec):
@@ -338,8 +336,8 @@ def command(
     REGION is a file (also file:PATH), pci, pci:ADDRESS, mem:ADDRESS:SIZE or a character device.
     """
     new = Parameters(uuid, label, os.getuid(), os.getgid(), time.time_ns())
-    refuse_hung(region)
-    if region.startswith("file:") and not os.path.lexists(region):
+    refuse_hung(region.removeprefix("file:"))
+    if not os.path.lexists(region):
         region = region.removeprefix("file:")
     options = Options(region, size, block_size, peers, force, sparse, any_size, if_needed, quiet)
     _check(options)

@@ -30,6 +30,7 @@ mkfs.ivshmemfs -q --size 1M -L hello /dev/shm/hello
 mkdir -p /mnt/a /mnt/b
 MOUNT_A
 ivshmemfs mount /dev/shm/hello /mnt/b
+/opt/ivshmemfs/current/bin/python3 -c 'import ctypes; ctypes.CDLL("libgcc_s.so.1")'
 cp /etc/passwd /mnt/a/
 cmp /mnt/b/passwd /etc/passwd
 ivshmemfs lock /mnt/a/lock -- cat /mnt/a/passwd | cmp - /etc/passwd
@@ -180,6 +181,10 @@ def test_wrong_use(bundle: Path, image: Path) -> None:
     nothing = install(bundle, image, "--uninstall")
     assert (nothing.returncode, nothing.stdout) == (1, "")
     assert "no ivshmemfs is installed" in nothing.stderr
+    piped = subprocess.run(
+        ["sh"], input=bundle.read_bytes(), capture_output=True, cwd=image, timeout=60, check=False
+    )
+    assert b"save it as a file first" in piped.stderr
     assert "unknown option --remove" in install(bundle, image, "--remove").stderr
     assert install(bundle, image, "--version").stdout.startswith("ivshmemfs 0.1.0 for ")
     assert "sh ivshmemfs-bundle.sh --uninstall" in install(bundle, image, "--help").stdout

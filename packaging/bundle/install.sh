@@ -76,7 +76,8 @@ installed() {
 # Remove every version but the current one, unless a process runs from it.
 remove_old() {
     current=$(readlink "$PLACE/current" 2>/dev/null) || current=
-    sleep 1 # a command that was started just before the switch runs from its version by then
+    set -- "$PLACE"/versions/*
+    [ $# -le 1 ] || sleep 1 # a command that was started just before the switch runs by then
     for old in "$PLACE"/versions/*; do
         [ -d "$old" ] && [ "versions/${old##*/}" != "$current" ] || continue
         process=$(user_of "${old#"$DESTDIR"}")
@@ -111,6 +112,7 @@ uninstall() {
 }
 
 install() {
+    [ -f "$0" ] || fail "save it as a file first: sh ivshmemfs-bundle.sh"
     [ "$(uname -m)" = "$MACHINE" ] || fail "this bundle is for $MACHINE, and this machine is $(uname -m): make one there"
     before=$(installed)
     mkdir -p "$PLACE/versions" 2>/dev/null || fail "$PLACE cannot be made: run as root, or name a DIRECTORY"
@@ -125,7 +127,7 @@ install() {
     trap 'exit 1' INT TERM HUP
     # shellcheck disable=SC2094
     { tail -n "+$FIRST" "$0" | gzip -dc || : >"$NEW/broken"; } | tar -xf - -C "$NEW" ||
-        fail "the packages could not be unpacked into $NEW: is there room for 90 MB?"
+        fail "the packages could not be unpacked into $NEW: is there room for 80 MB?"
     [ ! -e "$NEW/broken" ] || fail "this file is damaged or cut short; its checksum (cksum) is to be $SUM from line $FIRST on: copy it again"
     for script in "$NEW"/bin/*; do
         sed "s|@DIR@|$TARGET/versions/$name|g" "$script" >"$script.new"

@@ -69,6 +69,9 @@ def _ignored(directory: str, names: list[str]) -> set[str]:
     }
 
 
+_unneeded = shutil.ignore_patterns("bin", "*.c", "*.h", "*.pyx", "*.pxd")
+
+
 def is_elf(path: Path) -> bool:
     """Whether a file is a program or a shared library."""
     with path.open("rb") as file:
@@ -90,7 +93,10 @@ def copy_libraries(tree: Path) -> list[Path]:
     """Copy all shared libraries into the tree; return where they come from."""
     programs = [path for path in tree.rglob("*") if path.is_file() and is_elf(path)]
     copied = []
-    for path in libraries(programs):
+    found = list(libraries(programs))
+    # glibc loads it by name when a thread ends by pthread_exit(3), and aborts without it.
+    found += [path.with_name("libgcc_s.so.1") for path in found if path.name == "libc.so.6"]
+    for path in found:
         name = "ld.so" if path.name.startswith("ld-") else path.name
         if path.name == "ld.so" or path.is_relative_to(tree):
             continue
@@ -140,7 +146,7 @@ def make(packages: Path, tree: Path) -> None:
     interpreter = Path(sys.executable).resolve()
     shutil.copyfile(interpreter, tree / "python")
     (tree / "python").chmod(0o755)
-    shutil.copytree(packages, target / "site-packages", ignore=shutil.ignore_patterns("bin"))
+    shutil.copytree(packages, target / "site-packages", ignore=_unneeded)
     carried = [interpreter, standard / "os.py", *copy_libraries(tree)]
     write_commands(tree)
     copy_licences(tree, carried)

@@ -18,6 +18,7 @@ from tests.support.roots import missing_beside, run_beside
 GENERATOR = Path("/usr/lib/systemd/system-generators/systemd-fstab-generator")
 
 UNITS = TOP / "packaging/systemd"
+SCHEMA = Path("/usr/share/libvirt/schemas/domain.rng")
 BIN = Path(sys.executable).parent
 
 needs_systemd = pytest.mark.skipif(
@@ -248,3 +249,17 @@ def test_the_xml_for_libvirt() -> None:
     assert model is not None
     assert size is not None
     assert (shmem.get("name"), model.get("type"), size.text) == ("hello", "ivshmem-plain", "64")
+
+
+@pytest.mark.skipif(
+    not SCHEMA.exists() or shutil.which("xmllint") is None,
+    reason="libvirt's schemas or xmllint are not installed",
+)
+def test_the_xml_is_valid_for_libvirt(tmp_path: Path) -> None:
+    (text,) = blocks("xml")
+    head = "<domain type='kvm'><name>g</name><memory unit='MiB'>512</memory>"
+    head += "<os><type arch='x86_64'>hvm</type></os>"
+    for devices, code in ((text, 0), (text.replace("-plain", "-plane"), 3)):
+        (tmp_path / "guest.xml").write_text(f"{head}{devices}</domain>")
+        done = run("xmllint", "--noout", "--relaxng", SCHEMA, tmp_path / "guest.xml")
+        assert done.returncode == code, done.stderr
