@@ -1,4 +1,4 @@
-"""Compiles the measuring client, and the C file system that stands beside ours."""
+"""Compiles the measuring client, and the C file system that is measured beside ours."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from bench.plots import plots
 from bench.report import OURS, is_rate, readable
 
 BEGIN, END = "<!-- figures: python -m bench writes these -->", "<!-- end of figures -->"
-#: Whom each kind of table compares with, in this order, and how the column is called.
+#: What each kind of table compares with, in this order, and the name of the column.
 PEERS = {
     "passthrough": "C passthrough",
     f"{OURS}-trio": "pyfuse3's trio loop",
@@ -30,7 +30,7 @@ class DocumentError(Exception):
 
 
 def write(page: Path, document: Any, pictures: Sequence[Path]) -> None:
-    """Replace what stands between the marks; raises DocumentError when they are not there."""
+    """Replace the text between the marks; raises DocumentError when they are not there."""
     text = page.read_text()
     before, mark, rest = text.partition(BEGIN)
     _old, end, after = rest.partition(END)
@@ -49,7 +49,7 @@ def _lines(document: Any, links: Mapping[str, str]) -> Iterator[str]:
     )
     for title, table in document["tables"].items():
         drawn = plots(title)
-        if not drawn:  # what compares ours with itself stands among the other figures
+        if not drawn:  # what compares ours with itself is among the other figures
             continue
         yield f"\n### {title[0].upper()}{title[1:]}\n"
         for plot in drawn:

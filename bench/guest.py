@@ -1,12 +1,12 @@
 """One QEMU guest with our file system, virtio-9p and virtiofs side by side, all over /dev/shm.
 
-Ours is served inside the guest, by a process that computes at the guest's speed; the others are
-served by programs of the host, which compute at the host's.  With KVM both are the same.  Without
-it the guest is emulated, some thirty times slower, and what is measured says little about a
-machine that has KVM: the title of the table tells which of the two it was.
+A process inside the guest serves ours, at the guest's speed.  Programs of the host serve the
+others, at the host's.  With KVM both are the same.  Without it the guest is emulated, some thirty
+times slower, and the figures say little about a machine with KVM.  The title of the table tells
+which of the two it was.
 
-Both others are mounted so that they promise what ours does: a change on one side is seen by every
-call that starts later on the other (`cache=none`).
+Both others are mounted so that they promise what ours does (`cache=none`): a change on one side is
+seen by every later call on the other.
 """
 
 from __future__ import annotations

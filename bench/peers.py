@@ -1,7 +1,7 @@
 """The file systems that are measured side by side, each mounted in a folder of its own.
 
-All of them keep their bytes in /dev/shm.  Whatever is mounted or started here is unmounted and
-ended at the end of the `with` block, also after a failure.
+All of them keep their bytes in /dev/shm.  Mounts and processes of this module end
+at the end of the `with` block, also after a failure.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ ENVIRONMENT = {**os.environ, "PYTHONPATH": str(TOP)}
 
 @dataclass
 class Peer:
-    """One file system under measurement: where it is mounted, and who serves it."""
+    """One file system under measurement: its mount point and its daemon."""
 
     name: str
     path: Path

@@ -1,7 +1,7 @@
 """Plots of what was measured, for the documentation: small SVG files.  Needs matplotlib.
 
-Each row is a workload, each dot a file system; the vertical line is what they are compared with,
-and better is always to the right.
+Each row is a workload, each dot a file system.  The vertical line is what they are compared with.
+Better is always to the right.
 """
 
 from __future__ import annotations

@@ -55,8 +55,8 @@ def mounts(region: Path, work: Path, count: int) -> Iterator[list[Peer]]:
 def visibility(client: LocalClient, shm: Path, work: Path, *, rounds: int, count: int) -> Figures:
     """How long a change takes to be seen through another mount, against tmpfs.
 
-    Seconds from the start of the write until a reader of the other mount, which reads all the
-    time, has it; and how many changes were not there after the write had returned.
+    Seconds from the start of the write until a reader of the other mount has it.  That one reads
+    all the time.  Also how many changes were not there after the write had returned.
     """
     table: Table = {}
     region = make_region(shm / "seen", "16M")
@@ -178,7 +178,7 @@ def transfer(client: LocalClient, shm: Path, work: Path, *, rounds: int, mib: in
 
     That call is write(2) from a mapping to tmpfs for `get`, and read(2) into a mapping that is in
     memory already for `put`.  "process" compares whole processes, with the start of Python and all
-    mapping; "loop" the copying alone, in a process that has all of the region mapped.
+    mapping.  "loop" compares the copying alone, in a process that has all of the region mapped.
     """
     source, region, raw = shm / "source", shm / "transfer", shm / "raw"
     source.write_bytes(bytes(range(256)) * (mib << 12))

@@ -41,7 +41,7 @@ QUICK = Scale(
 )  # fmt: skip
 
 Measure = Callable[[Peer], dict[str, Sample]]
-#: The peer that is no file system: memcpy to and from a mapping.
+#: A peer without a file system: memcpy to and from a mapping.
 MEMCPY = "memcpy"
 
 

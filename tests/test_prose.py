@@ -20,6 +20,7 @@ LONGEST = 25  # words of a sentence; a code span counts as one word
 
 #: Folders and documents that are written in plain English.
 DONE = (
+    "bench",
     "CHANGELOG.md",
     "CONTRIBUTING.md",
     "README.md",
@@ -36,6 +37,8 @@ DONE = (
     "docs/testing.md",
     "docs/troubleshooting.md",
     "ivshmemfs/api",
+    "ivshmemfs/cli",
+    "ivshmemfs/command.py",
     "ivshmemfs/engine",
     "ivshmemfs/errors.py",
     "ivshmemfs/format",

@@ -1,4 +1,4 @@
-"""`dump`: what stands on a region, field by field, from the one declaration of the format."""
+"""`dump`: the records of a region, field by field, from the one declaration of the format."""
 
 from __future__ import annotations
 

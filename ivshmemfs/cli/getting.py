@@ -1,8 +1,8 @@
 """`get`: from a region to the local disk.  The region is not trusted.
 
-What a region can make here is below the directory that the user named, and nowhere else: names
-are one step each (`local`), directories are walked once each, and only files, directories and
-symbolic links are made unless the user wants more.  A file appears under its name when all of it
+A region can make files only below the directory that the user named.  Names are one step each
+(`local`), and directories are walked once each.  Only files, directories and symbolic links are
+made unless the user wants more.  A file appears under its name when all of it
 is there.
 """
 
@@ -75,7 +75,7 @@ class Level:
 
 
 class Copy(NamedTuple):
-    """Where the first copy of an inode with several names stands."""
+    """The place of the first copy of an inode with several names."""
 
     folder: tuple[bytes, ...]
     name: bytes

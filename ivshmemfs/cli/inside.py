@@ -20,7 +20,7 @@ _BEHIND_DOTS = 2
 
 
 def resolve(fs: Filesystem, path: bytes) -> Attr:
-    """What stands at a path from the region's root; symbolic links are not followed."""
+    """The attributes at a path from the region's root; symbolic links are not followed."""
     with about(lambda: path):
         attr = patiently(lambda: fs.getattr(ROOT_INO))
         for name in path.split(b"/"):
@@ -30,7 +30,7 @@ def resolve(fs: Filesystem, path: bytes) -> Attr:
 
 
 def child(fs: Filesystem, ino: int, name: bytes) -> Attr:
-    """What stands under a name in a directory of the region; raises FsError."""
+    """The attributes of a name in a directory of the region; raises FsError."""
     return patiently(lambda: fs.lookup(ino, name))
 
 

@@ -1,8 +1,8 @@
 """`lock`: run a command while holding a lock that counts on every machine.
 
-The command itself becomes a peer of the region that FILE's mount shows, for as long as it holds
-the lock; while it waits it only looks.  So the lock needs nobody's help to be freed: when this
-process or its machine dies, others see that as they see it of any peer.
+The command itself is a peer of the region of FILE's mount while it holds the lock.  While it waits
+it only looks.  So the lock is freed without help: other peers see the death of this process, or of
+its machine, as that of any peer.
 """
 
 from __future__ import annotations
@@ -60,8 +60,8 @@ def lock_command(
 
     FILE is on a mount, and is made if it does not exist.  The lock is an flock(2) lock, as programs
     on any mount take it.  The death of the holder frees the lock: after 3 s if its process is seen
-    to be gone, else after 10 s without a sign of life.  If its machine was only paused, COMMAND is
-    ended there within a second of waking up.
+    to be gone, else after 10 s of silence.  If its machine was only paused, COMMAND is ended there
+    within a second of waking up.
 
     Ends with COMMAND's exit code.  Needs access to the region itself, as mounting does.
     """
@@ -85,7 +85,7 @@ def lock_command(
 
 @contextmanager
 def _opened(file: str) -> Iterator[int]:
-    """An open FILE, so that it stays while it is locked, whatever happens to its name."""
+    """An open FILE, so that it exists while it is locked, also if its name is removed."""
     flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC  # a fifo would wait for its writer
     try:
         fd = os.open(file, flags)
@@ -220,7 +220,7 @@ def _run(command: Sequence[str], lock: FileLock) -> int:
 
 @contextmanager
 def _signals_passed_on(child: subprocess.Popen[bytes]) -> Iterator[None]:
-    """Who ends this process means the command; a terminal tells the command itself."""
+    """Forward SIGTERM and SIGHUP to the command; the terminal sends it SIGINT itself."""
     before = {
         number: signal.signal(number, lambda got, _frame: child.send_signal(got))
         for number in (signal.SIGTERM, signal.SIGHUP)

@@ -13,7 +13,7 @@ from ivshmemfs.fuse import mountpoint
 from ivshmemfs.fuse.mountpoint import MountEntry
 from ivshmemfs.region import refuse_hung
 
-#: How the names of regions begin that are no paths.
+#: How those names of regions begin that are not paths.
 PREFIXES = ("pci:", "mem:", "file:", "label=", "uuid=", "LABEL=", "UUID=")
 
 

@@ -1,4 +1,4 @@
-"""`peers` and `evict`: who has a region mounted, and letting go of one that will not come back."""
+"""`peers` and `evict`: the machines of a region, and the end of one that will not come back."""
 
 from __future__ import annotations
 
@@ -102,8 +102,8 @@ def _since(peer: Occupant) -> str:
 def evict_command(region: str, slot: int, force: bool) -> None:
     """Declare the peer in SLOT gone, so that others may use again what it had claimed.
 
-    Say so only of a machine that is surely off: what it was writing may otherwise still arrive
-    in blocks that somebody else uses by then.
+    Say so only of a machine that is surely off.  Otherwise its writes may still arrive in blocks
+    that another machine uses by then.
     """
     with _peer_table(region, readonly=False) as peers:
         peer = next((peer for peer in peers.peers() if peer.slot == slot), None)

@@ -1,7 +1,7 @@
 """`put`: from the local disk into a region.
 
-What is copied has no name until all of it is there: it is made without one and then linked, so
-that a death in the middle leaves nothing behind that somebody else would have to remove.
+A copy has no name until all of it is there.  It is made without one and then linked.  So a death in
+the middle leaves nothing behind.
 """
 
 from __future__ import annotations
@@ -133,7 +133,7 @@ class Putter:
                     paths.append(below.path)
 
     def _descended(self, local: Folder, place: Place, levels: list[Level]) -> bool:
-        """Copy what is no directory; step down into what is one, and say so."""
+        """Copy a file; step down into a directory, and return True for it."""
         status = os.stat(place.name, dir_fd=local.fd, follow_symlinks=False)
         if not stat.S_ISDIR(status.st_mode):
             self._single(place.name, local.fd, status, place)
@@ -258,7 +258,7 @@ class Putter:
 
     def _fill(self, fd: int, status: os.stat_result, handle: Handle, place: Place) -> None:
         size: int | None = status.st_size
-        if not size:  # empty, or like those in /proc, whose size nobody knows
+        if not size:  # empty, or like those in /proc, whose size is unknown
             size = None
             self._stream(fd, handle, place)
         else:

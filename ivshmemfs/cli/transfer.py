@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 #: Exit code when all went well but something was left out; mount(8) knows it as "some succeeded".
 EXIT_PARTLY = 64
-#: Stands for standard input or output.
+#: Names standard input or output.
 STREAM = b"-"
 
 
@@ -161,9 +161,8 @@ def get_command(
     it.  The destination - is standard output.  Mode, times, hard links and, as root, owners are
     kept.  Nothing is stored in the region.
 
-    The region is not trusted: nothing is written outside of DESTINATION, whatever stands in the
-    region.  Only files, directories and symbolic links are made, without set-user-ID,
-    set-group-ID and, on files, sticky bits.
+    The region is not trusted: nothing is written outside of DESTINATION.  Only files, directories
+    and symbolic links are made, without set-user-ID, set-group-ID and, on files, sticky bits.
 
     Ends with 64 when something was left out, and says what, one line each.
     """

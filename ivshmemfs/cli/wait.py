@@ -1,4 +1,4 @@
-"""`wait`: until a name exists, is gone, or changes, by whichever machine."""
+"""`wait`: until a name exists, is gone, or changes, by any machine."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ TIMED_OUT = 124
 @click.option("-t", "--timeout", type=click.FloatRange(min=0), metavar="SECONDS",
               help=f"Give up after so many seconds, with exit code {TIMED_OUT}.")  # fmt: skip
 def wait_command(path: str, condition: str, timeout: float | None) -> int:
-    """Wait for PATH, whichever machine changes it.
+    """Wait until any machine makes, removes or changes PATH.
 
     PATH is on a mount, or REGION:/path, which needs no mount.  Nothing is stored in the region.
 
