@@ -5,7 +5,7 @@ others, at the host's.  With KVM both are the same.  Without it the guest is emu
 times slower, and the figures say little about a machine with KVM.  The title of the table tells
 which of the two it was.
 
-Both others are mounted so that they promise what ours does (`cache=none`): a change on one side is
+Both others promise what ours does (mounted with `cache=none`): a change on one side is
 seen by every later call on the other.
 """
 
