@@ -334,6 +334,10 @@ def command(
     """Make a new, empty filesystem on REGION.
 
     REGION is a file (also file:PATH), pci, pci:ADDRESS, mem:ADDRESS:SIZE or a character device.
+
+    \b
+    Example:
+      mkfs.ivshmemfs --size 64M --label exchange /dev/shm/hello
     """
     new = Parameters(uuid, label, os.getuid(), os.getgid(), time.time_ns())
     refuse_hung(region.removeprefix("file:"))

@@ -39,7 +39,12 @@ WHAT is one of:
 @click.argument("region")
 @click.argument("what", default="superblock")
 def dump_command(region: str, what: str) -> None:
-    """Show the bytes on REGION, field by field."""
+    """Show the bytes on REGION, field by field.
+
+    \b
+    Example:
+      ivshmemfs dump /dev/shm/hello superblock
+    """
     name, colon, number = what.partition(":")
     with open_region(region_of(region), readonly=True, identify=superblock.identify) as opened:
         if colon:

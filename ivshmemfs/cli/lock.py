@@ -64,6 +64,10 @@ def lock_command(
     within a second of waking up.
 
     Ends with COMMAND's exit code.  Needs access to the region itself, as mounting does.
+
+    \b
+    Example:
+      ivshmemfs lock -w 10 /mnt/shared/job -- make
     """
     words = command[1:] if command[0] == "--" else command
     if not words:

@@ -34,6 +34,10 @@ def list_command() -> None:
     """List the devices and files that are, or could be, regions, and where they are mounted.
 
     In parentheses behind a mount point: what happened to its region or its daemon.
+
+    \b
+    Example:
+      ivshmemfs list
     """
     listing()
 
@@ -90,7 +94,12 @@ def _row(candidate: Candidate, roots: Roots) -> tuple[Row, IvshmemfsError | OSEr
 @click.command("info")
 @click.argument("region")
 def info_command(region: str) -> None:
-    """Show what the filesystem on REGION is and how full it is."""
+    """Show what the filesystem on REGION is and how full it is.
+
+    \b
+    Example:
+      ivshmemfs info /mnt/shared
+    """
     with open_region(region_of(region), readonly=True, identify=superblock.identify) as opened:
         raw = opened.memory.read(0, superblock.SUPERBLOCK.size)
         checked = superblock.decode(raw, opened.size)

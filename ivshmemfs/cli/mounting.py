@@ -72,7 +72,12 @@ def mount_command(
     drop_suid_dev: bool,
     **_passed_by_mount: object,
 ) -> None:
-    """Mount the filesystem on REGION."""
+    """Mount the filesystem on REGION.
+
+    \b
+    Example:
+      ivshmemfs mount -o allow_other label=exchange /mnt/shared
+    """
     if region is None:
         raise UsageError("name a mount point: ivshmemfs mount [REGION] MOUNTPOINT")
     target = mountpoint if mountpoint is not None else region
@@ -183,6 +188,10 @@ def umount_command(mountpoint: str, lazy: bool) -> None:
 
     MOUNTPOINT may also be a region that is mounted once.  Returns when the daemon has left the
     region.
+
+    \b
+    Example:
+      ivshmemfs umount /mnt/shared
     """
     _refuse_nameless(mountpoint)
     daemon.umount(mount_point_of(mountpoint), lazy=lazy)

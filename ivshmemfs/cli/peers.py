@@ -46,7 +46,12 @@ def watched_alive(watch: Watch, slots: set[int]) -> set[int]:
 @click.command("peers")
 @click.argument("region")
 def peers_command(region: str) -> None:
-    """List the mounts of REGION on all machines, and which of them show signs of life."""
+    """List the mounts of REGION on all machines, and which of them show signs of life.
+
+    \b
+    Example:
+      ivshmemfs peers label=exchange
+    """
     region = region_of(region)
     _tell_trouble(region)
     with _peer_table(region, readonly=True) as peers:
@@ -104,6 +109,10 @@ def evict_command(region: str, slot: int, force: bool) -> None:
 
     Say so only of a machine that is surely off.  Otherwise its writes may still arrive in blocks
     that another machine uses by then.
+
+    \b
+    Example:
+      ivshmemfs evict /dev/shm/hello 3
     """
     with _peer_table(region, readonly=False) as peers:
         peer = next((peer for peer in peers.peers() if peer.slot == slot), None)

@@ -112,6 +112,10 @@ def put_command(
     input.  Without -r symbolic links are followed, with -r they are copied, as by cp.
 
     Ends with 64 when something was left out.
+
+    \b
+    Example:
+      ivshmemfs put pci data.bin /
     """
     usage = "ivshmemfs put REGION FILE... DESTINATION"
     with _opened(region, usage, sources, readonly=False) as fs, metered(quiet=quiet) as meter:
@@ -165,6 +169,10 @@ def get_command(
     and symbolic links are made, without set-user-ID, set-group-ID and, on files, sticky bits.
 
     Ends with 64 when something was left out, and says what, one line each.
+
+    \b
+    Example:
+      ivshmemfs get -r /dev/shm/hello /results .
     """
     usage = "ivshmemfs get REGION FILE... DESTINATION"
     with _opened(region, usage, (destination,), readonly=True) as fs, metered(quiet=quiet) as meter:

@@ -74,6 +74,10 @@ def command(
       4   something is wrong and was left so
       8   the region could not be checked or repaired
       16  wrong usage
+
+    \b
+    Example:
+      fsck.ivshmemfs -y /dev/shm/hello
     """
     change = change or preen
     if check_only and change:
