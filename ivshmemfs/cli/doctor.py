@@ -32,7 +32,7 @@ def doctor_command(region: str | None, as_json: bool, qemu: bool) -> int:
     moment to test compare-and-swap, and watches silent peers for 3 s.
 
     \b
-    Examples:
+    Example:
       ivshmemfs doctor /dev/shm/hello
       ivshmemfs doctor --json pci | jq '.regions[].findings[] | select(.level != "ok")'
       ivshmemfs doctor --qemu label=exchange

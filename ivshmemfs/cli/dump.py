@@ -32,6 +32,10 @@ WHAT is one of:
   inode:N      inode number N
   block:N      block number N
   all          superblock, words, repair, peers, tags, root
+
+\b
+Example:
+  ivshmemfs dump /dev/shm/hello superblock
 """
 
 
@@ -39,12 +43,7 @@ WHAT is one of:
 @click.argument("region")
 @click.argument("what", default="superblock")
 def dump_command(region: str, what: str) -> None:
-    """Show the bytes on REGION, field by field.
-
-    \b
-    Example:
-      ivshmemfs dump /dev/shm/hello superblock
-    """
+    """Show the bytes on REGION, field by field."""
     name, colon, number = what.partition(":")
     with open_region(region_of(region), readonly=True, identify=superblock.identify) as opened:
         if colon:

@@ -44,6 +44,10 @@ Options (-o), separated by commas:
   log=FILE           write the log to FILE
   loop=poll|trio     how to wait for requests
 nosuid and nodev are on unless suid or dev is given.  Permissions are always checked.
+
+\b
+Example:
+  ivshmemfs mount -o allow_other label=exchange /mnt/shared
 """
 
 
@@ -72,12 +76,7 @@ def mount_command(
     drop_suid_dev: bool,
     **_passed_by_mount: object,
 ) -> None:
-    """Mount the filesystem on REGION.
-
-    \b
-    Example:
-      ivshmemfs mount -o allow_other label=exchange /mnt/shared
-    """
+    """Mount the filesystem on REGION."""
     if region is None:
         raise UsageError("name a mount point: ivshmemfs mount [REGION] MOUNTPOINT")
     target = mountpoint if mountpoint is not None else region
