@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ivshmemfs.cli.inside import found
+from ivshmemfs.cli.attach.inside import found
 from ivshmemfs.cli.watching import Target, commits, looking, target_of
 from ivshmemfs.errors import Busy
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import click
 
-from ivshmemfs.cli.inside import resolve
+from ivshmemfs.cli.attach.inside import resolve
 from ivshmemfs.cli.watching import Target, commits, looking, target_of
 from ivshmemfs.errors import Busy, UsageError
 from ivshmemfs.printing import say

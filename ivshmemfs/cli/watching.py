@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, NamedTuple
 
-from ivshmemfs.cli.peering import peer
+from ivshmemfs.cli.attach.peering import peer
 from ivshmemfs.errors import RegionMissing, UsageError
 
 if TYPE_CHECKING:

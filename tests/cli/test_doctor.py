@@ -12,11 +12,10 @@ from xml.etree import ElementTree
 import pytest
 
 from ivshmemfs import __version__
-from ivshmemfs.cli import checks
-from ivshmemfs.cli.checks import FAIL, OK, WARN, check_machine, check_region
-from ivshmemfs.cli.doctor import doctor_command
-from ivshmemfs.cli.facts import Facts, File, Machine, Peer, QemuUser
-from ivshmemfs.cli.hypervisor import lines
+from ivshmemfs.cli.doctor import checks, doctor_command
+from ivshmemfs.cli.doctor.checks import FAIL, OK, WARN, check_machine, check_region
+from ivshmemfs.cli.doctor.facts import Facts, File, Machine, Peer, QemuUser
+from ivshmemfs.cli.doctor.hypervisor import lines
 from ivshmemfs.format.geometry import COMMIT_OFFSET
 from ivshmemfs.region import Candidate, Probe
 from tests.cli.conftest import complains, ivshmemfs

@@ -11,13 +11,15 @@ from pathlib import Path
 
 import pytest
 
-from ivshmemfs.cli import getting, inside, putting
-from ivshmemfs.cli.getting import Getter, Wishes
-from ivshmemfs.cli.inside import resolve
-from ivshmemfs.cli.local import Folder
-from ivshmemfs.cli.meter import Meter
-from ivshmemfs.cli.peering import patiently
-from ivshmemfs.cli.putting import Place, Putter
+from ivshmemfs.cli.attach import inside
+from ivshmemfs.cli.attach.inside import resolve
+from ivshmemfs.cli.attach.peering import patiently
+from ivshmemfs.cli.transfer import get as getting
+from ivshmemfs.cli.transfer import put as putting
+from ivshmemfs.cli.transfer.get import Getter, Wishes
+from ivshmemfs.cli.transfer.local import Folder
+from ivshmemfs.cli.transfer.meter import Meter
+from ivshmemfs.cli.transfer.put import Place, Putter
 from ivshmemfs.engine import FileLock, Filesystem
 from ivshmemfs.errors import Busy, FormatError, IvshmemfsError
 from tests.support import wounds

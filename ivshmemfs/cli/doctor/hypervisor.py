@@ -7,7 +7,7 @@ import re
 import shlex
 from xml.sax.saxutils import quoteattr
 
-from ivshmemfs.cli.facts import Facts
+from ivshmemfs.cli.doctor.facts import Facts
 from ivshmemfs.region import exact_size
 
 _MIB = 1 << 20

@@ -1,14 +1,17 @@
-"""The region's side of `get` and `put`: paths, and listings that are taken in pieces."""
+"""Paths inside a region, and listings that are taken in pieces."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import errno
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import islice
 from typing import TYPE_CHECKING
 
-from ivshmemfs.cli.local import about
-from ivshmemfs.cli.peering import patiently
+from ivshmemfs.cli.attach.peering import patiently
 from ivshmemfs.engine import ROOT_INO
+from ivshmemfs.errors import FsError
 
 if TYPE_CHECKING:
     from ivshmemfs.engine import Attr, Filesystem, Handle
@@ -17,6 +20,18 @@ if TYPE_CHECKING:
 LISTED = 256
 #: The cookie of a listing behind `.` and `..`.
 _BEHIND_DOTS = 2
+
+
+@contextmanager
+def about(path: Callable[[], bytes], local: Callable[[], bytes] | None = None) -> Iterator[None]:
+    """Make every error of the region one about `path`, and others about `local`; not nested."""
+    try:
+        yield
+    except FsError as error:
+        raise OSError(error.errno, str(error), os.fsdecode(path())) from None
+    except OSError as error:
+        text = error.strerror or str(error)
+        raise OSError(error.errno or errno.EIO, text, os.fsdecode((local or path)())) from None
 
 
 def resolve(fs: Filesystem, path: bytes) -> Attr:

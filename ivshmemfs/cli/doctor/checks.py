@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from ivshmemfs import __version__
-from ivshmemfs.cli.facts import Facts, File, Machine, group_name
+from ivshmemfs.cli.doctor.facts import Facts, File, Machine, group_name
 from ivshmemfs.region import exact_size, readable_size
 from ivshmemfs.region.mapped import SHORT
 

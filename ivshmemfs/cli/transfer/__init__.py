@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ivshmemfs.cli.getting import Getter, Wishes
-from ivshmemfs.cli.inside import found, resolve
-from ivshmemfs.cli.local import Folder
-from ivshmemfs.cli.meter import metered
-from ivshmemfs.cli.naming import region_of
-from ivshmemfs.cli.peering import peer
-from ivshmemfs.cli.putting import Place, Putter
+from ivshmemfs.cli.attach.inside import found, resolve
+from ivshmemfs.cli.attach.naming import region_of
+from ivshmemfs.cli.attach.peering import peer
+from ivshmemfs.cli.transfer.get import Getter, Wishes
+from ivshmemfs.cli.transfer.local import Folder
+from ivshmemfs.cli.transfer.meter import metered
+from ivshmemfs.cli.transfer.put import Place, Putter
 from ivshmemfs.errors import ForeignFormat, NotFormatted, RegionSize, UsageError
 
 if TYPE_CHECKING:

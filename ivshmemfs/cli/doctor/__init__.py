@@ -8,9 +8,17 @@ from collections.abc import Callable
 import click
 
 from ivshmemfs import __version__
-from ivshmemfs.cli.checks import FAIL, WARN, Finding, as_rows, check_machine, check_region, worst
-from ivshmemfs.cli.facts import facts, machine
-from ivshmemfs.cli.hypervisor import lines
+from ivshmemfs.cli.doctor.checks import (
+    FAIL,
+    WARN,
+    Finding,
+    as_rows,
+    check_machine,
+    check_region,
+    worst,
+)
+from ivshmemfs.cli.doctor.facts import facts, machine
+from ivshmemfs.cli.doctor.hypervisor import lines
 from ivshmemfs.cli.output import show
 from ivshmemfs.errors import RegionError, UsageError
 from ivshmemfs.format.superblock import identify
