@@ -56,6 +56,9 @@ Buffer = bytes | memoryview
 Answer = bytes | memoryview | None
 Handler = Callable[[int, Context, Buffer, int], Answer]
 
+#: Seconds for which a request that waits for a busy engine goes on after an INTERRUPT.  Another
+#: peer's commit takes milliseconds, and programs do not expect EINTR from calls on files.
+INTERRUPTED_SECONDS = 1.0
 #: The answer to a look-up of a name that does not exist; it costs less than an exception.
 ABSENT: Final = memoryview(b"ENOENT")
 #: A task answers.
@@ -147,7 +150,7 @@ class KernelFrontEnd:
         self._into = [self._request]
         self._result = memoryview(_huge(_HUGE))
         self._packed: dict[int, tuple[Attr, bytes]] = {}
-        self._waiting: dict[int, trio.CancelScope] = {}
+        self._waiting: dict[int, tuple[trio.CancelScope, float]] = {}
         self._handlers: list[Handler | None] = [None] * 256
         for opcode, handler in self._table().items():
             self._handlers[opcode] = handler
@@ -263,9 +266,10 @@ class KernelFrontEnd:
             start = _BODY + protocol.BATCH_FORGET_IN.size
             self._forget_all(bytes(request[start:size]))
         elif opcode == protocol.INTERRUPT:
-            scope = self._waiting.get(protocol.INTERRUPT_IN.unpack_from(request, _BODY)[0])
-            if scope is not None:
-                scope.cancel()
+            waiting = self._waiting.get(protocol.INTERRUPT_IN.unpack_from(request, _BODY)[0])
+            if waiting is not None:
+                scope, grace = waiting
+                scope.deadline = min(scope.deadline, trio.current_time() + grace)
         else:
             return False
         return True
@@ -290,18 +294,23 @@ class KernelFrontEnd:
     # --- waiting ----------------------------------------------------------------------------
 
     def _wait(self, waiting: Waiting, busy: Busy) -> None:
-        self._later(waiting.unique, lambda: self._answer_patiently(waiting, busy))
+        self._later(
+            waiting.unique, lambda: self._answer_patiently(waiting, busy), INTERRUPTED_SECONDS
+        )
 
-    def _later(self, unique: int, answering: Callable[[], Awaitable[None]]) -> None:
-        """Let a task answer, unless the caller is interrupted before."""
-        scope = self._waiting[unique] = trio.CancelScope()  # before the next request is read
+    def _later(
+        self, unique: int, answering: Callable[[], Awaitable[None]], grace: float = 0.0
+    ) -> None:
+        """Let a task answer; *grace* seconds after an INTERRUPT it answers EINTR."""
+        scope = trio.CancelScope()
+        self._waiting[unique] = scope, grace  # before the next request is read
 
         async def answer_later() -> None:
             with scope:
                 try:
                     await answering()
                 finally:
-                    if self._waiting.get(unique) is scope:
+                    if self._waiting.get(unique, (None,))[0] is scope:
                         del self._waiting[unique]
             if scope.cancelled_caught:
                 self._say(unique, errno.EINTR)

@@ -361,7 +361,7 @@ HANDLERS = {
     "birth_time": "statx",
 }
 #: What is no operation of a client.
-UNASKED = {"access_list", "groups_of", "is_committing", "keeps_set_id", "shares_locks"}
+UNASKED = {"access_list", "groups_of", "is_committing", "keeps_set_id", "locks", "shares_locks"}
 #: What `pages` asks beside requests; its failures are shown in tests/posix/test_mapping.py.
 UNASKED |= {"commit_word", "is_open", "look", "only_own_commits"}
 #: How an operation ends on the test double where that is no success.
