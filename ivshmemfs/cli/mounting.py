@@ -40,6 +40,7 @@ Options (-o), separated by commas:
   noexec, sync, ...  as in mount(8); options without effect here are ignored
   remount,ro         make a mount read-only until remount,rw (root only)
   mmap               allow shared mappings on kernels before 6.6, through the page cache
+  notify             report changes of other machines to programs that watch (inotify)
   log=FILE           write the log to FILE
   loop=poll|trio     how to wait for requests
 nosuid and nodev are on unless suid or dev is given.  Permissions are always checked.

@@ -35,6 +35,7 @@ from ivshmemfs.fuse import protocol
 from ivshmemfs.fuse.connection import Relay
 from ivshmemfs.fuse.operations import LARGEST, Operations
 from ivshmemfs.fuse.pages import Pages
+from ivshmemfs.fuse.pretence import PRETENDED_FH, Parts, Pretence
 from ivshmemfs.fuse.retry import errno_of
 
 #: Largest answer to READDIR, in bytes.
@@ -108,7 +109,7 @@ def _answered(turn: Unfinished, answer: Callable[[Any], Answer]) -> Unfinished:
 class KernelFrontEnd:
     """Reads and answers the requests of one *connection*; *spawn* starts a task.
 
-    *pages* learns which files the kernel keeps pages of.
+    *pages* learns which files the kernel keeps pages of.  *pretence* answers the replayer.
     """
 
     def __init__(
@@ -119,8 +120,14 @@ class KernelFrontEnd:
         *,
         page_cache: bool,
         pages: Pages | None = None,
+        pretence: Pretence | None = None,
     ) -> None:
         self._operations = operations
+        #: The pid of the replayer, whose requests *pretence* answers; -1 without one.
+        self.replayer = -1
+        self._pretence = pretence
+        if pretence is not None:
+            pretence.use(Parts(self._entry, self._attr, self._sized, self._getxattr, ABSENT))
         self._pages = pages
         self._page_cache = page_cache
         self._retry = operations.retry
@@ -193,6 +200,8 @@ class KernelFrontEnd:
         request = self._request
         _, opcode, unique, node, uid, gid, pid, _ = _header(request)
         handler = self._handlers[opcode & 255]
+        if pid == self.replayer and self._pretence is not None:
+            handler = self._pretence.handler(opcode, handler)
         if handler is None:
             return None if self._silent(opcode, node, size) else request[:size]
         ctx = _context((uid, gid, pid, 0))
@@ -545,7 +554,9 @@ class KernelFrontEnd:
         return None
 
     def _release(self, _node: int, _ctx: Context, request: Buffer, _end: int) -> Answer:
-        self._operations.release(protocol.RELEASE_IN.unpack_from(request, _BODY)[0])
+        (fh,) = protocol.RELEASE_IN.unpack_from(request, _BODY)
+        if fh != PRETENDED_FH:
+            self._operations.release(fh)
         return None
 
     # --- directories ------------------------------------------------------------------------

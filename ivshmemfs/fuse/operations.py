@@ -21,7 +21,8 @@ from __future__ import annotations
 
 import errno
 import itertools
-from collections.abc import Awaitable, Callable, Iterator
+import os
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from typing import NamedTuple, TypeVar
 
 from ivshmemfs.engine import Attr, Context, Filesystem, Handle, StatFs
@@ -54,6 +55,19 @@ class Listed(NamedTuple):
     node: int  # its node number
     attr: Attr
     following: int  # the cookie of the next name
+
+
+class OwnChanges:
+    """What this mount changed since `notify` last compared: places, and inodes."""
+
+    def __init__(self) -> None:
+        self.names: set[tuple[int, bytes]] = set()  # inode of the directory, name
+        self.inodes: set[int] = set()
+
+    def clear(self) -> None:
+        """Forget all."""
+        self.names.clear()
+        self.inodes.clear()
 
 
 class Operations:
@@ -89,6 +103,8 @@ class Operations:
         self._handles: dict[int, Handle] = {}
         self._numbers = itertools.count(1)
         self._folders: dict[int, int] = {}  # node of an open directory, by handle
+        #: Set while programs watch; see `notify`.
+        self.own: OwnChanges | None = None
 
     # --- names ------------------------------------------------------------------------------
 
@@ -109,6 +125,46 @@ class Operations:
         node = self._node(parent, name, attr, avoided)
         self._walks.note(thread, (parent, name, found, node, self._walks.changes), source)
         return node, attr
+
+    def look_for(
+        self, parent: int, name: bytes, *, count: bool = True, kind: int = 0
+    ) -> tuple[int, Attr] | None:
+        """Look up a name for the replayer: it is not a step of a rename.
+
+        With *kind* an entry of another file type is None.  Without *count* the kernel gets no
+        reference: the node is the inode number.
+        """
+        attr = self._fs.find(self.inode_of(parent), name)
+        if attr is None or (kind and attr.mode & _S_IFMT != kind):
+            return None
+        return self._node(parent, name, attr) if count else attr.ino, attr
+
+    def node_at(self, ino: int, parent: int, name: bytes) -> int:
+        """Return the node of directory *ino* if the kernel has it at that place; else 0.
+
+        The kernel gets a reference.
+        """
+        return self._node_ids.kept_at(ino, parent, name)
+
+    def note_move(self, old: tuple[int, bytes], new: tuple[int, bytes], ino: int) -> None:
+        """Note that the kernel moved its entry of directory *ino*; another machine did so first."""
+        self._node_ids.moved(old, new, ino)
+
+    def path_of(self, node: int) -> bytes:
+        """Return the kernel's path to a directory, such as b"/a/b"; b"" if it is unknown."""
+        return b"".join(b"/" + name for _, name in self._node_ids.steps_to(node))
+
+    def leads_to(self, parent: int, name: bytes, nodes: Iterable[int]) -> bool:
+        """Return whether an entry is a step on the kernel's path to one of the directories."""
+        return any((parent, name) in self._node_ids.steps_to(node) for node in nodes if node)
+
+    def _note_name(self, folder: int, name: bytes) -> None:
+        if self.own is not None:
+            self.own.names.add((folder, name))
+
+    def _note_inode(self, ino: int) -> None:
+        if self.own is not None:
+            self.own.inodes.add(ino)
 
     def _avoided(self, source: Step, parent: int, name: bytes) -> int:
         """Return the node of *source*, which this look-up must not return; 0 for no limit.
@@ -153,6 +209,7 @@ class Operations:
         folder = self.inode_of(parent)
         self._rights.need(folder, ctx, CHANGE_NAMES)
         attr = self._fs.mknod(folder, name, mode, rdev, ctx)
+        self._note_name(folder, name)
         return attr.ino, attr
 
     def mkdir(self, parent: int, name: bytes, mode: int, ctx: Context) -> tuple[int, Attr]:
@@ -160,6 +217,7 @@ class Operations:
         folder = self.inode_of(parent)
         self._rights.need(folder, ctx, CHANGE_NAMES)
         attr = self._fs.mkdir(folder, name, mode, ctx)
+        self._note_name(folder, name)
         return self._node(parent, name, attr), attr
 
     def symlink(self, parent: int, name: bytes, target: bytes, ctx: Context) -> tuple[int, Attr]:
@@ -167,6 +225,7 @@ class Operations:
         folder = self.inode_of(parent)
         self._rights.need(folder, ctx, CHANGE_NAMES)
         attr = self._fs.symlink(folder, name, target, ctx)
+        self._note_name(folder, name)
         return attr.ino, attr
 
     def readlink(self, node: int, _ctx: Context) -> bytes:
@@ -178,6 +237,8 @@ class Operations:
         ino, folder = self.inode_of(node), self.inode_of(parent)
         self._rights.need(folder, ctx, CHANGE_NAMES)
         attr = self._fs.link(ino, folder, name, ctx)
+        self._note_name(folder, name)
+        self._note_inode(ino)
         return attr.ino, attr
 
     def unlink(self, parent: int, name: bytes, ctx: Context) -> None:
@@ -186,6 +247,7 @@ class Operations:
         self._walks.forget(ctx.pid)
         self._rights.need_removal(folder, name, ctx)
         self._fs.unlink(folder, name, ctx)
+        self._note_name(folder, name)
         self._walks.change(folder, name)
 
     def rmdir(self, parent: int, name: bytes, ctx: Context) -> None:
@@ -193,6 +255,7 @@ class Operations:
         folder = self.inode_of(parent)
         self._rights.need_removal(folder, name, ctx)
         self._fs.rmdir(folder, name, ctx)
+        self._note_name(folder, name)
 
     def rename(
         self, parent: int, name: bytes, new_parent: int, new_name: bytes, flags: int, ctx: Context
@@ -202,6 +265,8 @@ class Operations:
         old, new = self.inode_of(parent), self.inode_of(new_parent)
         self._rights.need_rename(old, name, new, new_name, ctx)
         moved, exchanged = self._fs.rename(old, name, new, new_name, flags, ctx)
+        self._note_name(old, name)
+        self._note_name(new, new_name)
         self._walks.forget(ctx.pid, moved)
         self._walks.change(old, name)
         self._walks.change(new, new_name)
@@ -226,6 +291,7 @@ class Operations:
         ino = self.inode_of(node)
         changes = self._ownership.stored(wanted)
         self._rights.need_change(ino, ctx, changes, opened=opened)
+        self._note_inode(ino)
         return self._fs.setattr(ino, ctx, **changes)
 
     def access(self, node: int, mask: int, ctx: Context) -> None:
@@ -259,6 +325,7 @@ class Operations:
         *clears_set_group_id* is for an access list; None if the kernel does not know.
         """
         ino = self._attribute_of(node, name, ctx, WRITE)
+        self._note_inode(ino)
         self._fs.setxattr(ino, name, value, flags, ctx, clears_set_group_id=clears_set_group_id)
 
     def listxattr(self, node: int, ctx: Context) -> list[bytes]:
@@ -269,6 +336,7 @@ class Operations:
     def removexattr(self, node: int, name: bytes, ctx: Context) -> None:
         """Remove an extended attribute."""
         ino = self._attribute_of(node, name, ctx, WRITE)
+        self._note_inode(ino)
         self._fs.removexattr(ino, name, ctx)
 
     def _attribute_of(self, node: int, name: bytes, ctx: Context, mask: int) -> int:
@@ -294,6 +362,8 @@ class Operations:
         folder = parent if parent <= MAX_INO else self.inode_of(parent)
         self._rights.need(folder, ctx, CHANGE_NAMES)
         handle, attr = self._fs.create(folder, name, mode, flags, ctx)
+        self._note_name(folder, name)
+        self._note_inode(attr.ino)
         return self._keep(handle), attr
 
     def tmpfile(self, parent: int, mode: int, flags: int, ctx: Context) -> tuple[int, Attr]:
@@ -314,6 +384,8 @@ class Operations:
             self._walks.forget(ctx.pid, ino)
             raise StaleHandle("another machine has just renamed this file")
         self._rights.need_open(ino, ctx, flags)
+        if flags & os.O_TRUNC:
+            self._note_inode(ino)
         return self._keep(self._fs.open(ino, flags, ctx))
 
     def read(self, fh: int, offset: int, size: int, into: memoryview | None = None) -> Buffer:
@@ -336,7 +408,10 @@ class Operations:
 
         *append* and *ctx* default to their values when the file was opened.
         """
-        return self._fs.write(self._handles[fh], offset, content, append=append, ctx=ctx)
+        handle = self._handles[fh]
+        if self.own is not None:
+            self.own.inodes.add(handle.ino)
+        return self._fs.write(handle, offset, content, append=append, ctx=ctx)
 
     def copy_file_range(
         self,
@@ -349,6 +424,7 @@ class Operations:
         ctx: Context,
     ) -> int:
         """Copy up to LARGEST bytes between two handles in one commit; return the number copied."""
+        self._note_inode(self._handles[to].ino)
         content = self._fs.read(self._handles[source], offset, min(size, LARGEST), through)
         return self._fs.write(self._handles[to], at, content, append=False, ctx=ctx)
 
@@ -358,6 +434,7 @@ class Operations:
 
     def fallocate(self, fh: int, mode: int, offset: int, size: int) -> None:
         """Make or fill holes; raise Unfinished after each piece."""
+        self._note_inode(self._handles[fh].ino)
         self._fs.fallocate(self._handles[fh], mode, offset, size)
 
     def flush(self, _fh: int) -> None:
