@@ -11,14 +11,8 @@ from types import TracebackType
 from typing import NamedTuple, Self
 
 ACCESS, MODIFY, ATTRIB, CLOSE_WRITE, CLOSE_NOWRITE, OPEN = 1, 2, 4, 8, 0x10, 0x20
-MOVED_FROM, MOVED_TO, CREATE, DELETE, DELETE_SELF, MOVE_SELF = (
-    0x40,
-    0x80,
-    0x100,
-    0x200,
-    0x400,
-    0x800,
-)
+MOVED_FROM, MOVED_TO, CREATE, DELETE = 0x40, 0x80, 0x100, 0x200
+DELETE_SELF, MOVE_SELF = 0x400, 0x800
 IGNORED, ISDIR = 0x8000, 0x40000000
 NAMES = {
     MODIFY: "MODIFY", ATTRIB: "ATTRIB", CLOSE_WRITE: "CLOSE_WRITE", OPEN: "OPEN",
@@ -77,15 +71,16 @@ class Inotify:
                 kind = NAMES.get(mask & ~ISDIR, hex(mask))
                 found.append(Event(self._places[watch], kind, name, bool(mask & ISDIR), cookie))
 
-    def until(self, name: str, seconds: float = 20.0) -> list[Event]:
-        """The events up to the first one of *name* and those right after it."""
+    def until(self, *wanted: tuple[str, str], seconds: float = 20.0) -> list[Event]:
+        """The events until each (kind, name) in *wanted* has come, or the time is over."""
         found: list[Event] = []
-        end = time.monotonic() + seconds
-        while time.monotonic() < end:
-            found += self.read()
-            if any(event.name == name for event in found):
-                break
-            time.sleep(0.005)
+        missing, end = set(wanted), time.monotonic() + seconds
+        while missing and time.monotonic() < end:
+            fresh = self.read()
+            found += fresh
+            missing -= {(event.kind, event.name) for event in fresh}
+            time.sleep(0.002)
+        assert not missing, (missing, found[-20:])
         return found
 
     def close(self) -> None:
