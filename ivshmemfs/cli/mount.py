@@ -41,6 +41,7 @@ Options (-o), separated by commas:
   remount,ro         make a mount read-only until remount,rw (root only)
   mmap               allow shared mappings on kernels before 6.6, through the page cache
   locks=shared|local flock(2) and fcntl(2) locks hold on all mounts, or on this one
+  notify             report changes of other machines to programs that watch (inotify)
   log=FILE           write the log to FILE
   loop=poll|trio     how to wait for requests
 nosuid and nodev are on unless suid or dev is given.  Permissions are always checked.

@@ -13,9 +13,11 @@ from __future__ import annotations
 import faulthandler
 import logging
 import os
+import random
 import re
 import signal
 import sys
+import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import TYPE_CHECKING, NamedTuple, NoReturn
@@ -30,6 +32,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+#: Retries of an unmount of a mount in use, and the longest pause before each, in seconds.
+BUSY_RETRIES = 10
+BUSY_SECONDS = 0.02
 EXIT_SYSTEM = 2
 EXIT_INTERNAL = 4
 EXIT_INTERRUPTED = 8
@@ -260,6 +265,17 @@ def _ours(path: str) -> mountpoint.MountEntry:
     return entry
 
 
+def _unmount(path: str, *, lazy: bool) -> None:
+    """Unmount; retry if the mount is in use: a replayer of `-o notify` uses it for milliseconds."""
+    for _ in range(BUSY_RETRIES):
+        try:
+            mountpoint.unmount(path, lazy=lazy)
+            return
+        except mountpoint.BusyMount:
+            time.sleep(BUSY_SECONDS * random.random())
+    mountpoint.unmount(path, lazy=lazy)
+
+
 def umount(path: str, *, lazy: bool = False, seconds: float = 30.0) -> None:
     """Unmount *path* and wait until its daemon has left the region.
 
@@ -271,7 +287,7 @@ def umount(path: str, *, lazy: bool = False, seconds: float = 30.0) -> None:
         server = mountpoint.serving(grip) if grip is not None else None
         stopped = server is not None and server.stopped
         try:
-            mountpoint.unmount(entry.path, lazy=lazy or grip is None or stopped)
+            _unmount(entry.path, lazy=lazy or grip is None or stopped)
         except mountpoint.BusyMount:
             raise mountpoint.BusyMount(
                 f"{path} is in use: end what uses it ('fuser -vm {path}' tells), "

@@ -38,6 +38,7 @@ from ivshmemfs.fuse import protocol
 from ivshmemfs.fuse.connection import Relay
 from ivshmemfs.fuse.operations import LARGEST, Operations
 from ivshmemfs.fuse.pages import Pages
+from ivshmemfs.fuse.pretence import PRETENDED_FH, Parts, Pretence
 from ivshmemfs.fuse.retry import errno_of
 
 #: Largest answer to READDIR, in bytes.
@@ -117,7 +118,7 @@ class KernelFrontEnd:
     """Reads and answers the requests of one *connection*; *spawn* starts a task.
 
     *pages* learns which files the kernel keeps pages of.  *ended* tells whether the mount ends,
-    which ends all waits for locks.
+    which ends all waits for locks.  *pretence* answers the replayer.
     """
 
     def __init__(
@@ -129,10 +130,16 @@ class KernelFrontEnd:
         page_cache: bool,
         pages: Pages | None = None,
         ended: Callable[[], bool] = lambda: False,
+        pretence: Pretence | None = None,
     ) -> None:
         self._operations = operations
         if connection.shares_locks:
             operations.share_locks(ended)
+        #: The pid of the replayer, whose requests *pretence* answers; -1 without one.
+        self.replayer = -1
+        self._pretence = pretence
+        if pretence is not None:
+            pretence.use(Parts(self._entry, self._attr, self._sized, self._getxattr, ABSENT))
         self._pages = pages
         self._page_cache = page_cache
         self._retry = operations.retry
@@ -208,6 +215,8 @@ class KernelFrontEnd:
         request = self._request
         _, opcode, unique, node, uid, gid, pid, _ = _header(request)
         handler = self._handlers[opcode & 255]
+        if pid == self.replayer and self._pretence is not None:
+            handler = self._pretence.handler(opcode, handler)
         if handler is None:
             return None if self._silent(opcode, node, size) else request[:size]
         ctx = _context((uid, gid, pid, 0))
@@ -567,7 +576,9 @@ class KernelFrontEnd:
         return None
 
     def _flush(self, _node: int, _ctx: Context, request: Buffer, _end: int) -> Answer:
-        self._operations.flush(*protocol.FLUSH_IN.unpack_from(request, _BODY))
+        fh, owner = protocol.FLUSH_IN.unpack_from(request, _BODY)
+        if fh != PRETENDED_FH:
+            self._operations.flush(fh, owner)
         return None
 
     def _fsync(self, _node: int, _ctx: Context, request: Buffer, _end: int) -> Answer:
@@ -576,7 +587,9 @@ class KernelFrontEnd:
         return None
 
     def _release(self, _node: int, _ctx: Context, request: Buffer, _end: int) -> Answer:
-        self._operations.release(protocol.RELEASE_IN.unpack_from(request, _BODY)[0])
+        (fh,) = protocol.RELEASE_IN.unpack_from(request, _BODY)
+        if fh != PRETENDED_FH:
+            self._operations.release(fh)
         return None
 
     # --- locks ------------------------------------------------------------------------------

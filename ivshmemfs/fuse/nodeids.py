@@ -38,6 +38,8 @@ from ivshmemfs.errors import StaleHandle
 from ivshmemfs.format.inode import MAX_INO
 
 _NOWHERE, _ALONE = (0, b""), (-1, b"")
+_ROOT = 1  # the node number of the root
+_DEEPEST = 1000  # directories above one another; anything deeper is a cycle
 
 
 class _Place(NamedTuple):
@@ -118,6 +120,26 @@ class NodeIds:
             node = place.node
         self._told[node] = self._told.get(node, 0) + 1
         return node
+
+    def kept_at(self, ino: int, parent: int, name: bytes) -> int:
+        """Return the number of directory `ino` if its place is there, and count it; else 0."""
+        place = self._places.get(ino)
+        if place is None or place[1:] != (parent, name):
+            return 0
+        self._told[place.node] = self._told.get(place.node, 0) + 1
+        return place.node
+
+    def steps_to(self, node: int) -> list[tuple[int, bytes]]:
+        """Return the places (parent, name) from the root down to a directory; [] if unknown."""
+        steps: list[tuple[int, bytes]] = []
+        while node != _ROOT:
+            place = self._places.get(self._inodes.get(node, node))
+            if place is None or place.node != node or place.parent <= 0 or len(steps) > _DEEPEST:
+                return []
+            steps.append((place.parent, place.name))
+            node = place.parent
+        steps.reverse()
+        return steps
 
     def _new_number(self, ino: int) -> int:
         self._last += 1

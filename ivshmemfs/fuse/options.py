@@ -72,6 +72,8 @@ class MountOptions:
     acl: bool = True
     #: Open files through the page cache, which allows shared mappings on kernels before 6.6.
     mmap: bool = False
+    #: Report changes of other machines to inotify and fanotify.
+    notify: bool = False
     loop: str = "poll"
     locks: str = "shared"
     log: str | None = None
@@ -148,6 +150,8 @@ def _check(options: MountOptions) -> None:
     for name in ("suid", "dev"):
         if getattr(options, name) and os.geteuid() != 0:
             raise UsageError(f"mount option '{name}' is for root alone")
+    if options.notify and options.loop != "poll":
+        raise UsageError(f"mount option 'notify' needs loop=poll, not loop={options.loop}")
 
 
 def mount_flags(options: MountOptions) -> int:
@@ -231,6 +235,7 @@ _FLAGS: dict[str, tuple[str, bool]] = {
     "acl": ("acl", True),
     "noacl": ("acl", False),
     "mmap": ("mmap", True),
+    "notify": ("notify", True),
     "remount": ("remount", True),
 }
 _VALUED: dict[str, Callable[[MountOptions, str], None]] = {

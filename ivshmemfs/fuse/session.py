@@ -30,6 +30,7 @@ from ivshmemfs.fuse import logs, mountpoint
 from ivshmemfs.fuse.connection import Handshake, Relay
 from ivshmemfs.fuse.kernel_frontend import KernelFrontEnd
 from ivshmemfs.fuse.loop import Loop
+from ivshmemfs.fuse.notify import Notifier
 from ivshmemfs.fuse.operations import Operations
 from ivshmemfs.fuse.options import MountOptions, fusermount_options, mount_data, mount_flags
 from ivshmemfs.fuse.ownership import Ownership
@@ -57,6 +58,7 @@ class Session:
 
     def __init__(self, fs: Filesystem, path: str, source: str, options: MountOptions) -> None:
         self._path = path
+        self._opened = trio.Event()
         self._on_ready: Callable[[], None] = lambda: None
         self._device: str | None = None
         self.loop = Loop(self._before_wait, polling=options.loop == "poll")
@@ -75,6 +77,7 @@ class Session:
         self._upkeep = Upkeep(fs)
         self._invalidator = Invalidator()
         self._pages = Pages(fs, self._operations.nodes_of_file, self._invalidator.tell)
+        self._notifier = Notifier(fs, self._operations, path) if options.notify else None
         self._options = options
         self._lifeline: mountpoint.Lifeline | None = None
         self._handshake = Handshake(
@@ -130,6 +133,7 @@ class Session:
                 self._lists_obeyed(),
                 self._reach_of_locks(),
             )
+            self._opened.set()
             self._on_ready()
         return ready
 
@@ -169,7 +173,10 @@ class Session:
             page_cache=self._options.mmap,
             pages=self._pages,
             ended=self._is_ending,
+            pretence=self._notifier.pretence if self._notifier is not None else None,
         )
+        if self._notifier is not None:
+            self._notifier.front = front_end
         self.loop.answer_first(front_end, connection.device)
 
     def _is_ending(self) -> bool:
@@ -196,9 +203,15 @@ class Session:
             nursery.start_soon(self._watch_signals, nursery.cancel_scope)
             nursery.start_soon(self._keep_up)
             nursery.start_soon(self._pages.run)
+            if self._notifier is not None:
+                nursery.start_soon(self._notify, self._notifier)
             await pyfuse3.main(min_tasks=1, max_tasks=MAX_WORKERS)
             log.info("%s: unmounted", self._path)
             nursery.cancel_scope.cancel()
+
+    async def _notify(self, notifier: Notifier) -> None:
+        await self._opened.wait()
+        await notifier.run(self._device)
 
     async def _keep_up(self) -> None:
         next_time = trio.current_time() + UPKEEP_SECONDS
@@ -227,6 +240,8 @@ class Session:
 
     async def _end(self, everything: trio.CancelScope) -> None:
         """Unmount, or detach a mount that is in use, and end the loop."""
+        if self._notifier is not None:
+            await self._notifier.end()
         if not await self._unmount(lazy=False):
             log.warning("%s is in use: detached; its open files fail now", self._path)
             await self._unmount(lazy=True)
@@ -272,6 +287,8 @@ class Session:
         """
         self._invalidator.stop()
         self._handshake.close()
+        if self._notifier is not None:
+            self._notifier.close()
         if libfuse:
             pyfuse3.close(unmount=False)
         if self._still_mounted():

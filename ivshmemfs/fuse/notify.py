@@ -1,0 +1,396 @@
+"""Changes of other machines, told to the programs that watch on this one (`-o notify`).
+
+The kernel reports to inotify and fanotify what system calls on this machine do.  The replayer, a
+child of the daemon, repeats each foreign change as a system call, and `pretence` answers it.
+
+States of the notifier:
+
+    off        it was not started, or a reason against it was logged
+    waiting    the replayer runs; no program watches; nothing is polled here
+    looking    programs watch: every LOOK_SECONDS the commit word is compared.  After a commit the
+               watched directories and inodes are compared, and differences are queued
+
+The replayer sends the list of watched nodes (`_take_marks`); only that changes waiting to looking
+and back.  The replayer may die in each state.  `run` then starts another one, at most one a second;
+its first list replaces the old one.
+
+The kernel has reported this mount's own changes already.  While the notifier looks, `operations`
+notes them in `OwnChanges`, and `_look` leaves them out.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import socket
+import stat
+import subprocess
+import sys
+from contextlib import suppress
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+import trio
+
+from ivshmemfs.engine.diff import Change, Kind, Watcher
+from ivshmemfs.errors import Busy, FsError, IvshmemfsError
+from ivshmemfs.fuse import replayer
+from ivshmemfs.fuse.operations import OwnChanges
+from ivshmemfs.fuse.pretence import Action, Pretence
+
+if TYPE_CHECKING:
+    from ivshmemfs.engine import Filesystem
+    from ivshmemfs.engine.transaction import View
+    from ivshmemfs.fuse.kernel_frontend import KernelFrontEnd
+    from ivshmemfs.fuse.operations import Operations
+
+log = logging.getLogger(__name__)
+
+#: Seconds between two looks at the commit word while programs watch.
+LOOK_SECONDS: Final = 0.01
+#: Minimum seconds between two starts of the replayer.
+START_SECONDS: Final = 1.0
+#: Maximum number of watched nodes; others get no events.
+MARKS_MAX: Final = 4096
+#: Seconds that watched directories rest after they had too many names to remember.
+REST_SECONDS: Final = 10.0
+#: Seconds that an unmount waits for the end of the replayer.
+END_SECONDS: Final = 0.5
+_MESSAGE: Final = 1 << 16  # bytes; the replayer sends less
+
+
+class _Details(NamedTuple):
+    """What of an inode its watchers are told about."""
+
+    mode: int
+    owners: tuple[int, int]
+    contents: tuple[int, int]  # mtime in ns, size; 0, 0 for a directory
+    gone: bool
+
+
+class Notifier:
+    """The notifications of one mount: *path*, on *device* as "MAJOR:MINOR"."""
+
+    def __init__(self, fs: Filesystem, operations: Operations, path: str) -> None:
+        self._fs = fs
+        self._operations = operations
+        self._path = path
+        self.pretence = Pretence(fs, operations, self._mode_of)
+        self.front: KernelFrontEnd | None = None
+        self._process: subprocess.Popen[bytes] | None = None
+        self._ending = False
+        self._deaths = 0
+        self._channel: socket.socket | None = None
+        self._any = trio.Event()  # set while programs watch
+        self._coming: list[int] = []  # nodes of a list that is not complete
+        self._listed: set[int] | None = None  # the last list, until `_adopt` takes it
+        self._nodes: dict[int, set[int]] = {}  # watched nodes, by inode
+        self._details: dict[int, _Details] = {}  # by inode
+        self._watcher = Watcher(fs)
+        self._word = 0  # the commit word of the last comparison
+        self._rests_until = 0.0
+
+    def _mode_of(self, ino: int) -> int | None:
+        details = self._details.get(ino)
+        return None if details is None else details.mode
+
+    # --- the replayer -----------------------------------------------------------------------
+
+    async def run(self, device: str | None) -> None:
+        """Notify for as long as the mount lives."""
+        if device is None or self.front is None or not sys.executable:
+            log.warning("%s: notify is off: the replayer cannot be started", self._path)
+            return
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._look_on)
+            while await self._run_once(device):
+                if self._deaths == 1:
+                    log.warning("%s: the replayer died; it is started again", self._path)
+            nursery.cancel_scope.cancel()
+
+    async def _run_once(self, device: str) -> bool:
+        """Start a replayer and serve it until it ends; return whether to start another one."""
+        started = trio.current_time()
+        try:
+            channel = self._start(device)
+        except OSError as error:
+            log.warning("%s: notify is off: no replayer: %s", self._path, error)
+            return False
+        with channel:
+            useful = await self._listen(channel)
+        self._channel = None
+        await self._reap()
+        if not useful:
+            log.warning("%s: notify is off: /proc cannot be read here", self._path)
+        if not useful or self._ending:
+            return False
+        self._deaths += 1
+        await trio.sleep_until(started + START_SECONDS)
+        return not self._ending
+
+    def _start(self, device: str) -> socket.socket:
+        """Start a replayer; return our end of its socket.  Raises OSError."""
+        if signal.getsignal(signal.SIGCHLD) is signal.SIG_IGN:
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # else the kernel may reuse its pid
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        words = [sys.executable, "-I", "-S", replayer.__file__, str(theirs.fileno())]
+        with theirs:
+            try:
+                process = subprocess.Popen(
+                    [*words, self._path, device, str(os.getpid())],
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL,
+                    stderr=subprocess.DEVNULL,
+                    pass_fds=(theirs.fileno(),),
+                    cwd="/",
+                    start_new_session=True,
+                )
+            except OSError:
+                ours.close()
+                raise
+        ours.setblocking(False)
+        self._process, self._channel = process, ours
+        self.pretence.begin()
+        if self.front is not None:
+            self.front.replayer = process.pid
+        return ours
+
+    async def _listen(self, channel: socket.socket) -> bool:
+        """Take the messages of the replayer until it ends; return False if it cannot work."""
+        while True:
+            await trio.lowlevel.wait_readable(channel)
+            try:
+                message = channel.recv(_MESSAGE)
+            except BlockingIOError:
+                continue
+            except OSError:
+                return True
+            if not message:
+                return True
+            kind = message[:1]
+            if kind == replayer.NO_PROC:
+                return False
+            if kind == replayer.GIVEN_UP:
+                self.pretence.clear()
+                self.pretence.awake = False
+            else:
+                self._take_marks(message[1:], last=kind == replayer.MARKS)
+
+    async def _reap(self) -> None:
+        """End the replayer and wait for its end.
+
+        Its pid names it until then: a request that it has sent must never count as a user's.
+        """
+        process = self._process
+        if process is None:
+            return
+        process.kill()
+        while process.poll() is None:
+            await trio.sleep(0.002)
+        if self._process is process:  # another task may have waited, too
+            self._process = None
+            if self.front is not None:
+                self.front.replayer = -1
+
+    async def end(self) -> None:
+        """End the replayer for good before an unmount; wait up to END_SECONDS."""
+        self._ending = True
+        with trio.move_on_after(END_SECONDS):
+            await self._reap()
+
+    def close(self) -> None:
+        """End the replayer after the end of the connection."""
+        process, self._process = self._process, None
+        if process is not None:
+            process.kill()
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(END_SECONDS)
+
+    def _wake(self) -> None:
+        """Tell the replayer that there are records."""
+        if self.pretence.has_work and not self.pretence.awake and self._channel is not None:
+            with suppress(OSError):  # it died; `run` notices
+                self._channel.send(b"!")
+                self.pretence.awake = True
+
+    # --- what is watched --------------------------------------------------------------------
+
+    def _take_marks(self, raw: bytes, *, last: bool) -> None:
+        self._coming += [int.from_bytes(raw[at : at + 8], "little") for at in range(0, len(raw), 8)]
+        if not last:
+            return
+        if len(self._coming) > MARKS_MAX:
+            log.warning("%s: more than %d watches; some get no events", self._path, MARKS_MAX)
+        self._listed, self._coming = set(self._coming[:MARKS_MAX]), []
+        if self._listed:
+            self._any.set()
+
+    def _adopt(self, listed: set[int]) -> None:
+        """Watch the inodes of the listed nodes, and no others.  Raises Busy."""
+        nodes: dict[int, set[int]] = {}
+        for node in listed:
+            with suppress(FsError):
+                nodes.setdefault(self._operations.inode_of(node), set()).add(node)
+        fresh = [ino for ino in nodes if ino not in self._details]
+        self._details.update(self._details_of(fresh))
+        self._details = {ino: kept for ino, kept in self._details.items() if ino in nodes}
+        self._nodes, self._listed = nodes, None
+        for folder in self._watcher.folders - self._details.keys():
+            self._watcher.unwatch(folder)
+        self._watch_folders()
+        if nodes and self._operations.own is None:
+            self._operations.own = OwnChanges()
+            self._word = self._fs.commit_word()
+        elif not nodes:
+            self._operations.own = None
+
+    def _watch_folders(self) -> None:
+        for ino, details in self._details.items():
+            if stat.S_ISDIR(details.mode) and not details.gone:
+                self._watcher.watch(ino)
+
+    def _details_of(self, inodes: list[int]) -> dict[int, _Details]:
+        """Return details of the inodes that exist.  Raises Busy."""
+
+        def read(view: View) -> dict[int, _Details]:
+            found = {}
+            for ino in inodes:
+                inode = view.find_inode(ino)
+                if inode is not None:
+                    record = inode.record
+                    contents = (0, 0) if inode.is_dir else (record.mtime_ns, record.size)
+                    owners = (record.uid, record.gid)
+                    found[ino] = _Details(record.mode, owners, contents, not record.nlink)
+            return found
+
+        return self._fs.look(read) if inodes else {}
+
+    # --- looking ----------------------------------------------------------------------------
+
+    async def _look_on(self) -> None:
+        while True:
+            await self._any.wait()
+            await trio.sleep(LOOK_SECONDS)
+            try:
+                if self._listed is not None:
+                    self._adopt(self._listed)
+                    if not self._nodes:
+                        self._any = trio.Event()
+                        continue
+                self._look(trio.current_time())
+            except Busy:
+                continue  # next time
+            except (IvshmemfsError, OSError) as error:
+                log.debug("watched directories are not compared: %s", error)
+
+    def _look(self, now: float) -> None:
+        """Compare what is watched, and queue what other machines changed.  Raises Busy."""
+        if self._rests_until and now >= self._rests_until:
+            self._rests_until = 0.0
+            self._watch_folders()
+        word = self._fs.commit_word()
+        changes = self._watcher.changes()
+        own = self._operations.own
+        if word == self._word and not changes:
+            return
+        selves = self._changed_selves()
+        after = self._fs.commit_word()
+        if own is not None and not self._fs.only_own_commits(self._word, after):
+            if any(change.kind is Kind.OVERFLOW for change in changes):
+                self._rests_until = now + REST_SECONDS
+                self._overflow()
+            else:
+                self._queue_all(
+                    _foreign(changes, own), [s for s in selves if s[0] not in own.inodes]
+                )
+        if own is not None:
+            own.clear()
+        self._word = word
+        self._wake()
+
+    def _changed_selves(self) -> list[tuple[int, bytes]]:
+        """Return the watched inodes that changed themselves, and how.  Raises Busy."""
+        inodes = [ino for ino, details in self._details.items() if not details.gone]
+        found = self._details_of(inodes)
+        changed = []
+        for ino in inodes:
+            before, now = self._details[ino], found.get(ino)
+            if now is None:
+                now = before._replace(gone=True)
+            if now.contents != before.contents and not now.gone:
+                changed.append((ino, replayer.MODIFY))
+            if now[:2] != before[:2] or now.gone:
+                changed.append((ino, replayer.CHMOD))
+            self._details[ino] = now
+        return changed
+
+    def _queue_all(self, changes: list[Change], selves: list[tuple[int, bytes]]) -> None:
+        targets = {change.to: change for change in changes if change.to is not None}
+        victims = {
+            (change.folder, change.name): change.ino
+            for change in changes
+            if change.kind is Kind.REMOVED and (change.folder, change.name) in targets
+        }
+        done = {(change.ino, change.kind) for change in changes}
+        for change in changes:
+            if change.kind is Kind.MOVED:
+                self._queue_move(change, victims)
+            elif (change.folder, change.name) not in victims or change.kind is not Kind.REMOVED:
+                for folder in self._nodes.get(change.folder, ()):
+                    for what in _actions_of(change):
+                        name, ino, is_dir = change.name, change.ino, change.is_dir
+                        self._queue(Action(what, folder, name, ino, is_dir))
+        for ino, what in selves:
+            kind = Kind.CHANGED if what == replayer.MODIFY else Kind.ATTRIBUTES
+            if (ino, kind) in done or (ino, Kind.REMOVED) in done:
+                continue  # the watchers of the inode got the event by its name
+            for node in self._nodes.get(ino, ()):
+                self._queue(Action(what, node, b"", ino))
+
+    def _queue_move(self, change: Change, victims: dict[tuple[int, bytes], int]) -> None:
+        assert change.to is not None
+        folder = min(self._nodes.get(change.folder, {0}))
+        to_folder = min(self._nodes.get(change.to[0], {0}))
+        if folder and to_folder:
+            victim = victims.get(change.to, 0)
+            self._queue(
+                Action(
+                    replayer.RENAME, folder, change.name, change.ino, change.is_dir,
+                    to_folder, change.to[1], victim,
+                )
+            )  # fmt: skip
+
+    def _queue(self, action: Action) -> None:
+        if not self.pretence.add(action):
+            self._overflow()
+
+    def _overflow(self) -> None:
+        """Drop all events; tell the watchers of each inode that it changed."""
+        self.pretence.clear()
+        for ino, nodes in self._nodes.items():
+            for node in nodes:
+                self.pretence.add(Action(replayer.CHMOD, node, b"", ino))
+
+
+def _actions_of(change: Change) -> list[bytes]:
+    """Return the actions of the replayer that repeat a change of one name."""
+    if change.kind is Kind.CREATED:
+        return [replayer.MKDIR] if change.is_dir else [replayer.CREATE, replayer.CLOSE]
+    if change.kind is Kind.REMOVED:
+        return [replayer.RMDIR if change.is_dir else replayer.UNLINK]
+    if change.kind is Kind.CHANGED:
+        return [] if change.is_dir else [replayer.MODIFY]
+    return [replayer.CHMOD]
+
+
+def _foreign(changes: list[Change], own: OwnChanges) -> list[Change]:
+    """Return the changes that this mount did not make."""
+    return [
+        change
+        for change in changes
+        if (
+            change.ino not in own.inodes
+            if change.kind in (Kind.CHANGED, Kind.ATTRIBUTES)
+            else (change.folder, change.name) not in own.names and change.to not in own.names
+        )
+    ]

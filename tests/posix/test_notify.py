@@ -1,0 +1,465 @@
+"""`-o notify`: programs that watch on one mount learn what another mount does."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from tests.support.inotify import Event, Inotify
+from tests.support.lab import EVERYTHING, PATIENCE, Lab, Mount, needs_fuse, needs_root, new_lab
+from tests.support.mounts import eventually
+
+pytestmark = [needs_fuse, needs_root]
+
+#: A mount whose permissions the kernel checks, and one that only root may use.
+WAYS = {"all": f"{EVERYTHING},notify", "root": "notify"}
+#: Events of a program's reading, or of the way in which it writes; not compared.
+IGNORED = ("OPEN", "ACCESS", "CLOSE_NOWRITE")
+
+_numbers = itertools.count()
+
+
+@pytest.fixture(scope="module", params=WAYS)
+def lab(request: pytest.FixtureRequest) -> Iterator[Lab]:
+    """Two mounts with the option: the first changes, the second watches."""
+    with new_lab(128 << 20, 2, WAYS[request.param]) as made:
+        yield made
+
+
+def _replayers(mount: Mount) -> list[int]:
+    """The processes that are children of a daemon."""
+    path = Path(f"/proc/{mount.process.pid}/task/{mount.process.pid}/children")
+    return [int(word) for word in path.read_text().split()]
+
+
+def _heard(watch: Inotify, there: Path, seconds: float = PATIENCE) -> None:
+    """Wait until the mount reports what happens in *there*, a watched directory."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        probe = there / f"probe{next(_numbers)}"
+        probe.touch()
+        seen = eventually(lambda: any(e.name.startswith("probe") for e in watch.read()), 0.2)
+        probe.unlink()
+        if seen:
+            _settle(watch, there)
+            return
+    raise AssertionError("no event comes")
+
+
+def _settle(watch: Inotify, there: Path) -> list[Event]:
+    """The events so far.  All changes of one look precede those of the next look."""
+    found: list[Event] = []
+    for _ in range(2):
+        name = f"fence{next(_numbers)}"
+        (there / name).touch()
+        found += watch.until(("CREATE", name))
+        (there / name).unlink()
+    return [event for event in found if not event.name.startswith(("fence", "probe"))]
+
+
+# --- the same events as on a tmpfs --------------------------------------------------------------
+
+
+class Row(NamedTuple):
+    """An operation in directories `one` and `two`, and how its events may differ on a mount."""
+
+    do: Callable[[Path], object]
+    before: Callable[[Path], object] = lambda _top: None
+    more: tuple[str, ...] = ()
+    less: tuple[str, ...] = ()
+
+
+def _write(path: Path, text: str, mode: str = "w") -> None:
+    with path.open(mode) as file:
+        file.write(text)
+
+
+def _twice(top: Path) -> None:
+    (top / "one/twice").touch()
+    os.link(top / "one/twice", top / "two/twice")
+
+
+def _two_files(top: Path) -> None:
+    (top / "one/over").touch()
+    (top / "two/over").touch()
+
+
+TABLE = {
+    "create": Row(lambda top: (top / "one/new").touch()),
+    "create and write": Row(lambda top: _write(top / "one/full", "x")),
+    "mkdir": Row(lambda top: (top / "one/folder").mkdir()),
+    "nested": Row(lambda top: (top / "one/deep/er").mkdir(parents=True)),
+    "write": Row(
+        lambda top: _write(top / "one/w", "contents"), lambda top: (top / "one/w").touch()
+    ),
+    "append": Row(
+        lambda top: _write(top / "one/a", "more", "a"), lambda top: _write(top / "one/a", "x")
+    ),
+    "truncate": Row(
+        lambda top: os.truncate(top / "one/t", 1),
+        lambda top: _write(top / "one/t", "long"),
+        more=("CLOSE_WRITE one/t",),
+    ),
+    "chmod": Row(lambda top: (top / "one/c").chmod(0o600), lambda top: (top / "one/c").touch()),
+    "chmod of a directory": Row(
+        lambda top: (top / "one/cd").chmod(0o700), lambda top: (top / "one/cd").mkdir()
+    ),
+    "chmod of the watched one": Row(
+        lambda top: (top / "two").chmod(0o700), lambda top: (top / "two").chmod(0o755)
+    ),
+    "rename within": Row(
+        lambda top: os.rename(top / "one/r", top / "one/s"), lambda top: (top / "one/r").touch()
+    ),
+    "rename across": Row(
+        lambda top: os.rename(top / "one/x", top / "two/x"), lambda top: (top / "one/x").touch()
+    ),
+    "rename of a directory": Row(
+        lambda top: os.rename(top / "one/dx", top / "two/dx"), lambda top: (top / "one/dx").mkdir()
+    ),
+    "rename over": Row(
+        lambda top: os.rename(top / "one/over", top / "two/over"),
+        _two_files,
+    ),
+    "rename out": Row(
+        lambda top: os.rename(top / "one/out", top / "out"),
+        lambda top: (top / "one/out").touch(),
+        more=("DELETE one/out",),
+        less=("MOVED_FROM one/out",),
+    ),
+    "rename in": Row(
+        lambda top: os.rename(top / "in", top / "one/in"),
+        lambda top: (top / "in").touch(),
+        more=("CREATE one/in", "CLOSE_WRITE one/in"),
+        less=("MOVED_TO one/in",),
+    ),
+    "link": Row(
+        lambda top: os.link(top / "one/l", top / "two/l"), lambda top: (top / "one/l").touch()
+    ),
+    "unlink one of two": Row(
+        lambda top: (top / "one/twice").unlink(), _twice, more=("ATTRIB two/twice",)
+    ),
+    "symlink": Row(lambda top: os.symlink("target", top / "one/symlink")),
+    "fifo": Row(lambda top: os.mkfifo(top / "one/fifo")),
+    "unlink": Row(lambda top: (top / "one/u").unlink(), lambda top: (top / "one/u").touch()),
+    "unlink a symlink": Row(
+        lambda top: (top / "one/us").unlink(), lambda top: os.symlink("x", top / "one/us")
+    ),
+    "rmdir": Row(lambda top: (top / "one/rm").rmdir(), lambda top: (top / "one/rm").mkdir()),
+    "write the watched file": Row(lambda top: _write(top / "one/file", "more", "a")),
+    "chmod the watched file": Row(lambda top: (top / "one/file").chmod(0o640)),
+    "rename the watched file": Row(lambda top: os.rename(top / "one/file", top / "two/file")),
+    "unlink the watched file": Row(lambda top: (top / "two/file").unlink()),
+    "rmdir the watched directory": Row(lambda top: (top / "one/sub").rmdir()),
+}
+
+
+def _prepare(top: Path) -> None:
+    (top / "one/sub").mkdir(parents=True)
+    (top / "two").mkdir()
+    _write(top / "one/file", "contents")
+
+
+def _compared(events: list[Event]) -> set[str]:
+    """What the table compares: kinds and names, without the order."""
+    found = [e for e in events if e.kind not in IGNORED]
+    return {f"{e.kind} {e.place}{'/' if e.name else ''}{e.name}" for e in found}
+
+
+def test_the_same_events_as_on_a_tmpfs(lab: Lab) -> None:
+    name = f"table{next(_numbers)}"
+    there, here = (path / name for path in lab.paths)
+    tmpfs = Path(tempfile.mkdtemp(dir="/dev/shm", prefix="ivshmemfs-notify-"))
+    wrong: dict[str, tuple[set[str], set[str]]] = {}
+    watched = ("one", "two", "one/file", "one/sub")
+    try:
+        for top in (there, tmpfs):
+            _prepare(top)
+        with (
+            Inotify(*(here / path for path in watched)) as mine,
+            Inotify(*(tmpfs / path for path in watched)) as model,
+        ):
+            for folder in ("one", "two", "one/sub"):
+                _heard(mine, there / folder)
+            for title, row in TABLE.items():
+                for top in (there, tmpfs):
+                    row.before(top)
+                _settle(mine, there / "two")
+                model.read()
+                for top in (there, tmpfs):
+                    row.do(top)
+                got, expected = _settle(mine, there / "two"), model.read()
+                cookies = Counter(e.cookie for e in got if e.cookie)
+                assert set(cookies.values()) <= {2, 3}, got  # MOVE_SELF may have it, too
+                ours = _compared(got)
+                theirs = (_compared(expected) - set(row.less)) | set(row.more)
+                if ours != theirs:
+                    wrong[title] = ours - theirs, theirs - ours
+        assert not wrong, "\n".join(f"{key}: more, less {value}" for key, value in wrong.items())
+        assert sorted(os.listdir(here / "one")) == sorted(os.listdir(there / "one"))
+    finally:
+        shutil.rmtree(tmpfs)
+
+
+# --- what this mount does itself ----------------------------------------------------------------
+
+
+def test_own_changes_are_reported_once(lab: Lab) -> None:
+    """Both mounts change one directory at the same time."""
+    name = f"both{next(_numbers)}"
+    there, here = (path / name for path in lab.paths)
+    there.mkdir()
+    with Inotify(here) as watch:
+        _heard(watch, there)
+        events: list[Event] = []
+
+        def foreign() -> None:
+            for number in range(300):
+                (there / f"foreign{number}").touch()
+
+        thread = threading.Thread(target=foreign)
+        thread.start()
+        for number in range(300):
+            (here / f"own{number}").touch()
+            events += watch.read()
+        thread.join()
+        events += _settle(watch, there)
+        created = Counter(event.name for event in events if event.kind == "CREATE")
+        names = {f"{whose}{number}" for whose in ("own", "foreign") for number in range(300)}
+        assert {name: count for name, count in created.items() if name in names} == dict.fromkeys(
+            names, 1
+        )
+
+
+def test_only_own_changes(lab: Lab) -> None:
+    here = lab.paths[1] / f"own{next(_numbers)}"
+    there = lab.paths[0] / here.name
+    here.mkdir()
+    with Inotify(here) as watch:
+        _heard(watch, there)
+        for number in range(100):
+            path = here / f"{number}"
+            path.write_text("x")
+            os.rename(path, here / f"m{number}")
+            (here / f"m{number}").unlink()
+        counts = Counter((e.kind, e.name) for e in _settle(watch, there) if e.kind != "MODIFY")
+        assert set(counts.values()) == {1}
+
+
+# --- programs -----------------------------------------------------------------------------------
+
+
+def test_a_burst_while_the_mount_works(lab: Lab) -> None:
+    """2,000 foreign files; the mount reads and writes meanwhile, and sees each file once."""
+    name = f"burst{next(_numbers)}"
+    there, here = (path / name for path in lab.paths)
+    there.mkdir()
+    (there / "data").write_bytes(b"x" * 100_000)
+    with Inotify(here, mask=0x100) as watch:
+        _heard(watch, there)
+        done = threading.Event()
+
+        def work() -> None:
+            while not done.is_set():
+                assert (here / "data").stat().st_size == 100_000
+                assert len((here / "data").read_bytes()) == 100_000
+
+        thread = threading.Thread(target=work)
+        thread.start()
+        try:
+            for number in range(2000):
+                (there / f"{number}").touch()
+            events = watch.until(("CREATE", "1999"), seconds=60)
+        finally:
+            done.set()
+            thread.join()
+        events += _settle(watch, there)
+        assert Counter(e.name for e in events if e.name.isdigit()) == {
+            str(number): 1 for number in range(2000)
+        }
+        assert len(os.listdir(here)) == len(os.listdir(there))
+
+
+def test_tail_follows_a_file(lab: Lab) -> None:
+    name = f"log{next(_numbers)}"
+    there, here = (path / name for path in lab.paths)
+    there.write_text("first\n")
+    with subprocess.Popen(["tail", "-F", str(here)], stdout=subprocess.PIPE, text=True) as tail:
+        assert tail.stdout is not None
+        try:
+            assert tail.stdout.readline() == "first\n"
+            for number in range(3):
+                with there.open("a") as file:
+                    file.write(f"{number}\n")
+                assert tail.stdout.readline() == f"{number}\n"
+        finally:
+            tail.kill()
+
+
+@pytest.mark.skipif(shutil.which("inotifywait") is None, reason="inotifywait is not installed")
+def test_inotifywait(lab: Lab) -> None:
+    name = f"wait{next(_numbers)}"
+    there, here = (path / name for path in lab.paths)
+    there.mkdir()
+    command = ["inotifywait", "-q", "-m", "-e", "create", "--format", "%f", str(here)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as wait:
+        assert wait.stdout is not None
+        os.set_blocking(wait.stdout.fileno(), False)
+
+        def seen() -> bool:
+            (there / f"probe{next(_numbers)}").touch()
+            return bool(wait.stdout and wait.stdout.read())
+
+        try:
+            assert eventually(seen)
+        finally:
+            wait.kill()
+
+
+def test_directories_open_here_survive_a_move(lab: Lab) -> None:
+    name = f"moved{next(_numbers)}"
+    there, here = (path / name for path in lab.paths)
+    (there / "a/inner").mkdir(parents=True)
+    (there / "b").mkdir()
+    (there / "a/inner/file").write_text("x")
+    fd = os.open(here / "a/inner", os.O_RDONLY)
+    with Inotify(here / "a", here / "b", here / "a/inner") as watch:
+        _heard(watch, there / "a")
+        _heard(watch, there / "b")
+        os.rename(there / "a/inner", there / "b/inner")
+        events = watch.until(("MOVED_TO", "inner"), ("MOVE_SELF", ""))
+        assert os.stat("file", dir_fd=fd).st_size == 1
+        assert os.listdir(fd) == ["file"]
+        assert os.readlink(f"/proc/self/fd/{fd}") == str(here / "b/inner")
+        (here / "b/inner/new").write_text("y")
+        assert sorted(os.listdir(there / "b/inner")) == ["file", "new"]
+        (there / "b/inner/foreign").touch()
+        events = watch.until(("CREATE", "foreign"))
+        assert [e.place for e in events if e.name == "foreign"][:1] == ["inner"]
+        os.rename(there / "b/inner", there / "inner")  # to a directory without a watch
+        watch.until(("DELETE", "inner"))
+        assert sorted(os.listdir(fd)) == ["file", "foreign", "new"]
+        os.close(os.open("late", os.O_CREAT | os.O_WRONLY, dir_fd=fd))
+        assert (there / "inner/late").exists()
+    os.close(fd)
+
+
+# --- the replayer -------------------------------------------------------------------------------
+
+
+def test_a_killed_replayer_is_started_again(lab: Lab) -> None:
+    name = f"killed{next(_numbers)}"
+    there, here = (path / name for path in lab.paths)
+    there.mkdir()
+    lab.expected = "the replayer died"
+    with Inotify(here) as watch:
+        _heard(watch, there)
+        (old,) = _replayers(lab.mounts[1])
+        for number in range(50):
+            (there / f"{number}").touch()
+        os.kill(old, signal.SIGKILL)
+        for number in range(50):
+            (there / f"{number}").unlink()
+        assert eventually(lambda: _replayers(lab.mounts[1]) not in ([], [old]))
+        _heard(watch, there)
+    assert os.listdir(here) == os.listdir(there)
+    assert lab.mounts[1].log_text().count("the replayer died") == 1
+
+
+def test_an_unmount_at_rest_is_not_busy() -> None:
+    with new_lab(16 << 20, 2, WAYS["all"]) as lab:
+        there, here = lab.paths
+        with Inotify(here) as watch:
+            _heard(watch, there)
+            (replayer,) = _replayers(lab.mounts[1])
+            cwd = f"/proc/{replayer}/cwd"
+            assert eventually(lambda: {os.readlink(cwd) for _ in range(1000)} == {"/"})
+            subprocess.run(["umount", str(here)], check=True, timeout=PATIENCE)
+            lab.mounts[1].process.wait(PATIENCE)
+        assert not Path(f"/proc/{replayer}").exists()
+        lab.mounts.pop()
+
+
+@pytest.mark.parametrize("way", ["command", "signal"])
+def test_an_unmount_while_changes_come(way: str) -> None:
+    with new_lab(16 << 20, 2, WAYS["all"]) as lab:
+        there, here = lab.paths
+        with Inotify(here) as watch:
+            _heard(watch, there)
+            done = threading.Event()
+
+            def change() -> None:
+                while not done.wait(0.005):
+                    (there / "file").touch()
+                    (there / "file").unlink()
+
+            thread = threading.Thread(target=change)
+            thread.start()
+            try:
+                watch.until(("CREATE", "file"))
+                mount = lab.mounts.pop()
+                if way == "signal":
+                    mount.process.send_signal(signal.SIGTERM)
+                else:
+                    words = [sys.executable, "-m", "ivshmemfs.cli", "umount", str(here)]
+                    subprocess.run(words, check=True, timeout=PATIENCE)
+                assert mount.process.wait(PATIENCE) == 0
+            finally:
+                done.set()
+                thread.join()
+        assert "in use" not in mount.log_text()
+
+
+def test_a_daemon_that_dies_takes_its_replayer_along() -> None:
+    with new_lab(16 << 20, 1, WAYS["all"]) as lab:
+        mount = lab.mounts.pop()
+        assert eventually(lambda: _replayers(mount))
+        (replayer,) = _replayers(mount)
+        mount.kill()
+        assert eventually(lambda: not Path(f"/proc/{replayer}").exists())
+
+
+def test_without_the_option_there_is_no_replayer() -> None:
+    with new_lab(16 << 20, 2, EVERYTHING) as lab:
+        there, here = lab.paths
+        with Inotify(here) as watch:
+            (there / "file").touch()
+            assert (here / "file").exists()
+            assert _replayers(lab.mounts[1]) == []
+            assert [event for event in watch.read() if event.kind == "CREATE"] == []
+
+
+def test_many_changes_are_told_as_one() -> None:
+    """A stopped replayer: the queue is bounded, and the watchers are told to list again."""
+    with new_lab(64 << 20, 2, WAYS["all"]) as lab:
+        there, here = lab.paths
+        with Inotify(here) as watch:
+            _heard(watch, there)
+            (replayer,) = _replayers(lab.mounts[1])
+            os.kill(replayer, signal.SIGSTOP)
+            for number in range(3000):
+                (there / f"{number}").touch()
+                if not number % 1000:
+                    time.sleep(0.05)
+            os.kill(replayer, signal.SIGCONT)
+            watch.until(("ATTRIB", ""))
+            _heard(watch, there)
+
+
+def test_the_option_needs_the_descriptor() -> None:
+    words = [sys.executable, "-m", "ivshmemfs.cli", "mount", "-o", "notify,loop=trio", "x", "/mnt"]
+    result = subprocess.run(words, capture_output=True, text=True, check=False, timeout=PATIENCE)
+    assert result.returncode
+    assert "needs loop=poll" in result.stderr
