@@ -66,7 +66,7 @@ class Event(NamedTuple):
         return json.dumps(values)
 
 
-class View:
+class WatchedPath:
     """What one watched argument names, and the paths of the directories below it."""
 
     def __init__(self, fs: Filesystem, target: Target, *, recursive: bool) -> None:
@@ -182,7 +182,7 @@ def watch_command(paths: tuple[str, ...], recursive: bool, form: str, as_json: b
         raise UsageError("all paths must be in one region: start a command for each")
     Event("", b"", 0, False, None).line(form)  # refuses a bad format before anything happens
     with looking(targets[0]) as fs:
-        views = [View(fs, target, recursive=recursive) for target in targets]
+        views = [WatchedPath(fs, target, recursive=recursive) for target in targets]
         for view in views:
             view.start()
         for _ in commits(fs):

@@ -36,7 +36,7 @@ from ivshmemfs.fuse.options import MountOptions, fusermount_options, mount_data,
 from ivshmemfs.fuse.ownership import Ownership
 from ivshmemfs.fuse.pages import Invalidator, Pages
 from ivshmemfs.fuse.pyfuse3_frontend import Pyfuse3FrontEnd
-from ivshmemfs.fuse.upkeep import Upkeep
+from ivshmemfs.fuse.upkeep import MountUpkeep
 
 log = logging.getLogger(__name__)
 
@@ -74,7 +74,7 @@ class Session:
             root_only=options.root_only,
             access_lists=self._access_lists,
         )
-        self._upkeep = Upkeep(fs)
+        self._upkeep = MountUpkeep(fs)
         self._invalidator = Invalidator()
         self._pages = Pages(fs, self._operations.nodes_of_file, self._invalidator.tell)
         self._notifier = Notifier(fs, self._operations, path) if options.notify else None

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-class Upkeep:
+class MountUpkeep:
     """The upkeep of one mounted engine.  Nothing here raises; errors are logged."""
 
     def __init__(self, fs: Filesystem) -> None:

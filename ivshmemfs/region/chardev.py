@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from ivshmemfs.errors import RegionError, RegionSize
 from ivshmemfs.native import DEVICE, NORMAL, WRITE_COMBINING
-from ivshmemfs.region.driver import Survey, shared_map, survey, sysfs_directory, uio_maps
+from ivshmemfs.region.driver import DriverSurvey, shared_map, survey, sysfs_directory, uio_maps
 from ivshmemfs.region.mapped import Region, look_at, map_descriptor, open_descriptor, shown
 from ivshmemfs.region.roots import HERE, Roots
 from ivshmemfs.region.sizes import exact_size
@@ -37,7 +37,7 @@ def _value(path: Path) -> int:
         return 0
 
 
-def _uio_extent(path: Path, directory: Path, found: Survey) -> Extent | None:
+def _uio_extent(path: Path, directory: Path, found: DriverSurvey) -> Extent | None:
     """Return the uio map that is shared memory; raises RegionError if all maps are registers.
 
     An ivshmem device has registers besides its memory; another PCI device may have registers only.

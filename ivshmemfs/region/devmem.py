@@ -16,7 +16,7 @@ from ivshmemfs.errors import (
     UsageError,
 )
 from ivshmemfs.native import DEVICE, WRITE_COMBINING, Memory
-from ivshmemfs.region.driver import Holding, Survey, named_nodes, survey
+from ivshmemfs.region.driver import DriverSurvey, Holding, named_nodes, survey
 from ivshmemfs.region.lockdown import locked_down
 from ivshmemfs.region.mapped import Region, open_descriptor, refuse_small, translate
 from ivshmemfs.region.roots import HERE, Roots
@@ -72,7 +72,7 @@ def _refuse_ram(address: int, size: int, roots: Roots) -> None:
             )
 
 
-def _holding(address: int, size: int, found: Survey) -> Holding | None:
+def _holding(address: int, size: int, found: DriverSurvey) -> Holding | None:
     """Return the ivshmem device whose shared memory overlaps the range, or None."""
     for held in found.holdings:
         start, end = held.device.start, held.device.start + held.device.size

@@ -29,7 +29,7 @@ _NUMBER = re.compile(r"[-_.!]?[0-9]+$")
 
 
 @dataclass(frozen=True)
-class Node:
+class DriverNode:
     """A character device; `path` need not exist (a container's /dev, a node made by hand)."""
 
     path: Path
@@ -46,15 +46,17 @@ class Holding:
 
     device: PciDevice
     driver: str
-    nodes: tuple[Node, ...]
+    nodes: tuple[DriverNode, ...]
 
 
 @dataclass(frozen=True)
-class Survey:
+class DriverSurvey:
     """All ivshmem devices, and the nodes whose device is not certain."""
 
     holdings: list[Holding]
-    unclear: list[tuple[Node, list[PciDevice]]]  # with the devices whose memory the node may give
+    unclear: list[
+        tuple[DriverNode, list[PciDevice]]
+    ]  # with the devices whose memory the node may give
 
     def at(self, address: str) -> Holding | None:
         """Return the device with this PCI address, or None."""
@@ -184,8 +186,8 @@ class _Look:
         self._majors = _majors(roots)
         self._seen: set[str] = set()
         self.devices = list(find_devices(roots))
-        self.certain: dict[str, list[Node]] = {device.address: [] for device in self.devices}
-        self.loose: list[tuple[Node, list[PciDevice]]] = []
+        self.certain: dict[str, list[DriverNode]] = {device.address: [] for device in self.devices}
+        self.loose: list[tuple[DriverNode, list[PciDevice]]] = []
 
     def at_sysfs(self) -> None:
         """Assign the nodes below the devices, and those without a parent whose names fit."""
@@ -217,7 +219,7 @@ class _Look:
             if number is None or number in self._seen:
                 continue
             self._seen.add(number)
-            node = Node(path, number, True, self._names(number, path.name))
+            node = DriverNode(path, number, True, self._names(number, path.name))
             known = sysfs_directory(number, self._roots).exists()
             self.loose.append((node, [] if known else self._possible(node)))
 
@@ -239,11 +241,13 @@ class _Look:
         major = self._majors.get(number.partition(":")[0], "")
         return _folded(_NUMBER.sub("", name), kind, major)
 
-    def _node(self, number: str, directory: Path, names: frozenset[str] = frozenset()) -> Node:
+    def _node(
+        self, number: str, directory: Path, names: frozenset[str] = frozenset()
+    ) -> DriverNode:
         path, there = _place(_device_name(directory), number, self._roots)
-        return Node(path, number, there, names)
+        return DriverNode(path, number, there, names)
 
-    def _possible(self, node: Node) -> list[PciDevice]:
+    def _possible(self, node: DriverNode) -> list[PciDevice]:
         """Return the devices whose memory a node without a parent may give."""
         free = [
             device
@@ -255,7 +259,7 @@ class _Look:
         return same or (free if _has_part(node.names, ("ivshmem",)) else [])
 
 
-def survey(roots: Roots = HERE) -> Survey:
+def survey(roots: Roots = HERE) -> DriverSurvey:
     """Return all ivshmem devices, the drivers bound to them, and the nodes of those drivers."""
     look = _Look(roots)
     look.at_sysfs()
@@ -268,4 +272,4 @@ def survey(roots: Roots = HERE) -> Survey:
         Holding(device, _linked(device.directory / "driver"), tuple(nodes[device.address]))
         for device in look.devices
     ]
-    return Survey(holdings, [(node, may) for node, may in look.loose if len(may) != 1])
+    return DriverSurvey(holdings, [(node, may) for node, may in look.loose if len(may) != 1])

@@ -22,7 +22,7 @@ from ivshmemfs.errors import (
 from ivshmemfs.native import NORMAL
 from ivshmemfs.region.chardev import open_chardev
 from ivshmemfs.region.devmem import open_devmem
-from ivshmemfs.region.driver import Holding, Node, Survey, named_nodes, survey
+from ivshmemfs.region.driver import DriverNode, DriverSurvey, Holding, named_nodes, survey
 from ivshmemfs.region.file import open_file
 from ivshmemfs.region.mapped import Region, look_at, refuse_hung, shown
 from ivshmemfs.region.pci import (
@@ -69,7 +69,7 @@ def _pci_candidate(held: Holding) -> Candidate:
     return Candidate(device.spec, what, device.size, device.address)
 
 
-def _node_candidate(node: Node, devices: list[PciDevice]) -> Candidate:
+def _node_candidate(node: DriverNode, devices: list[PciDevice]) -> Candidate:
     sizes = {device.size for device in devices}
     size = sizes.pop() if len(sizes) == 1 else 0
     what = f"device, {readable_size(size)}" if size else "device, size unknown"
@@ -78,7 +78,7 @@ def _node_candidate(node: Node, devices: list[PciDevice]) -> Candidate:
     return Candidate(str(node.path), what, size, str(node.path))
 
 
-def _device_candidates(found: Survey) -> Iterator[Candidate]:
+def _device_candidates(found: DriverSurvey) -> Iterator[Candidate]:
     """Yield each device once: the nodes of its driver are other ways to the same memory.
 
     If the device of a node is uncertain, the node takes the place of the devices.
@@ -259,7 +259,7 @@ def _open_pci(address: str, readonly: bool, roots: Roots) -> Region:
 
 
 def _through_driver(
-    held: Holding, unclear: list[Node], refused: RegionError, readonly: bool, roots: Roots
+    held: Holding, unclear: list[DriverNode], refused: RegionError, readonly: bool, roots: Roots
 ) -> Region:
     failed: RegionError | None = None
     for node in held.nodes:
@@ -284,7 +284,7 @@ def _through_driver(
     raise refused
 
 
-def _open_node(node: Node, readonly: bool, roots: Roots) -> Region:
+def _open_node(node: DriverNode, readonly: bool, roots: Roots) -> Region:
     if not node.there:
         raise RegionMissing(
             f"its character device is not in {roots.dev} here; make it: "

@@ -56,7 +56,7 @@ class Wishes(NamedTuple):
     special: bool
 
 
-class Level:
+class ReadLevel:
     """A directory of the region that is being copied: its attributes and the names to come."""
 
     __slots__ = ("_names", "attr", "entries")
@@ -99,13 +99,13 @@ class Getter:
     def copy(self, attr: Attr, folder: Folder, name: bytes) -> None:
         """What has `attr` becomes `name` in `folder`; raises OSError, UsageError."""
         self._met.clear()
-        levels: list[Level] = []
+        levels: list[ReadLevel] = []
         with about(lambda: folder.path(name)):
             self._take(attr, folder, name, levels)
         while levels:
             self._step(levels, folder)
 
-    def _step(self, levels: list[Level], folder: Folder) -> None:
+    def _step(self, levels: list[ReadLevel], folder: Folder) -> None:
         level = levels[-1]
         with about(folder.path):
             following = next(level.entries, None)
@@ -122,7 +122,7 @@ class Getter:
             except StaleHandle:
                 self._meter.leave_out(folder.path(name), "it was removed meanwhile")
 
-    def _take(self, attr: Attr, folder: Folder, name: bytes, levels: list[Level]) -> None:
+    def _take(self, attr: Attr, folder: Folder, name: bytes, levels: list[ReadLevel]) -> None:
         """Copy one thing; of a directory, only begin."""
         if stat.S_ISDIR(attr.mode):
             if not self._wishes.recursive:
@@ -132,7 +132,7 @@ class Getter:
             elif self._first_time(attr, folder, name):
                 entries = listing(self._fs, attr.ino)
                 self._begin(folder, name)
-                levels.append(Level(attr, entries))
+                levels.append(ReadLevel(attr, entries))
         elif stat.S_IFMT(attr.mode) not in _PLAIN and not self._wishes.devices:
             why = f"{kind_name(attr.mode)} (--devices makes it)"
             self._meter.leave_out(folder.path(name), why)

@@ -36,7 +36,7 @@ PULSE = 1.0
 _OPEN = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
 
 
-class Level:
+class WriteLevel:
     """A local directory that is being copied: what it became, and the names to come."""
 
     __slots__ = ("ino", "names", "status")
@@ -112,7 +112,7 @@ class Putter:
     # --- directories --------------------------------------------------------------------------
 
     def _tree(self, local: Folder, place: Place) -> None:
-        levels: list[Level] = []
+        levels: list[WriteLevel] = []
         paths = [place.path]
         with about(lambda: place.path, local.path):
             levels.append(self._begun(local, place))
@@ -132,7 +132,7 @@ class Putter:
                 if self._descended(local, below, levels):
                     paths.append(below.path)
 
-    def _descended(self, local: Folder, place: Place, levels: list[Level]) -> bool:
+    def _descended(self, local: Folder, place: Place, levels: list[WriteLevel]) -> bool:
         """Copy a file; step down into a directory, and return True for it."""
         status = os.stat(place.name, dir_fd=local.fd, follow_symlinks=False)
         if not stat.S_ISDIR(status.st_mode):
@@ -145,7 +145,7 @@ class Putter:
         levels.append(self._begun(local, place))
         return True
 
-    def _begun(self, local: Folder, place: Place) -> Level:
+    def _begun(self, local: Folder, place: Place) -> WriteLevel:
         fs = self._fs
         try:
             made = patiently(lambda: fs.mkdir(place.folder, place.name, 0o700, self._me))
@@ -159,7 +159,7 @@ class Putter:
                     f"{os.fsdecode(place.path)} exists and is no directory: remove it first"
                 ) from None
         names = sorted(os.fsencode(name) for name in os.listdir(local.fd))
-        return Level(made.ino, os.fstat(local.fd), names)
+        return WriteLevel(made.ino, os.fstat(local.fd), names)
 
     # --- everything else ----------------------------------------------------------------------
 
