@@ -52,6 +52,8 @@ LOOK_SECONDS: Final = 0.01
 START_SECONDS: Final = 1.0
 #: Maximum number of watched nodes; others get no events.
 MARKS_MAX: Final = 4096
+#: Watched inodes that one look compares.
+COMPARED_AT_ONCE: Final = 200
 #: Seconds that watched directories rest after they had too many names to remember.
 REST_SECONDS: Final = 10.0
 #: Seconds that an unmount waits for the end of the replayer.
@@ -88,6 +90,11 @@ class Notifier:
         self._details: dict[int, _Details] = {}  # by inode
         self._watcher = Watcher(fs)
         self._word = 0  # the commit word of the last comparison
+        self._found: list[Change] = []  # that are not queued yet
+        self._round: list[int] = []  # watched inodes that are still to be compared
+        self._round_word = 0  # the commit word at the start of the last round
+        self._round_from = 0  # and of the round before it
+        self._told: set[tuple[int, Kind]] = set()  # what got an event by a name in this round
         self._rests_until = 0.0
 
     def _mode_of(self, ino: int) -> int | None:
@@ -222,7 +229,7 @@ class Notifier:
         if len(self._coming) > MARKS_MAX:
             log.warning("%s: more than %d watches; some get no events", self._path, MARKS_MAX)
         self._listed, self._coming = set(self._coming[:MARKS_MAX]), []
-        if self._listed:
+        if self._listed or self._nodes:
             self._any.set()
 
     def _adopt(self, listed: set[int]) -> None:
@@ -240,7 +247,7 @@ class Notifier:
         self._watch_folders()
         if nodes and self._operations.own is None:
             self._operations.own = OwnChanges()
-            self._word = self._fs.commit_word()
+            self._word = self._round_word = self._fs.commit_word()
         elif not nodes:
             self._operations.own = None
 
@@ -289,49 +296,67 @@ class Notifier:
             self._rests_until = 0.0
             self._watch_folders()
         word = self._fs.commit_word()
-        changes = self._watcher.changes()
+        self._found += self._watcher.changes()
         own = self._operations.own
-        if word == self._word and not changes:
+        if own is None or (word == self._word and not self._found and not self._round):
             return
-        selves = self._changed_selves()
-        after = self._fs.commit_word()
-        if own is not None and not self._fs.only_own_commits(self._word, after):
-            if any(change.kind is Kind.OVERFLOW for change in changes):
+        if word != self._word:
+            self._compare_names(now, own)
+        self._word = word
+        if not self._round and word != self._round_word:
+            self._round, self._round_from = list(self._details), self._round_word
+            self._round_word = word
+        if self._round:
+            self._compare_selves(own)
+        self._wake()
+
+    def _compare_names(self, now: float, own: OwnChanges) -> None:
+        """Queue the changes that the watcher found, unless this mount made all of them."""
+        found, self._found = self._found, []
+        if not self._fs.only_own_commits(self._word, self._fs.commit_word()):
+            if any(change.kind is Kind.OVERFLOW for change in found):
                 self._rests_until = now + REST_SECONDS
                 self._overflow()
             else:
-                self._queue_all(
-                    _foreign(changes, own), [s for s in selves if s[0] not in own.inodes]
-                )
-        if own is not None:
-            own.clear()
-        self._word = word
-        self._wake()
+                self._queue_all(_foreign(found, own))
+        own.names.clear()
 
-    def _changed_selves(self) -> list[tuple[int, bytes]]:
-        """Return the watched inodes that changed themselves, and how.  Raises Busy."""
-        inodes = [ino for ino, details in self._details.items() if not details.gone]
-        found = self._details_of(inodes)
-        changed = []
-        for ino in inodes:
-            before, now = self._details[ino], found.get(ino)
-            if now is None:
-                now = before._replace(gone=True)
-            if now.contents != before.contents and not now.gone:
-                changed.append((ino, replayer.MODIFY))
-            if now[:2] != before[:2] or now.gone:
-                changed.append((ino, replayer.CHMOD))
+    def _compare_selves(self, own: OwnChanges) -> None:
+        """Compare some of the watched inodes themselves; queue what changed.  Raises Busy."""
+        some = [ino for ino in self._round[:COMPARED_AT_ONCE] if ino in self._details]
+        found = self._details_of(some)
+        foreign = not self._fs.only_own_commits(self._round_from, self._fs.commit_word())
+        for ino in some:
+            before = self._details[ino]
+            now = found.get(ino) or before._replace(gone=True)
             self._details[ino] = now
-        return changed
+            if before != now and not before.gone and foreign and ino not in own.inodes:
+                self._queue_self(ino, before, now)
+        del self._round[:COMPARED_AT_ONCE]
+        if not self._round:
+            own.inodes.clear()
+            self._told.clear()
 
-    def _queue_all(self, changes: list[Change], selves: list[tuple[int, bytes]]) -> None:
+    def _queue_self(self, ino: int, before: _Details, now: _Details) -> None:
+        """Queue changes of a watched inode, except those that it got by a name."""
+        whats = []
+        if now.contents != before.contents and not now.gone:
+            whats.append((replayer.MODIFY, Kind.CHANGED))
+        if now.mode != before.mode or now.owners != before.owners or now.gone:
+            whats.append((replayer.CHMOD, Kind.ATTRIBUTES))
+        for what, kind in whats:
+            if not {(ino, kind), (ino, Kind.REMOVED)} & self._told:
+                for node in self._nodes.get(ino, ()):
+                    self._queue(Action(what, node, b"", ino))
+
+    def _queue_all(self, changes: list[Change]) -> None:
         targets = {change.to: change for change in changes if change.to is not None}
         victims = {
             (change.folder, change.name): change.ino
             for change in changes
             if change.kind is Kind.REMOVED and (change.folder, change.name) in targets
         }
-        done = {(change.ino, change.kind) for change in changes}
+        self._told.update((change.ino, change.kind) for change in changes)
         for change in changes:
             if change.kind is Kind.MOVED:
                 self._queue_move(change, victims)
@@ -340,12 +365,6 @@ class Notifier:
                     for what in _actions_of(change):
                         name, ino, is_dir = change.name, change.ino, change.is_dir
                         self._queue(Action(what, folder, name, ino, is_dir))
-        for ino, what in selves:
-            kind = Kind.CHANGED if what == replayer.MODIFY else Kind.ATTRIBUTES
-            if (ino, kind) in done or (ino, Kind.REMOVED) in done:
-                continue  # the watchers of the inode got the event by its name
-            for node in self._nodes.get(ino, ()):
-                self._queue(Action(what, node, b"", ino))
 
     def _queue_move(self, change: Change, victims: dict[tuple[int, bytes], int]) -> None:
         assert change.to is not None

@@ -74,6 +74,49 @@ class OwnChanges:
         self.inodes.clear()
 
 
+class KernelPlaces:
+    """What the kernel knows of names and directories, for `pretence`."""
+
+    def __init__(
+        self, fs: Filesystem, node_ids: NodeIds, node: Callable[[int, bytes, Attr], int]
+    ) -> None:
+        self._fs = fs
+        self._node_ids = node_ids
+        self._node = node
+
+    def look_for(
+        self, parent: int, name: bytes, *, count: bool = True, kind: int = 0
+    ) -> tuple[int, Attr] | None:
+        """Look up a name for the replayer: it is not a step of a rename.
+
+        With *kind* an entry of another file type is None.  Without *count* the kernel gets no
+        reference: the node is the inode number.
+        """
+        attr = self._fs.find(self._node_ids.inode_of(parent), name)
+        if attr is None or (kind and attr.mode & _S_IFMT != kind):
+            return None
+        return self._node(parent, name, attr) if count else attr.ino, attr
+
+    def node_at(self, ino: int, parent: int, name: bytes) -> int:
+        """Return the node of directory *ino* if the kernel has it at that place; else 0.
+
+        The kernel gets a reference.
+        """
+        return self._node_ids.kept_at(ino, parent, name)
+
+    def note_move(self, old: tuple[int, bytes], new: tuple[int, bytes], ino: int) -> None:
+        """Note that the kernel moved its entry of directory *ino*; another machine did so first."""
+        self._node_ids.moved(old, new, ino)
+
+    def path_of(self, node: int) -> bytes:
+        """Return the kernel's path to a directory, such as b"/a/b"; b"" if it is unknown."""
+        return b"".join(b"/" + name for _, name in self._node_ids.steps_to(node))
+
+    def leads_to(self, parent: int, name: bytes, nodes: Iterable[int]) -> bool:
+        """Return whether an entry is a step on the kernel's path to one of the directories."""
+        return any((parent, name) in self._node_ids.steps_to(node) for node in nodes if node)
+
+
 class Operations:
     """The operations of one mounted engine.
 
@@ -103,6 +146,7 @@ class Operations:
         self._node_ids = NodeIds()
         self.inode_of = self._node_ids.inode_of
         self.nodes_of_file = self._node_ids.of_file
+        self.places = KernelPlaces(fs, self._node_ids, self._node)
         self._walks = Walks()
         self._handles: dict[int, Handle] = {}
         self._numbers = itertools.count(1)
@@ -131,46 +175,6 @@ class Operations:
         node = self._node(parent, name, attr, avoided)
         self._walks.note(thread, (parent, name, found, node, self._walks.changes), source)
         return node, attr
-
-    def look_for(
-        self, parent: int, name: bytes, *, count: bool = True, kind: int = 0
-    ) -> tuple[int, Attr] | None:
-        """Look up a name for the replayer: it is not a step of a rename.
-
-        With *kind* an entry of another file type is None.  Without *count* the kernel gets no
-        reference: the node is the inode number.
-        """
-        attr = self._fs.find(self.inode_of(parent), name)
-        if attr is None or (kind and attr.mode & _S_IFMT != kind):
-            return None
-        return self._node(parent, name, attr) if count else attr.ino, attr
-
-    def node_at(self, ino: int, parent: int, name: bytes) -> int:
-        """Return the node of directory *ino* if the kernel has it at that place; else 0.
-
-        The kernel gets a reference.
-        """
-        return self._node_ids.kept_at(ino, parent, name)
-
-    def note_move(self, old: tuple[int, bytes], new: tuple[int, bytes], ino: int) -> None:
-        """Note that the kernel moved its entry of directory *ino*; another machine did so first."""
-        self._node_ids.moved(old, new, ino)
-
-    def path_of(self, node: int) -> bytes:
-        """Return the kernel's path to a directory, such as b"/a/b"; b"" if it is unknown."""
-        return b"".join(b"/" + name for _, name in self._node_ids.steps_to(node))
-
-    def leads_to(self, parent: int, name: bytes, nodes: Iterable[int]) -> bool:
-        """Return whether an entry is a step on the kernel's path to one of the directories."""
-        return any((parent, name) in self._node_ids.steps_to(node) for node in nodes if node)
-
-    def _note_name(self, folder: int, name: bytes) -> None:
-        if self.own is not None:
-            self.own.names.add((folder, name))
-
-    def _note_inode(self, ino: int) -> None:
-        if self.own is not None:
-            self.own.inodes.add(ino)
 
     def _avoided(self, source: Step, parent: int, name: bytes) -> int:
         """Return the node of *source*, which this look-up must not return; 0 for no limit.
@@ -215,7 +219,8 @@ class Operations:
         folder = self.inode_of(parent)
         self._rights.need(folder, ctx, CHANGE_NAMES)
         attr = self._fs.mknod(folder, name, mode, rdev, ctx)
-        self._note_name(folder, name)
+        if self.own is not None:
+            self.own.names.add((folder, name))
         return attr.ino, attr
 
     def mkdir(self, parent: int, name: bytes, mode: int, ctx: Context) -> tuple[int, Attr]:
@@ -223,7 +228,8 @@ class Operations:
         folder = self.inode_of(parent)
         self._rights.need(folder, ctx, CHANGE_NAMES)
         attr = self._fs.mkdir(folder, name, mode, ctx)
-        self._note_name(folder, name)
+        if self.own is not None:
+            self.own.names.add((folder, name))
         return self._node(parent, name, attr), attr
 
     def symlink(self, parent: int, name: bytes, target: bytes, ctx: Context) -> tuple[int, Attr]:
@@ -231,7 +237,8 @@ class Operations:
         folder = self.inode_of(parent)
         self._rights.need(folder, ctx, CHANGE_NAMES)
         attr = self._fs.symlink(folder, name, target, ctx)
-        self._note_name(folder, name)
+        if self.own is not None:
+            self.own.names.add((folder, name))
         return attr.ino, attr
 
     def readlink(self, node: int, _ctx: Context) -> bytes:
@@ -243,8 +250,10 @@ class Operations:
         ino, folder = self.inode_of(node), self.inode_of(parent)
         self._rights.need(folder, ctx, CHANGE_NAMES)
         attr = self._fs.link(ino, folder, name, ctx)
-        self._note_name(folder, name)
-        self._note_inode(ino)
+        if self.own is not None:
+            self.own.names.add((folder, name))
+        if self.own is not None:
+            self.own.inodes.add(ino)
         return attr.ino, attr
 
     def unlink(self, parent: int, name: bytes, ctx: Context) -> None:
@@ -253,7 +262,8 @@ class Operations:
         self._walks.forget(ctx.pid)
         self._rights.need_removal(folder, name, ctx)
         self._fs.unlink(folder, name, ctx)
-        self._note_name(folder, name)
+        if self.own is not None:
+            self.own.names.add((folder, name))
         self._walks.change(folder, name)
 
     def rmdir(self, parent: int, name: bytes, ctx: Context) -> None:
@@ -261,7 +271,8 @@ class Operations:
         folder = self.inode_of(parent)
         self._rights.need_removal(folder, name, ctx)
         self._fs.rmdir(folder, name, ctx)
-        self._note_name(folder, name)
+        if self.own is not None:
+            self.own.names.add((folder, name))
 
     def rename(
         self, parent: int, name: bytes, new_parent: int, new_name: bytes, flags: int, ctx: Context
@@ -271,8 +282,10 @@ class Operations:
         old, new = self.inode_of(parent), self.inode_of(new_parent)
         self._rights.need_rename(old, name, new, new_name, ctx)
         moved, exchanged = self._fs.rename(old, name, new, new_name, flags, ctx)
-        self._note_name(old, name)
-        self._note_name(new, new_name)
+        if self.own is not None:
+            self.own.names.add((old, name))
+        if self.own is not None:
+            self.own.names.add((new, new_name))
         self._walks.forget(ctx.pid, moved)
         self._walks.change(old, name)
         self._walks.change(new, new_name)
@@ -300,7 +313,8 @@ class Operations:
         ino = self.inode_of(node)
         changes = self._ownership.stored(wanted)
         self._rights.need_change(ino, ctx, changes, opened=opened)
-        self._note_inode(ino)
+        if self.own is not None:
+            self.own.inodes.add(ino)
         handle = self._handles.get(fh) if self._locks is not None else None
         if handle is None or handle.guard is None:
             return self._fs.setattr(ino, ctx, **changes)
@@ -337,7 +351,8 @@ class Operations:
         *clears_set_group_id* is for an access list; None if the kernel does not know.
         """
         ino = self._attribute_of(node, name, ctx, WRITE)
-        self._note_inode(ino)
+        if self.own is not None:
+            self.own.inodes.add(ino)
         self._fs.setxattr(ino, name, value, flags, ctx, clears_set_group_id=clears_set_group_id)
 
     def listxattr(self, node: int, ctx: Context) -> list[bytes]:
@@ -348,7 +363,8 @@ class Operations:
     def removexattr(self, node: int, name: bytes, ctx: Context) -> None:
         """Remove an extended attribute."""
         ino = self._attribute_of(node, name, ctx, WRITE)
-        self._note_inode(ino)
+        if self.own is not None:
+            self.own.inodes.add(ino)
         self._fs.removexattr(ino, name, ctx)
 
     def _attribute_of(self, node: int, name: bytes, ctx: Context, mask: int) -> int:
@@ -374,8 +390,10 @@ class Operations:
         folder = parent if parent <= MAX_INO else self.inode_of(parent)
         self._rights.need(folder, ctx, CHANGE_NAMES)
         handle, attr = self._fs.create(folder, name, mode, flags, ctx)
-        self._note_name(folder, name)
-        self._note_inode(attr.ino)
+        if self.own is not None:
+            self.own.names.add((folder, name))
+        if self.own is not None:
+            self.own.inodes.add(attr.ino)
         return self._keep(handle), attr
 
     def tmpfile(self, parent: int, mode: int, flags: int, ctx: Context) -> tuple[int, Attr]:
@@ -396,8 +414,8 @@ class Operations:
             self._walks.forget(ctx.pid, ino)
             raise StaleHandle("another machine has just renamed this file")
         self._rights.need_open(ino, ctx, flags)
-        if flags & os.O_TRUNC:
-            self._note_inode(ino)
+        if flags & os.O_TRUNC and self.own is not None:
+            self.own.inodes.add(ino)
         return self._keep(self._fs.open(ino, flags, ctx))
 
     def read(self, fh: int, offset: int, size: int, into: memoryview | None = None) -> Buffer:
@@ -436,7 +454,8 @@ class Operations:
         ctx: Context,
     ) -> int:
         """Copy up to LARGEST bytes between two handles in one commit; return the number copied."""
-        self._note_inode(self._handles[to].ino)
+        if self.own is not None:
+            self.own.inodes.add(self._handles[to].ino)
         content = self._fs.read(self._handles[source], offset, min(size, LARGEST), through)
         return self._fs.write(self._handles[to], at, content, append=False, ctx=ctx)
 
@@ -446,7 +465,8 @@ class Operations:
 
     def fallocate(self, fh: int, mode: int, offset: int, size: int) -> None:
         """Make or fill holes; raise Unfinished after each piece."""
-        self._note_inode(self._handles[fh].ino)
+        if self.own is not None:
+            self.own.inodes.add(self._handles[fh].ino)
         self._fs.fallocate(self._handles[fh], mode, offset, size)
 
     def flush(self, fh: int, owner: int = 0) -> None:

@@ -152,6 +152,8 @@ def _check(options: MountOptions) -> None:
             raise UsageError(f"mount option '{name}' is for root alone")
     if options.notify and options.loop != "poll":
         raise UsageError(f"mount option 'notify' needs loop=poll, not loop={options.loop}")
+    if options.notify and options.readonly:
+        raise UsageError("mount option 'notify' cannot be had with 'ro': mount it read-write")
 
 
 def mount_flags(options: MountOptions) -> int:

@@ -2,7 +2,7 @@
 
 The kernel asks about each system call of the replayer.  The daemon shows it the names as they were
 before the change, agrees to the change, and does nothing.  The kernel then reports the change to
-the programs that watch.  Nobody else gets such an answer: the kernel marks requests with the pid.
+the programs that watch.  No other process gets such an answer: the kernel puts the pid into each request.
 
 States of an action:
 
@@ -85,6 +85,7 @@ class Pretence:
     ) -> None:
         self._fs = fs
         self._operations = operations
+        self._places = operations.places
         self._mode_of = mode_of
         self._parts: Parts | None = None
         self._queue: deque[Action] = deque()
@@ -193,7 +194,7 @@ class Pretence:
                 what, number = replayer.MODIFY, attr.size
             else:
                 number = attr.size
-        path_of = self._operations.path_of
+        path_of = self._places.path_of
         return replayer.Record(
             what, action.folder, path_of(action.folder), action.name,
             action.to_folder, path_of(action.to_folder), action.to_name, number,
@@ -201,7 +202,7 @@ class Pretence:
 
     def _attributes_of(self, action: Action) -> Attr | None:
         if action.name:
-            found = self._operations.look_for(action.folder, action.name, count=False)
+            found = self._places.look_for(action.folder, action.name, count=False)
             return None if found is None else found[1]
         attr = self._alive(action.ino)
         if attr is None:
@@ -254,8 +255,8 @@ class Pretence:
             found = self._shown(action)
         elif (node, name) == (action.to_folder, action.to_name):
             found = self._victim(action)
-        elif self._operations.leads_to(node, name, (action.folder, action.to_folder)):
-            found = self._operations.look_for(node, name)
+        elif self._places.leads_to(node, name, (action.folder, action.to_folder)):
+            found = self._places.look_for(node, name)
         else:
             raise FsError(errno.EACCES)
         return self._make_answer.absent if found is None else self._make_answer.entry(*found)
@@ -269,7 +270,7 @@ class Pretence:
         elif action.what == replayer.RENAME:
             found = self._moved(action)
         else:
-            truth = self._operations.look_for(action.folder, action.name)
+            truth = self._places.look_for(action.folder, action.name)
             if truth is None:
                 return None
             found = truth
@@ -280,7 +281,7 @@ class Pretence:
         """Return node and attributes of a name that was removed, as before the removal."""
         alive = self._alive(ino)
         if is_dir:
-            node = 0 if alive is not None else self._operations.node_at(ino, folder, name)
+            node = 0 if alive is not None else self._places.node_at(ino, folder, name)
             return self._made(node, stat.S_IFDIR | 0o700, ino)
         if alive is not None:
             return ino, alive._replace(nlink=alive.nlink + 1)
@@ -293,7 +294,7 @@ class Pretence:
             return action.ino, alive
         node = 0
         if alive is not None:
-            node = self._operations.node_at(action.ino, action.folder, action.name)
+            node = self._places.node_at(action.ino, action.folder, action.name)
             if node:
                 return node, alive
         kind = stat.S_IFDIR | 0o700 if action.is_dir else stat.S_IFREG | 0o600
@@ -348,7 +349,7 @@ class Pretence:
         if (node, bytes(request[start : end - 1])) != (action.folder, action.name):
             raise FsError(errno.EACCES)
         kind = stat.S_IFDIR if is_dir else stat.S_IFREG
-        found = self._operations.look_for(action.folder, action.name, kind=kind)
+        found = self._places.look_for(action.folder, action.name, kind=kind)
         if found is None:
             found = self._made(0, kind | 0o600, 0)
         return self._make_answer.entry(*found)
@@ -376,7 +377,7 @@ class Pretence:
         ):
             raise FsError(errno.EACCES)
         if action.is_dir and self._target < _FIRST_PHANTOM:
-            self._operations.note_move((node, name), (to, to_name), action.ino)
+            self._places.note_move((node, name), (to, to_name), action.ino)
         return None
 
 

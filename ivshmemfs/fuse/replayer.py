@@ -48,7 +48,7 @@ ATTRIBUTE: Final = b"user.ivshmemfs.replay."
 NODES_PER_MESSAGE: Final = 2000
 #: Seconds between two scans of /proc.
 SCAN_SECONDS: Final = 0.5
-#: A scan of all processes may take this share of the time; else the next one comes later.
+#: Share of a CPU that scans of all processes may take; else the next one comes later.
 SCAN_SHARE: Final = 0.02
 LONGEST_SCAN_PAUSE: Final = 5.0  # seconds
 #: Records between two looks at the clock.
@@ -135,7 +135,7 @@ class Scanner:
 
     def scan(self) -> set[int]:
         """Return the marked nodes.  Most scans read only processes that had marks."""
-        begun = time.monotonic()
+        begun, used = time.monotonic(), time.process_time()
         full = begun >= self._next_full
         processes = [name for name in os.listdir("/proc") if name.isdigit()] if full else None
         found: set[int] = set()
@@ -146,8 +146,7 @@ class Scanner:
                     watching.append(process)
         self._watching = watching
         if full:
-            now = time.monotonic()
-            pause = (now - begun) / SCAN_SHARE
+            pause = (time.process_time() - used) / SCAN_SHARE
             self._next_full = begun + min(max(pause, SCAN_SECONDS), LONGEST_SCAN_PAUSE)
         return found
 
@@ -314,7 +313,7 @@ def main() -> None:
 def _serve(channel: socket.socket, scanner: Scanner, replayer: Replayer) -> None:
     poll = select.poll()
     poll.register(channel, select.POLLIN)
-    told: set[int] = set()
+    told: set[int] | None = None
     next_scan, more = time.monotonic(), False
     while True:
         left = 0.0 if more else max(0.0, next_scan - time.monotonic())

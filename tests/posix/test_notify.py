@@ -120,6 +120,12 @@ TABLE = {
     "chmod of the watched one": Row(
         lambda top: (top / "two").chmod(0o700), lambda top: (top / "two").chmod(0o755)
     ),
+    "times": Row(
+        lambda top: os.utime(top / "one/times", (1, 1)),
+        lambda top: (top / "one/times").touch(),
+        more=("MODIFY one/times", "CLOSE_WRITE one/times"),
+        less=("ATTRIB one/times",),
+    ),
     "rename within": Row(
         lambda top: os.rename(top / "one/r", top / "one/s"), lambda top: (top / "one/r").touch()
     ),
@@ -356,6 +362,31 @@ def test_directories_open_here_survive_a_move(lab: Lab) -> None:
     os.close(fd)
 
 
+def test_a_daemon_that_cannot_open_by_handle() -> None:
+    """The replayer then walks the kernel's path to a directory."""
+    prefix = ["setpriv", "--bounding-set", "-dac_read_search", "--inh-caps", "-dac_read_search"]
+    with new_lab(16 << 20, 1, WAYS["root"]) as lab:
+        there = lab.paths[0]
+        here = lab.region.with_name("walked")
+        here.mkdir()
+        log = here.with_suffix(".log")
+        words = [sys.executable, "-m", "ivshmemfs.cli", "mount", "-o", f"notify,log={log}"]
+        subprocess.run([*prefix, *words, str(lab.region), str(here)], check=True, timeout=PATIENCE)
+        try:
+            (there / "a/b").mkdir(parents=True)
+            with Inotify(here / "a/b", here / "a") as watch:
+                _heard(watch, there / "a/b")
+                os.rename(there / "a/b", there / "a/c")
+                watch.until(("MOVED_TO", "c"), ("MOVE_SELF", ""))
+                _heard(watch, there / "a/c")
+                (there / "a/c/file").mkdir()
+                events = watch.until(("CREATE", "file"))
+                assert {event.place for event in events if event.name == "file"} == {"b"}
+        finally:
+            umount = [sys.executable, "-m", "ivshmemfs.cli", "umount", str(here)]
+            subprocess.run(umount, check=True, timeout=PATIENCE)
+
+
 # --- the replayer -------------------------------------------------------------------------------
 
 
@@ -383,9 +414,10 @@ def test_an_unmount_at_rest_is_not_busy() -> None:
         there, here = lab.paths
         with Inotify(here) as watch:
             _heard(watch, there)
+            (there / "last").touch()
+            watch.until(("CLOSE_WRITE", "last"))
             (replayer,) = _replayers(lab.mounts[1])
-            cwd = f"/proc/{replayer}/cwd"
-            assert eventually(lambda: {os.readlink(cwd) for _ in range(1000)} == {"/"})
+            assert eventually(lambda: os.readlink(f"/proc/{replayer}/cwd") == "/")
             subprocess.run(["umount", str(here)], check=True, timeout=PATIENCE)
             lab.mounts[1].process.wait(PATIENCE)
         assert not Path(f"/proc/{replayer}").exists()
