@@ -24,11 +24,11 @@ from bench.peers import (
     unmount,
 )
 from bench.runner import LocalClient, Sample, Table, interleave, parse
-from ivshmemfs.cli.getting import Getter, Wishes
-from ivshmemfs.cli.local import Folder
-from ivshmemfs.cli.meter import Meter
-from ivshmemfs.cli.peering import peer
-from ivshmemfs.cli.putting import Place, Putter
+from ivshmemfs.cli.attach.peer import peer
+from ivshmemfs.cli.transfer.get import Getter, Wishes
+from ivshmemfs.cli.transfer.local import Folder
+from ivshmemfs.cli.transfer.meter import Meter
+from ivshmemfs.cli.transfer.put import Place, Putter
 from ivshmemfs.engine import ROOT_INO
 from ivshmemfs.region import open_region
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from ivshmemfs.cli.naming import region_of
+from ivshmemfs.cli.attach.names import region_of
 from ivshmemfs.cli.output import table
 from ivshmemfs.errors import IvshmemfsError, UsageError
 from ivshmemfs.format import inode, node, peer, repair, superblock, words
@@ -125,7 +125,7 @@ def _root(region: Region) -> Iterator[str]:
 
 
 def _inode(region: Region, number: int) -> Iterator[str]:
-    from ivshmemfs.cli.peering import enter
+    from ivshmemfs.cli.attach.peer import enter
 
     view = enter(region, readonly=True).view()
     view.inode(number)  # or it says why not

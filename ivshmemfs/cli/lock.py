@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ivshmemfs.cli.peering import patiently, peer
+from ivshmemfs.cli.attach.peer import patiently, peer
 from ivshmemfs.errors import Busy, LockLost, RegionMissing, UnsupportedVersion, UsageError
 from ivshmemfs.fuse.mountpoint import FSTYPE, enclosing, mounted, refuse_hung
 from ivshmemfs.shm.watch import LOOK, SILENCE

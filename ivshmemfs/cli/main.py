@@ -24,18 +24,18 @@ EXITS = command.Exits(usage=1, system=2, interrupted=8, internal=4, own=True)
 
 #: Where each subcommand is; loaded when it is used, so that each starts as fast as it can.
 SUBCOMMANDS = {
-    "mount": "mounting",
-    "umount": "mounting",
-    "list": "looking",
-    "info": "looking",
+    "mount": "mount",
+    "umount": "mount",
+    "list": "info",
+    "info": "info",
     "dump": "dump",
     "peers": "peers",
     "evict": "peers",
     "lock": "lock",
     "wait": "wait",
     "watch": "watch",
-    "get": "transfer",
-    "put": "transfer",
+    "get": "transfer.commands",
+    "put": "transfer.commands",
 }
 
 

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import click
 
-from ivshmemfs.cli.naming import mounts_of, region_of
+from ivshmemfs.cli.attach.names import mounts_of, region_of
 from ivshmemfs.cli.output import show
 from ivshmemfs.errors import InUse, UsageError
 from ivshmemfs.format import superblock, words

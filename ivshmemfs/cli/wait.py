@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ivshmemfs.cli.inside import found
-from ivshmemfs.cli.watching import Target, commits, looking, target_of
+from ivshmemfs.cli.attach.paths import Target, found, reached, target_of
+from ivshmemfs.cli.commits import commits
 from ivshmemfs.errors import Busy
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def wait_command(path: str, condition: str, timeout: float | None) -> int:
       ivshmemfs wait --timeout 60 /mnt/shared/result && cat /mnt/shared/result
     """
     target = target_of(path)
-    with looking(target) as fs:
+    with reached(target, readonly=True) as fs:
         end = float("inf") if timeout is None else time.monotonic() + timeout
         before: object = _state(fs, target) if condition == "changed" else None
         for _ in commits(fs, end):

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import click
 
-from ivshmemfs.cli.inside import resolve
-from ivshmemfs.cli.watching import Target, commits, looking, target_of
+from ivshmemfs.cli.attach.paths import Target, reached, resolve, target_of
+from ivshmemfs.cli.commits import commits
 from ivshmemfs.errors import Busy, UsageError
 from ivshmemfs.printing import say
 
@@ -181,7 +181,7 @@ def watch_command(paths: tuple[str, ...], recursive: bool, form: str, as_json: b
     if len({target.region for target in targets}) > 1:
         raise UsageError("all paths must be in one region: start a command for each")
     Event("", b"", 0, False, None).line(form)  # refuses a bad format before anything happens
-    with looking(targets[0]) as fs:
+    with reached(targets[0], readonly=True) as fs:
         views = [View(fs, target, recursive=recursive) for target in targets]
         for view in views:
             view.start()

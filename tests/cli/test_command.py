@@ -93,7 +93,7 @@ start.{function}()
     ("function", "module", "code"),
     [
         ("ivshmemfs", "click", 8),
-        ("ivshmemfs", "ivshmemfs.cli.looking", 8),
+        ("ivshmemfs", "ivshmemfs.cli.info", 8),
         ("mkfs", "click", 1),
         ("mkfs", "mkfs.main", 1),
         ("fsck", "click", 32),

@@ -12,11 +12,11 @@ from typing import Any, NamedTuple, cast
 
 import pytest
 
-from ivshmemfs.cli.getting import Getter, Wishes
-from ivshmemfs.cli.local import Folder
 from ivshmemfs.cli.main import main
-from ivshmemfs.cli.meter import Meter
-from ivshmemfs.cli.transfer import EXIT_PARTLY
+from ivshmemfs.cli.transfer.commands import EXIT_PARTLY
+from ivshmemfs.cli.transfer.get import Getter, Wishes
+from ivshmemfs.cli.transfer.local import Folder
+from ivshmemfs.cli.transfer.meter import Meter
 from ivshmemfs.engine import Filesystem
 from tests.support.damage import Knife, Names, sample
 from tests.support.regions import ROOT, TestRegion, new_region, put

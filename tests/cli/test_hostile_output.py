@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from ivshmemfs.cli.main import main
-from ivshmemfs.cli.meter import Meter
+from ivshmemfs.cli.transfer.meter import Meter
 from ivshmemfs.format import inode, peer
 from ivshmemfs.fsck.main import main as fsck_main
 from mkfs.main import main as mkfs_main
@@ -121,7 +121,7 @@ def test_the_progress_bar(
 ) -> None:
     """On a terminal, names are neither escapes of it nor marks of the program that draws."""
     monkeypatch.setattr("sys.stderr.isatty", lambda: True)
-    monkeypatch.setattr("ivshmemfs.cli.meter.LONG", 0.0)
+    monkeypatch.setattr("ivshmemfs.cli.transfer.meter.LONG", 0.0)
     meter = Meter(quiet=False)
     meter.add(b"\\[link=x]\x1b[7m\x9b\n", 5, 10)
     meter.close()

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from ivshmemfs import __version__
-from ivshmemfs.cli.looking import listing
-from ivshmemfs.cli.mounting import the_one_device
+from ivshmemfs.cli.info import listing
+from ivshmemfs.cli.mount import the_one_device
 from ivshmemfs.errors import RegionError, RegionMissing
 from ivshmemfs.format import superblock, words
 from ivshmemfs.format.geometry import COMMIT_OFFSET

@@ -15,14 +15,14 @@ from collections.abc import Iterator
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from ivshmemfs.cli.inside import child
-from ivshmemfs.cli.local import Folder, about, exists, omitted, own_mounts
-from ivshmemfs.cli.peering import patiently
+from ivshmemfs.cli.attach.paths import about, child
+from ivshmemfs.cli.attach.peer import patiently
+from ivshmemfs.cli.transfer.local import Folder, exists, omitted, own_mounts
 from ivshmemfs.engine import Context
 from ivshmemfs.errors import Busy, FsError, UsageError
 
 if TYPE_CHECKING:
-    from ivshmemfs.cli.meter import Meter
+    from ivshmemfs.cli.transfer.meter import Meter
     from ivshmemfs.engine import Filesystem, Handle
 
 #: Bytes of which a disk brings the first ones before the last, or nearly so.

@@ -15,10 +15,10 @@ from collections.abc import Iterator
 from contextlib import suppress
 from typing import TYPE_CHECKING, NamedTuple
 
-from ivshmemfs.cli.inside import listing
-from ivshmemfs.cli.local import (
+from ivshmemfs.cli.attach.paths import about, listing
+from ivshmemfs.cli.attach.peer import patiently
+from ivshmemfs.cli.transfer.local import (
     Folder,
-    about,
     exists,
     kind_name,
     omitted,
@@ -26,11 +26,10 @@ from ivshmemfs.cli.local import (
     publish,
     unfinished,
 )
-from ivshmemfs.cli.peering import patiently
 from ivshmemfs.errors import Corrupt, FsError, StaleHandle, UsageError
 
 if TYPE_CHECKING:
-    from ivshmemfs.cli.meter import Meter
+    from ivshmemfs.cli.transfer.meter import Meter
     from ivshmemfs.engine import Attr, Filesystem, Handle
 
 #: Bytes of one read: what a cache still holds.

@@ -10,29 +10,17 @@ import errno
 import os
 import secrets
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
-from ivshmemfs.errors import FsError, IvshmemfsError, UsageError
+from ivshmemfs.errors import IvshmemfsError, UsageError
 
 if TYPE_CHECKING:
     from ivshmemfs.region import Region
 
 _OPEN = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
-
-
-@contextmanager
-def about(path: Callable[[], bytes], local: Callable[[], bytes] | None = None) -> Iterator[None]:
-    """Make every error of the region one about `path`, and others about `local`; not nested."""
-    try:
-        yield
-    except FsError as error:
-        raise OSError(error.errno, str(error), os.fsdecode(path())) from None
-    except OSError as error:
-        text = error.strerror or str(error)
-        raise OSError(error.errno or errno.EIO, text, os.fsdecode((local or path)())) from None
 
 
 def exists(path: bytes) -> UsageError:

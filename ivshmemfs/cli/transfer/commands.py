@@ -14,13 +14,12 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ivshmemfs.cli.getting import Getter, Wishes
-from ivshmemfs.cli.inside import found, resolve
-from ivshmemfs.cli.local import Folder
-from ivshmemfs.cli.meter import metered
-from ivshmemfs.cli.naming import region_of
-from ivshmemfs.cli.peering import peer
-from ivshmemfs.cli.putting import Place, Putter
+from ivshmemfs.cli.attach.paths import found, resolve
+from ivshmemfs.cli.attach.peer import attached
+from ivshmemfs.cli.transfer.get import Getter, Wishes
+from ivshmemfs.cli.transfer.local import Folder
+from ivshmemfs.cli.transfer.meter import metered
+from ivshmemfs.cli.transfer.put import Place, Putter
 from ivshmemfs.errors import ForeignFormat, NotFormatted, RegionSize, UsageError
 
 if TYPE_CHECKING:
@@ -62,17 +61,13 @@ def _opened(
 
     None of the paths `local` may be on a file system that hangs.
     """
-    from ivshmemfs.format.superblock import identify
-    from ivshmemfs.region import open_region, refuse_hung
+    from ivshmemfs.region import refuse_hung
 
     for path in local:
         if path != STREAM:
             refuse_hung(os.fsdecode(path))
     try:
-        with (
-            open_region(region_of(spec), readonly=readonly, identify=identify) as region,
-            peer(region, readonly=readonly) as fs,
-        ):
+        with attached(spec, readonly=readonly) as fs:
             yield fs
     except (NotFormatted, ForeignFormat, RegionSize):
         raise NotFormatted(

@@ -52,6 +52,23 @@ def peer(region: Region, *, readonly: bool) -> Iterator[Filesystem]:
         fs.unmount()
 
 
+@contextmanager
+def attached(spec: str, *, readonly: bool) -> Iterator[Filesystem]:
+    """Open the region that `spec` names, and be a peer of it for the time of a `with`.
+
+    `spec` is a region or a mount point.  Raises RegionError, FormatError.
+    """
+    from ivshmemfs.cli.attach.names import region_of
+    from ivshmemfs.format.superblock import identify
+    from ivshmemfs.region import open_region
+
+    with (
+        open_region(region_of(spec), readonly=readonly, identify=identify) as region,
+        peer(region, readonly=readonly) as fs,
+    ):
+        yield fs
+
+
 def older_peers(peers: Iterable[Occupant]) -> str:
     """What to tell of peers that run an older version; empty when none does."""
     own = _numbers(__version__)

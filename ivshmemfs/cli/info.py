@@ -7,9 +7,9 @@ from contextlib import suppress
 
 import click
 
-from ivshmemfs.cli.naming import region_of, shown
+from ivshmemfs.cli.attach.names import region_of, shown
+from ivshmemfs.cli.attach.peer import enter
 from ivshmemfs.cli.output import show
-from ivshmemfs.cli.peering import enter
 from ivshmemfs.errors import IvshmemfsError, MountError, RegionDenied
 from ivshmemfs.format import superblock, words
 from ivshmemfs.fuse.mountpoint import ours

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ivshmemfs.cli.naming import looks_like_region, mount_point_of
+from ivshmemfs.cli.attach.names import looks_like_region, mount_point_of
 from ivshmemfs.errors import (
     RegionAmbiguous,
     RegionDenied,
@@ -112,7 +112,7 @@ def _attach(spec: str | None, options: MountOptions) -> daemon.Attach:
     @contextmanager
     def attach() -> Iterator[daemon.Attached]:
         # Imported here: the parent of a daemon ends sooner without them.
-        from ivshmemfs.cli.peering import enter, older_peers
+        from ivshmemfs.cli.attach.peer import enter, older_peers
         from ivshmemfs.format.superblock import identify
         from ivshmemfs.region import open_region, probe
 

@@ -1,0 +1,121 @@
+"""Paths in a region: what an argument names, look-ups by path, and listings in pieces."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from itertools import islice
+from typing import TYPE_CHECKING, NamedTuple
+
+from ivshmemfs.cli.attach.names import region_of
+from ivshmemfs.cli.attach.peer import attached, patiently
+from ivshmemfs.errors import FsError, RegionMissing, UsageError
+
+if TYPE_CHECKING:
+    from ivshmemfs.engine import Attr, Filesystem, Handle
+
+#: Entries of a listing that are held at once.
+LISTED = 256
+#: The cookie of a listing behind `.` and `..`.
+_BEHIND_DOTS = 2
+
+
+class Target(NamedTuple):
+    """A path in a region."""
+
+    region: str  # as the user or the mount names it
+    path: bytes  # from the region's root, "/" first
+    shown: bytes  # the user's own way to say it
+
+    def named(self, inside: bytes) -> bytes:
+        """How the user would name what is at `inside`, a path below this one."""
+        return self.shown.rstrip(b"/") + b"/" + inside if inside else self.shown
+
+
+def target_of(argument: str) -> Target:
+    """The path that an argument names: on a mount, or REGION:/path.  Raises UsageError."""
+    from ivshmemfs.fuse.mountpoint import enclosing, refuse_hung
+
+    start = len("file:/") if argument.startswith("file:/") else 0
+    at = argument.find(":/", start)
+    if at >= 0 and not os.path.lexists(argument):
+        region, path = argument[:at], os.fsencode(argument[at + 1 :])
+        if not region:
+            raise UsageError(f"{argument}: no region before the colon")
+        return Target(region, os.path.normpath(path), os.fsencode(argument))
+    entry = enclosing(argument)
+    if entry is None:
+        raise UsageError(
+            f"{argument} is not on an ivshmemfs mount: name a path on one, or REGION:/path"
+        )
+    refuse_hung(entry)
+    absolute = os.path.abspath(argument)
+    inside = os.path.normpath("/" + os.path.relpath(absolute, entry.path))
+    return Target(entry.source, os.fsencode(inside), os.fsencode(argument))
+
+
+@contextmanager
+def reached(target: Target, *, readonly: bool) -> Iterator[Filesystem]:
+    """Be a peer of the region of `target` for the time of a `with`.  Raises RegionError."""
+    region = region_of(target.region)
+    with ExitStack() as stack:
+        try:
+            fs = stack.enter_context(attached(region, readonly=readonly))
+        except RegionMissing:
+            raise RegionMissing(f"{target.region}: there is no such region") from None
+        yield fs
+
+
+@contextmanager
+def about(path: Callable[[], bytes], local: Callable[[], bytes] | None = None) -> Iterator[None]:
+    """Make every error of the region one about `path`, and others about `local`; not nested."""
+    try:
+        yield
+    except FsError as error:
+        raise OSError(error.errno, str(error), os.fsdecode(path())) from None
+    except OSError as error:
+        text = error.strerror or str(error)
+        raise OSError(error.errno or errno.EIO, text, os.fsdecode((local or path)())) from None
+
+
+def resolve(fs: Filesystem, path: bytes) -> Attr:
+    """What stands at a path from the region's root; symbolic links are not followed."""
+    from ivshmemfs.engine import ROOT_INO
+
+    with about(lambda: path):
+        attr = patiently(lambda: fs.getattr(ROOT_INO))
+        for name in path.split(b"/"):
+            if name:
+                attr = child(fs, attr.ino, name)
+        return attr
+
+
+def child(fs: Filesystem, ino: int, name: bytes) -> Attr:
+    """What stands under a name in a directory of the region; raises FsError."""
+    return patiently(lambda: fs.lookup(ino, name))
+
+
+def found(fs: Filesystem, path: bytes) -> Attr | None:
+    """The same as `resolve`; None when there is nothing."""
+    try:
+        return resolve(fs, path)
+    except FileNotFoundError:
+        return None
+
+
+def listing(fs: Filesystem, ino: int) -> Iterator[tuple[bytes, Attr]]:
+    """The names in a directory of the region, as they are when they are reached.
+
+    Raises StaleHandle at once when the directory is gone.
+    """
+    return _pieces(fs, patiently(lambda: fs.opendir(ino)))
+
+
+def _pieces(fs: Filesystem, handle: Handle) -> Iterator[tuple[bytes, Attr]]:
+    cookie = _BEHIND_DOTS
+    while piece := patiently(lambda at=cookie: list(islice(fs.readdir(handle, at), LISTED))):  # type: ignore[misc]
+        for name, attr, _ in piece:
+            yield name, attr
+        cookie = piece[-1][2]
