@@ -18,12 +18,13 @@ PYTHON = ".venv/bin/python"
 
 @nox.session
 def lint(session: nox.Session) -> None:
-    """Style, types, the tables that are generated, and the workflows."""
+    """Style, types, the tables and manual pages that are generated, and the workflows."""
     session.run("sh", "scripts/setup", external=True)
     session.run(".venv/bin/ruff", "check", ".", external=True)
     session.run(".venv/bin/ruff", "format", "--check", ".", external=True)
     session.run(".venv/bin/mypy", external=True)
     session.run(PYTHON, "scripts/format-tables", "--check", external=True)
+    session.run(PYTHON, "scripts/man", "--check", external=True)
     if shutil.which("actionlint"):
         session.run("actionlint", external=True)
     else:
@@ -44,13 +45,8 @@ def test(session: nox.Session) -> None:
 
 @nox.session
 def coverage(session: nox.Session) -> None:
-    """Line and branch coverage of the quick tests, in this process and its children."""
-    env = {"IVSHMEMFS_COMPILE": "0"}
-    session.run("sh", "scripts/setup", env=env, external=True)
-    run = ("-m", "coverage", "run", "-m", "pytest", "-q", "-m", "not slow and not guest")
-    session.run(PYTHON, *run, *session.posargs, external=True)
-    session.run(PYTHON, "-m", "coverage", "combine", "-q", external=True)
-    session.run(PYTHON, "-m", "coverage", "report", external=True)
+    """Line and branch coverage of the quick tests and of the processes that they start."""
+    session.run("sh", "scripts/test", "--coverage", *session.posargs, external=True)
 
 
 @nox.session
@@ -62,6 +58,7 @@ def bench(session: nox.Session) -> None:
 
 @nox.session
 def docs(session: nox.Session) -> None:
-    """Write the generated tables of docs/format.md anew."""
+    """Write what is generated: the tables of docs/format.md, and the manual pages."""
     session.run("sh", "scripts/setup", external=True)
     session.run(PYTHON, "scripts/format-tables", external=True)
+    session.run(PYTHON, "scripts/man", external=True)

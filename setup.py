@@ -72,5 +72,9 @@ setup(
         )
     ],
     cmdclass={"build_ext": Build},
+    data_files=[
+        (f"share/man/man{section}", sorted(map(str, Path("docs/man").glob(f"*.{section}"))))
+        for section in (5, 8)
+    ],
     options={} if COMPILE else {"bdist_wheel": {"py_limited_api": "cp311"}},
 )

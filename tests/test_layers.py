@@ -16,9 +16,10 @@ TOP = Path(__file__).resolve().parent.parent
 LAYERS = ("cli", "fuse", "engine", "shm", "format", "region", "native", "printing", "errors")
 SIDES = {
     "__main__": ("cli", "mkfs", "fsck", "command", "errors"),
-    "cli": ("command", *LAYERS[1:]),
-    "mkfs": ("command", "shm", "format", "region", "native", "printing", "errors"),
-    "fsck": ("command", "shm", "format", "region", "native", "printing", "errors"),
+    "cli": ("command", "manual", *LAYERS[1:]),
+    "mkfs": ("command", "manual", "shm", "format", "region", "native", "printing", "errors"),
+    "fsck": ("command", "manual", "shm", "format", "region", "native", "printing", "errors"),
+    "manual": (),
     "command": ("printing", "errors"),
     "format": ("native", "printing", "errors"),  # no I/O: nothing of where the bytes come from
 }

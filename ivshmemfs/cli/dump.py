@@ -10,11 +10,13 @@ from typing import Any
 import click
 
 from ivshmemfs.cli.attach.names import region_of
+from ivshmemfs.cli.exits import exits
 from ivshmemfs.cli.output import table
 from ivshmemfs.errors import IvshmemfsError, UsageError
 from ivshmemfs.format import inode, node, peer, repair, superblock, words
 from ivshmemfs.format.geometry import COMMIT_OFFSET, HINT_OFFSET, REPAIR_OFFSET, Geometry
 from ivshmemfs.format.record import Layout
+from ivshmemfs.manual import Command, Example, Manual
 from ivshmemfs.printing import say, shown
 from ivshmemfs.region import Region, open_region
 
@@ -35,7 +37,17 @@ WHAT is one of:
 """
 
 
-@click.command("dump", help=HELP)
+MANUAL = Manual(
+    examples=(
+        Example("ivshmemfs dump /dev/shm/hello", "Show the superblock."),
+        Example("ivshmemfs dump /dev/shm/hello inode:1", "Show the root directory's inode."),
+        Example("ivshmemfs dump pci all", "Show all records, for a report of a fault."),
+    ),
+    exits=exits(),
+)
+
+
+@click.command("dump", cls=Command, help=HELP, manual=MANUAL)
 @click.argument("region")
 @click.argument("what", default="superblock")
 def dump_command(region: str, what: str) -> None:

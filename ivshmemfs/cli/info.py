@@ -9,10 +9,12 @@ import click
 
 from ivshmemfs.cli.attach.names import region_of, shown
 from ivshmemfs.cli.attach.peer import enter
+from ivshmemfs.cli.exits import exits
 from ivshmemfs.cli.output import show
 from ivshmemfs.errors import IvshmemfsError, MountError, RegionDenied
 from ivshmemfs.format import superblock, words
 from ivshmemfs.fuse.mountpoint import ours
+from ivshmemfs.manual import Command, Example, Manual
 from ivshmemfs.printing import say
 from ivshmemfs.region import (
     Candidate,
@@ -29,7 +31,20 @@ from ivshmemfs.shm.repair import repairing
 Row = tuple[str, str, str, str]
 
 
-@click.command("list")
+LIST = Manual(
+    examples=(Example("ivshmemfs list", "Show regions, and where they are mounted."),),
+    exits=exits({0: "done, also if there is none"}),
+)
+INFO = Manual(
+    examples=(
+        Example("ivshmemfs info /dev/shm/hello", "Show label, UUID, size and free space."),
+        Example("ivshmemfs info /mnt/shared", "The same for the region that is mounted there."),
+    ),
+    exits=exits(),
+)
+
+
+@click.command("list", cls=Command, manual=LIST)
 def list_command() -> None:
     """List the devices and files that are, or could be, regions, and where they are mounted.
 
@@ -87,7 +102,7 @@ def _row(candidate: Candidate, roots: Roots) -> tuple[Row, IvshmemfsError | OSEr
     return (spec, what + busy, names[0] or "-", names[1]), None
 
 
-@click.command("info")
+@click.command("info", cls=Command, manual=INFO)
 @click.argument("region")
 def info_command(region: str) -> None:
     """Show what the filesystem on REGION is and how full it is."""

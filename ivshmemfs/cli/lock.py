@@ -19,8 +19,10 @@ from typing import TYPE_CHECKING
 import click
 
 from ivshmemfs.cli.attach.peer import patiently, peer
+from ivshmemfs.cli.exits import exits
 from ivshmemfs.errors import Busy, LockLost, RegionMissing, UnsupportedVersion, UsageError
 from ivshmemfs.fuse.mountpoint import FSTYPE, enclosing, mounted, refuse_hung
+from ivshmemfs.manual import Command, Example, Manual
 from ivshmemfs.shm.watch import LOOK, SILENCE
 
 if TYPE_CHECKING:
@@ -39,10 +41,29 @@ GIVE_BACK = 5.0
 _PR_SET_PDEATHSIG = 1
 
 
+MANUAL = Manual(
+    examples=(
+        Example(
+            "ivshmemfs lock /mnt/shared/build.lock -- make install",
+            "Run make on one machine at a time.",
+        ),
+        Example(
+            "ivshmemfs lock -n -E 75 /mnt/shared/cron.lock -- backup",
+            "Run backup, or end with 75 if another machine runs it.",
+        ),
+    ),
+    exits={
+        **exits({0: "done: COMMAND ended with 0", 32: "the region cannot be opened"}),
+        1: "wrong usage, or another process keeps the lock (see -E)",
+        128: "and above: a signal ended COMMAND, 128 plus its number.  Else the exit code is "
+        "COMMAND's own",
+    },
+)
+
+
 @click.command(
-    "lock", short_help="Run COMMAND under a lock between all machines.",
-    context_settings={"allow_interspersed_args": False},
-)  # fmt: skip
+    "lock", cls=Command, manual=MANUAL, context_settings={"allow_interspersed_args": False}
+)
 @click.argument("file")  # click.Path would look at it
 @click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
 @click.option("-n", "--nonblock", is_flag=True, help="Fail at once when it is held.")

@@ -13,34 +13,56 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-from typing import NoReturn
+from importlib.machinery import PathFinder
+from pathlib import Path
+from typing import NamedTuple, NoReturn
 
 import click
 
 from ivshmemfs import __version__, command
+from ivshmemfs.cli.exits import COMMON
+from ivshmemfs.manual import Example, Manual, write_end
 from ivshmemfs.printing import say
 
 EXITS = command.Exits(usage=1, system=2, interrupted=8, internal=4, own=True)
 
-#: Where each subcommand is; loaded when it is used, so that each starts as fast as it can.
+
+class Subcommand(NamedTuple):
+    """Where a subcommand is, and what it does."""
+
+    module: str
+    summary: str
+
+
+#: A subcommand is loaded when it is used.  `ivshmemfs --help` loads none, so it has the summaries.
 SUBCOMMANDS = {
-    "mount": "mount",
-    "umount": "mount",
-    "list": "info",
-    "info": "info",
-    "dump": "dump",
-    "peers": "peers",
-    "evict": "peers",
-    "lock": "lock",
-    "wait": "wait",
-    "watch": "watch",
-    "get": "transfer.commands",
-    "put": "transfer.commands",
+    "mount": Subcommand("mount", "Mount the filesystem on REGION."),
+    "umount": Subcommand("mount", "Unmount MOUNTPOINT."),
+    "list": Subcommand("info", "List regions, and where they are mounted."),
+    "info": Subcommand("info", "Show what is on REGION and how full it is."),
+    "dump": Subcommand("dump", "Show the bytes on REGION, field by field."),
+    "peers": Subcommand("peers", "List the mounts of REGION on all machines."),
+    "evict": Subcommand("peers", "Declare the peer in SLOT gone."),
+    "lock": Subcommand("lock", "Run COMMAND under a lock between all machines."),
+    "wait": Subcommand("wait", "Wait for a file to appear, go or change."),
+    "watch": Subcommand("watch", "Print changes of files as they happen."),
+    "get": Subcommand("transfer.commands", "Copy files from REGION, without a mount."),
+    "put": Subcommand("transfer.commands", "Copy local files to REGION, without a mount."),
 }
+MANUAL = Manual(
+    examples=(
+        Example("mkfs.ivshmemfs --size 64M /dev/shm/hello", "Make a region, on the host."),
+        Example("ivshmemfs mount /dev/shm/hello /mnt/shared", "Mount it, on the host."),
+        Example("ivshmemfs mount /mnt/shared", "Mount it, in a guest."),
+    ),
+    exits=COMMON,
+)
 
 
 class Subcommands(click.Group):
     """A group whose members are loaded on demand."""
+
+    manual = MANUAL
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """The names, in the order of a session."""
@@ -50,16 +72,29 @@ class Subcommands(click.Group):
         """Load one."""
         if cmd_name not in SUBCOMMANDS:
             return None
-        module = importlib.import_module(f"ivshmemfs.cli.{SUBCOMMANDS[cmd_name]}")
+        module = importlib.import_module(f"ivshmemfs.cli.{SUBCOMMANDS[cmd_name].module}")
         command: click.Command = getattr(module, f"{cmd_name}_command")
         return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the summaries, and load nothing."""
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, one.summary) for name, one in SUBCOMMANDS.items()])
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the examples and exit codes."""
+        write_end(self.manual, formatter)
+
+
+def _is_compiled() -> bool:
+    """Whether the engine is compiled; like its `COMPILED`, but without loading it."""
+    found = PathFinder.find_spec("filesystem", [str(Path(__file__).parents[1] / "engine")])
+    return found is not None and not str(found.origin).endswith(".py")
 
 
 def _show_version(ctx: click.Context, _option: click.Parameter, wanted: bool) -> None:
     if wanted and not ctx.resilient_parsing:
-        from ivshmemfs.engine import COMPILED
-
-        kind = "compiled" if COMPILED else "pure Python"
+        kind = "compiled" if _is_compiled() else "pure Python"
         say(f"ivshmemfs, version {__version__} ({kind})")
         ctx.exit()
 

@@ -9,18 +9,32 @@ from contextlib import contextmanager
 import click
 
 from ivshmemfs.cli.attach.names import mounts_of, region_of
+from ivshmemfs.cli.exits import exits
 from ivshmemfs.cli.output import show
 from ivshmemfs.errors import InUse, UsageError
 from ivshmemfs.format import superblock, words
 from ivshmemfs.format.peer import Occupant
 from ivshmemfs.format.words import under_repair
 from ivshmemfs.fuse.mountpoint import condition
+from ivshmemfs.manual import Command, Example, Manual
 from ivshmemfs.printing import say, shown
 from ivshmemfs.region import open_region
 from ivshmemfs.shm.commit import CommitWord
 from ivshmemfs.shm.peers import PeerTable
 from ivshmemfs.shm.repair import describe
 from ivshmemfs.shm.watch import POLL, SILENCE, Watch
+
+PEERS = Manual(
+    examples=(
+        Example("ivshmemfs peers /dev/shm/hello", "Show the mounts on all machines."),
+        Example("ivshmemfs peers /mnt/shared", "The same for the region that is mounted there."),
+    ),
+    exits=exits(),
+)
+EVICT = Manual(
+    examples=(Example("ivshmemfs evict /dev/shm/hello 3", "Declare the peer in slot 3 gone."),),
+    exits=exits({1: "wrong usage, or the peer is alive"}),
+)
 
 
 @contextmanager
@@ -43,7 +57,7 @@ def _alive(watch: Watch, slots: set[int]) -> set[int]:
         watch.look()
 
 
-@click.command("peers")
+@click.command("peers", cls=Command, manual=PEERS)
 @click.argument("region")
 def peers_command(region: str) -> None:
     """List the mounts of REGION on all machines, and which of them show signs of life."""
@@ -95,7 +109,7 @@ def _since(peer: Occupant) -> str:
         return "?"
 
 
-@click.command("evict", short_help="Declare the peer in SLOT gone.")
+@click.command("evict", cls=Command, manual=EVICT)
 @click.argument("region")
 @click.argument("slot", type=int)
 @click.option("--force", is_flag=True, help="Even though it shows life; it will then rejoin.")

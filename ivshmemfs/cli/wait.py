@@ -9,7 +9,9 @@ import click
 
 from ivshmemfs.cli.attach.paths import Target, found, reached, target_of
 from ivshmemfs.cli.commits import commits
+from ivshmemfs.cli.exits import exits
 from ivshmemfs.errors import Busy
+from ivshmemfs.manual import Command, Example, Manual
 
 if TYPE_CHECKING:
     from ivshmemfs.engine import Filesystem
@@ -18,7 +20,21 @@ if TYPE_CHECKING:
 TIMED_OUT = 124
 
 
-@click.command("wait", short_help="Wait for a file to appear, go or change.")
+MANUAL = Manual(
+    examples=(
+        Example(
+            "ivshmemfs wait --timeout 60 /mnt/shared/result && cat /mnt/shared/result",
+            "Read what another machine makes, once it is there.",
+        ),
+        Example(
+            "ivshmemfs wait --gone label=hello:/running", "Wait for a removal, without a mount."
+        ),
+    ),
+    exits=exits({0: "it happened", TIMED_OUT: "the time is over"}),
+)
+
+
+@click.command("wait", cls=Command, manual=MANUAL)
 @click.argument("path")
 @click.option("--exists", "condition", flag_value="exists", default="exists",
               help="Until the name exists (the default).")  # fmt: skip
@@ -31,11 +47,6 @@ def wait_command(path: str, condition: str, timeout: float | None) -> int:
     """Wait for PATH, whichever machine changes it.
 
     PATH is on a mount, or REGION:/path, which needs no mount.  Nothing is stored in the region.
-
-    \b
-    Exit codes: 0 it happened, 124 the time is over, 32 the region cannot be read.
-    Example:
-      ivshmemfs wait --timeout 60 /mnt/shared/result && cat /mnt/shared/result
     """
     target = target_of(path)
     with reached(target, readonly=True) as fs:

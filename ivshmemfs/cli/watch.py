@@ -12,7 +12,9 @@ import click
 
 from ivshmemfs.cli.attach.paths import Target, reached, resolve, target_of
 from ivshmemfs.cli.commits import commits
+from ivshmemfs.cli.exits import exits
 from ivshmemfs.errors import Busy, UsageError
+from ivshmemfs.manual import Command, Example, Manual
 from ivshmemfs.printing import say
 
 if TYPE_CHECKING:
@@ -156,7 +158,19 @@ def _patiently(watcher: object) -> list[Change]:
             time.sleep(PAUSE)
 
 
-@click.command("watch", short_help="Print changes of files as they happen.")
+MANUAL = Manual(
+    examples=(
+        Example("ivshmemfs watch -r /mnt/shared", "Print each change in a tree."),
+        Example(
+            "ivshmemfs watch --json label=hello:/inbox",
+            "Print changes as JSON objects, without a mount.",
+        ),
+    ),
+    exits=exits({0: "what was watched is gone"}),
+)
+
+
+@click.command("watch", cls=Command, manual=MANUAL)
 @click.argument("paths", nargs=-1, required=True, metavar="PATH...")
 @click.option("-r", "--recursive", is_flag=True, help="Also directories below, and new ones.")
 @click.option("--format", "form", default=DEFAULT_FORMAT, metavar="FORMAT",
@@ -173,9 +187,6 @@ def watch_command(paths: tuple[str, ...], recursive: bool, form: str, as_json: b
     \b
     Events: created, removed, moved, changed (contents), attributes,
     overflow (changes are missing: list the directories).
-    Exit codes: 0 what was watched is gone, 32 the region cannot be read, 8 interrupted.
-    Example:
-      ivshmemfs watch -r --json label=shared:/inbox
     """
     targets = [target_of(path) for path in paths]
     if len({target.region for target in targets}) > 1:

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple, cast
 
 import pytest
 
+from ivshmemfs.cli.exits import EXIT_PARTLY
 from ivshmemfs.cli.main import main
-from ivshmemfs.cli.transfer.commands import EXIT_PARTLY
 from ivshmemfs.cli.transfer.get import Getter, Wishes
 from ivshmemfs.cli.transfer.local import Folder
 from ivshmemfs.cli.transfer.meter import Meter

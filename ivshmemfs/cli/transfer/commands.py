@@ -16,17 +16,15 @@ import click
 
 from ivshmemfs.cli.attach.paths import found, resolve
 from ivshmemfs.cli.attach.peer import attached
-from ivshmemfs.cli.transfer.get import Getter, Wishes
-from ivshmemfs.cli.transfer.local import Folder
+from ivshmemfs.cli.exits import EXIT_PARTLY, PARTLY, exits
 from ivshmemfs.cli.transfer.meter import metered
-from ivshmemfs.cli.transfer.put import Place, Putter
 from ivshmemfs.errors import ForeignFormat, NotFormatted, RegionSize, UsageError
+from ivshmemfs.manual import Command, Example, Manual
 
 if TYPE_CHECKING:
+    from ivshmemfs.cli.transfer.put import Place
     from ivshmemfs.engine import Filesystem
 
-#: Exit code when all went well but something was left out; mount(8) knows it as "some succeeded".
-EXIT_PARTLY = 64
 #: Stands for standard input or output.
 STREAM = b"-"
 
@@ -90,7 +88,25 @@ def _single(sources: tuple[bytes, ...], destination: bytes, where: str) -> bytes
     return sources[0]
 
 
-@click.command("put", short_help="Copy local files to REGION, without a mount.")
+PUT = Manual(
+    examples=(
+        Example("ivshmemfs put /dev/shm/hello report.pdf /", "Copy a file to the root."),
+        Example("ivshmemfs put -r label=hello src include /backup", "Copy trees."),
+        Example("tar -c src | ivshmemfs put /dev/shm/hello - /src.tar", "Store a stream."),
+    ),
+    exits=exits({EXIT_PARTLY: PARTLY}),
+)
+GET = Manual(
+    examples=(
+        Example("ivshmemfs get /dev/shm/hello /report.pdf .", "Copy a file out."),
+        Example("ivshmemfs get -r label=hello /backup /srv", "Copy a tree out."),
+        Example("ivshmemfs get /dev/shm/hello /src.tar - | tar -x", "Read a file as a stream."),
+    ),
+    exits=exits({EXIT_PARTLY: PARTLY}),
+)
+
+
+@click.command("put", cls=Command, manual=PUT)
 @_options
 def put_command(
     region: str,
@@ -105,9 +121,9 @@ def put_command(
     DESTINATION counts from the region's root.  Several sources, or an existing directory: they go
     into it.  Mode, times, hard links and, as root, owners are kept.  The source - is standard
     input.  Without -r symbolic links are followed, with -r they are copied, as by cp.
-
-    Ends with 64 when something was left out.
     """
+    from ivshmemfs.cli.transfer.put import Place, Putter
+
     usage = "ivshmemfs put REGION FILE... DESTINATION"
     with _opened(region, usage, sources, readonly=False) as fs, metered(quiet=quiet) as meter:
         putter = Putter(fs, meter, recursive=recursive, force=force)
@@ -129,6 +145,8 @@ def put_command(
 
 def _new_place(fs: Filesystem, region: str, source: bytes, destination: bytes) -> Place:
     """Where in the region a source goes under a new name."""
+    from ivshmemfs.cli.transfer.put import Place
+
     if destination.endswith(b"/") and (source == STREAM or not os.path.isdir(source)):
         raise UsageError(f"{os.fsdecode(destination)} is no directory in {region}")
     name = _last(destination)
@@ -136,7 +154,7 @@ def _new_place(fs: Filesystem, region: str, source: bytes, destination: bytes) -
     return Place(resolve(fs, above).ino, name, above)
 
 
-@click.command("get", short_help="Copy files from REGION, without a mount.")
+@click.command("get", cls=Command, manual=GET)
 @click.option("--devices", is_flag=True, help="Make device nodes, fifos and sockets as well.")
 @click.option("--preserve-special", "special", is_flag=True, help="Keep set-ID and sticky bits.")
 @_options
@@ -160,8 +178,11 @@ def get_command(
     region.  Only files, directories and symbolic links are made, without set-user-ID,
     set-group-ID and, on files, sticky bits.
 
-    Ends with 64 when something was left out, and says what, one line each.
+    What is left out is named on standard error, one line each.
     """
+    from ivshmemfs.cli.transfer.get import Getter, Wishes
+    from ivshmemfs.cli.transfer.local import Folder
+
     usage = "ivshmemfs get REGION FILE... DESTINATION"
     with _opened(region, usage, (destination,), readonly=True) as fs, metered(quiet=quiet) as meter:
         getter = Getter(fs, meter, Wishes(recursive, force, devices, special))
