@@ -1,8 +1,8 @@
 """The one exception tree.
 
-Every error that a caller may see carries an ``errno`` (what a FUSE request answers) and an
-``exit_code`` (what a command ends with, in the sense of mount(8) and fsck(8)).  The text of an
-error is one line that says what is wrong and what to do; nobody shows its traceback.
+Every error that a caller may see has an ``errno``, the answer to a FUSE request.  It has an
+``exit_code``, with which a command ends, in the sense of mount(8) and fsck(8).  Its text is one
+line that says what is wrong and what to do.  No command shows its traceback.
 
 Exit codes: 1 wrong use or permission, 2 system error, 4 internal bug, 8 interrupted or
 operational error, 16 usage (fsck), 32 mount failure.
@@ -96,7 +96,7 @@ class RegionUnfit(RegionError):
     errno = _errno.EOPNOTSUPP
 
 
-# --- what stands on the region --------------------------------------------------------------
+# --- what is on the region --------------------------------------------------------------
 
 
 class FormatError(IvshmemfsError):
@@ -184,7 +184,7 @@ class Busy(IvshmemfsError):
 
 
 class UnderRepair(Busy):
-    """A repair has shut everybody else out; whoever waits can go on when it is over."""
+    """A repair excludes all other peers; a caller that waits can go on when it is over."""
 
     exit_code = 32
 

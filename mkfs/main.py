@@ -15,7 +15,7 @@ import click
 
 from ivshmemfs import __version__
 from ivshmemfs import command as shared
-from ivshmemfs.errors import RegionSize, UsageError
+from ivshmemfs.errors import InUse, RegionMissing, RegionSize, UsageError
 from ivshmemfs.format import geometry as geo
 from ivshmemfs.format.geometry import Geometry
 from ivshmemfs.format.superblock import identify
@@ -23,19 +23,29 @@ from ivshmemfs.manual import Command, Example, Manual
 from ivshmemfs.printing import say
 from ivshmemfs.region import (
     Region,
+    cramped,
     create_file,
     exact_size,
     open_region,
     parse_size,
     readable_size,
     refuse_hung,
+    refuse_tight,
     reserve,
 )
+from mkfs import present
 from mkfs.initial import Parameters
-from mkfs.writer import Existing, examine, format_region, refuse_used
+from mkfs.writer import (
+    Existing,
+    describe_identity,
+    examine,
+    format_region,
+    identity_of,
+    refuse_used,
+)
 
-NOT_FILES = ("pci", "mem:", "label=", "uuid=")  # what --size cannot create
-FAILURE = 1  # the exit code of every failure, wrong usage included
+NOT_FILES = ("pci", "mem:", "label=", "uuid=", "LABEL=", "UUID=")  # what --size cannot create
+FAILURE = 1  # the one exit code for everything that went wrong, wrong usage included
 EXITS = shared.Exits(usage=FAILURE, system=FAILURE, interrupted=FAILURE, internal=FAILURE)
 
 
@@ -67,11 +77,15 @@ def _plan(region_size: int, block_size: int | None, peers: int) -> Geometry:
 
 
 def _report(region: Region, geometry: Geometry, parameters: Parameters) -> None:
-    usable = (geometry.block_count - geometry.reserve - 3) * geometry.block_size
     label = f", label {parameters.label!r}" if parameters.label else ""
     say(f"{region.spec}: {readable_size(geometry.region_size)} formatted as ivshmemfs{label}")
     say(f"UUID {_uuid.UUID(bytes=parameters.uuid)}, up to {geometry.peer_count} peers")
-    say(
+    say(_blocks(geometry))
+
+
+def _blocks(geometry: Geometry) -> str:
+    usable = (geometry.block_count - geometry.reserve - 3) * geometry.block_size
+    return (
         f"{geometry.block_count} blocks of {geometry.block_size} bytes, "
         f"{readable_size(usable)} usable ({usable / geometry.region_size:.0%})"
     )
@@ -97,21 +111,91 @@ class Options(NamedTuple):
     force: int  # how often the user gave --force
     sparse: bool
     any_size: bool
+    if_needed: bool = False
+    quiet: bool = False
 
 
-def _make(options: Options, new: Parameters) -> None:
+def _check(options: Options) -> None:
+    """Refuse what needs no look at the region."""
     spec, size = options.spec, options.size
-    refuse_hung(spec)
     if size is not None:
-        _plan(
-            size, options.block_size, options.peers
-        )  # before mkfs creates a file that it cannot format
+        # Before mkfs creates a file that it cannot format.
+        _plan(size, options.block_size, options.peers)
         if not options.any_size:
             _refuse_odd(spec, size)
         if spec.startswith(NOT_FILES) and not os.path.lexists(spec):
             raise UsageError(
                 f"--size creates a file; {spec} has a size of its own: leave out --size"
             )
+
+
+def _left_alone(options: Options) -> bool:
+    """Whether --if-needed has nothing to do; raises InUse for a filesystem that is not sound."""
+    if not options.if_needed:
+        return False
+    try:
+        with open_region(options.spec, readonly=True, identify=identify) as region:
+            if options.size not in (None, region.size):
+                return False
+            with _explained(region):
+                identity = identity_of(region.memory)
+                if identity is None:
+                    return False
+                wrong = present.problem(region.memory)
+            named = describe_identity(*identity)
+            if wrong and not options.force:
+                raise InUse(
+                    f"{options.spec} carries an ivshmemfs filesystem ({named}) that cannot be "
+                    f"used: {wrong} (--force overwrites it)"
+                )
+            if wrong:
+                return False
+            if not options.quiet:
+                size = readable_size(region.size)
+                say(f"{region.spec}: carries ivshmemfs already ({size}, {named}); left as it is")
+            _warn(region)
+            return True
+    except (RegionMissing, RegionSize):  # an empty file is made larger
+        return False
+
+
+def _warn(region: Region) -> None:
+    if warning := cramped(region):
+        say(f"mkfs.ivshmemfs: {warning}", err=True)
+
+
+def _rehearse(options: Options) -> None:
+    """Say what `_make` would do; refuse what it would refuse."""
+    if _left_alone(options):
+        return
+    spec, size = options.spec, options.size
+    if size is not None and not (os.path.lexists(spec) and os.stat(spec).st_size):
+        folder = Path(spec).absolute().parent
+        if not folder.is_dir():
+            raise RegionMissing(f"{folder}: no such directory; create it first")
+        if not options.sparse:
+            refuse_tight(os.statvfs(folder), Path(spec), size)
+        shape, doing = _plan(size, options.block_size, options.peers), "made and formatted"
+    else:
+        with open_region(spec, readonly=True, identify=identify) as region:
+            _refuse_size(region, options)
+            with _explained(region):
+                refuse_used(examine(region), spec, options.force)
+            shape = _plan(size or region.size, options.block_size, options.peers)
+            if region.kind == "file" and not options.any_size:
+                _refuse_odd(spec, shape.region_size)
+            grown = "made larger and " if shape.region_size != region.size else ""
+            doing = f"{grown}formatted"
+    if not options.quiet:
+        size_text = readable_size(shape.region_size)
+        say(f"{spec}: {size_text} would be {doing} as ivshmemfs; nothing was changed")
+        say(_blocks(shape))
+
+
+def _make(options: Options, new: Parameters) -> None:
+    if _left_alone(options):
+        return
+    spec = options.spec
     with _prepared(options) as (region, existing):
         geometry = _plan(region.size, options.block_size, options.peers)
         if region.kind == "file":
@@ -122,7 +206,9 @@ def _make(options: Options, new: Parameters) -> None:
         with _explained(region):
             format_region(region.memory, geometry, new, fresh=existing is None)
     # The region has a filesystem now; it keeps it even if a line below fails.
-    _report(region, geometry, new)
+    _warn(region)
+    if not options.quiet:
+        _report(region, geometry, new)
     if existing is not None:
         _tell_harm(existing)
 
@@ -216,8 +302,8 @@ MANUAL = Manual(
 @click.option(
     "--size", callback=_size, metavar="SIZE", help="Make the file, of this size: 1M, 16G."
 )
-@click.option("--label", default="", help="Name of the filesystem, up to 64 bytes.")
-@click.option("--uuid", callback=_uuid_bytes, metavar="UUID", help="Default: a random one.")
+@click.option("-L", "--label", default="", help="Name of the filesystem, up to 64 bytes.")
+@click.option("-U", "--uuid", callback=_uuid_bytes, metavar="UUID", help="Default: a random one.")
 @click.option(
     "--block-size",
     callback=_size,
@@ -235,7 +321,12 @@ MANUAL = Manual(
 @click.option(
     "--force", count=True, help="Overwrite what is there.  Twice: also under living mounts."
 )
-@click.version_option(__version__, prog_name="mkfs.ivshmemfs")
+@click.option(
+    "--if-needed", is_flag=True, help="Leave a sound filesystem of that size as it is, and succeed."
+)
+@click.option("-n", "--dry-run", is_flag=True, help="Say what would be done; change nothing.")
+@click.option("-q", "--quiet", is_flag=True, help="Print warnings and errors only.")
+@click.version_option(__version__, "-V", "--version", prog_name="mkfs.ivshmemfs")
 @click.argument("region")
 def command(
     size: int | None,
@@ -246,14 +337,25 @@ def command(
     sparse: bool,
     any_size: bool,
     force: int,
+    if_needed: bool,
+    dry_run: bool,
+    quiet: bool,
     region: str,
 ) -> None:
     """Make a new, empty filesystem on REGION.
 
-    REGION is a file, pci, pci:ADDRESS, mem:ADDRESS:SIZE or a character device.
+    REGION is a file (also file:PATH), pci, pci:ADDRESS, mem:ADDRESS:SIZE or a character device.
     """
     new = Parameters(uuid, label, os.getuid(), os.getgid(), time.time_ns())
-    _make(Options(region, size, block_size, peers, force, sparse, any_size), new)
+    refuse_hung(region.removeprefix("file:"))
+    if not os.path.lexists(region):
+        region = region.removeprefix("file:")
+    options = Options(region, size, block_size, peers, force, sparse, any_size, if_needed, quiet)
+    _check(options)
+    if dry_run:
+        _rehearse(options)
+    else:
+        _make(options, new)
 
 
 def main(args: list[str] | None = None, prog_name: str = "mkfs.ivshmemfs") -> None:

@@ -50,11 +50,25 @@ def _old_geometry(page: bytes, region_size: int) -> Geometry | None:
     return None
 
 
+def identity_of(memory: Memory) -> tuple[str, str] | None:
+    """Return label and UUID text of the filesystem on a region; None without one.
+
+    Looks at the superblock and at its copy.
+    """
+    page = memory.read(0, min(FIRST_PAGE, memory.length))
+    return superblock.identify(page) or superblock.identify(page[superblock.COPY_OFFSET :])
+
+
+def describe_identity(label: str, uuid: str) -> str:
+    """Return label and UUID of a filesystem as text for a message."""
+    return f"label {label!r}, UUID {uuid}" if label else f"UUID {uuid}"
+
+
 def examine(region: Region) -> Existing:
     """Return what a region has; stores nothing."""
     memory = region.memory
     page = memory.read(0, min(FIRST_PAGE, memory.length))
-    known = superblock.identify(page) or superblock.identify(page[superblock.COPY_OFFSET :])
+    known = identity_of(memory)
     if known is None:
         return Existing(None, find_data(region), (), "")
     geometry = _old_geometry(page, memory.length)
@@ -77,8 +91,7 @@ def refuse_used(existing: Existing, spec: str, force: int = 0) -> None:
             "first (only --force given twice formats it under them, and what is on it is lost)"
         )
     if existing.identity and not force:
-        label, uuid = existing.identity
-        named = f"label {label!r}, UUID {uuid}" if label else f"UUID {uuid}"
+        named = describe_identity(*existing.identity)
         raise InUse(
             f"{spec} already carries an ivshmemfs filesystem ({named}): if all that is on it "
             "may be lost, use --force"

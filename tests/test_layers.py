@@ -16,6 +16,7 @@ TOP = Path(__file__).resolve().parent.parent
 LAYERS = ("cli", "fuse", "engine", "shm", "format", "region", "native", "printing", "errors")
 SIDES = {
     "__main__": ("cli", "mkfs", "fsck", "command", "errors"),
+    "api": LAYERS[1:],
     "cli": ("command", "manual", *LAYERS[1:]),
     "mkfs": ("command", "manual", "shm", "format", "region", "native", "printing", "errors"),
     "fsck": ("command", "manual", "shm", "format", "region", "native", "printing", "errors"),
@@ -73,6 +74,12 @@ def test_only_the_fuse_layer_knows_fuse_and_trio(path: Path) -> None:
     if _layer(path) != "fuse":
         outside = {"pyfuse3", "trio"} & {name.split(".")[0] for name in _imports(path)}
         assert not outside
+
+
+def test_the_api_takes_of_the_fuse_layer_only_the_list_of_mounts() -> None:
+    taken = {name for path in SOURCES if _layer(path) == "api" for name in _imports(path)}
+    fuse = {name for name in taken if name.startswith("ivshmemfs.fuse")}
+    assert fuse == {"ivshmemfs.fuse", "ivshmemfs.fuse.mountpoint"}
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(TOP)))

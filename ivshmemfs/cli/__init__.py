@@ -4,6 +4,7 @@
 - ``mount`` (`mount`, `umount`), ``info`` (`list`, `info`), ``dump``, ``peers`` (`peers`, `evict`),
   ``lock``, ``wait``, ``watch``: subcommands
 - ``transfer``: the subcommands `get` and `put`
+- ``doctor``: the subcommand `doctor`
 - ``attach``: how a subcommand reaches a region, a mount of it, or a path in it
 - ``commits``: waits for the next commit; ``output``: tables
 

@@ -79,9 +79,10 @@ def lock_command(
 ) -> int:
     """Run COMMAND while holding a lock on FILE that excludes all other machines.
 
-    FILE is on a mount, and is made if it does not exist.  The death of the holder frees the lock:
-    after 3 s if its process is seen to be gone, else after 10 s without a sign of life.  If its
-    machine was only paused, COMMAND is ended there within a second of waking up.
+    FILE is on a mount, and is made if it does not exist.  The lock is an flock(2) lock, as programs
+    on any mount take it.  The death of the holder frees the lock: after 3 s if its process is seen
+    to be gone, else after 10 s without a sign of life.  If its machine was only paused, COMMAND is
+    ended there within a second of waking up.
 
     Ends with COMMAND's exit code.  Needs access to the region itself, as mounting does.
     """

@@ -48,6 +48,7 @@ SUBCOMMANDS = {
     "watch": Subcommand("watch", "Print changes of files as they happen."),
     "get": Subcommand("transfer.commands", "Copy files from REGION, without a mount."),
     "put": Subcommand("transfer.commands", "Copy local files to REGION, without a mount."),
+    "doctor": Subcommand("doctor.commands", "Check a region and this machine; say what to type."),
 }
 MANUAL = Manual(
     examples=(

@@ -45,8 +45,8 @@ def _peer_table(spec: str, *, readonly: bool) -> Iterator[PeerTable]:
         yield PeerTable(region.memory, checked.geometry, CommitWord(region.memory))
 
 
-def _alive(watch: Watch, slots: set[int]) -> set[int]:
-    """Those of *slots* that show life within some seconds."""
+def watched_alive(watch: Watch, slots: set[int]) -> set[int]:
+    """Return those of *slots* that show life within SILENCE seconds."""
     watch.look()
     end = time.monotonic() + SILENCE + 2 * POLL
     while True:
@@ -65,7 +65,7 @@ def peers_command(region: str) -> None:
     _tell_trouble(region)
     with _peer_table(region, readonly=True) as peers:
         present, watch = list(peers.peers()), peers.watch
-        alive = _alive(watch, {peer.slot for peer in present})
+        alive = watched_alive(watch, {peer.slot for peer in present})
         rows = [_row(peer, _life(watch, peer, alive)) for peer in present]
         repaired = under_repair(peers.commit_word.load())
         told = describe(peers.memory) if repaired else ""
@@ -123,7 +123,7 @@ def evict_command(region: str, slot: int, force: bool) -> None:
         peer = next((peer for peer in peers.peers() if peer.slot == slot), None)
         if peer is None:
             raise UsageError(f"nobody is in slot {slot}: see 'ivshmemfs peers {region}'")
-        if not force and slot in _alive(peers.watch, {slot}):
+        if not force and slot in watched_alive(peers.watch, {slot}):
             raise InUse(
                 f"the peer in slot {slot} is alive: unmount it there (--force evicts it anyway)"
             )

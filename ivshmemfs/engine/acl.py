@@ -1,4 +1,4 @@
-"""POSIX access lists: who beside the owner, the group and others may use a file.
+"""POSIX access lists: permissions of a file for further users and groups.
 
 An inode has up to two lists, stored as extended attributes in Linux's own encoding (version 2):
 
@@ -91,7 +91,7 @@ def encode(entries: list[Entry]) -> bytes:
 def check(entries: list[Entry]) -> None:
     """Raise EINVAL unless the entries form a list that the kernel accepts.
 
-    The tags are in order, each of the owner, the owning group and others is there once, and so is
+    The tags are in order.  The owner, the owning group and others are there once each, and so is
     the mask if there is a USER or GROUP.  The kernel does not compare the ids of two entries.
     """
     last, named = 0, False
@@ -205,8 +205,8 @@ def set_list(
 ) -> Inode:
     """Return the inode with a list, and with the mode that goes with it; an empty one removes it.
 
-    Raises FsError: EOPNOTSUPP for a symbolic link, EACCES for a default list of what is no
-    directory, EINVAL for a malformed list, E2BIG above VALUE_MAX, ENOSPC.
+    Raises EOPNOTSUPP for a symbolic link.  Raises EACCES for a default list, unless the inode is a
+    directory.  Raises EINVAL for a malformed list, E2BIG above VALUE_MAX, ENOSPC.
     """
     if stat.S_ISLNK(inode.record.mode):
         raise FsError(errno.EOPNOTSUPP)

@@ -1,7 +1,7 @@
 """What commits changed in watched directories: a comparison with what a watcher remembers.
 
 Trees are copy-on-write, so two nodes with one pointer are equal.  A watcher compares pointers and
-reads only what differs: a change costs one path of nodes, whatever the size of the directory.
+reads only what differs: a change costs one path of nodes, also in a large directory.
 
 Peers reuse the blocks of an older root at once.  So a watcher cannot read the older tree any more;
 it remembers what it needs of it:
@@ -36,7 +36,9 @@ from ivshmemfs.engine.inode import Inode
 from ivshmemfs.engine.transaction import View
 from ivshmemfs.format import inode as fmt
 
-NAMES_MAX: Final = 1 << 18  # names that one watcher remembers; beyond, it reports OVERFLOW
+NAMES_MAX = (
+    1 << 18
+)  # names that one watcher remembers; beyond, it reports OVERFLOW; tests change it
 DETAILS_MAX: Final = 1 << 14  # inodes whose details it remembers
 COMPARED_AT_ONCE: Final = 100  # inodes that one look reads
 _DIRECTORY: Final = 4  # the kind of a dirent that names a directory

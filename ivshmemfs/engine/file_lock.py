@@ -1,7 +1,6 @@
 """The lock that a command holds: an exclusive flock(2) lock, taken without a mount.
 
-The command is a peer itself, so nobody's help is needed to free the lock: its death is seen as that
-of any peer.
+The command is a peer itself.  So its death frees the lock, as the death of any peer does.
 """
 
 from __future__ import annotations

@@ -40,7 +40,6 @@ from ivshmemfs.engine.transaction import Transaction, View
 from ivshmemfs.engine.upkeep import Upkeep
 from ivshmemfs.engine.volume import Volume
 from ivshmemfs.errors import (
-    Busy,
     Corrupt,
     FsError,
     IvshmemfsError,
@@ -175,8 +174,7 @@ class Filesystem:
 
     def tick(self) -> bool:
         """Beat and do one piece of upkeep, about once a second; see `Upkeep.tick`."""
-        with suppress(Busy, FsError):  # which must not keep the mount from beating
-            self.locks.tick()
+        self.locks.tick()
         return self._upkeep.tick()
 
     def work(self) -> bool:

@@ -11,19 +11,19 @@ of a record, and what changes them:
     held    -> absent     `Locks.give`, `Locks.close`, `Locks.leave`
     any     -> absent     any peer that changes the table, when the record's peer is not living
 
-A peer is living while its slot has the record's incarnation, it is not surely gone
-(`Watch.absent`), and it is not silent for more than `SILENT` seconds.
+A peer is living while its slot has the record's incarnation and it is not surely gone
+(`Watch.absent`).  Silence of more than `SILENT` seconds counts as its end.
 
 Each mount keeps a copy of what its own owners hold (`Held`): what they believe.  The table is the
-truth.  The two differ once this mount was silent for so long that another peer removed its records,
-or after it has joined again as a new incarnation.  Then each open file through which such a lock
-was taken is *fenced*, until it is closed: its writes fail.  `Guard.check` runs on the snapshot of
-each write, so the commit's compare-and-swap makes the check and the write one.
+truth.  The two differ once another peer removed this mount's records because of its silence.  They
+also differ after the mount has joined again as a new incarnation.  Then each open file through
+which such a lock was taken is *fenced*, until it is closed: its writes fail.  `Guard.check` runs on
+the snapshot of each write, so the commit's compare-and-swap makes the check and the write one.
 
 Order of waiters: a request that may wait lets a conflicting earlier ticket go first.  Three limits
-keep this queue from adding a deadlock.  A request ignores a ticket that its own locks block, a
-ticket that nobody has blocked for `SLOW` s, and every ticket after `YIELD` s.  A request that does
-not wait ignores all tickets.
+keep this queue from adding a deadlock.  A request ignores a ticket that its own locks block.  It
+ignores a ticket that no holder has blocked for `SLOW` s, and every ticket after `YIELD` s.  A
+request that does not wait ignores all tickets.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ log = logging.getLogger(__name__)
 
 SILENT = 10.0  # seconds without a sign of life after which a holder's machine counts as dead
 QUEUE_AFTER = 0.003  # seconds of vain attempts after which a waiter takes a ticket
-LIVENESS = 0.5  # seconds between two looks at the holders, when nobody commits
+LIVENESS = 0.5  # seconds between two looks at the holders, when no peer commits
 SLOW = 0.05  # seconds for which a waiter may leave unused what it could have
 YIELD = 0.5  # seconds for which a waiter lets earlier tickets go first
 _AGAIN = 0.01  # seconds between two looks while a waiter lets others go first
@@ -162,7 +162,7 @@ class Wait:
     def attempt(self) -> bool:
         """Take the lock if nothing is in the way; whether it is held now.
 
-        Costs one load while nobody commits.  Raises Busy, ESTALE, ENOLCK, EDEADLK, LockLost.
+        Costs one load while no peer commits.  Raises Busy, ESTALE, ENOLCK, EDEADLK, LockLost.
         """
         word, now = self._locks.commit_word(), time.monotonic()
         if word == self._word and now < self._due:
@@ -188,7 +188,7 @@ class Wait:
         return now - self._yields_since < YIELD
 
     def is_blocked(self) -> None:
-        """A holder is in the way, so it has let nobody go first yet."""
+        """A holder is in the way, so it has not let another waiter go first yet."""
         self._yields_since = 0.0
 
     def leave(self) -> None:
@@ -208,7 +208,7 @@ class Locks:
         self._owed: dict[Key, list[tuple[int, int]]] = {}  # given back, as soon as it succeeds
         self._withdrawn: list[tuple[int, int, Place]] = []  # the same of tickets
         self._gone: set[Place] = set()  # judged by another watch of this process
-        self._free_since: dict[tuple[int, int], float] = {}  # tickets that nobody blocks
+        self._free_since: dict[tuple[int, int], float] = {}  # tickets that no holder blocks
         self.version = 0  # changes with what is held
 
     @property
@@ -220,7 +220,7 @@ class Locks:
         """The commit word: nothing in any table has changed while it has not."""
         return self._volume.store.commit_word.load()
 
-    # --- who lives --------------------------------------------------------------------------
+    # --- which peers live -------------------------------------------------------------------
 
     def living(self, slot: int, incarnation: int) -> bool:
         """Whether the records of a peer count."""
@@ -258,6 +258,15 @@ class Locks:
     def test(self, ino: int, lock: Lock) -> LockRecord | None:
         """The first held lock that would be in the way, or None.  Raises Busy, ESTALE."""
         return self._volume.look(lambda view: self._in_the_way(view, ino, lock))
+
+    def owned(self, ino: int, lock: Lock) -> LockRecord | None:
+        """The first held lock of the owner of `lock` in its range, of any type."""
+        key = (ino, lock.kind, lock.owner)
+        held = self._held.get(key)
+        if held is None or held.place != self._volume.peer_id:
+            return None
+        ranges = [one for one in held.ranges if one.start <= lock.end and lock.start <= one.end]
+        return held_records(ranges[:1], key, held.place)[0] if ranges else None
 
     def _in_the_way(self, view: View, ino: int, lock: Lock) -> LockRecord | None:
         records = self._living(records_of(view, view.inode(ino)))
@@ -436,7 +445,7 @@ class Locks:
         return now - self._free_since.setdefault(ticket, now) < SLOW
 
     def _queued(self, tx: Transaction, inode: Inode, records: list[LockRecord], wait: Wait) -> int:
-        """The ticket of `wait`; 0 when there is no room for it.  Raises EDEADLK."""
+        """The ticket of `wait`; 0 when the table has no room for it.  Raises EDEADLK."""
         waits = self._living_waits(tx) if wait.detect else []
         if wait.detect and self._is_deadlock(tx, wait, waits):
             raise FsError(errno.EDEADLK)
@@ -529,7 +538,7 @@ class Locks:
         self._forgive(key, (start, end))
 
     def _forgive(self, key: Key, part: tuple[int, int]) -> None:
-        """This part is no longer to be given back."""
+        """Forget that this part was to be given back."""
         owed = self._owed.get(key, [])
         if part in owed:
             owed.remove(part)
@@ -559,7 +568,7 @@ class Locks:
                 self.give(*key)
 
     def tick(self) -> None:
-        """Give back what could not be given back before, some at a time."""
+        """Give back what could not be given back before, some at a time.  Never raises."""
         for key in list(self._owed)[:_OWED_AT_ONCE]:
             for start, end in list(self._owed.get(key, ())):
                 with suppress(IvshmemfsError, OSError):

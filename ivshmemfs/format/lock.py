@@ -34,7 +34,7 @@ MOST: Final = 1300
 
 
 class TableHeader(NamedTuple):
-    """What stands before the records of either attribute."""
+    """What precedes the records of either attribute."""
 
     version: Annotated[int, At(0, "B", "version of the records; another one is refused")]
 

@@ -104,8 +104,8 @@ def check_root(header: HeaderRecord, record: RootRecord, fsid: int, commit: int)
 def check_node(
     data: bytes, block_size: int, tag: int, kind: int, level: int, owner: int
 ) -> Iterator[str]:
-    """A metadata block is whole, of the kind, level and owner that its place asks for, and repeats
-    the tag of the claim that wrote it."""
+    """A metadata block is whole and has the kind, level and owner that its place asks for.  It
+    repeats the tag of the claim that wrote it."""
     header = node_format.HEADER.unpack(data)
     if not node_format.HEADER_SIZE <= header.used <= block_size:
         yield f"{header.used} bytes in use in a block of {block_size}"
@@ -190,7 +190,7 @@ def check_counters(
 @_invariant(12)
 def check_fixed_inodes(ino: int, kind: int | None) -> Iterator[str]:
     """Inode 1, the root directory, and inode 2, the list of inodes without links, exist and are
-    directories; no inode has number 0 or one above the largest."""
+    directories.  No inode has number 0 or one above the largest."""
     if ino in (ino_format.ROOT_INO, ino_format.ORPHANS_INO):
         if kind is None:
             yield "it is missing"
@@ -205,8 +205,8 @@ def check_fixed_inodes(ino: int, kind: int | None) -> Iterator[str]:
 
 @_invariant(13)
 def check_inode(record: InodeRecord, used: int) -> Iterator[str]:
-    """An inode record is sane: a known type, a payload that goes with it and fits its block, and
-    fields that do not apply are zero."""
+    """An inode record is sane: it has a known type, and a payload that goes with it and fits its
+    block.  Fields that do not apply are zero."""
     kind = stat.S_IFMT(record.mode)
     if kind not in ino_format.ALLOWED_PAYLOADS or record.mode & ~MODE_MASK:
         yield f"mode {record.mode:o} is of no file type"
@@ -265,8 +265,8 @@ def check_blocks(stated: int, found: int) -> Iterator[str]:
 
 @_invariant(16)
 def check_xattr(record: InodeRecord, blob: bytes | None) -> Iterator[str]:
-    """Extended attributes are either in the inode block or in a tree of their own, and are
-    well-formed: in order, with valid names, adding up to their size."""
+    """Extended attributes are either in the inode block or in a tree of their own.  They are in
+    order, have valid names, and add up to their size."""
     if record.xattr_inline not in (0, record.xattr_size) or record.xattr_size > xattr.BLOB_MAX:
         yield f"{record.xattr_inline} of {record.xattr_size} bytes of extended attributes inline"
         return
@@ -287,8 +287,8 @@ def check_xattr(record: InodeRecord, blob: bytes | None) -> Iterator[str]:
 
 @_invariant(17)
 def check_directory_bounds(keys: Sequence[int], low: int, high: int, top: bool) -> Iterator[str]:
-    """The bounds in a directory's interior node ascend within the range of the node, never
-    divide names of equal hash, and begin with 0 at the top of the tree."""
+    """The bounds in a directory's interior node ascend within the range of the node, and begin
+    with 0 at the top of the tree.  They never divide names of equal hash."""
     if any(a >= b for a, b in pairwise(keys)):
         yield "its bounds are not in order"
     if keys and not (low <= keys[0] and keys[-1] < high):
@@ -310,8 +310,8 @@ def check_directory_keys(keys: Sequence[int], low: int, high: int) -> Iterator[s
 
 @_invariant(19)
 def check_name(name: bytes, key: int, secret: bytes) -> Iterator[str]:
-    """A name has 1 to 255 bytes, is neither `.` nor `..`, has no slash and no NUL in it, and its
-    key is the hash of it."""
+    """A name has 1 to 255 bytes, no slash and no NUL, and is neither `.` nor `..`.  Its key is its
+    hash."""
     if not name or len(name) > NAME_MAX or name in (b".", b"..") or b"/" in name or b"\0" in name:
         yield f"{show(name)} cannot be a name"
     elif not 0 <= key - name_key(name, secret) < COLLISIONS:
@@ -326,7 +326,7 @@ def check_unique_name(name: bytes) -> Iterator[str]:
 
 @_invariant(21)
 def check_target(name: bytes, target: int, stated: int, found: int | None) -> Iterator[str]:
-    """A name leads to an inode that exists and has the type that the name states; none leads to
+    """A name leads to an inode that exists and has the type that the name states.  None leads to
     the root directory or the list of inodes without links."""
     if found is None:
         yield f"{show(name)} leads to inode {target}, which does not exist"
@@ -345,8 +345,8 @@ def check_entries(stated: int, found: int) -> Iterator[str]:
 
 @_invariant(23)
 def check_parent(names: int, parent: int, found: int, connected: bool) -> Iterator[str]:
-    """Exactly one name leads to a directory, its parent field names the directory that holds
-    it, and going up from parent to parent leads to the root directory."""
+    """Exactly one name leads to a directory, and its parent field names the directory that holds
+    it.  Going up from parent to parent leads to the root directory."""
     if names > 1:
         yield f"{names} names lead to this directory"
     if names and parent != found:

@@ -8,7 +8,7 @@ No filesystem semantics live here, and nothing outside this package knows pyfuse
 - ``pyfuse3_frontend``: serves the same requests where pyfuse3 reads them
 - ``connection``: opens the FUSE connection and negotiates its features
 - ``loop``: waits for the next request
-- ``mountpoint``: checks mount points, lists mounts, runs fusermount3
+- ``mountpoint``: checks mount points, lists mounts, mounts and unmounts
 - ``options``: parses the ``-o`` options
 - ``session``: runs one mount from its first request to its last; ``upkeep``: its housekeeping
 - ``daemon``: starts and ends the process; ``logs``: writes its log

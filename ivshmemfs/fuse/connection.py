@@ -8,7 +8,7 @@ open descriptor, written /dev/fd/N, instead of a mount point.  That descriptor i
 socket pair.  A `Handshake` holds the other end and the real connection:
 
     state      what has happened                                         what comes next
-    MOUNTED    fusermount3 has mounted; the kernel has queued INIT       `step` passes INIT on
+    MOUNTED    the mount exists; the kernel has queued INIT              `step` passes INIT on
     OFFERED    libfuse can read INIT from the socket, and answers there  `step` amends the answer
     OPEN       the kernel has the answer; see below                      nothing
     FAILED     `step` raised an error and closed the descriptors         the caller unmounts
@@ -21,8 +21,7 @@ under the number N, and libfuse and the kernel talk directly.  If `kernel_fronte
 `loop.Loop` calls `step` before each wait for a request, in the thread that also runs libfuse.  So
 nothing here is concurrent: libfuse has answered when it waits again.
 
-A kernel that does not offer a flag gets an answer without it.  Without fusermount3 there is no
-handshake: libfuse mounts by itself (only root can), and the kernel refuses shared mappings.
+A kernel that does not offer a flag gets an answer without it.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
 from ivshmemfs.errors import Interrupted, IvshmemfsError, MountError, UsageError
 from ivshmemfs.fuse import logs, mountpoint
-from ivshmemfs.fuse.options import MountOptions, remount_flags
+from ivshmemfs.fuse.options import MountOptions, mount_flags
 
 if TYPE_CHECKING:
     from ivshmemfs.engine import Filesystem
@@ -240,10 +240,10 @@ def remount(path: str, options: MountOptions) -> None:
         raise UsageError("mount option 'remount' is for root alone: unmount and mount again")
     entry = _ours(path)
     mountpoint.refuse_hung(entry)
-    mountpoint.remount(entry.path, remount_flags(options))
+    mountpoint.remount(entry.path, mount_flags(options))
     if not options.readonly and mountpoint.refuses_changes(entry.path):
         options.readonly = True
-        mountpoint.remount(entry.path, remount_flags(options))
+        mountpoint.remount(entry.path, mount_flags(options))
         raise MountError(
             f"{path} was mounted read-only and has no place among the peers that write: "
             "unmount it and mount it again"

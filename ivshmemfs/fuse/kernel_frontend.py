@@ -582,8 +582,8 @@ class KernelFrontEnd:
         return fh, kind == protocol.F_UNLCK, Lock(which, kind & 1, owner, start, end, pid)
 
     def _getlk(self, _node: int, _ctx: Context, request: Buffer, _end: int) -> Answer:
-        fh, _, lock = self._lock(request)
-        found = self._operations.getlk(fh, lock)
+        fh, own, lock = self._lock(request)
+        found = self._operations.getlk(fh, lock, own=own)
         if found is None:
             return protocol.LK_OUT.pack(lock.start, lock.end, protocol.F_UNLCK, 0)
         record, here = found

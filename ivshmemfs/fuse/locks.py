@@ -1,17 +1,17 @@
 """Locks as the kernel asks for them: owners, waiting, and what closing a file gives back.
 
 The kernel keeps no lock itself once INIT has agreed on FUSE_POSIX_LOCKS and FUSE_FLOCK_LOCKS.  It
-names an owner by 64 bits: the file table of a process (fcntl), or an open file (flock(2), and fcntl
-locks of open files, OFD).  What ends a lock:
+names an owner by 64 bits.  The owner is the file table of a process (fcntl), or an open file
+(flock(2), and fcntl locks of open files, OFD).  What ends a lock:
 
     fcntl     an unlock; FLUSH, which the kernel sends at each close(2), with the owner that closes
     flock     an unlock; RELEASE of the open file
     OFD       an unlock; RELEASE.  The kernel sends no unlock, so the handle's `Guard` remembers
 
-A request that may wait is attempted at once.  Then a task attempts it again: after FIRST_DELAY,
-with a backoff up to LONGEST_DELAY that starts again when the table has changed, and at once when
-this mount gives back a lock of the inode.  An attempt costs
-one load while nobody commits.  A wait ends with the lock, with an error, with INTERRUPT (EINTR), or
+A request that may wait is attempted at once.  Then a task attempts it again after FIRST_DELAY, with
+a backoff up to LONGEST_DELAY.  The backoff starts again when the table has changed.  The task
+attempts it at once when this mount gives back a lock of the inode.  An attempt costs one load while
+no peer commits.  A wait ends with the lock, with an error, with INTERRUPT (EINTR), or
 with the mount (EIO).
 """
 
@@ -55,10 +55,16 @@ class SharedLocks:
         self._ended = ended
         self._asleep: dict[int, dict[trio.CancelScope, Wait]] = {}  # by inode
 
-    def test(self, handle: Handle, lock: Lock) -> tuple[LockRecord, bool] | None:
-        """(a lock that is in the way, whether its holder is on this mount); None if none is."""
+    def test(
+        self, handle: Handle, lock: Lock, *, own: bool = False
+    ) -> tuple[LockRecord, bool] | None:
+        """(a lock that is in the way, whether its holder is on this mount); None if none is.
+
+        With *own* a lock of the owner of *lock* itself (F_OFD_GETLK with F_UNLCK).
+        """
         _check(lock)
-        found = self._locks.test(handle.ino, lock)
+        find = self._locks.owned if own else self._locks.test
+        found = find(handle.ino, lock)
         if found is None:
             return None
         return found, (found.slot, found.incarnation) == self._locks.place

@@ -1,7 +1,8 @@
-"""Mount points: their checks, the list of mounts, and fusermount3.
+"""Mount points: their checks, the list of mounts, mounting and unmounting.
 
 fusermount3 mounts for root and for ordinary users.  It is the only program that may mount for a
-user, and it sets nosuid and nodev unless root asks otherwise.  Root unmounts by umount2(2).
+user, and it sets nosuid and nodev unless root asks otherwise.  Without fusermount3 root mounts by
+mount(2).  Root unmounts by umount2(2).
 
 A mount with a stopped daemon blocks every caller that looks at its root.  So this module passes no
 path to the kernel that is the root of a mount in /proc/self/mountinfo.  Nor does it pass one that
@@ -39,6 +40,11 @@ ANSWER_SECONDS = 5.0
 MAX_LINKS = 40
 
 _MNT_DETACH, _UMOUNT_NOFOLLOW = 2, 8  # flags of umount2(2)
+#: Reasons why mount(2) refuses, by errno.
+_REFUSALS = {
+    errno.ENODEV: "the kernel does not know FUSE: load its module ('modprobe fuse')",
+    errno.EPERM: "the kernel lets this root not mount: run the container with CAP_SYS_ADMIN",
+}
 
 
 class MountEntry(NamedTuple):
@@ -249,14 +255,20 @@ def helper() -> str | None:
     return shutil.which("fusermount3")
 
 
+def _needed_helper() -> str:
+    """Return the path of fusermount3; raises MountError if it is not installed."""
+    command = helper()
+    if command is None:
+        raise MountError("fusermount3 is missing: install the package fuse3, or be root")
+    return command
+
+
 def open_mount(path: str, options: str) -> int:
     """Mount a new FUSE connection on *path* and return its descriptor.
 
     *options* are in the syntax of fusermount3 -o.  Raises MountError.
     """
-    command = helper()
-    if command is None:
-        raise MountError("fusermount3 is missing: install the package fuse3")
+    command = _needed_helper()
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
     with ours, theirs:
         _run(
@@ -268,12 +280,42 @@ def open_mount(path: str, options: str) -> int:
         return _receive_descriptor(ours)
 
 
+def open_mount_directly(path: str, source: str, flags: int, data: str) -> int:
+    """Mount a new FUSE connection on *path* by mount(2) and return its descriptor.
+
+    *flags* are those of mount(2); *data* are options of the kernel's FUSE, separated by commas.
+    Raises MountError.
+    """
+    try:
+        device = os.open(FUSE_DEVICE, os.O_RDWR | os.O_CLOEXEC)
+    except OSError as error:
+        raise MountError(f"{FUSE_DEVICE} cannot be opened: {error.strerror}") from None
+    owner = f"user_id={os.getuid()},group_id={os.getgid()}"
+    words = ",".join(filter(None, (f"fd={device},rootmode=40000,{owner}", data)))
+    number = _mount(source, path, FSTYPE, flags, words)
+    if number:
+        os.close(device)
+        raise MountError(_REFUSALS.get(number, f"{path} cannot be mounted: {os.strerror(number)}"))
+    return device
+
+
 def remount(path: str, flags: int) -> None:
     """Set the flags of mount(2) of the mount *path*.  Raises MountError."""
+    if number := _mount("none", path, None, flags, None):
+        raise MountError(f"{path} cannot be remounted: {os.strerror(number)}")
+
+
+def _mount(source: str, path: str, fstype: str | None, flags: int, data: str | None) -> int:
+    """Call mount(2); return 0 or the errno."""
     libc = ctypes.CDLL(None, use_errno=True)
-    target = ctypes.c_char_p(os.fsencode(path))
-    if libc.mount(b"none", target, None, ctypes.c_ulong(flags), None) != 0:
-        raise MountError(f"{path} cannot be remounted: {os.strerror(ctypes.get_errno())}")
+    failed = libc.mount(
+        ctypes.c_char_p(os.fsencode(source)),
+        ctypes.c_char_p(os.fsencode(path)),
+        ctypes.c_char_p(None if fstype is None else fstype.encode()),
+        ctypes.c_ulong(flags),
+        ctypes.c_char_p(None if data is None else data.encode()),
+    )
+    return ctypes.get_errno() if failed else 0
 
 
 def refuses_changes(path: str) -> bool:
@@ -305,10 +347,7 @@ def unmount(path: str, *, lazy: bool = False) -> None:
     """Unmount *path*; *lazy* detaches it at once even if it is in use.  Raises MountError."""
     if os.geteuid() == 0 and _umount2(path, lazy=lazy):
         return
-    command = unmount_command(path, lazy=lazy)
-    if command is None:
-        raise MountError("fusermount3 is missing: install the package fuse3")
-    _run(command)
+    _run([_needed_helper(), "-u", *(["-z"] if lazy else []), "--", path])
 
 
 def _umount2(path: str, *, lazy: bool) -> bool:
@@ -323,12 +362,6 @@ def _umount2(path: str, *, lazy: bool) -> bool:
     if ctypes.get_errno() == errno.EBUSY:
         raise BusyMount(f"{path}: {os.strerror(errno.EBUSY)}")
     return False  # a container's root may lack the right; fusermount3 reports the cause
-
-
-def unmount_command(path: str, *, lazy: bool) -> list[str] | None:
-    """Return the command that unmounts *path*, or None; for a caller that must not block."""
-    command = helper()
-    return None if command is None else [command, "-u", *(["-z"] if lazy else []), "--", path]
 
 
 def _run(

@@ -405,9 +405,12 @@ class Operations:
             raise FsError(errno.ENOSYS)
         return self._locks
 
-    def getlk(self, fh: int, lock: Lock) -> tuple[LockRecord, bool] | None:
-        """(a lock that is in the way, whether its holder is on this mount); None if none is."""
-        return self.locks.test(self._handles[fh], lock)
+    def getlk(self, fh: int, lock: Lock, *, own: bool = False) -> tuple[LockRecord, bool] | None:
+        """(a lock that is in the way, whether its holder is on this mount); None if none is.
+
+        With *own* a lock of the owner of *lock* itself.
+        """
+        return self.locks.test(self._handles[fh], lock, own=own)
 
     def setlk(self, fh: int, lock: Lock) -> None:
         """Take a lock; raises EAGAIN when another one is in the way."""

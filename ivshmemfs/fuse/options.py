@@ -150,35 +150,34 @@ def _check(options: MountOptions) -> None:
             raise UsageError(f"mount option '{name}' is for root alone")
 
 
-def remount_flags(options: MountOptions) -> int:
-    """Return the flags of mount(2) for a remount with these options."""
+def mount_flags(options: MountOptions) -> int:
+    """Return the flags of mount(2) for these options, MS_REMOUNT included."""
     on = {f"no{name}" for name in ("suid", "dev") if not getattr(options, name)}
     for word in options.kernel_flags:
         on.discard(_OPPOSITES.get(word, ""))
         on.add(word)
-    flags = _MS_REMOUNT | (_MS_RDONLY if options.readonly else 0)
+    flags = (_MS_REMOUNT if options.remount else 0) | (_MS_RDONLY if options.readonly else 0)
     return flags | sum(_MOUNT_FLAGS.get(word, 0) for word in on)
 
 
 def fusermount_options(options: MountOptions, source: str) -> str:
     """Return the options in fusermount3's syntax; df(1) shows *source* as the device."""
     escaped = source.replace("\\", "\\\\").replace(",", "\\,")
-    words = [f"fsname={escaped}", "subtype=ivshmemfs", *_common(options, direct=True)]
-    return ",".join(words)
+    words = [f"fsname={escaped}", "subtype=ivshmemfs", "ro" if options.readonly else "rw"]
+    words += _connection(options)
+    words += [name for name in ("suid", "dev") if getattr(options, name)]
+    return ",".join(words + options.kernel_flags)
 
 
-def libfuse_options(options: MountOptions, source: str) -> set[str]:
-    """Return the options for a mount by libfuse, which takes single words in ASCII."""
-    escaped = re.sub(r"[^ -~]|[,\\]", "?", source)
-    return {f"fsname={escaped}", "subtype=ivshmemfs", *_common(options, direct=False)}
+def mount_data(options: MountOptions) -> str:
+    """Return the options of the kernel's FUSE for a mount by mount(2)."""
+    return ",".join(_connection(options))
 
 
-def _common(options: MountOptions, *, direct: bool) -> list[str]:
-    words = ["ro" if options.readonly else "rw"]
-    if not (options.root_only and direct):
-        words.append("default_permissions")
-    words += [name for name in ("allow_other", "suid", "dev") if getattr(options, name)]
-    return words + options.kernel_flags
+def _connection(options: MountOptions) -> list[str]:
+    """Return the options for the users of the connection and for the check of permissions."""
+    words = [] if options.root_only else ["default_permissions"]
+    return words + (["allow_other"] if options.allow_other else [])
 
 
 # --- options with a value -----------------------------------------------------------------------

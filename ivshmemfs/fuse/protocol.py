@@ -106,8 +106,6 @@ SETXATTR_EXT_IN = struct.Struct("=IIIxxxx")
 GETXATTR_IN = struct.Struct("=Ixxxx")
 #: fh; RELEASE and RELEASEDIR.
 RELEASE_IN = struct.Struct("=Qxxxxxxxxxxxxxxxx")
-#: fh, release_flags, owner of the open file's flock(2) lock; RELEASE.
-RELEASE_LOCKS_IN = struct.Struct("=QxxxxIQ")
 #: fh, owner of the locks that end; FLUSH.
 FLUSH_IN = struct.Struct("=QxxxxxxxxQ")
 #: fh, owner, first and last byte, type, pid, lk_flags; GETLK, SETLK, SETLKW.

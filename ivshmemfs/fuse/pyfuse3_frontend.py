@@ -46,20 +46,13 @@ def _forwarded(
 
 
 class Pyfuse3FrontEnd(pyfuse3.Operations):
-    """Translates requests to *operations*; with *page_cache* files use the page cache.
-
-    With *access_lists* the kernel obeys access lists.
-    """
+    """Translates requests to *operations*; with *page_cache* files use the page cache."""
 
     supports_dot_lookup = True
     enable_writeback_cache = False
 
-    def __init__(
-        self, operations: Operations, *, page_cache: bool = False, access_lists: bool = False
-    ) -> None:
+    def __init__(self, operations: Operations, *, page_cache: bool = False) -> None:
         super().__init__()
-        #: Whether libfuse asks the kernel to obey access lists; pyfuse3 reads it.
-        self.enable_acl = access_lists
         self.operations = operations
         self._xattr_probe: tuple[RequestContext, int] | None = None
         self._reply = EntryAttributes()

@@ -17,7 +17,7 @@ import gc
 import logging
 import os
 import signal
-import subprocess
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
@@ -31,7 +31,7 @@ from ivshmemfs.fuse.connection import Handshake, Relay
 from ivshmemfs.fuse.kernel_frontend import KernelFrontEnd
 from ivshmemfs.fuse.loop import Loop
 from ivshmemfs.fuse.operations import Operations
-from ivshmemfs.fuse.options import MountOptions, fusermount_options, libfuse_options
+from ivshmemfs.fuse.options import MountOptions, fusermount_options, mount_data, mount_flags
 from ivshmemfs.fuse.ownership import Ownership
 from ivshmemfs.fuse.pages import Invalidator, Pages
 from ivshmemfs.fuse.pyfuse3_frontend import Pyfuse3FrontEnd
@@ -57,21 +57,19 @@ class Session:
 
     def __init__(self, fs: Filesystem, path: str, source: str, options: MountOptions) -> None:
         self._path = path
-        self._handshake: Handshake | None = None
-        self._waits = 0
         self._on_ready: Callable[[], None] = lambda: None
         self._device: str | None = None
         self.loop = Loop(self._before_wait, polling=options.loop == "poll")
         ownership = Ownership(options.uid, options.gid, options.umask)
         #: Whether the kernel checks permissions, and not `rights`.
-        self._kernel_checks = not options.root_only or mountpoint.helper() is None
+        self._kernel_checks = not options.root_only
         self._access_lists = options.acl and ownership == Ownership()
         self._can_share_locks = fs.shares_locks
         self._operations = Operations(
             fs,
             self.loop.pause,
             ownership=ownership,
-            root_only=not self._kernel_checks,
+            root_only=options.root_only,
             access_lists=self._access_lists,
         )
         self._upkeep = Upkeep(fs)
@@ -79,29 +77,20 @@ class Session:
         self._pages = Pages(fs, self._operations.nodes_of_file, self._invalidator.tell)
         self._options = options
         self._lifeline: mountpoint.Lifeline | None = None
-        self._mount(source, options)
+        self._handshake = Handshake(
+            _open_mount(path, source, options),
+            keep=self.loop.polling,
+            kernel_checks=self._kernel_checks,
+            access_lists=self._access_lists,
+            locks=options.locks == "shared" and self._can_share_locks,
+        )
+        self._start_libfuse()
 
-    def _mount(self, source: str, options: MountOptions) -> None:
-        if mountpoint.helper() is None:
-            target, words = self._path, libfuse_options(options, source)
-        else:
-            fd = mountpoint.open_mount(self._path, fusermount_options(options, source))
-            self._handshake = Handshake(
-                fd,
-                keep=self.loop.polling,
-                kernel_checks=self._kernel_checks,
-                access_lists=self._access_lists,
-                locks=options.locks == "shared" and self._can_share_locks,
-            )
-            target, words = self._handshake.path, set()
+    def _start_libfuse(self) -> None:
         with _stderr_captured() as said:
             try:
-                front_end = Pyfuse3FrontEnd(
-                    self._operations,
-                    page_cache=options.mmap,
-                    access_lists=self._access_lists and self._handshake is None,
-                )
-                pyfuse3.init(front_end, target, words)
+                front_end = Pyfuse3FrontEnd(self._operations, page_cache=self._options.mmap)
+                pyfuse3.init(front_end, self._handshake.path, set())
             except RuntimeError as error:
                 self._abandon(libfuse=False)
                 raise MountError(said() or str(error)) from None
@@ -121,18 +110,13 @@ class Session:
     @property
     def shared_mappings(self) -> bool:
         """Whether the kernel allows shared mappings with direct I/O; valid after `on_ready`."""
-        return self._handshake is not None and self._handshake.shared_mappings
+        return self._handshake.shared_mappings
 
     def _before_wait(self, fd: int) -> bool:
         """Advance the opening before a wait for a request; return True when it is complete."""
-        if self._handshake is not None:
-            ready = self._handshake.step(fd)
-        else:
-            # The first wait is for FUSE_INIT.  libfuse has answered it before the second wait.
-            self._waits += 1
-            ready = self._waits > 1
+        ready = self._handshake.step(fd)
         if ready:
-            if self._handshake is not None and self._handshake.relay is not None:
+            if self._handshake.relay is not None:
                 self._answer_first(self._handshake.relay)
             gc.collect()
             gc.freeze()
@@ -155,21 +139,21 @@ class Session:
             return "hidden and not obeyed"
         if not self._kernel_checks:
             return "obeyed by the daemon"
-        if self._handshake is None:
-            return "obeyed by the kernel, which applies the umask even beside a default list"
         if not self._handshake.access_lists:
             return "not obeyed: the kernel is too old"
         return "obeyed by the kernel"
 
     def _reach_of_locks(self) -> str:
         """Return between which programs flock(2) and fcntl(2) locks hold, and why."""
-        relay = self._handshake.relay if self._handshake is not None else None
+        relay = self._handshake.relay
         if relay is not None and relay.shares_locks:
             return "on all mounts"
         if self._options.locks == "local":
             reason = "locks=local"
+        elif self._options.readonly:
+            reason = "it is read-only"
         elif not self._can_share_locks:
-            reason = "it is read-only, or the region was formatted without locks"
+            reason = "the region cannot be written to, or was formatted before locks were shared"
         elif relay is None:
             reason = "requests come through pyfuse3, which has no handlers for locks"
         else:
@@ -253,14 +237,24 @@ class Session:
         everything.cancel()
 
     async def _unmount(self, *, lazy: bool) -> bool:
-        command = mountpoint.unmount_command(self._path, lazy=lazy)
-        if command is None or not self._still_mounted():
+        """Unmount in a thread: the kernel sends requests to this process meanwhile."""
+        if not self._still_mounted():
             return True
+        trio_token, ended = trio.lowlevel.current_trio_token(), trio.Event()
+        failures: list[MountError] = []
+
+        def unmount() -> None:
+            try:
+                mountpoint.unmount(self._path, lazy=lazy)
+            except MountError as error:
+                failures.append(error)
+            with suppress(trio.RunFinishedError):
+                trio_token.run_sync_soon(ended.set)
+
+        threading.Thread(target=unmount, daemon=True).start()
         with trio.move_on_after(mountpoint.HELPER_SECONDS):
-            result = await trio.run_process(
-                command, check=False, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-            )
-            return result.returncode == 0
+            await ended.wait()
+            return not failures
         return False
 
     # --- ending ---------------------------------------------------------------------------
@@ -277,13 +271,21 @@ class Session:
         it failed to make.
         """
         self._invalidator.stop()
-        if self._handshake is not None:
-            self._handshake.close()
+        self._handshake.close()
         if libfuse:
-            pyfuse3.close(unmount=self._handshake is None)
-        if self._handshake is not None and self._still_mounted():
+            pyfuse3.close(unmount=False)
+        if self._still_mounted():
             with suppress(MountError):
                 mountpoint.unmount(self._path, lazy=True)
+
+
+def _open_mount(path: str, source: str, options: MountOptions) -> int:
+    """Mount on *path* and return the FUSE descriptor.  Raises MountError."""
+    if mountpoint.helper() is None and os.geteuid() == 0:
+        return mountpoint.open_mount_directly(
+            path, source, mount_flags(options), mount_data(options)
+        )
+    return mountpoint.open_mount(path, fusermount_options(options, source))
 
 
 def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from ivshmemfs.native import DEVICE, NORMAL, WRITE_COMBINING, Blocks, Memory, crc32c
 from ivshmemfs.region.blank import Found, find_data
 from ivshmemfs.region.condition import Condition
-from ivshmemfs.region.file import create_file, reserve
+from ivshmemfs.region.file import cramped, create_file, refuse_tight, reserve
 from ivshmemfs.region.locate import (
     Candidate,
     Unreadable,
@@ -38,6 +38,7 @@ __all__ = [
     "Roots",
     "Scratch",
     "Unreadable",
+    "cramped",
     "crc32c",
     "create_file",
     "discover",
@@ -51,6 +52,7 @@ __all__ = [
     "probe",
     "readable_size",
     "refuse_hung",
+    "refuse_tight",
     "refuse_unfit",
     "reserve",
 ]

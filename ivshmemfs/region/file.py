@@ -86,29 +86,52 @@ def reserve(region: Region) -> None:
         return
     descriptor = open_descriptor(region.path, readonly=False)
     try:
-        _refuse_tight(descriptor, region)
+        behind = os.fstatvfs(descriptor)
+        refuse_tight(behind, region.path, region.size, os.fstat(descriptor).st_blocks * 512)
         os.posix_fallocate(descriptor, 0, region.size)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.ENOMEM):
             raise translate(error, region.path) from None
-        raise _too_large(descriptor, region) from None
+        raise _too_large(os.fstatvfs(descriptor), region.path, region.size) from None
     finally:
         os.close(descriptor)
 
 
-def _refuse_tight(descriptor: int, region: Region) -> None:
-    behind = os.fstatvfs(descriptor)
+def refuse_tight(behind: os.statvfs_result, path: Path, size: int, has: int = 0) -> None:
+    """Raise RegionSize unless a file of `size` bytes fits on the file system `behind` it.
+
+    `has` is the number of bytes that the file takes already.
+    """
     free = behind.f_bfree if os.geteuid() == 0 else behind.f_bavail
-    missing = region.size - os.fstat(descriptor).st_blocks * 512
-    if behind.f_blocks and missing > free * behind.f_frsize:
-        raise _too_large(descriptor, region)
+    if behind.f_blocks and size - has > free * behind.f_frsize:
+        raise _too_large(behind, path, size)
 
 
-def _too_large(descriptor: int, region: Region) -> RegionSize:
-    behind = os.fstatvfs(descriptor)
+def cramped(region: Region) -> str:
+    """Return a warning when the file system of a region's file is smaller than the file, or ""."""
+    if region.kind != "file":
+        return ""
+    behind = os.statvfs(region.path)
+    total = behind.f_blocks * behind.f_frsize
+    if not behind.f_blocks or total >= region.size:
+        return ""
+    return (
+        f"{shown(region.path)} has {readable_size(region.size)}, and its file system has only "
+        f"{readable_size(total)}: writes fail when that is full; "
+        f"'mount -o remount,size={region.size * 2 >> 20}M {shown(_mount_of(region.path))}' "
+        "makes a tmpfs larger"
+    )
+
+
+def _mount_of(path: Path) -> Path:
+    """Return the mount point that `path` is below."""
+    return next(parent for parent in path.parents if os.path.ismount(parent))
+
+
+def _too_large(behind: os.statvfs_result, path: Path, size: int) -> RegionSize:
     total, free = (n * behind.f_frsize for n in (behind.f_blocks, behind.f_bfree))
     return RegionSize(
-        f"{shown(region.path)}: {readable_size(region.size)} do not fit there; the file system "
+        f"{shown(path)}: {readable_size(size)} do not fit there; the file system "
         f"has {readable_size(total)}, of which {readable_size(free)} are free: make room or use a "
         "smaller size (--sparse takes memory only where it is written to)"
     )

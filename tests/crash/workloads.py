@@ -23,9 +23,11 @@ from ivshmemfs.engine import (
     Filesystem,
     Handle,
     acl,
+    contents,
 )
 from ivshmemfs.engine.lock_table import Lock
 from ivshmemfs.engine.locks import QUEUE_AFTER, Guard, Wait
+from ivshmemfs.engine.transaction import Transaction
 from ivshmemfs.engine.xattr import ACCESS_LIST, DEFAULT_LIST
 from ivshmemfs.format.lock import END, FCNTL, READ, WRITE
 from tests.support.laboratory import Death, Laboratory, Peer
@@ -178,6 +180,28 @@ workload("symlink", lambda fs: fs.symlink(ROOT_INO, b"new", b"to", ROOT))
 workload("symlink-long", lambda fs: fs.symlink(ROOT_INO, b"new", pattern(3000), ROOT))
 workload("link", lambda fs: fs.link(ino(fs, b"a"), ino(fs, b"e"), b"new", ROOT))
 workload("link-in-tree", lambda fs: fs.link(ino(fs, b"h1"), ino(fs, b"t"), b"new", ROOT))
+
+
+def _store(*files: tuple[bytes, bytes, bytes]) -> Callable[[Filesystem], object]:
+    """Replace the contents, and a note, of several files in one commit."""
+
+    def plan(tx: Transaction) -> None:
+        for name, content, note in files:
+            contents.store(tx, ROOT_INO, name, content, 0o640, USER, {b"user.note": note})
+
+    return lambda fs: fs.change(plan)
+
+
+workload("contents-new", _store((b"new", pattern(700, 8), b"note")))
+workload("contents-inline", _store((b"a", pattern(9000, 8), b"")))
+workload("contents-map", _store((b"b", b"short", pattern(300, 9))))
+workload("contents-attributes", _store((b"y", b"", b"n")))
+workload(
+    "contents-of-many",
+    _store(
+        (b"a", b"1", b""), (b"new", pattern(5000), b"n"), (b"c", b"3", b""), (b"also", b"", b"")
+    ),
+)
 
 workload("unlink-inline", lambda fs: fs.unlink(ROOT_INO, b"a", ROOT))
 workload("unlink-map", lambda fs: fs.unlink(ROOT_INO, b"b", ROOT))

@@ -26,7 +26,7 @@ from ivshmemfs.format.lock import END, FCNTL, FLOCK, READ, WRITE, LockRecord
 from tests.engine.asking import fails
 from tests.support.regions import ROOT, TestRegion, put
 
-BYTES = 24  # of the file, in the model; the last one stands for all that follow
+BYTES = 24  # of the file, in the model; the last one means all that follow
 
 
 class Time:
@@ -783,7 +783,7 @@ def files(fs: Filesystem) -> list[int]:
 def test_a_ring_of_waiters(
     made: TestRegion, fs: Filesystem, other: Filesystem, files: list[int], clock: Time
 ) -> None:
-    """Between three mounts, over three files; whoever closes the ring is told."""
+    """Between three mounts, over three files; the one that closes the ring is told."""
     mounts = [fs, other, made.mount()]
     for at, mount in enumerate(mounts):
         assert mount.locks.take(guard(mount, files[at]), exclusive(at + 1))

@@ -16,6 +16,8 @@ from pathlib import Path
 
 import pytest
 
+from ivshmemfs.fuse import protocol
+from tests.fuse.fake_kernel import Kernel
 from tests.fuse.locker import (
     GETLK,
     OFD_GETLK,
@@ -28,7 +30,16 @@ from tests.fuse.locker import (
     Program,
 )
 from tests.support.figures import Figures
-from tests.support.lab import ENVIRONMENT, EVERYTHING, TOP, Lab, needs_fuse, needs_root, new_lab
+from tests.support.lab import (
+    ENVIRONMENT,
+    EVERYTHING,
+    KERNEL,
+    TOP,
+    Lab,
+    needs_fuse,
+    needs_root,
+    new_lab,
+)
 from tests.support.mounts import eventually, stop
 
 pytestmark = [needs_fuse, needs_root]
@@ -194,6 +205,21 @@ def test_locks_of_open_files(paths: list[Path], program: Starts, other: int) -> 
     busy(two.lock, b, WRITE, 5, 1, command=OFD_SETLK)
     one.call("end_child", child)
     two.lock(b, WRITE, 5, 1, command=OFD_SETLKW)
+
+
+def test_an_open_file_is_asked_for_its_own_locks(paths: list[Path], program: Starts) -> None:
+    """F_OFD_GETLK with F_UNLCK, which kernels before 6.6 refuse."""
+    one = program()
+    a, b = one.open(paths[0]), one.open(paths[0])
+    one.lock(a, READ, 10, 10, command=OFD_SETLK)
+    one.lock(a, WRITE, 20, 10, command=OFD_SETLK)
+    if KERNEL < (6, 6):
+        refused(errno.EINVAL, one.lock, a, UNLOCK, 0, 0, command=OFD_GETLK)
+        return
+    assert one.lock(a, UNLOCK, 0, 0, command=OFD_GETLK)[:3] == (READ, 10, 10)
+    assert one.lock(a, UNLOCK, 25, 0, command=OFD_GETLK)[:3] == (WRITE, 20, 10)
+    assert one.lock(a, UNLOCK, 30, 0, command=OFD_GETLK)[0] == UNLOCK
+    assert one.lock(b, UNLOCK, 0, 0, command=OFD_GETLK)[0] == UNLOCK
 
 
 # --- flock --------------------------------------------------------------------------------------
@@ -481,7 +507,7 @@ def test_a_killed_daemons_locks_are_freed(program: Starts) -> None:
 
 @pytest.mark.slow
 def test_a_daemon_that_was_stopped_for_too_long(program: Starts) -> None:
-    """Its lock is another machine's by now: whoever held it cannot write."""
+    """Its lock is another machine's by now: the former holder cannot write."""
     with new_lab(16 << 20, 2) as lab:
         one, two = program(), program()
         here, there = (path / "f" for path in lab.paths)
@@ -538,6 +564,29 @@ def test_a_short_pause_loses_nothing(program: Starts) -> None:
         two.result(5.0)
 
 
+@pytest.mark.slow
+def test_evicting_a_stopped_mount_frees_its_locks(program: Starts) -> None:
+    with new_lab(16 << 20, 2) as lab:
+        one, two = program(), program()
+        a, b = one.open(lab.paths[0] / "f"), two.open(lab.paths[1] / "f")
+        one.lock(a, WRITE)
+        two.wait_for(b, WRITE)
+        stop(lab.mounts[0].process.pid)
+        slots = subprocess.run(
+            [sys.executable, "-m", "ivshmemfs.cli", "peers", str(lab.region)],
+            env=ENVIRONMENT, check=True, capture_output=True, text=True,
+        ).stdout.splitlines()  # fmt: skip
+        (line,) = (text for text in slots if str(lab.mounts[0].process.pid) in text.split())
+        words = [sys.executable, "-m", "ivshmemfs.cli", "evict", str(lab.region), line.split()[0]]
+        done = subprocess.run(
+            [*words, "--force"], env=ENVIRONMENT, check=False, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        two.result(8.0)
+        lab.mounts[0].process.send_signal(signal.SIGCONT)
+        refused(errno.EIO, one.call, "pwrite", a, b"x", 0)
+
+
 # --- surroundings -------------------------------------------------------------------------------
 
 
@@ -586,6 +635,17 @@ def test_where_locks_stay_on_one_mount(program: Starts, options: str, why: str) 
         (line,) = (one for one in lines if "locks of programs" in one)
         assert "on this mount only" in line
         assert why in line
+
+
+def test_requests_that_were_not_agreed_on(kernel: Kernel) -> None:
+    """Where the kernel keeps the locks it asks for none, and for no close more than once."""
+    _, fh = kernel.create(b"f")
+    lock = protocol.LK_IN.pack(fh, 1, 0, 10, protocol.F_WRLCK, 7, 0)
+    for opcode in (protocol.GETLK, protocol.SETLK, protocol.SETLKW):
+        assert kernel.send(opcode, lock) is None
+        assert kernel.answer() == (errno.ENOSYS, b"")
+    assert kernel.send(protocol.FLUSH, protocol.FLUSH_IN.pack(fh, 1)) is None
+    assert kernel.answer() == (errno.ENOSYS, b"")
 
 
 def test_every_close_is_told_once_locks_are_shared(paths: list[Path], program: Starts) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import mmap
 import os
 import shutil
@@ -71,16 +70,6 @@ def test_private_mappings_and_programs(mnt: FakeMount) -> None:
         mmap.mmap(file.fileno(), 0, mmap.MAP_PRIVATE, mmap.PROT_READ) as mapping,
     ):
         assert mapping[:4] == b"\x7fELF"
-
-
-@needs_fuse
-@pytest.mark.skipif(os.geteuid() != 0, reason="without fusermount3 only root can mount")
-def test_without_fusermount3(mount: MountFactory) -> None:
-    """libfuse mounts by itself; there is no handshake, so the page cache is what is left."""
-    assert share(mount(PATH="/nonexistent").path / "f") == errno.ENODEV
-    one = mount("-o", "mmap", PATH="/nonexistent")
-    assert share(one.path / "f") == 0
-    assert one.alive
 
 
 @needs_fuse

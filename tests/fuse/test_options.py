@@ -10,7 +10,7 @@ import pytest
 
 from ivshmemfs.errors import UsageError
 from ivshmemfs.fuse import options
-from ivshmemfs.fuse.options import MountOptions, fusermount_options, libfuse_options, parse
+from ivshmemfs.fuse.options import MountOptions, fusermount_options, mount_data, parse
 
 
 def test_nothing_given() -> None:
@@ -72,16 +72,22 @@ def test_words_of_selinux(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
 
 def test_flags_of_a_remount() -> None:
     always = 32 | 2 | 4  # MS_REMOUNT, MS_NOSUID, MS_NODEV
-    assert options.remount_flags(parse(["remount,rw"])) == always
-    assert options.remount_flags(parse(["remount,ro,noexec"])) == always | 1 | 8
-    assert options.remount_flags(parse(["noexec,exec,sync,noatime"])) == always | 16 | 1024
+    assert options.mount_flags(parse(["remount,rw"])) == always
+    assert options.mount_flags(parse(["remount,ro,noexec"])) == always | 1 | 8
+    assert options.mount_flags(parse(["remount,noexec,exec,sync,noatime"])) == always | 16 | 1024
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="suid is for root")
+def test_what_mount_2_gets() -> None:
+    assert options.mount_flags(parse(["ro,suid"])) == 1 | 4
+    assert mount_data(parse(["allow_other,noexec"])) == "default_permissions,allow_other"
 
 
 def test_kernel_flags_are_passed_on() -> None:
     chosen = parse(["noexec,noatime"])
     assert chosen.kernel_flags == ["noexec", "noatime"]
     assert {"noexec", "noatime"} <= set(fusermount_options(chosen, "s").split(","))
-    assert {"noexec", "noatime"} <= libfuse_options(chosen, "s")
+    assert options.mount_flags(chosen) & (8 | 1024) == 8 | 1024
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="suid and dev are for root")
@@ -130,4 +136,3 @@ def test_suid_is_for_root(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_source_is_escaped() -> None:
     assert "fsname=a\\,b\\\\c," in fusermount_options(MountOptions(), "a,b\\c")
-    assert "fsname=a?b?c" in libfuse_options(MountOptions(), "a,bäc")

@@ -41,8 +41,8 @@ def repair(region: Region | Memory, *, force: bool = False) -> Report:
 
     Its `before` is the report of the check at the start.  Its `repairs` has a line for each
     repair, and is empty if the filesystem was consistent.  Raises InUse when peers or another
-    repair may be alive (unless `force`), NoSpace when the region is too full, FormatError or
-    Corrupt when the region has no filesystem that can be read, Busy.
+    repair may be alive (unless `force`).  Raises NoSpace when the region is too full.  Raises
+    FormatError or Corrupt when the region has no filesystem that can be read.  Raises Busy.
     """
     memory = region if isinstance(region, Memory) else region.memory
     found = read_superblocks(memory)

@@ -1,12 +1,12 @@
 """Surveys a damaged region: which blocks belong to which inode, and what a repair can keep.
 
 The survey walks the same trees as the check, under a lenient policy.  It follows a pointer that
-contradicts the tag table if no other pointer has a better claim to the block; the repair then
+contradicts the tag table if no other pointer has a better claim to the block.  The repair then
 corrects the table.  After the survey `owners` has the inode that keeps each block, and `tags` the
 tag of each block.  Both are final.  Later walks read the trees again under `Settled` claims, so
 they find the same blocks.
 
-If the way to inodes is damaged, the survey searches all blocks: an inode block has the number of
+If the way to inodes is damaged, the survey searches all blocks.  An inode block has the number of
 its inode, a directory leaf the number of its directory.
 """
 
@@ -360,10 +360,10 @@ class Survey:
     def _find_root(self) -> RootCandidate | None:
         """Return the root to go on from.
 
-        The best root is the one that the commit word leads to; the next best is another root
+        The best root is the one that the commit word leads to.  The next best is another root
         that still has its tag in the table.  An older root leads to blocks that other inodes
-        took since.  Inodes with their own tag are better than that, so an older root is the last
-        resort: it counts only when no block is such an inode.
+        took since.  Inodes with their own tag are better than that.  So an older root is the last
+        resort, and counts only when no block is such an inode.
         """
         named = self._named_root()
         if named is not None and named.tag == self.image.tags[named.block]:

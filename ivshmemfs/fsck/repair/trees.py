@@ -151,7 +151,7 @@ class _RebuiltRadix:
         self.lost_count += bool(pointer[2])  # a pointer without tag leads nowhere
 
     def beyond(self) -> None:
-        """A pointer beyond the end is no loss."""
+        """A pointer beyond the end loses nothing."""
 
 
 class _Pieces:
@@ -176,7 +176,7 @@ class _Pieces:
         """The number of blocks shows it."""
 
     def beyond(self) -> None:
-        """A pointer beyond the end is no loss."""
+        """A pointer beyond the end loses nothing."""
 
 
 class TreeBuilder:

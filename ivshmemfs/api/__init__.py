@@ -1,0 +1,20 @@
+"""The Python API: files of a region without a mount and without FUSE.
+
+- ``opening``: `open` finds the region and joins its peers
+- ``client``: `Client`, the operations on paths
+- ``file``: open files, as the module `io` has them
+- ``session``: the peer behind a client: its lock, its retries, its upkeep and its end
+- ``signals``: signals wait while a call of the engine runs
+- ``walk``: paths; ``locks``: locks between machines; ``kv``: a directory as a key-value store
+- ``fsspec_adapter``: the same for programs that use fsspec
+
+Every failure is an OSError with errno and filename.  Its ``__cause__`` is the error of the layer
+below.  Misuse raises what the standard library raises: ValueError, TypeError, RuntimeError.
+"""
+
+from ivshmemfs.api.client import Client, DirEntry
+from ivshmemfs.api.kv import Item, KeyValue
+from ivshmemfs.api.locks import FileLock
+from ivshmemfs.api.opening import open
+
+__all__ = ["Client", "DirEntry", "FileLock", "Item", "KeyValue", "open"]

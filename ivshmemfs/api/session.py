@@ -1,0 +1,257 @@
+"""The peer behind a client: one engine, one lock around it, its upkeep and its end.
+
+    OPEN       calls run, one at a time; a thread beats for a writing peer every BEAT seconds
+    CLOSED     `close` has given the slot back and unmapped the region; calls raise ValueError
+    FORKED     the process is a child of the one that joined; calls raise RuntimeError, and `close`
+               touches neither the slot nor the lock, which belong to the parent
+
+`close` alone ends a session; the client's finalizer calls it at the latest.  The engine is not
+thread-safe, so every call of it holds `_lock`.  A thread that waits for another peer does not hold
+it.  Neither the upkeep thread nor the finalizer holds the client, so the client can be collected.
+"""
+
+from __future__ import annotations
+
+import errno
+import io
+import logging
+import os
+import threading
+import time
+import weakref
+from collections.abc import Callable
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from ivshmemfs.api.signals import deferred
+from ivshmemfs.errors import (
+    Busy,
+    IvshmemfsError,
+    RegionError,
+    StaleHandle,
+    UnderRepair,
+    Unfinished,
+)
+
+if TYPE_CHECKING:
+    from ivshmemfs.engine import Filesystem, Handle
+    from ivshmemfs.region import Region
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+#: Seconds between two signs of life; others take 3 s without one for silence.
+BEAT = 0.7
+#: Seconds after which a call that finds the region busy all the time raises TimeoutError.
+PATIENCE = 30.0
+#: Seconds between two attempts: the first pause, and the longest.
+FIRST_NAP, LONGEST_NAP = 0.00005, 0.005
+#: Walks of a path again after what it led to vanished on the way.
+WALKS = 16
+#: Seconds that the end waits for a call that is under way; a finalizer must not wait for ever.
+GIVE_UP = 10.0
+#: Seconds that `open` waits for the end of a repair.
+REPAIR_SECONDS = 3.0
+
+
+def os_error(error: IvshmemfsError | OSError, path: str | None) -> OSError:
+    """Return the OSError for an error of the layers below, about `path`."""
+    code = error.errno or errno.EIO
+    if isinstance(error, Busy):
+        code = errno.ETIMEDOUT
+    text = error.strerror if isinstance(error, OSError) else str(error)
+    return OSError(code, text or os.strerror(code), path)
+
+
+def join(region: Region, *, readonly: bool) -> Filesystem:
+    """Mount `region`; waits up to REPAIR_SECONDS for the end of a repair.
+
+    Raises UnderRepair, and what `Filesystem.mount` raises.
+    """
+    from ivshmemfs.engine import Filesystem
+
+    end = time.monotonic() + REPAIR_SECONDS
+    while True:
+        try:
+            return Filesystem.mount(region, readonly=readonly)
+        except OSError as error:
+            if short := region.shortage():
+                raise RegionError(short) from error
+            raise
+        except UnderRepair:
+            if time.monotonic() > end:
+                raise
+            time.sleep(LONGEST_NAP)
+
+
+class Session:
+    """One peer of a region.  Thread-safe."""
+
+    def __init__(self, region: Region, fs: Filesystem) -> None:
+        self._region = region
+        self._fs = fs
+        self._lock = threading.Lock()
+        self._owner = 0  # the thread that holds the lock
+        self._pid = os.getpid()
+        self._ended = threading.Event()
+        self._unreleased: list[Handle] = []  # of files that were collected during a call
+        self.files: weakref.WeakSet[io.IOBase] = weakref.WeakSet()
+        self.readonly = fs.readonly
+        self._beating: threading.Thread | None = None
+        if not fs.readonly:
+            self._beating = threading.Thread(target=self._beat, name="ivshmemfs-beat", daemon=True)
+            self._beating.start()
+
+    # --- calls --------------------------------------------------------------------------------
+
+    @property
+    def closed(self) -> bool:
+        """Whether `close` was called."""
+        return self._ended.is_set()
+
+    def call(self, action: Callable[[Filesystem], T], path: str | None = None) -> T:
+        """Return what `action` returns; runs it again while the region is busy.
+
+        `action` names what it changes by path, so it walks again when that is stale.  An operation
+        that takes several commits comes last in it.  Raises OSError about `path`.
+        """
+        try:
+            return self._insist(action)
+        except (IvshmemfsError, OSError) as error:
+            if isinstance(error, OSError) and not isinstance(error.__cause__, IvshmemfsError):
+                short = self._region.shortage()
+                if short:
+                    raise OSError(errno.ENOSPC, short, path) from error
+            raise os_error(error, path) from error
+
+    def _insist(self, action: Callable[[Filesystem], T]) -> T:
+        attempt: Callable[[], Any] = lambda: action(self._fs)  # noqa: E731  # `go_on` replaces it
+        end, nap, walks = time.monotonic() + PATIENCE, FIRST_NAP, 0
+        while True:
+            try:
+                result: T = self._exclusively(attempt)
+                return result
+            except Unfinished as turn:
+                attempt = turn.go_on or attempt
+                end, nap, pause = time.monotonic() + PATIENCE, FIRST_NAP, 0.0
+            except Busy:
+                if time.monotonic() > end:
+                    raise
+                pause, nap = nap, min(nap * 1.5, LONGEST_NAP)
+            except StaleHandle:
+                walks, pause = walks + 1, 0.0
+                if walks > WALKS:
+                    raise
+            time.sleep(pause)
+
+    def _exclusively(self, attempt: Callable[[], T]) -> T:
+        """Return what `attempt` returns, with the lock held and signals deferred.
+
+        Raises RuntimeError, ValueError, and what `attempt` raises.
+        """
+        if self._pid != os.getpid():
+            raise RuntimeError(
+                f"process {self._pid} opened this region before fork(): a peer belongs to one "
+                "process; open the region again in this one"
+            )
+        me = threading.get_ident()
+        if self._owner == me:
+            raise RuntimeError("a finalizer or callback cannot use the region during a call of it")
+
+        def run() -> T:
+            with self._lock:
+                if self._ended.is_set():
+                    raise ValueError("I/O operation on a closed region")
+                self._owner = me
+                try:
+                    return attempt()
+                finally:
+                    self._owner = 0
+
+        return deferred(run)
+
+    def release(self, handle: Handle) -> None:
+        """Close an open file of the engine; after the session's end there is nothing to close."""
+        if self._ended.is_set() or self._pid != os.getpid():
+            return
+        if self._owner == threading.get_ident():  # the file was collected during a call
+            self._unreleased.append(handle)
+            return
+        with suppress(ValueError):  # another thread has closed the session
+            self.call(lambda fs: fs.release(handle))
+
+    # --- upkeep -------------------------------------------------------------------------------
+
+    def _beat(self) -> None:
+        """Beat until the end; the upkeep thread runs it."""
+        told = ""
+        while not self._ended.wait(BEAT):
+            try:
+                more = self._upkeep(lambda fs: fs.tick())
+                while more and not self._ended.is_set():
+                    time.sleep(0)  # let others have a turn
+                    more = self._upkeep(lambda fs: fs.work())
+                told = ""
+            except Busy:
+                pass  # the next tick retries
+            except Exception as error:  # without a beat others would take this peer for dead
+                if self._ended.is_set():
+                    return
+                if str(error) != told:
+                    told = str(error)
+                    log.error("upkeep of %s: %s", self._region.spec, told or type(error).__name__)
+
+    def _upkeep(self, step: Callable[[Filesystem], bool]) -> bool:
+        def run() -> bool:
+            while self._unreleased:
+                with suppress(Busy):
+                    self._fs.release(self._unreleased.pop())
+            return step(self._fs)
+
+        return self._exclusively(run)
+
+    # --- the end ------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Close the files that are open, leave the peers and unmap the region; once."""
+        if self._ended.is_set():
+            return
+        if self._pid != os.getpid():
+            self._ended.set()
+            return
+        try:
+            self._close_files()
+        finally:
+            self._ended.set()
+            beating = self._beating
+            if beating is not None and beating is not threading.current_thread():
+                beating.join(GIVE_UP)
+            if self._owner == threading.get_ident():
+                # The last reference went during the upkeep thread's own call.
+                threading.Thread(target=self._give_back, daemon=True).start()
+            else:
+                self._give_back()
+
+    def _close_files(self) -> None:
+        """Close all files, then raise what the first failing one raised."""
+        failed: Exception | None = None
+        for file in list(self.files):
+            try:
+                file.close()
+            except (OSError, ValueError) as error:
+                failed = failed or error
+        if failed is not None:
+            raise failed
+
+    def _give_back(self) -> None:
+        def leave() -> None:
+            if not self._lock.acquire(timeout=GIVE_UP):
+                return  # a call hangs: others take the slot back when this process has ended
+            try:
+                self._fs.unmount()
+                self._region.close()
+            finally:
+                self._lock.release()
+
+        deferred(leave)

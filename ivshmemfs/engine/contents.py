@@ -1,0 +1,109 @@
+"""Whole contents of a file by its name: one look reads them, one plan replaces them.
+
+Several calls of `store` in one plan replace several files in one commit.  A file keeps its inode,
+owner, mode and other names.
+"""
+
+from __future__ import annotations
+
+import errno
+import stat
+from typing import Final, NamedTuple
+
+from ivshmemfs.engine import data, directory, names, privileges, xattr
+from ivshmemfs.engine.data import Buffer
+from ivshmemfs.engine.inode import Context, Inode
+from ivshmemfs.engine.transaction import Transaction, View
+from ivshmemfs.errors import FsError
+from ivshmemfs.format.pointer import POINTER
+
+MOST: Final = 1 << 20  # bytes of contents that one commit stores, as one FUSE request
+
+
+class Contents(NamedTuple):
+    """The contents of a file in one snapshot.
+
+    `value` is None when the file has more than the caller's limit.  `version` changes with every
+    change of the file and never comes back.
+    """
+
+    value: bytes | None
+    note: bytes
+    version: int
+
+
+def load(
+    view: View, parent: int, name: bytes, note: bytes = b"", most: int = MOST
+) -> Contents | None:
+    """Return the contents of a regular file of up to `most` bytes; None if there is none.
+
+    `note` names an extended attribute to return as well.  Raises ENOTDIR, ENOENT, Corrupt.
+    """
+    ino = view.cache.find_name(parent, name)
+    if ino:
+        inode = view.find_inode(ino)
+    else:
+        entry = directory.find(view, names.folder_of(view, parent), name)
+        if entry is None:
+            return None
+        inode = names.target(view, entry)
+        view.cache.add_name(parent, name, inode.ino)
+    if inode is None or not inode.is_regular:
+        return None
+    size = inode.record.size
+    value = bytes(data.read(view, inode, 0, size)) if size <= most else None
+    kept = xattr.table(view, inode).get(note) if note else None
+    return Contents(value, kept or b"", version(view, inode.ino))
+
+
+def version(view: View, ino: int) -> int:
+    """Return the tag of an inode's block: a change claims a new block, and no tag comes back."""
+    return int(POINTER.unpack(view.pointer_to(ino))[2])
+
+
+def store(
+    tx: Transaction,
+    parent: int,
+    name: bytes,
+    content: Buffer,
+    mode: int,
+    ctx: Context,
+    notes: dict[bytes, bytes] | None = None,
+) -> Inode:
+    """Give the file `name` these contents and no others; make it with `mode` if there is none.
+
+    `notes` are extended attributes to set; an empty value removes one.  Raises EISDIR, ELOOP for a
+    symbolic link, EINVAL for other kinds of files, NoSpace.
+    """
+    folder = names.parent_of(tx, parent, name)
+    position = directory.locate(tx, folder, name)
+    entry = position.entry
+    if entry is None:
+        new_mode = stat.S_IFREG | stat.S_IMODE(mode)
+        inode = tx.new_inode(names.new_record(tx, folder, new_mode, ctx))
+    else:
+        inode = _emptied(tx, names.target(tx, entry), ctx)
+    for key, value in (notes or {}).items():
+        if value:
+            inode = xattr.set_value(tx, inode, key, value, 0)
+        else:
+            inode = xattr.discard(tx, inode, key)
+    if content:
+        inode = data.write(tx, inode, 0, content)
+    tx.put(inode)
+    if entry is None:
+        names.add(tx, folder, position, inode)
+    return inode
+
+
+def _emptied(tx: Transaction, inode: Inode, ctx: Context) -> Inode:
+    """Return a regular file without contents and privileges; raises EISDIR, ELOOP, EINVAL."""
+    if inode.is_dir:
+        raise FsError(errno.EISDIR)
+    if stat.S_ISLNK(inode.record.mode):
+        raise FsError(errno.ELOOP)
+    if not inode.is_regular:
+        raise FsError(errno.EINVAL)
+    outsider = ctx.gid != inode.record.gid
+    inode = privileges.shed(tx, inode, unprivileged=bool(ctx.uid), outsider=outsider)
+    return data.truncate(tx, inode, 0)
