@@ -34,9 +34,7 @@ EXITS = {FAIL: 32, WARN: 64}
 MANUAL = Manual(
     examples=(
         Example("ivshmemfs doctor /dev/shm/hello", "Check a region and this machine."),
-        Example(
-            "ivshmemfs doctor --json pci | jq .level", "Print the worst level: ok, warn, fail."
-        ),
+        Example("ivshmemfs doctor --json pci | jq .level", "Print ok, warn or fail."),
         Example("ivshmemfs doctor --qemu label=hello", "Print the lines for QEMU and fstab."),
     ),
     exits=exits(
