@@ -1,4 +1,4 @@
-"""`dump`: what stands on a region, field by field, from the one declaration of the format."""
+"""`dump`: the bytes on a region, field by field, from the one declaration of the format."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ WHAT is one of:
   words        commit word and hint word
   repair       the repair slot
   peers        the slots that are in use
-  tags         who has claimed how many blocks
+  tags         how many blocks each incarnation of a slot has claimed
   root         the root block
   inode:N      inode number N
   block:N      block number N
@@ -93,7 +93,7 @@ def _words(region: Region) -> Iterator[str]:
     meaning = f"sequence {sequence}, " + ("under repair" if under else f"root block {block}")
     yield f"commit word at {COMMIT_OFFSET}: {commit:#018x} = {meaning}"
     hint = region.memory.load(HINT_OFFSET)
-    holder = f"slot {hint >> words.SLOT_SHIFT}" if hint else "nobody"
+    holder = f"slot {hint >> words.SLOT_SHIFT}" if hint else "no peer"
     yield f"hint word at {HINT_OFFSET}: {hint:#018x} = {holder} is committing"
 
 

@@ -1,8 +1,8 @@
 """`lock`: run a command while holding a lock that counts on every machine.
 
-The command itself becomes a peer of the region that FILE's mount shows, for as long as it holds
-the lock; while it waits it only looks.  So the lock needs nobody's help to be freed: when this
-process or its machine dies, others see that as they see it of any peer.
+The command itself is a peer of the region that FILE's mount shows, for as long as it holds the
+lock.  While it waits, it only looks.  When this process or its machine dies, others notice it as
+they notice the death of any peer, and free the lock.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ MANUAL = Manual(
 )
 @click.option(
     "-E", "--conflict-exit-code", "conflict", type=int, default=1, metavar="N", show_default=True,
-    help="Exit code when somebody else keeps the lock.",
+    help="Exit code when another process keeps the lock.",
 )  # fmt: skip
 def lock_command(
     file: str, command: tuple[str, ...], nonblock: bool, seconds: float | None, conflict: int
@@ -80,9 +80,9 @@ def lock_command(
     """Run COMMAND while holding a lock on FILE that excludes all other machines.
 
     FILE is on a mount, and is made if it does not exist.  The lock is an flock(2) lock, as programs
-    on any mount take it.  The death of the holder frees the lock: after 3 s if its process is seen
-    to be gone, else after 10 s without a sign of life.  If its machine was only paused, COMMAND is
-    ended there within a second of waking up.
+    on any mount take it.  When the holder dies, the lock is free after 3 s if others can see that
+    its process is gone.  Otherwise it is free after 10 s without a sign of life.  If its machine
+    was only paused, COMMAND is ended there within a second of waking up.
 
     Ends with COMMAND's exit code.  Needs access to the region itself, as mounting does.
     """
@@ -106,7 +106,7 @@ def lock_command(
 
 @contextmanager
 def _opened(file: str) -> Iterator[int]:
-    """An open FILE, so that it stays while it is locked, whatever happens to its name."""
+    """Open FILE, so that it stays while it is locked, also when its name is removed."""
     flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC  # a fifo would wait for its writer
     try:
         fd = os.open(file, flags)
@@ -241,7 +241,7 @@ def _run(command: Sequence[str], lock: FileLock) -> int:
 
 @contextmanager
 def _signals_passed_on(child: subprocess.Popen[bytes]) -> Iterator[None]:
-    """Who ends this process means the command; a terminal tells the command itself."""
+    """Forward SIGTERM and SIGHUP to the command; the terminal sends it SIGINT itself."""
     before = {
         number: signal.signal(number, lambda got, _frame: child.send_signal(got))
         for number in (signal.SIGTERM, signal.SIGHUP)

@@ -1,11 +1,10 @@
 """`ivshmemfs`: finds the subcommand, and turns every error into one line and an exit code.
 
-Exit codes are those of mount(8): 0 done, 1 wrong usage or permission, 2 system error, 4 internal
-bug, 8 interrupted, 32 not mounted, 64 done but something was left out (`get`, `put`).
+Exit codes are those of mount(8); `exits` lists them.
 
-Two more ways to be called make it a mount helper: under a name that begins with `mount.` (a link
-such as /sbin/mount.ivshmemfs), and with a region and a mount point but no subcommand, as mount.fuse
-does for the type fuse.ivshmemfs in /etc/fstab.
+Under a name that begins with `mount.`, such as the link /sbin/mount.ivshmemfs, it is a mount
+helper.  So it is with a region and a mount point but no subcommand.  mount.fuse calls it so, for
+the type fuse.ivshmemfs in /etc/fstab.
 """
 
 from __future__ import annotations

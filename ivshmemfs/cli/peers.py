@@ -1,4 +1,4 @@
-"""`peers` and `evict`: who has a region mounted, and letting go of one that will not come back."""
+"""`peers` lists the mounts of a region; `evict` declares one gone that will not come back."""
 
 from __future__ import annotations
 
@@ -72,12 +72,12 @@ def peers_command(region: str) -> None:
     if told:
         say(told)
     if not present:
-        say("nobody has it mounted for writing (a read-only mount leaves no trace in the region)")
+        say("no machine has it mounted for writing (a read-only mount leaves no trace in it)")
         return
     show([("SLOT", "HOST", "PID", "SINCE", "DOING", "LIFE", "VERSION"), *rows])
     for machine in watch.machines.shared:
         name = watch.machines.name(machine)
-        say(f"two machines go by the hardware UUID {name}: it tells of nobody's end", err=True)
+        say(f"two machines go by the hardware UUID {name}: it proves no death", err=True)
 
 
 def _life(watch: Watch, peer: Occupant, alive: set[int]) -> str:
@@ -116,13 +116,13 @@ def _since(peer: Occupant) -> str:
 def evict_command(region: str, slot: int, force: bool) -> None:
     """Declare the peer in SLOT gone, so that others may use again what it had claimed.
 
-    Say so only of a machine that is surely off: what it was writing may otherwise still arrive
-    in blocks that somebody else uses by then.
+    Evict only a machine that is surely off.  Otherwise its writes may still arrive, in blocks that
+    another peer uses by then.
     """
     with _peer_table(region, readonly=False) as peers:
         peer = next((peer for peer in peers.peers() if peer.slot == slot), None)
         if peer is None:
-            raise UsageError(f"nobody is in slot {slot}: see 'ivshmemfs peers {region}'")
+            raise UsageError(f"there is no peer in slot {slot}: see 'ivshmemfs peers {region}'")
         if not force and slot in watched_alive(peers.watch, {slot}):
             raise InUse(
                 f"the peer in slot {slot} is alive: unmount it there (--force evicts it anyway)"

@@ -1,4 +1,4 @@
-"""`wait`: until a name exists, is gone, or changes, by whichever machine."""
+"""`wait`: until a name exists, is gone, or changes; any machine may change it."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ MANUAL = Manual(
 @click.option("-t", "--timeout", type=click.FloatRange(min=0), metavar="SECONDS",
               help=f"Give up after so many seconds, with exit code {TIMED_OUT}.")  # fmt: skip
 def wait_command(path: str, condition: str, timeout: float | None) -> int:
-    """Wait for PATH, whichever machine changes it.
+    """Wait for PATH; any machine may change it.
 
     PATH is on a mount, or REGION:/path, which needs no mount.  Nothing is stored in the region.
     """

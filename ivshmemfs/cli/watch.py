@@ -1,4 +1,4 @@
-"""`watch`: one line for each change of a file or directory, by whichever machine."""
+"""`watch`: one line for each change of a file or directory by any machine."""
 
 from __future__ import annotations
 
@@ -178,7 +178,7 @@ MANUAL = Manual(
               "%i inode, %k file or directory.")  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a line.")
 def watch_command(paths: tuple[str, ...], recursive: bool, form: str, as_json: bool) -> int:
-    """Print a line for each change of PATH, whichever machine makes it.
+    """Print a line for each change of PATH by any machine.
 
     PATH is a file or a directory: on a mount, or REGION:/path, which needs no mount.  All PATHs are
     in one region.  Nothing is stored in the region.  Changes that follow each other within

@@ -69,25 +69,25 @@ def test_looking_changes_nothing(formatted: TestRegion) -> None:
 
 
 def test_peers(formatted: TestRegion) -> None:
-    assert shows("peers", formatted.path).startswith("nobody has it mounted for writing")
+    assert shows("peers", formatted.path).startswith("no machine has it mounted for writing")
     fs = formatted.mount()
     lines = shows("peers", formatted.path).splitlines()
     assert lines[0].split() == ["SLOT", "HOST", "PID", "SINCE", "DOING", "LIFE", "VERSION"]
     fields = lines[1].split()
     assert fields[0] == "1"
     assert int(fields[2]) == os.getpid()
-    assert fields[-3:] == ["idle", "silent", __version__]  # nobody calls tick() here
+    assert fields[-3:] == ["idle", "silent", __version__]  # no test calls tick() here
     fs.unmount()
 
 
 def test_evict(formatted: TestRegion) -> None:
     fs = formatted.mount()
     assert "slot 1 is free" in shows("evict", formatted.path, 1)
-    assert shows("peers", formatted.path).startswith("nobody has it mounted for writing")
+    assert shows("peers", formatted.path).startswith("no machine has it mounted for writing")
     fs.mkdir(1, b"d", 0o755, ROOT)  # it rejoins, and nothing is lost
     assert "idle" in shows("peers", formatted.path)
     fs.unmount()
-    complains(ivshmemfs("evict", formatted.path, 3), 1, "nobody is in slot 3")
+    complains(ivshmemfs("evict", formatted.path, 3), 1, "there is no peer in slot 3")
     complains(ivshmemfs("evict", formatted.path, "x"), 1, "'x'")
 
 

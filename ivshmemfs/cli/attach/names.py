@@ -13,7 +13,7 @@ from ivshmemfs.fuse import mountpoint
 from ivshmemfs.fuse.mountpoint import MountEntry
 from ivshmemfs.region import refuse_hung
 
-#: How the names of regions begin that are no paths.
+#: Prefixes of regions that are not named by a path.
 PREFIXES = ("pci:", "mem:", "file:", "label=", "uuid=", "LABEL=", "UUID=")
 
 

@@ -81,7 +81,7 @@ def about(path: Callable[[], bytes], local: Callable[[], bytes] | None = None) -
 
 
 def resolve(fs: Filesystem, path: bytes) -> Attr:
-    """What stands at a path from the region's root; symbolic links are not followed."""
+    """Return the attributes at a path from the region's root; follows no symbolic link."""
     from ivshmemfs.engine import ROOT_INO
 
     with about(lambda: path):
@@ -93,12 +93,12 @@ def resolve(fs: Filesystem, path: bytes) -> Attr:
 
 
 def child(fs: Filesystem, ino: int, name: bytes) -> Attr:
-    """What stands under a name in a directory of the region; raises FsError."""
+    """Return the attributes of a name in a directory of the region; raises FsError."""
     return patiently(lambda: fs.lookup(ino, name))
 
 
 def found(fs: Filesystem, path: bytes) -> Attr | None:
-    """The same as `resolve`; None when there is nothing."""
+    """Return the same as `resolve`, or None if the path does not exist."""
     try:
         return resolve(fs, path)
     except FileNotFoundError:
@@ -106,7 +106,7 @@ def found(fs: Filesystem, path: bytes) -> Attr | None:
 
 
 def listing(fs: Filesystem, ino: int) -> Iterator[tuple[bytes, Attr]]:
-    """The names in a directory of the region, as they are when they are reached.
+    """Yield the names in a directory of the region, as they are when they are reached.
 
     Raises StaleHandle at once when the directory is gone.
     """

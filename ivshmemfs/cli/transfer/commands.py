@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from ivshmemfs.cli.transfer.put import Place
     from ivshmemfs.engine import Filesystem
 
-#: Stands for standard input or output.
+#: The name for standard input or output.
 STREAM = b"-"
 
 
@@ -69,7 +69,7 @@ def _opened(
             yield fs
     except (NotFormatted, ForeignFormat, RegionSize):
         raise NotFormatted(
-            f"{spec} is no region: there is no ivshmemfs filesystem on it (usage: {usage})"
+            f"{spec} is not a region: there is no ivshmemfs filesystem on it (usage: {usage})"
         ) from None
 
 
@@ -84,7 +84,7 @@ def _last(path: bytes) -> bytes:
 def _single(sources: tuple[bytes, ...], destination: bytes, where: str) -> bytes:
     """The one source that may get a new name; raises UsageError for several."""
     if len(sources) > 1:
-        raise UsageError(f"{os.fsdecode(destination)} is no directory{where}")
+        raise UsageError(f"{os.fsdecode(destination)} is not a directory{where}")
     return sources[0]
 
 
@@ -148,7 +148,7 @@ def _new_place(fs: Filesystem, region: str, source: bytes, destination: bytes) -
     from ivshmemfs.cli.transfer.put import Place
 
     if destination.endswith(b"/") and (source == STREAM or not os.path.isdir(source)):
-        raise UsageError(f"{os.fsdecode(destination)} is no directory in {region}")
+        raise UsageError(f"{os.fsdecode(destination)} is not a directory in {region}")
     name = _last(destination)
     above = os.path.dirname(destination.rstrip(b"/"))
     return Place(resolve(fs, above).ino, name, above)
@@ -174,9 +174,9 @@ def get_command(
     it.  The destination - is standard output.  Mode, times, hard links and, as root, owners are
     kept.  Nothing is stored in the region.
 
-    The region is not trusted: nothing is written outside of DESTINATION, whatever stands in the
-    region.  Only files, directories and symbolic links are made, without set-user-ID,
-    set-group-ID and, on files, sticky bits.
+    The region is not trusted: no name in it makes the command write outside of DESTINATION.  Only
+    files, directories and symbolic links are made, without set-user-ID, set-group-ID and, on
+    files, sticky bits.
 
     What is left out is named on standard error, one line each.
     """
@@ -199,7 +199,7 @@ def get_command(
             attr = resolve(fs, _single(sources, destination, ""))
             name = _last(destination)
             if destination.endswith(b"/") and not stat.S_ISDIR(attr.mode):
-                raise UsageError(f"{os.fsdecode(destination)} is no directory")
+                raise UsageError(f"{os.fsdecode(destination)} is not a directory")
             with Folder(os.path.dirname(destination.rstrip(b"/"))) as folder:
                 getter.copy(attr, folder, name)
         return EXIT_PARTLY if meter.left_out else 0

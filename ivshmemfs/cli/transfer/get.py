@@ -1,9 +1,8 @@
 """`get`: from a region to the local disk.  The region is not trusted.
 
-What a region can make here is below the directory that the user named, and nowhere else: names
-are one step each (`local`), directories are walked once each, and only files, directories and
-symbolic links are made unless the user wants more.  A file appears under its name when all of it
-is there.
+A region makes nothing here outside of the directory that the user named.  Each name is one step
+(`local`), and each directory is walked once.  Only files, directories and symbolic links are made
+unless the user allows more.  A file gets its name once all of it is there.
 """
 
 from __future__ import annotations
@@ -69,12 +68,12 @@ class Level:
     def claim(self, name: bytes) -> None:
         """Raise Corrupt when a name comes twice."""
         if name in self._names:
-            raise Corrupt(f"it stands twice in directory {self.attr.ino}: run fsck.ivshmemfs -y")
+            raise Corrupt(f"directory {self.attr.ino} has the name twice: run fsck.ivshmemfs -y")
         self._names.add(name)
 
 
 class Copy(NamedTuple):
-    """Where the first copy of an inode with several names stands."""
+    """The place of the first copy of an inode with several names."""
 
     folder: tuple[bytes, ...]
     name: bytes
@@ -128,7 +127,7 @@ class Getter:
             if not self._wishes.recursive:
                 raise omitted(folder.path(name))
             if attr.ino in self._made:
-                self._meter.leave_out(folder.path(name), "the copy itself stands in it")
+                self._meter.leave_out(folder.path(name), "it contains the copy itself")
             elif self._first_time(attr, folder, name):
                 entries = listing(self._fs, attr.ino)
                 self._begin(folder, name)
@@ -157,7 +156,7 @@ class Getter:
                 folder.enter(name)
                 return
             raise UsageError(
-                f"{os.fsdecode(folder.path(name))} exists and is no directory: remove it first"
+                f"{os.fsdecode(folder.path(name))} exists and is not a directory: remove it first"
             ) from None
         folder.enter(name)
         device, ino = folder.identity()

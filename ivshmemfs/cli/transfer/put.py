@@ -1,7 +1,7 @@
 """`put`: from the local disk into a region.
 
-What is copied has no name until all of it is there: it is made without one and then linked, so
-that a death in the middle leaves nothing behind that somebody else would have to remove.
+A copy is made without a name, and linked once all of it is there.  So a death in the middle leaves
+nothing behind that another program would have to remove.
 """
 
 from __future__ import annotations
@@ -133,13 +133,13 @@ class Putter:
                     paths.append(below.path)
 
     def _descended(self, local: Folder, place: Place, levels: list[Level]) -> bool:
-        """Copy what is no directory; step down into what is one, and say so."""
+        """Step down into a directory and return True, or copy anything else."""
         status = os.stat(place.name, dir_fd=local.fd, follow_symlinks=False)
         if not stat.S_ISDIR(status.st_mode):
             self._single(place.name, local.fd, status, place)
             return False
         if status.st_dev in self._own and status.st_ino in self._made:
-            self._meter.leave_out(local.path(place.name), "the copy itself stands in it")
+            self._meter.leave_out(local.path(place.name), "it contains the copy itself")
             return False
         local.enter(place.name)
         levels.append(self._begun(local, place))
@@ -156,7 +156,7 @@ class Putter:
             made = child(fs, place.folder, place.name)
             if not stat.S_ISDIR(made.mode):
                 raise UsageError(
-                    f"{os.fsdecode(place.path)} exists and is no directory: remove it first"
+                    f"{os.fsdecode(place.path)} exists and is not a directory: remove it first"
                 ) from None
         names = sorted(os.fsencode(name) for name in os.listdir(local.fd))
         return Level(made.ino, os.fstat(local.fd), names)
@@ -258,7 +258,7 @@ class Putter:
 
     def _fill(self, fd: int, status: os.stat_result, handle: Handle, place: Place) -> None:
         size: int | None = status.st_size
-        if not size:  # empty, or like those in /proc, whose size nobody knows
+        if not size:  # empty, or of unknown size, as in /proc
             size = None
             self._stream(fd, handle, place)
         else:
