@@ -47,6 +47,13 @@ SUBCOMMANDS = {
     "watch": Subcommand("watch", "Print changes of files as they happen."),
     "get": Subcommand("transfer.commands", "Copy files from REGION, without a mount."),
     "put": Subcommand("transfer.commands", "Copy local files to REGION, without a mount."),
+    "ls": Subcommand("files.show", "List files in a region, without a mount."),
+    "cat": Subcommand("files.show", "Print files in a region, without a mount."),
+    "du": Subcommand("files.show", "Show how much room files take in a region."),
+    "df": Subcommand("files.show", "Show how full a region is."),
+    "mkdir": Subcommand("files.change", "Make directories in a region."),
+    "mv": Subcommand("files.change", "Move files within a region."),
+    "rm": Subcommand("files.change", "Remove files from a region."),
     "doctor": Subcommand("doctor.commands", "Check a region and this machine; say what to type."),
 }
 MANUAL = Manual(

@@ -12,7 +12,7 @@ ivshmemfs is a filesystem in the memory that QEMU shares between a host and its 
 ivshmem device.  The host and every guest mount it at the same time, read-write.  They need no
 network, no server and no kernel module.
 
-This command mounts and unmounts a region, shows what is on it, and copies files without a mount.
+This command mounts and unmounts a region, shows what is on it, and uses files without a mount.
 mkfs.ivshmemfs(8) makes a region; fsck.ivshmemfs(8) checks one.  ivshmemfs(5) explains REGION.
 A command that takes a REGION also takes a mount point of it.
 """,
@@ -57,7 +57,9 @@ A REGION is one of:
 """,
     "paths in a region": """
 The subcommands that need no mount name a file as REGION:/path, such as label=hello:/inbox/a.
-They also take a path on a mount.
+They also take a path on a mount.  Symbolic links in such a path are not followed.  A user that
+can open the region can use all its files: their permissions are not checked.  A command that gets
+several paths ends at the first one that fails.
 """,
     "fstab": """
 Write file: before the path of a file.  systemd takes a bare /dev/shm/hello for a device, and

@@ -10,7 +10,7 @@ import click
 
 from ivshmemfs.cli.attach.names import mounts_of, region_of
 from ivshmemfs.cli.exits import exits
-from ivshmemfs.cli.output import show
+from ivshmemfs.cli.output import JSON_HELP, show, show_json
 from ivshmemfs.errors import InUse, UsageError
 from ivshmemfs.format import superblock, words
 from ivshmemfs.format.peer import Occupant
@@ -59,22 +59,27 @@ def watched_alive(watch: Watch, slots: set[int]) -> set[int]:
 
 @click.command("peers", cls=Command, manual=PEERS)
 @click.argument("region")
-def peers_command(region: str) -> None:
+@click.option("--json", "as_json", is_flag=True, help=JSON_HELP)
+def peers_command(region: str, as_json: bool) -> None:
     """List the mounts of REGION on all machines, and which of them show signs of life."""
     region = region_of(region)
     _tell_trouble(region)
     with _peer_table(region, readonly=True) as peers:
         present, watch = list(peers.peers()), peers.watch
         alive = watched_alive(watch, {peer.slot for peer in present})
-        rows = [_row(peer, _life(watch, peer, alive)) for peer in present]
+        rows = [(peer, _life(watch, peer, alive)) for peer in present]
         repaired = under_repair(peers.commit_word.load())
         told = describe(peers.memory) if repaired else ""
     if told:
-        say(told)
-    if not present:
+        say(told, err=as_json)
+    if as_json:
+        for peer, life in rows:
+            show_json(_described(peer, life))
+    elif not present:
         say("no machine has it mounted for writing (a read-only mount leaves no trace in it)")
-        return
-    show([("SLOT", "HOST", "PID", "SINCE", "DOING", "LIFE", "VERSION"), *rows])
+    else:
+        titles = ("SLOT", "HOST", "PID", "SINCE", "DOING", "LIFE", "VERSION")
+        show([titles, *(_row(peer, life) for peer, life in rows)])
     for machine in watch.machines.shared:
         name = watch.machines.name(machine)
         say(f"two machines go by the hardware UUID {name}: it proves no death", err=True)
@@ -93,8 +98,26 @@ def _tell_trouble(region: str) -> None:
             say(f"ivshmemfs: mount {entry.path}: {trouble}", err=True)
 
 
+def _doing(peer: Occupant) -> str:
+    return words.STATE_NAMES[peer.state] if peer.state < len(words.STATE_NAMES) else "?"
+
+
+def _described(peer: Occupant, life: str) -> dict[str, object]:
+    """The members of a peer's JSON object; without a sound identity some are null."""
+    record = peer.record if peer.identity_valid else None
+    return {
+        "slot": peer.slot,
+        "host": None if record is None else record.host.rstrip(b"\0").decode(errors="replace"),
+        "pid": None if record is None else record.pid,
+        "joined_ns": None if record is None else record.joined_ns,
+        "state": _doing(peer),
+        "life": life,
+        "version": peer.version or None,
+    }
+
+
 def _row(peer: Occupant, life: str) -> tuple[str, ...]:
-    doing = words.STATE_NAMES[peer.state] if peer.state < len(words.STATE_NAMES) else "?"
+    doing = _doing(peer)
     if not peer.identity_valid:
         return str(peer.slot), "?", "?", "?", doing, life, "?"
     host = shown(peer.record.host.rstrip(b"\0"))

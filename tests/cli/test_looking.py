@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 from pathlib import Path
@@ -57,6 +58,29 @@ def test_info(formatted: TestRegion) -> None:
     assert lines["peers"] == "1 of 16"
     assert "MB/s" in lines["mapping"]
     fs.unmount()
+
+
+def test_as_json(formatted: TestRegion) -> None:
+    linked = Path(f"/dev/shm/ivshmemfs-json-test-{os.getpid()}")
+    fs = formatted.mount()
+    put(fs, 1, b"f", bytes(100_000))
+    try:
+        os.link(formatted.path, linked)
+        rows = [json.loads(line) for line in shows("list", "--json").splitlines()]
+    finally:
+        linked.unlink(missing_ok=True)
+    (row,) = [row for row in rows if row["region"] == str(linked)]
+    info = json.loads(shows("info", "--json", formatted.path))
+    assert row["uuid"] == info["uuid"]
+    assert (row["label"], row["problem"], row["mounted_on"]) == ("", None, [])
+    assert info["size"] == formatted.path.stat().st_size
+    assert info["used"] > 100_000
+    assert (info["inodes"], info["peers"], info["peers_max"]) == (3, 1, 16)
+    (peer,) = [json.loads(line) for line in shows("peers", "--json", formatted.path).splitlines()]
+    assert (peer["slot"], peer["pid"], peer["version"]) == (1, os.getpid(), __version__)
+    assert (peer["state"], peer["life"]) == ("idle", "silent")
+    fs.unmount()
+    assert shows("peers", "--json", formatted.path) == ""
 
 
 def test_looking_changes_nothing(formatted: TestRegion) -> None:

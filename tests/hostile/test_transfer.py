@@ -13,12 +13,12 @@ import pytest
 
 from ivshmemfs.cli import transfer
 from ivshmemfs.cli.attach import paths
-from ivshmemfs.cli.attach.paths import resolve
+from ivshmemfs.cli.attach.paths import Place, resolve
 from ivshmemfs.cli.attach.peer import patiently
 from ivshmemfs.cli.transfer.get import Getter, Wishes
 from ivshmemfs.cli.transfer.local import Folder
 from ivshmemfs.cli.transfer.meter import Meter
-from ivshmemfs.cli.transfer.put import Place, Putter
+from ivshmemfs.cli.transfer.put import Putter
 from ivshmemfs.engine import FileLock, Filesystem
 from ivshmemfs.errors import Busy, FormatError, IvshmemfsError
 from tests.support import wounds

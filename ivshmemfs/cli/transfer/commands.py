@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ivshmemfs.cli.attach.paths import found, resolve
+from ivshmemfs.cli.attach.paths import Place, found, resolve
 from ivshmemfs.cli.attach.peer import attached
 from ivshmemfs.cli.exits import EXIT_PARTLY, PARTLY, exits
 from ivshmemfs.cli.transfer.meter import metered
@@ -22,7 +22,6 @@ from ivshmemfs.errors import ForeignFormat, NotFormatted, RegionSize, UsageError
 from ivshmemfs.manual import Command, Example, Manual
 
 if TYPE_CHECKING:
-    from ivshmemfs.cli.transfer.put import Place
     from ivshmemfs.engine import Filesystem
 
 #: The name for standard input or output.
@@ -122,7 +121,7 @@ def put_command(
     into it.  Mode, times, hard links and, as root, owners are kept.  The source - is standard
     input.  Without -r symbolic links are followed, with -r they are copied, as by cp.
     """
-    from ivshmemfs.cli.transfer.put import Place, Putter
+    from ivshmemfs.cli.transfer.put import Putter
 
     usage = "ivshmemfs put REGION FILE... DESTINATION"
     with _opened(region, usage, sources, readonly=False) as fs, metered(quiet=quiet) as meter:
@@ -145,8 +144,6 @@ def put_command(
 
 def _new_place(fs: Filesystem, region: str, source: bytes, destination: bytes) -> Place:
     """Where in the region a source goes under a new name."""
-    from ivshmemfs.cli.transfer.put import Place
-
     if destination.endswith(b"/") and (source == STREAM or not os.path.isdir(source)):
         raise UsageError(f"{os.fsdecode(destination)} is not a directory in {region}")
     name = _last(destination)

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from typing import TYPE_CHECKING, NamedTuple
 
-from ivshmemfs.cli.attach.paths import about, listing
+from ivshmemfs.cli.attach.paths import PIECE, about, contents, listing, twice
 from ivshmemfs.cli.attach.peer import patiently
 from ivshmemfs.cli.transfer.local import (
     Folder,
@@ -31,8 +31,6 @@ if TYPE_CHECKING:
     from ivshmemfs.cli.transfer.meter import Meter
     from ivshmemfs.engine import Attr, Filesystem, Handle
 
-#: Bytes of one read: what a cache still holds.
-PIECE = 1 << 20
 #: Bytes of the first read behind a hole; at least a block.  Each further one is twice as long.
 FIRST_PIECE = 1 << 16
 #: Bytes that `Attr.blocks` counts in.
@@ -68,7 +66,7 @@ class Level:
     def claim(self, name: bytes) -> None:
         """Raise Corrupt when a name comes twice."""
         if name in self._names:
-            raise Corrupt(f"directory {self.attr.ino} has the name twice: run fsck.ivshmemfs -y")
+            raise twice(self.attr.ino)
         self._names.add(name)
 
 
@@ -312,19 +310,11 @@ class Getter:
 
     def pour_out(self, attr: Attr, path: bytes, fd: int) -> None:
         """Write the contents of a file to a descriptor that may be a pipe."""
-        fs = self._fs
         if not stat.S_ISREG(attr.mode):
-            raise UsageError(f"{os.fsdecode(path)} is {kind_name(attr.mode)}, no file")
-        piece, at = self._piece, 0
-        handle = patiently(lambda: fs.open(attr.ino, os.O_RDONLY))
-        try:
-            while got := patiently(lambda at=at: fs.read(handle, at, PIECE, piece)):  # type: ignore[misc]
-                at += len(got)
-                rest = memoryview(got)
-                while rest:
-                    rest = rest[os.write(fd, rest) :]
-        finally:
-            fs.release(handle)
+            raise UsageError(f"{os.fsdecode(path)} is {kind_name(attr.mode)}, not a file")
+        for piece in contents(self._fs, attr.ino):
+            while piece:
+                piece = piece[os.write(fd, piece) :]
 
 
 def _mknod(name: bytes, mode: int, rdev: int, at: int) -> None:

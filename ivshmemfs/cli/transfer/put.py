@@ -10,16 +10,15 @@ import errno
 import os
 import select
 import stat
-import time
 from collections.abc import Iterator
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from ivshmemfs.cli.attach.paths import about, child
-from ivshmemfs.cli.attach.peer import patiently
+from ivshmemfs.cli.attach.paths import Place, about, child
+from ivshmemfs.cli.attach.peer import PULSE, Pulse, patiently
 from ivshmemfs.cli.transfer.local import Folder, exists, omitted, own_mounts
 from ivshmemfs.engine import Context
-from ivshmemfs.errors import Busy, FsError, UsageError
+from ivshmemfs.errors import FsError, UsageError
 
 if TYPE_CHECKING:
     from ivshmemfs.cli.transfer.meter import Meter
@@ -30,8 +29,6 @@ FETCHED = 1 << 18
 #: Bytes and blocks of one transaction at most; other mounts wait for its end.
 MOST = 4 << 20
 MOST_BLOCKS = 1024
-#: Seconds between two signs of life while copying into a region.
-PULSE = 1.0
 
 _OPEN = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
 
@@ -47,17 +44,6 @@ class Level:
         self.names = names[::-1]
 
 
-class Place:
-    """Where in the region something goes: a directory, the name there, and the path to show."""
-
-    __slots__ = ("folder", "name", "path")
-
-    def __init__(self, folder: int, name: bytes, above: bytes) -> None:
-        self.folder = folder
-        self.name = name
-        self.path = os.path.join(above, name)
-
-
 class Putter:
     """Copies into a region."""
 
@@ -69,7 +55,7 @@ class Putter:
         self._root = os.geteuid() == 0
         self._me = Context(os.getuid(), os.getgid())
         self._most = min(MOST, MOST_BLOCKS * fs.block_size)
-        self._ticked = time.monotonic()
+        self._pulse = Pulse(fs)
         self._links: dict[tuple[int, int], int] = {}  # inodes by what has several names here
         self._own = own_mounts(fs.region) if recursive else frozenset()
         self._made: set[int] = set()  # directories that this copy has made
@@ -276,7 +262,7 @@ class Putter:
                 return  # it became shorter meanwhile
             start += got
             self._meter.add(place.name, start, size)
-            self._show_life()
+            self._pulse.beat()
 
     def _stream(self, fd: int, handle: Handle, place: Place) -> None:
         """Copy what comes until it ends."""
@@ -293,21 +279,14 @@ class Putter:
         pieces, size = list[bytes](), 0
         while size < self._most:
             while not select.select([fd], [], [], PULSE)[0]:
-                self._show_life()
+                self._pulse.beat()
             piece = os.read(fd, self._most - size)
             if not piece:
                 break
             pieces.append(piece)
             size += len(piece)
-        self._show_life()
+        self._pulse.beat()
         return b"".join(pieces)
-
-    def _show_life(self) -> None:
-        now = time.monotonic()
-        if now - self._ticked > PULSE:
-            self._ticked = now
-            with suppress(Busy):
-                self._fs.tick()
 
 
 def _fetch(fd: int, at: int, length: int) -> None:
