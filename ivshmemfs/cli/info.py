@@ -143,10 +143,12 @@ def info_command(region: str, as_json: bool) -> None:
     uuid = superblock.identify(raw)[1]  # type: ignore[index]  # decode has checked it
     inodes = stats.files - stats.files_free
     sequence, root = words.split_commit(word)
+    # This command opens it read-only; that says nothing of the region.
+    description = opened.description.removesuffix(", read-only")
     if as_json:
         show_json(
             {
-                "region": opened.spec, "description": opened.description, "label": checked.label,
+                "region": opened.spec, "description": description, "label": checked.label,
                 "uuid": uuid, "format": f"{record.major}.{record.minor}",
                 "created_ns": checked.created_ns, "size": opened.size, "block_size": size,
                 "blocks": geometry.block_count, "reserve": geometry.reserve, "used": used,
@@ -156,8 +158,7 @@ def info_command(region: str, as_json: bool) -> None:
         )  # fmt: skip
         return
     rows = [
-        # This command opens it read-only; that says nothing of the region.
-        ("region", f"{opened.spec} ({opened.description.removesuffix(', read-only')})"),
+        ("region", f"{opened.spec} ({description})"),
         ("label", checked.label or "-"),
         ("uuid", uuid),
         ("format", f"{record.major}.{record.minor}"),
