@@ -1,9 +1,9 @@
 """Builds the native extension, and compiles ahead of time what every request runs through.
 
-The Python source of the compiled modules stays what is edited, tested and read: without mypyc's
-result beside it (IVSHMEMFS_COMPILE=0) it runs as it stands, three times as slow.  A wheel of the
-first kind fits the Python that it was built with, one of the second every Python from 3.11 on:
-its native extension keeps to the limited API, which costs it up to a third of a short call.
+The Python source of the compiled modules is what is edited, tested and read.  With
+IVSHMEMFS_COMPILE=0, without mypyc's result, it runs three times as slow.  A compiled wheel fits the
+Python that it was built with.  One that is not compiled fits every Python from 3.11 on, because
+its native extension keeps to the limited API.  That costs it up to a third of a short call.
 """
 
 from __future__ import annotations
@@ -72,5 +72,9 @@ setup(
         )
     ],
     cmdclass={"build_ext": Build},
+    data_files=[
+        (f"share/man/man{section}", sorted(map(str, Path("docs/man").glob(f"*.{section}"))))
+        for section in (5, 8)
+    ],
     options={} if COMPILE else {"bdist_wheel": {"py_limited_api": "cp311"}},
 )

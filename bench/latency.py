@@ -13,7 +13,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from ivshmemfs.cli.watching import commits
+from ivshmemfs.cli.commits import commits
 from ivshmemfs.engine import ROOT_INO, Context, Filesystem
 from ivshmemfs.format import geometry
 from ivshmemfs.region import create_file, open_region

@@ -24,11 +24,12 @@ from bench.peers import (
     unmount,
 )
 from bench.runner import LocalClient, Sample, Table, interleave, parse
-from ivshmemfs.cli.attach.peering import peer
+from ivshmemfs.cli.attach.paths import Place
+from ivshmemfs.cli.attach.peer import peer
 from ivshmemfs.cli.transfer.get import Getter, Wishes
 from ivshmemfs.cli.transfer.local import Folder
 from ivshmemfs.cli.transfer.meter import Meter
-from ivshmemfs.cli.transfer.put import Place, Putter
+from ivshmemfs.cli.transfer.put import Putter
 from ivshmemfs.engine import ROOT_INO
 from ivshmemfs.region import open_region
 

@@ -19,6 +19,7 @@ from ivshmemfs.errors import InUse, RegionMissing, RegionSize, UsageError
 from ivshmemfs.format import geometry as geo
 from ivshmemfs.format.geometry import Geometry
 from ivshmemfs.format.superblock import identify
+from ivshmemfs.manual import Command, Example, Manual
 from ivshmemfs.printing import say
 from ivshmemfs.region import (
     Region,
@@ -287,7 +288,17 @@ def _take_back(path: str, before: int | None, size: int) -> None:
         os.truncate(path, before)
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+MANUAL = Manual(
+    examples=(
+        Example("mkfs.ivshmemfs --size 64M --label hello /dev/shm/hello", "Make a region."),
+        Example("mkfs.ivshmemfs pci", "Format the one ivshmem device, in a guest."),
+        Example("mkfs.ivshmemfs --force /dev/shm/hello", "Format it anew; all files are lost."),
+    ),
+    exits={0: "formatted", FAILURE: "not formatted: the message says why"},
+)
+
+
+@click.command(cls=Command, manual=MANUAL, context_settings={"help_option_names": ["-h", "--help"]})
 @click.option(
     "--size", callback=_size, metavar="SIZE", help="Make the file, of this size: 1M, 16G."
 )
@@ -301,7 +312,7 @@ def _take_back(path: str, before: int | None, size: int) -> None:
 )
 @click.option(
     "--peers", type=click.IntRange(1, geo.MAX_PEERS), default=geo.DEFAULT_PEERS,
-    show_default=True, help="How many mounts at once.",
+    metavar="N", show_default=True, help="How many mounts at once.",
 )  # fmt: skip
 @click.option("--sparse", is_flag=True, help="Do not reserve the memory of a file.")
 @click.option(
@@ -334,10 +345,6 @@ def command(
     """Make a new, empty filesystem on REGION.
 
     REGION is a file (also file:PATH), pci, pci:ADDRESS, mem:ADDRESS:SIZE or a character device.
-
-    \b
-    Example:
-      mkfs.ivshmemfs --size 64M --label exchange /dev/shm/hello
     """
     new = Parameters(uuid, label, os.getuid(), os.getgid(), time.time_ns())
     refuse_hung(region.removeprefix("file:"))

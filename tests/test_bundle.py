@@ -87,7 +87,7 @@ def install(bundle: Path, root: Path, *words: str) -> subprocess.CompletedProces
 @pytest.fixture
 def image(tmp_path: Path) -> Path:
     """The directories of a machine that the installer looks for."""
-    for folder in ("usr/local/bin", "sbin", "etc/systemd/system"):
+    for folder in ("usr/local/bin", "usr/share/man", "sbin", "etc/systemd/system"):
         (tmp_path / "image" / folder).mkdir(parents=True)
     return tmp_path / "image"
 
@@ -106,6 +106,11 @@ def test_what_is_installed_where(bundle: Path, image: Path) -> None:
     assert done.stdout.endswith(f"is installed in {image}/opt/ivshmemfs\n")
     for name in ("usr/local/bin/ivshmemfs", "sbin/mount.ivshmemfs", "sbin/fsck.ivshmemfs"):
         assert os.readlink(image / name) == f"/opt/ivshmemfs/current/bin/{Path(name).name}"
+    for number, name in ((5, "ivshmemfs.5"), (8, "ivshmemfs.8"), (8, "mount.ivshmemfs.8")):
+        page = image / f"usr/local/share/man/man{number}" / name
+        assert os.readlink(page) == f"/opt/ivshmemfs/current/share/man/man{number}/{name}"
+        carried = image / f"opt/ivshmemfs/current/share/man/man{number}" / name
+        assert carried.read_bytes() == (TOP / "docs/man" / name).read_bytes()
     start = (image / "opt/ivshmemfs/current/bin/ivshmemfs").read_text()
     assert '"/opt/ivshmemfs/versions/0.1.0-1/python"' in start
     assert str(image) not in start

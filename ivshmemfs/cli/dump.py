@@ -1,4 +1,4 @@
-"""`dump`: the records of a region, field by field, from the one declaration of the format."""
+"""`dump`: the bytes on a region, field by field, from the one declaration of the format."""
 
 from __future__ import annotations
 
@@ -9,12 +9,14 @@ from typing import Any
 
 import click
 
-from ivshmemfs.cli.attach.naming import region_of
+from ivshmemfs.cli.attach.names import region_of
+from ivshmemfs.cli.exits import exits
 from ivshmemfs.cli.output import table
 from ivshmemfs.errors import IvshmemfsError, UsageError
 from ivshmemfs.format import inode, node, peer, repair, superblock, words
 from ivshmemfs.format.geometry import COMMIT_OFFSET, HINT_OFFSET, REPAIR_OFFSET, Geometry
 from ivshmemfs.format.record import Layout
+from ivshmemfs.manual import Command, Example, Manual
 from ivshmemfs.printing import say, shown
 from ivshmemfs.region import Region, open_region
 
@@ -27,19 +29,25 @@ WHAT is one of:
   words        commit word and hint word
   repair       the repair slot
   peers        the slots that are in use
-  tags         who has claimed how many blocks
+  tags         how many blocks each incarnation of a slot has claimed
   root         the root block
   inode:N      inode number N
   block:N      block number N
   all          superblock, words, repair, peers, tags, root
-
-\b
-Example:
-  ivshmemfs dump /dev/shm/hello superblock
 """
 
 
-@click.command("dump", help=HELP)
+MANUAL = Manual(
+    examples=(
+        Example("ivshmemfs dump /dev/shm/hello", "Show the superblock."),
+        Example("ivshmemfs dump /dev/shm/hello inode:1", "Show the root directory's inode."),
+        Example("ivshmemfs dump pci all", "Show all records, for a report of a fault."),
+    ),
+    exits=exits(),
+)
+
+
+@click.command("dump", cls=Command, help=HELP, manual=MANUAL)
 @click.argument("region")
 @click.argument("what", default="superblock")
 def dump_command(region: str, what: str) -> None:
@@ -85,7 +93,7 @@ def _words(region: Region) -> Iterator[str]:
     meaning = f"sequence {sequence}, " + ("under repair" if under else f"root block {block}")
     yield f"commit word at {COMMIT_OFFSET}: {commit:#018x} = {meaning}"
     hint = region.memory.load(HINT_OFFSET)
-    holder = f"slot {hint >> words.SLOT_SHIFT}" if hint else "nobody"
+    holder = f"slot {hint >> words.SLOT_SHIFT}" if hint else "no peer"
     yield f"hint word at {HINT_OFFSET}: {hint:#018x} = {holder} is committing"
 
 
@@ -129,7 +137,7 @@ def _root(region: Region) -> Iterator[str]:
 
 
 def _inode(region: Region, number: int) -> Iterator[str]:
-    from ivshmemfs.cli.attach.peering import enter
+    from ivshmemfs.cli.attach.peer import enter
 
     view = enter(region, readonly=True).view()
     view.inode(number)  # or it says why not

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import time
 from contextlib import suppress
+from typing import NamedTuple
 
 import click
 
-from ivshmemfs.cli.attach.naming import region_of, shown
-from ivshmemfs.cli.attach.peering import enter
-from ivshmemfs.cli.output import show
+from ivshmemfs.cli.attach.names import region_of, shown
+from ivshmemfs.cli.attach.peer import enter
+from ivshmemfs.cli.exits import exits
+from ivshmemfs.cli.output import JSON_HELP, show, show_json
 from ivshmemfs.errors import IvshmemfsError, MountError, RegionDenied
 from ivshmemfs.format import superblock, words
 from ivshmemfs.fuse.mountpoint import ours
+from ivshmemfs.manual import Command, Example, Manual
 from ivshmemfs.printing import say
 from ivshmemfs.region import (
     Candidate,
@@ -26,54 +29,84 @@ from ivshmemfs.region import (
 from ivshmemfs.region.roots import HERE
 from ivshmemfs.shm.repair import repairing
 
-Row = tuple[str, str, str, str]
+LIST = Manual(
+    examples=(
+        Example("ivshmemfs list", "Show regions, and where they are mounted."),
+        Example("ivshmemfs list --json | jq -r .region", "Print the regions for a program."),
+    ),
+    exits=exits({0: "done, also if there is none"}),
+)
+INFO = Manual(
+    examples=(
+        Example("ivshmemfs info /dev/shm/hello", "Show label, UUID, size and free space."),
+        Example("ivshmemfs info /mnt/shared", "The same for the region that is mounted there."),
+    ),
+    exits=exits(),
+)
 
 
-@click.command("list")
-def list_command() -> None:
+@click.command("list", cls=Command, manual=LIST)
+@click.option("--json", "as_json", is_flag=True, help=JSON_HELP)
+def list_command(as_json: bool) -> None:
     """List the devices and files that are, or could be, regions, and where they are mounted.
 
     In parentheses behind a mount point: what happened to its region or its daemon.
-
-    \b
-    Example:
-      ivshmemfs list
     """
-    listing()
+    listing(as_json=as_json)
 
 
-def listing(roots: Roots = HERE) -> None:
+def listing(roots: Roots = HERE, *, as_json: bool = False) -> None:
     """Print a row for each candidate and mount, and on stderr why a device cannot be read."""
     candidates, mounts = discover(roots), _mounts()
-    if not candidates and not mounts:
+    if not candidates and not mounts and not as_json:
         say(
             "no ivshmem device here, and nothing in /dev/shm; make a region with: "
             "mkfs.ivshmemfs --size 64M /dev/shm/NAME",
             err=True,
         )
         return
-    rows, reasons = [("REGION", "WHAT", "LABEL", "UUID", "MOUNTED ON")], []
-    for candidate in candidates:
-        row, error = _row(candidate, roots)
-        rows.append((*row, mounts.pop(candidate.spec, "-")))
-        if error is not None and candidate.device:
-            reasons.append(str(error))
-    rows += [(spec, "-", "-", "-", on) for spec, on in mounts.items()]
-    show(rows)
-    for reason in reasons:
-        say(f"ivshmemfs: {reason}", err=True)
+    rows = [_row(candidate, roots, mounts.pop(candidate.spec, [])) for candidate in candidates]
+    rows += [Row(spec, "-", None, None, on) for spec, on in mounts.items()]
+    if as_json:
+        for row in rows:
+            show_json(
+                {"region": row.region, "what": row.what, "label": row.label, "uuid": row.uuid,
+                 "problem": row.problem or None, "mounted_on": row.mounted_on}
+            )  # fmt: skip
+    else:
+        show([("REGION", "WHAT", "LABEL", "UUID", "MOUNTED ON"), *(row.cells() for row in rows)])
+    for row in rows:
+        if row.reason:
+            say(f"ivshmemfs: {row.reason}", err=True)
 
 
-def _mounts() -> dict[str, str]:
+class Row(NamedTuple):
+    """A region or candidate as `list` shows it."""
+
+    region: str
+    what: str
+    label: str | None
+    uuid: str | None  # None: it carries no filesystem, or cannot be read
+    mounted_on: list[str]
+    problem: str = ""
+    reason: str = ""  # why a device cannot be read
+
+    def cells(self) -> tuple[str, ...]:
+        """Return the cells of the table."""
+        on = ", ".join(self.mounted_on) or "-"
+        return self.region, self.what, self.label or "-", self.uuid or self.problem or "-", on
+
+
+def _mounts() -> dict[str, list[str]]:
     """The mount points on this machine, and what is wrong there, by region."""
     found: dict[str, list[str]] = {}
     with suppress(MountError):
         for entry in ours():
             found.setdefault(entry.source, []).append(shown(entry))
-    return {spec: ", ".join(places) for spec, places in found.items()}
+    return found
 
 
-def _row(candidate: Candidate, roots: Roots) -> tuple[Row, IvshmemfsError | OSError | None]:
+def _row(candidate: Candidate, roots: Roots, on: list[str]) -> Row:
     spec, what = candidate.spec, candidate.description
     try:
         with open_region(candidate.spec, readonly=True, roots=roots) as region:
@@ -82,24 +115,20 @@ def _row(candidate: Candidate, roots: Roots) -> tuple[Row, IvshmemfsError | OSEr
             busy = ", being repaired" if names is not None and repairing(page) else ""
             if not candidate.size:
                 what = f"device, {readable_size(region.size)}"
-    except RegionDenied as error:
-        return (spec, what, "-", "no permission to read it"), error
     except (IvshmemfsError, OSError) as error:
-        return (spec, what, "-", "cannot be read"), error
+        denied = isinstance(error, RegionDenied)
+        problem = "no permission to read it" if denied else "cannot be read"
+        return Row(spec, what, None, None, on, problem, str(error) if candidate.device else "")
     if names is None:
-        return (spec, what, "-", "not formatted"), None
-    return (spec, what + busy, names[0] or "-", names[1]), None
+        return Row(spec, what, None, None, on, "not formatted")
+    return Row(spec, what + busy, names[0], names[1], on)
 
 
-@click.command("info")
+@click.command("info", cls=Command, manual=INFO)
 @click.argument("region")
-def info_command(region: str) -> None:
-    """Show what the filesystem on REGION is and how full it is.
-
-    \b
-    Example:
-      ivshmemfs info /mnt/shared
-    """
+@click.option("--json", "as_json", is_flag=True, help=JSON_HELP)
+def info_command(region: str, as_json: bool) -> None:
+    """Show what the filesystem on REGION is and how full it is."""
     with open_region(region_of(region), readonly=True, identify=superblock.identify) as opened:
         raw = opened.memory.read(0, superblock.SUPERBLOCK.size)
         checked = superblock.decode(raw, opened.size)
@@ -110,19 +139,35 @@ def info_command(region: str) -> None:
         measured = probe(opened.memory)
     geometry = checked.geometry
     size = stats.block_size
-    free = readable_size(stats.blocks_avail * size)
+    used, free = (stats.blocks - stats.blocks_free) * size, stats.blocks_avail * size
+    uuid = superblock.identify(raw)[1]  # type: ignore[index]  # decode has checked it
+    inodes = stats.files - stats.files_free
+    sequence, root = words.split_commit(word)
+    # This command opens it read-only; that says nothing of the region.
+    description = opened.description.removesuffix(", read-only")
+    if as_json:
+        show_json(
+            {
+                "region": opened.spec, "description": description, "label": checked.label,
+                "uuid": uuid, "format": f"{record.major}.{record.minor}",
+                "created_ns": checked.created_ns, "size": opened.size, "block_size": size,
+                "blocks": geometry.block_count, "reserve": geometry.reserve, "used": used,
+                "available": free, "inodes": inodes, "commit": sequence, "root_block": root,
+                "peers": peers, "peers_max": geometry.peer_count, "warning": measured.warning(),
+            }
+        )  # fmt: skip
+        return
     rows = [
-        # This command opens it read-only; that says nothing of the region.
-        ("region", f"{opened.spec} ({opened.description.removesuffix(', read-only')})"),
+        ("region", f"{opened.spec} ({description})"),
         ("label", checked.label or "-"),
-        ("uuid", superblock.identify(raw)[1]),  # type: ignore[index]  # decode has checked it
+        ("uuid", uuid),
         ("format", f"{record.major}.{record.minor}"),
         ("created", _when(checked.created_ns)),
         ("blocks", f"{geometry.block_count} of {size} bytes each, {geometry.reserve} in reserve"),
-        ("used", readable_size((stats.blocks - stats.blocks_free) * size)),
-        ("free", f"{free} for data"),
-        ("inodes", str(stats.files - stats.files_free)),
-        ("commit", "{} at block {}".format(*words.split_commit(word))),
+        ("used", readable_size(used)),
+        ("free", f"{readable_size(free)} for data"),
+        ("inodes", str(inodes)),
+        ("commit", f"{sequence} at block {root}"),
         ("peers", f"{peers} of {geometry.peer_count}"),
         ("mapping", measured.describe()),
     ]

@@ -1,8 +1,8 @@
 """`lock`: run a command while holding a lock that counts on every machine.
 
-The command itself is a peer of the region of FILE's mount while it holds the lock.  While it waits
-it only looks.  So the lock is freed without help: other peers see the death of this process, or of
-its machine, as that of any peer.
+The command itself is a peer of the region that FILE's mount shows, for as long as it holds the
+lock.  While it waits, it only looks.  When this process or its machine dies, others notice it as
+they notice the death of any peer, and free the lock.
 """
 
 from __future__ import annotations
@@ -18,9 +18,11 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ivshmemfs.cli.attach.peering import patiently, peer
+from ivshmemfs.cli.attach.peer import patiently, peer
+from ivshmemfs.cli.exits import exits
 from ivshmemfs.errors import Busy, LockLost, RegionMissing, UnsupportedVersion, UsageError
 from ivshmemfs.fuse.mountpoint import FSTYPE, enclosing, mounted, refuse_hung
+from ivshmemfs.manual import Command, Example, Manual
 from ivshmemfs.shm.watch import LOOK, SILENCE
 
 if TYPE_CHECKING:
@@ -39,10 +41,29 @@ GIVE_BACK = 5.0
 _PR_SET_PDEATHSIG = 1
 
 
+MANUAL = Manual(
+    examples=(
+        Example(
+            "ivshmemfs lock /mnt/shared/build.lock -- make install",
+            "Run make on one machine at a time.",
+        ),
+        Example(
+            "ivshmemfs lock -n -E 75 /mnt/shared/cron.lock -- backup",
+            "Run backup, or end with 75 if another machine runs it.",
+        ),
+    ),
+    exits={
+        **exits({0: "done: COMMAND ended with 0", 32: "the region cannot be opened"}),
+        1: "wrong usage, or another process keeps the lock (see -E)",
+        128: "and above: a signal ended COMMAND, 128 plus its number.  Else the exit code is "
+        "COMMAND's own",
+    },
+)
+
+
 @click.command(
-    "lock", short_help="Run COMMAND under a lock between all machines.",
-    context_settings={"allow_interspersed_args": False},
-)  # fmt: skip
+    "lock", cls=Command, manual=MANUAL, context_settings={"allow_interspersed_args": False}
+)
 @click.argument("file")  # click.Path would look at it
 @click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
 @click.option("-n", "--nonblock", is_flag=True, help="Fail at once when it is held.")
@@ -51,7 +72,7 @@ _PR_SET_PDEATHSIG = 1
 )
 @click.option(
     "-E", "--conflict-exit-code", "conflict", type=int, default=1, metavar="N", show_default=True,
-    help="Exit code when somebody else keeps the lock.",
+    help="Exit code when another process keeps the lock.",
 )  # fmt: skip
 def lock_command(
     file: str, command: tuple[str, ...], nonblock: bool, seconds: float | None, conflict: int
@@ -59,15 +80,11 @@ def lock_command(
     """Run COMMAND while holding a lock on FILE that excludes all other machines.
 
     FILE is on a mount, and is made if it does not exist.  The lock is an flock(2) lock, as programs
-    on any mount take it.  The death of the holder frees the lock: after 3 s if its process is seen
-    to be gone, else after 10 s of silence.  If its machine was only paused, COMMAND is ended there
-    within a second of waking up.
+    on any mount take it.  When the holder dies, the lock is free after 3 s if others can see that
+    its process is gone.  Otherwise it is free after 10 s without a sign of life.  If its machine
+    was only paused, COMMAND is ended there within a second of waking up.
 
     Ends with COMMAND's exit code.  Needs access to the region itself, as mounting does.
-
-    \b
-    Example:
-      ivshmemfs lock -w 10 /mnt/shared/job -- make
     """
     words = command[1:] if command[0] == "--" else command
     if not words:
@@ -89,7 +106,7 @@ def lock_command(
 
 @contextmanager
 def _opened(file: str) -> Iterator[int]:
-    """An open FILE, so that it exists while it is locked, also if its name is removed."""
+    """Open FILE, so that it stays while it is locked, also when its name is removed."""
     flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC  # a fifo would wait for its writer
     try:
         fd = os.open(file, flags)

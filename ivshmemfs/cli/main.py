@@ -1,18 +1,10 @@
 """`ivshmemfs`: finds the subcommand, and turns every error into one line and an exit code.
 
-Exit codes are those of mount(8):
+Exit codes are those of mount(8); `exits` lists them.
 
-    0   done
-    1   wrong usage or permission
-    2   system error
-    4   internal bug
-    8   interrupted
-    32  not mounted
-    64  done, but something was left out (`get`, `put`)
-
-It is a mount helper under a name that begins with `mount.`, such as the link /sbin/mount.ivshmemfs.
-It is one, too, with a region and a mount point but no subcommand.  mount.fuse calls it so for the
-type fuse.ivshmemfs in /etc/fstab.
+Under a name that begins with `mount.`, such as the link /sbin/mount.ivshmemfs, it is a mount
+helper.  So it is with a region and a mount point but no subcommand.  mount.fuse calls it so, for
+the type fuse.ivshmemfs in /etc/fstab.
 """
 
 from __future__ import annotations
@@ -20,35 +12,64 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-from typing import NoReturn
+from importlib.machinery import PathFinder
+from pathlib import Path
+from typing import NamedTuple, NoReturn
 
 import click
 
 from ivshmemfs import __version__, command
+from ivshmemfs.cli.exits import COMMON
+from ivshmemfs.manual import Example, Manual, write_end
 from ivshmemfs.printing import say
 
 EXITS = command.Exits(usage=1, system=2, interrupted=8, internal=4, own=True)
 
-#: Where each subcommand is; loaded when it is used, so that each starts as fast as it can.
+
+class Subcommand(NamedTuple):
+    """Where a subcommand is, and what it does."""
+
+    module: str
+    summary: str
+
+
+#: A subcommand is loaded when it is used.  `ivshmemfs --help` loads none, so it has the summaries.
 SUBCOMMANDS = {
-    "mount": "mount",
-    "umount": "mount",
-    "list": "info",
-    "info": "info",
-    "dump": "dump",
-    "peers": "peers",
-    "evict": "peers",
-    "lock": "lock",
-    "wait": "wait",
-    "watch": "watch",
-    "get": "transfer",
-    "put": "transfer",
-    "doctor": "doctor",
+    "mount": Subcommand("mount", "Mount the filesystem on REGION."),
+    "umount": Subcommand("mount", "Unmount MOUNTPOINT."),
+    "list": Subcommand("info", "List regions, and where they are mounted."),
+    "info": Subcommand("info", "Show what is on REGION and how full it is."),
+    "dump": Subcommand("dump", "Show the bytes on REGION, field by field."),
+    "peers": Subcommand("peers", "List the mounts of REGION on all machines."),
+    "evict": Subcommand("peers", "Declare the peer in SLOT gone."),
+    "lock": Subcommand("lock", "Run COMMAND under a lock between all machines."),
+    "wait": Subcommand("wait", "Wait for a file to appear, go or change."),
+    "watch": Subcommand("watch", "Print changes of files as they happen."),
+    "get": Subcommand("transfer.commands", "Copy files from REGION, without a mount."),
+    "put": Subcommand("transfer.commands", "Copy local files to REGION, without a mount."),
+    "ls": Subcommand("files.show", "List files in a region, without a mount."),
+    "cat": Subcommand("files.show", "Print files in a region, without a mount."),
+    "du": Subcommand("files.show", "Show how much room files take in a region."),
+    "df": Subcommand("files.show", "Show how full a region is."),
+    "mkdir": Subcommand("files.change", "Make directories in a region."),
+    "mv": Subcommand("files.change", "Move files within a region."),
+    "rm": Subcommand("files.change", "Remove files from a region."),
+    "doctor": Subcommand("doctor.commands", "Check a region and this machine; say what to type."),
 }
+MANUAL = Manual(
+    examples=(
+        Example("mkfs.ivshmemfs --size 64M /dev/shm/hello", "Make a region, on the host."),
+        Example("ivshmemfs mount /dev/shm/hello /mnt/shared", "Mount it, on the host."),
+        Example("ivshmemfs mount /mnt/shared", "Mount it, in a guest."),
+    ),
+    exits=COMMON,
+)
 
 
 class Subcommands(click.Group):
     """A group whose members are loaded on demand."""
+
+    manual = MANUAL
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """The names, in the order of a session."""
@@ -58,16 +79,29 @@ class Subcommands(click.Group):
         """Load one."""
         if cmd_name not in SUBCOMMANDS:
             return None
-        module = importlib.import_module(f"ivshmemfs.cli.{SUBCOMMANDS[cmd_name]}")
+        module = importlib.import_module(f"ivshmemfs.cli.{SUBCOMMANDS[cmd_name].module}")
         command: click.Command = getattr(module, f"{cmd_name}_command")
         return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the summaries, and load nothing."""
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, one.summary) for name, one in SUBCOMMANDS.items()])
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the examples and exit codes."""
+        write_end(self.manual, formatter)
+
+
+def _is_compiled() -> bool:
+    """Whether the engine is compiled; like its `COMPILED`, but without loading it."""
+    found = PathFinder.find_spec("filesystem", [str(Path(__file__).parents[1] / "engine")])
+    return found is not None and not str(found.origin).endswith(".py")
 
 
 def _show_version(ctx: click.Context, _option: click.Parameter, wanted: bool) -> None:
     if wanted and not ctx.resilient_parsing:
-        from ivshmemfs.engine import COMPILED
-
-        kind = "compiled" if COMPILED else "pure Python"
+        kind = "compiled" if _is_compiled() else "pure Python"
         say(f"ivshmemfs, version {__version__} ({kind})")
         ctx.exit()
 

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ivshmemfs.cli.attach.naming import looks_like_region, mount_point_of
+from ivshmemfs.cli.attach.names import looks_like_region, mount_point_of
+from ivshmemfs.cli.exits import exits
 from ivshmemfs.errors import (
     RegionAmbiguous,
     RegionDenied,
@@ -19,6 +20,7 @@ from ivshmemfs.errors import (
 )
 from ivshmemfs.fuse import daemon
 from ivshmemfs.fuse.options import MountOptions, parse
+from ivshmemfs.manual import Command, Example, Manual
 from ivshmemfs.printing import say
 
 if TYPE_CHECKING:
@@ -31,28 +33,45 @@ label=LABEL or uuid=UUID.  Without it, the one ivshmem device that carries a fil
 
 \b
 Options (-o), separated by commas:
-  ro                 read only; stores nothing in the region
-  allow_other        let other users use the mount
-  uid=N, gid=N       show every file as owned by this user or group
-  umask=NNN          take these permission bits away from what is shown
-  noacl              neither obey nor show POSIX access lists
-  suid, dev          allow set-user-ID programs and device nodes (root only)
-  noexec, sync, ...  as in mount(8); options without effect here are ignored
-  remount,ro         make a mount read-only until remount,rw (root only)
-  mmap               allow shared mappings on kernels before 6.6, through the page cache
-  locks=shared|local flock(2) and fcntl(2) locks hold on all mounts, or on this one
-  notify             report changes of other machines to programs that watch (inotify)
-  log=FILE           write the log to FILE
-  loop=poll|trio     how to wait for requests
-nosuid and nodev are on unless suid or dev is given.  Permissions are always checked.
+  ro                  read only; stores nothing in the region
+  allow_other         let other users use the mount
+  uid=N, gid=N        show every file as owned by this user or group
+  umask=NNN           take these permission bits away from what is shown
+  noacl               neither obey nor show POSIX access lists
+  suid, dev           allow set-user-ID programs and device nodes (root only)
+  noexec, sync        as in mount(8); options without effect here are ignored
+  remount,ro          make a mount read-only until remount,rw (root only)
+  mmap                shared mappings on kernels before 6.6, by the page cache
+  locks=shared|local  flock(2), fcntl(2) locks hold on all mounts, or on this
+  notify              report changes of other machines to inotify
+  log=FILE            write the log to FILE
+  loop=poll|trio      how to wait for requests
 
-\b
-Example:
-  ivshmemfs mount -o allow_other label=exchange /mnt/shared
+nosuid and nodev are on unless suid or dev is given.  Permissions are always checked.
 """
 
 
-@click.command("mount", help=HELP)
+MOUNT = Manual(
+    examples=(
+        Example("ivshmemfs mount /dev/shm/hello /mnt/shared", "Mount a file, on the host."),
+        Example("ivshmemfs mount /mnt/shared", "Mount the one ivshmem device, in a guest."),
+        Example(
+            "ivshmemfs mount -o ro,allow_other label=hello /mnt/shared",
+            "Mount by label, read only, for all users.",
+        ),
+    ),
+    exits=exits({0: "mounted", 32: "not mounted: the region or the mount point cannot be used"}),
+)
+UMOUNT = Manual(
+    examples=(
+        Example("ivshmemfs umount /mnt/shared", "Unmount a mount point."),
+        Example("ivshmemfs umount /dev/shm/hello", "Unmount where this region is mounted."),
+    ),
+    exits=exits({0: "unmounted", 32: "nothing is mounted there, or it is in use"}),
+)
+
+
+@click.command("mount", cls=Command, help=HELP, manual=MOUNT)
 @click.argument("region", required=False)
 @click.argument("mountpoint", required=False)  # click.Path would look at it
 @click.option("-o", "options", multiple=True, metavar="OPTIONS", help="Mount options, see above.")
@@ -117,7 +136,7 @@ def _attach(spec: str | None, options: MountOptions) -> daemon.Attach:
     @contextmanager
     def attach() -> Iterator[daemon.Attached]:
         # Imported here: the parent of a daemon ends sooner without them.
-        from ivshmemfs.cli.attach.peering import enter, older_peers
+        from ivshmemfs.cli.attach.peer import enter, older_peers
         from ivshmemfs.format.superblock import identify
         from ivshmemfs.region import open_region, probe
 
@@ -178,7 +197,7 @@ def _named(candidate: Candidate, names: tuple[str, str]) -> str:
     return f"{candidate.spec} (label {label!r}, uuid {uuid})"
 
 
-@click.command("umount")
+@click.command("umount", cls=Command, manual=UMOUNT)
 @click.argument("mountpoint")  # click.Path would look at it
 @click.option(
     "-l", "--lazy", is_flag=True, help="Detach it even when it is in use; open files fail then."
@@ -188,10 +207,6 @@ def umount_command(mountpoint: str, lazy: bool) -> None:
 
     MOUNTPOINT may also be a region that is mounted once.  Returns when the daemon has left the
     region.
-
-    \b
-    Example:
-      ivshmemfs umount /mnt/shared
     """
     _refuse_nameless(mountpoint)
     daemon.umount(mount_point_of(mountpoint), lazy=lazy)

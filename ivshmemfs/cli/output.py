@@ -1,12 +1,15 @@
-"""How commands print tables."""
+"""How commands print tables and JSON."""
 
 from __future__ import annotations
 
+import json
 import unicodedata
 from collections.abc import Sequence
 
 from ivshmemfs.printing import printable, say
 
+#: What --json does, in --help.
+JSON_HELP = "Print JSON: one object a line."
 WIDE = ("W", "F")  # East Asian widths that take two columns of a terminal
 
 
@@ -30,6 +33,11 @@ def table(rows: Sequence[Sequence[str]]) -> list[str]:
 
 def _padded(cell: str, columns: int) -> str:
     return cell + " " * (columns - width(cell))
+
+
+def show_json(value: object) -> None:
+    """Print a value as one line of JSON, in ASCII."""
+    say(json.dumps(value))
 
 
 def show(rows: Sequence[Sequence[str]]) -> None:

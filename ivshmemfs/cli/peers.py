@@ -1,4 +1,4 @@
-"""`peers` and `evict`: the machines of a region, and the end of one that will not come back."""
+"""`peers` lists the mounts of a region; `evict` declares one gone that will not come back."""
 
 from __future__ import annotations
 
@@ -8,19 +8,33 @@ from contextlib import contextmanager
 
 import click
 
-from ivshmemfs.cli.attach.naming import mounts_of, region_of
-from ivshmemfs.cli.output import show
+from ivshmemfs.cli.attach.names import mounts_of, region_of
+from ivshmemfs.cli.exits import exits
+from ivshmemfs.cli.output import JSON_HELP, show, show_json
 from ivshmemfs.errors import InUse, UsageError
 from ivshmemfs.format import superblock, words
 from ivshmemfs.format.peer import Occupant
 from ivshmemfs.format.words import under_repair
 from ivshmemfs.fuse.mountpoint import condition
+from ivshmemfs.manual import Command, Example, Manual
 from ivshmemfs.printing import say, shown
 from ivshmemfs.region import open_region
 from ivshmemfs.shm.commit import CommitWord
 from ivshmemfs.shm.peers import PeerTable
 from ivshmemfs.shm.repair import describe
 from ivshmemfs.shm.watch import POLL, SILENCE, Watch
+
+PEERS = Manual(
+    examples=(
+        Example("ivshmemfs peers /dev/shm/hello", "Show the mounts on all machines."),
+        Example("ivshmemfs peers /mnt/shared", "The same for the region that is mounted there."),
+    ),
+    exits=exits(),
+)
+EVICT = Manual(
+    examples=(Example("ivshmemfs evict /dev/shm/hello 3", "Declare the peer in slot 3 gone."),),
+    exits=exits({1: "wrong usage, or the peer is alive"}),
+)
 
 
 @contextmanager
@@ -43,32 +57,32 @@ def watched_alive(watch: Watch, slots: set[int]) -> set[int]:
         watch.look()
 
 
-@click.command("peers")
+@click.command("peers", cls=Command, manual=PEERS)
 @click.argument("region")
-def peers_command(region: str) -> None:
-    """List the mounts of REGION on all machines, and which of them show signs of life.
-
-    \b
-    Example:
-      ivshmemfs peers label=exchange
-    """
+@click.option("--json", "as_json", is_flag=True, help=JSON_HELP)
+def peers_command(region: str, as_json: bool) -> None:
+    """List the mounts of REGION on all machines, and which of them show signs of life."""
     region = region_of(region)
     _tell_trouble(region)
     with _peer_table(region, readonly=True) as peers:
         present, watch = list(peers.peers()), peers.watch
         alive = watched_alive(watch, {peer.slot for peer in present})
-        rows = [_row(peer, _life(watch, peer, alive)) for peer in present]
+        rows = [(peer, _life(watch, peer, alive)) for peer in present]
         repaired = under_repair(peers.commit_word.load())
         told = describe(peers.memory) if repaired else ""
     if told:
-        say(told)
-    if not present:
-        say("nobody has it mounted for writing (a read-only mount leaves no trace in the region)")
-        return
-    show([("SLOT", "HOST", "PID", "SINCE", "DOING", "LIFE", "VERSION"), *rows])
+        say(told, err=as_json)
+    if as_json:
+        for peer, life in rows:
+            show_json(_described(peer, life))
+    elif not present:
+        say("no machine has it mounted for writing (a read-only mount leaves no trace in it)")
+    else:
+        titles = ("SLOT", "HOST", "PID", "SINCE", "DOING", "LIFE", "VERSION")
+        show([titles, *(_row(peer, life) for peer, life in rows)])
     for machine in watch.machines.shared:
         name = watch.machines.name(machine)
-        say(f"two machines go by the hardware UUID {name}: it tells of nobody's end", err=True)
+        say(f"two machines go by the hardware UUID {name}: it proves no death", err=True)
 
 
 def _life(watch: Watch, peer: Occupant, alive: set[int]) -> str:
@@ -84,8 +98,26 @@ def _tell_trouble(region: str) -> None:
             say(f"ivshmemfs: mount {entry.path}: {trouble}", err=True)
 
 
+def _doing(peer: Occupant) -> str:
+    return words.STATE_NAMES[peer.state] if peer.state < len(words.STATE_NAMES) else "?"
+
+
+def _described(peer: Occupant, life: str) -> dict[str, object]:
+    """The members of a peer's JSON object; without a sound identity some are null."""
+    record = peer.record if peer.identity_valid else None
+    return {
+        "slot": peer.slot,
+        "host": None if record is None else record.host.rstrip(b"\0").decode(errors="replace"),
+        "pid": None if record is None else record.pid,
+        "joined_ns": None if record is None else record.joined_ns,
+        "state": _doing(peer),
+        "life": life,
+        "version": peer.version or None,
+    }
+
+
 def _row(peer: Occupant, life: str) -> tuple[str, ...]:
-    doing = words.STATE_NAMES[peer.state] if peer.state < len(words.STATE_NAMES) else "?"
+    doing = _doing(peer)
     if not peer.identity_valid:
         return str(peer.slot), "?", "?", "?", doing, life, "?"
     host = shown(peer.record.host.rstrip(b"\0"))
@@ -100,24 +132,20 @@ def _since(peer: Occupant) -> str:
         return "?"
 
 
-@click.command("evict", short_help="Declare the peer in SLOT gone.")
+@click.command("evict", cls=Command, manual=EVICT)
 @click.argument("region")
 @click.argument("slot", type=int)
 @click.option("--force", is_flag=True, help="Even though it shows life; it will then rejoin.")
 def evict_command(region: str, slot: int, force: bool) -> None:
     """Declare the peer in SLOT gone, so that others may use again what it had claimed.
 
-    Say so only of a machine that is surely off.  Otherwise its writes may still arrive in blocks
-    that another machine uses by then.
-
-    \b
-    Example:
-      ivshmemfs evict /dev/shm/hello 3
+    Evict only a machine that is surely off.  Otherwise its writes may still arrive, in blocks that
+    another peer uses by then.
     """
     with _peer_table(region, readonly=False) as peers:
         peer = next((peer for peer in peers.peers() if peer.slot == slot), None)
         if peer is None:
-            raise UsageError(f"nobody is in slot {slot}: see 'ivshmemfs peers {region}'")
+            raise UsageError(f"there is no peer in slot {slot}: see 'ivshmemfs peers {region}'")
         if not force and slot in watched_alive(peers.watch, {slot}):
             raise InUse(
                 f"the peer in slot {slot} is alive: unmount it there (--force evicts it anyway)"

@@ -1,4 +1,4 @@
-"""`wait`: until a name exists, is gone, or changes, by any machine."""
+"""`wait`: until a name exists, is gone, or changes; any machine may change it."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ivshmemfs.cli.attach.inside import found
-from ivshmemfs.cli.watching import Target, commits, looking, target_of
+from ivshmemfs.cli.attach.paths import Target, found, reached, target_of
+from ivshmemfs.cli.commits import commits
+from ivshmemfs.cli.exits import exits
 from ivshmemfs.errors import Busy
+from ivshmemfs.manual import Command, Example, Manual
 
 if TYPE_CHECKING:
     from ivshmemfs.engine import Filesystem
@@ -18,7 +20,21 @@ if TYPE_CHECKING:
 TIMED_OUT = 124
 
 
-@click.command("wait", short_help="Wait for a file to appear, go or change.")
+MANUAL = Manual(
+    examples=(
+        Example(
+            "ivshmemfs wait --timeout 60 /mnt/shared/result && cat /mnt/shared/result",
+            "Read what another machine makes, once it is there.",
+        ),
+        Example(
+            "ivshmemfs wait --gone label=hello:/running", "Wait for a removal, without a mount."
+        ),
+    ),
+    exits=exits({0: "it happened", TIMED_OUT: "the time is over"}),
+)
+
+
+@click.command("wait", cls=Command, manual=MANUAL)
 @click.argument("path")
 @click.option("--exists", "condition", flag_value="exists", default="exists",
               help="Until the name exists (the default).")  # fmt: skip
@@ -28,17 +44,12 @@ TIMED_OUT = 124
 @click.option("-t", "--timeout", type=click.FloatRange(min=0), metavar="SECONDS",
               help=f"Give up after so many seconds, with exit code {TIMED_OUT}.")  # fmt: skip
 def wait_command(path: str, condition: str, timeout: float | None) -> int:
-    """Wait until any machine makes, removes or changes PATH.
+    """Wait for PATH; any machine may change it.
 
     PATH is on a mount, or REGION:/path, which needs no mount.  Nothing is stored in the region.
-
-    \b
-    Exit codes: 0 it happened, 124 the time is over, 32 the region cannot be read.
-    Example:
-      ivshmemfs wait --timeout 60 /mnt/shared/result && cat /mnt/shared/result
     """
     target = target_of(path)
-    with looking(target) as fs:
+    with reached(target, readonly=True) as fs:
         end = float("inf") if timeout is None else time.monotonic() + timeout
         before: object = _state(fs, target) if condition == "changed" else None
         for _ in commits(fs, end):

@@ -1,4 +1,4 @@
-"""`watch`: one line for each change of a file or directory, by any machine."""
+"""`watch`: one line for each change of a file or directory by any machine."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import click
 
-from ivshmemfs.cli.attach.inside import resolve
-from ivshmemfs.cli.watching import Target, commits, looking, target_of
+from ivshmemfs.cli.attach.paths import Target, reached, resolve, target_of
+from ivshmemfs.cli.commits import commits
+from ivshmemfs.cli.exits import exits
 from ivshmemfs.errors import Busy, UsageError
+from ivshmemfs.manual import Command, Example, Manual
 from ivshmemfs.printing import say
 
 if TYPE_CHECKING:
@@ -66,7 +68,7 @@ class Event(NamedTuple):
         return json.dumps(values)
 
 
-class WatchedPath:
+class View:
     """What one watched argument names, and the paths of the directories below it."""
 
     def __init__(self, fs: Filesystem, target: Target, *, recursive: bool) -> None:
@@ -156,7 +158,19 @@ def _patiently(watcher: object) -> list[Change]:
             time.sleep(PAUSE)
 
 
-@click.command("watch", short_help="Print changes of files as they happen.")
+MANUAL = Manual(
+    examples=(
+        Example("ivshmemfs watch -r /mnt/shared", "Print each change in a tree."),
+        Example(
+            "ivshmemfs watch --json label=hello:/inbox",
+            "Print changes as JSON objects, without a mount.",
+        ),
+    ),
+    exits=exits({0: "what was watched is gone"}),
+)
+
+
+@click.command("watch", cls=Command, manual=MANUAL)
 @click.argument("paths", nargs=-1, required=True, metavar="PATH...")
 @click.option("-r", "--recursive", is_flag=True, help="Also directories below, and new ones.")
 @click.option("--format", "form", default=DEFAULT_FORMAT, metavar="FORMAT",
@@ -173,16 +187,13 @@ def watch_command(paths: tuple[str, ...], recursive: bool, form: str, as_json: b
     \b
     Events: created, removed, moved, changed (contents), attributes,
     overflow (changes are missing: list the directories).
-    Exit codes: 0 what was watched is gone, 32 the region cannot be read, 8 interrupted.
-    Example:
-      ivshmemfs watch -r --json label=shared:/inbox
     """
     targets = [target_of(path) for path in paths]
     if len({target.region for target in targets}) > 1:
         raise UsageError("all paths must be in one region: start a command for each")
     Event("", b"", 0, False, None).line(form)  # refuses a bad format before anything happens
-    with looking(targets[0]) as fs:
-        views = [WatchedPath(fs, target, recursive=recursive) for target in targets]
+    with reached(targets[0], readonly=True) as fs:
+        views = [View(fs, target, recursive=recursive) for target in targets]
         for view in views:
             view.start()
         for _ in commits(fs):

@@ -18,6 +18,7 @@ from ivshmemfs.format.superblock import identify
 from ivshmemfs.fsck.check import check
 from ivshmemfs.fsck.repair import repair
 from ivshmemfs.fsck.report import Report
+from ivshmemfs.manual import Command, Example, Manual
 from ivshmemfs.printing import say
 from ivshmemfs.region import open_region
 
@@ -50,7 +51,23 @@ def _run(spec: str, change: bool, force: bool) -> int:
     return CORRECTED if corrected else CLEAN
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+MANUAL = Manual(
+    examples=(
+        Example("fsck.ivshmemfs /dev/shm/hello", "Check a region; store nothing."),
+        Example("fsck.ivshmemfs -y /dev/shm/hello", "Repair a region that no peer has mounted."),
+    ),
+    exits={
+        CLEAN: "clean",
+        CORRECTED: "repaired",
+        UNCORRECTED: "something is wrong and was left so",
+        OPERATIONAL: "the region could not be checked or repaired",
+        USAGE: "wrong usage",
+        CANCELLED: "interrupted by a signal",
+    },
+)
+
+
+@click.command(cls=Command, manual=MANUAL, context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("-n", "check_only", is_flag=True, help="Only check, store nothing (the default).")
 @click.option("-y", "change", is_flag=True, help="Repair what is wrong.")
 @click.option("-p", "-a", "preen", is_flag=True, help="The same as -y, as fsck(8) calls it.")
@@ -65,19 +82,6 @@ def command(
 
     Checking is possible at any time.  Repairing needs a region that no peer has mounted.  A mount
     that starts meanwhile waits for 3 s, then refuses.
-
-    Exit codes:
-
-    \b
-      0   clean
-      1   repaired
-      4   something is wrong and was left so
-      8   the region could not be checked or repaired
-      16  wrong usage
-
-    \b
-    Example:
-      fsck.ivshmemfs -y /dev/shm/hello
     """
     change = change or preen
     if check_only and change:

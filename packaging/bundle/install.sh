@@ -16,6 +16,7 @@ DESTDIR=${DESTDIR:-}
 HELPERS='mount.ivshmemfs mount.fuse.ivshmemfs mkfs.ivshmemfs fsck.ivshmemfs' # in /sbin
 COMMANDS='ivshmemfs mkfs.ivshmemfs fsck.ivshmemfs'
 UNITS=$DESTDIR/usr/local/lib/systemd/system
+MAN=$DESTDIR/usr/local/share/man
 
 fail() {
     echo "ivshmemfs-bundle: $*" >&2
@@ -101,6 +102,9 @@ uninstall() {
     fi
     for name in $COMMANDS; do unlink_ours "$(bin_directory)/$name"; done
     for name in $HELPERS; do unlink_ours "$DESTDIR/sbin/$name"; done
+    for page in "$PLACE"/current/share/man/man?/*; do
+        unlink_ours "$MAN/${page#"$PLACE"/current/share/man/}"
+    done
     for unit in "$PLACE"/current/share/systemd/*; do
         [ ! -f "$unit" ] || rm -f "$UNITS/${unit##*/}"
     done
@@ -157,6 +161,11 @@ links() {
         for name in $HELPERS; do link "$TARGET/current/bin/$name" "$DESTDIR/sbin/$name"; done
     else
         echo "note: /sbin is not writable, so mount(8) and fstab will not know ivshmemfs" >&2
+    fi
+    if [ -d "$DESTDIR/usr/share/man" ] && mkdir -p "$MAN/man5" "$MAN/man8" 2>/dev/null; then
+        for page in "$NEW"/share/man/man?/*; do
+            link "$TARGET/current/${page#"$NEW"/}" "$MAN/${page#"$NEW"/share/man/}"
+        done
     fi
     if [ -d "$DESTDIR/etc/systemd/system" ] && mkdir -p "$UNITS" 2>/dev/null; then
         cp "$NEW"/share/systemd/* "$UNITS/" || echo "note: no units in $UNITS" >&2

@@ -150,6 +150,10 @@ def make(packages: Path, tree: Path) -> None:
     carried = [interpreter, standard / "os.py", *copy_libraries(tree)]
     write_commands(tree)
     copy_licences(tree, carried)
+    for page in (TOP / "docs/man").iterdir():
+        folder = tree / "share/man" / f"man{page.suffix[1:]}"
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(page, folder / page.name)
     for part in ("systemd", "tmpfiles.d", "udev"):
         shutil.copytree(TOP / "packaging" / part, tree / "share" / part)
     precompile(tree)

@@ -46,7 +46,7 @@ def formatted() -> Iterator[TestRegion]:
 
 @pytest.fixture
 def places(tmp_path: Path) -> Iterator[list[Path]]:
-    """Three empty directories; whatever is mounted there is unmounted in the end."""
+    """Three empty directories; what is mounted there is unmounted in the end."""
     made = [tmp_path / name for name in ("A", "B", "C")]
     for path in made:
         path.mkdir()

@@ -138,7 +138,7 @@ def test_a_signal_while_the_daemon_starts(formatted: TestRegion, place: Path) ->
         assert not mount_lines(place)
     finally:
         release(place)
-    assert "nobody" in ivshmemfs("peers", formatted.path).stdout
+    assert "no machine" in ivshmemfs("peers", formatted.path).stdout
 
 
 @pytest.mark.parametrize(

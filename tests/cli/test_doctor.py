@@ -12,8 +12,9 @@ from xml.etree import ElementTree
 import pytest
 
 from ivshmemfs import __version__
-from ivshmemfs.cli.doctor import checks, doctor_command
+from ivshmemfs.cli.doctor import checks
 from ivshmemfs.cli.doctor.checks import FAIL, OK, WARN, check_machine, check_region
+from ivshmemfs.cli.doctor.commands import doctor_command
 from ivshmemfs.cli.doctor.facts import Facts, File, Machine, Peer, QemuUser
 from ivshmemfs.cli.doctor.hypervisor import lines
 from ivshmemfs.format.geometry import COMMIT_OFFSET
@@ -233,12 +234,6 @@ def test_wrong_use(formatted: TestRegion) -> None:
     complains(ivshmemfs("doctor", "--qemu", "/dev/shm/ivshmemfs-none"), 32, "no such file")
 
 
-def test_help_has_examples_and_exit_codes() -> None:
-    text = ivshmemfs("doctor", "--help").stdout
-    for words in ("ivshmemfs doctor /dev/shm/hello", "64 after warnings", "32 when"):
-        assert words in text
-
-
 # --- the lines for QEMU and libvirt -----------------------------------------------------------
 
 
@@ -289,12 +284,12 @@ def test_without_a_region_it_checks_all_that_carry_a_filesystem(
     (tmp_path / "plain").write_bytes(bytes(MIB))
     paths = [str(formatted.path), str(tmp_path / "plain")]
     candidates = [Candidate(path, "file", MIB) for path in paths]
-    monkeypatch.setattr("ivshmemfs.cli.doctor.discover", lambda: candidates)
+    monkeypatch.setattr("ivshmemfs.cli.doctor.commands.discover", lambda: candidates)
     doctor_command.main([], standalone_mode=False)
     told = capsys.readouterr().out.splitlines()
     assert told[0] == f"this machine, ivshmemfs {__version__}"
     assert str(formatted.path) in told
     assert str(tmp_path / "plain") not in told
-    monkeypatch.setattr("ivshmemfs.cli.doctor.discover", list)
+    monkeypatch.setattr("ivshmemfs.cli.doctor.commands.discover", list)
     doctor_command.main([], standalone_mode=False)
     assert "no region with a filesystem" in capsys.readouterr().out

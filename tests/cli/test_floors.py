@@ -102,4 +102,4 @@ def test_libraries_that_do_not_do(
     result = ivshmemfs("mount", formatted.path, place, **with_path(tmp_path))
     complains(result, 32, *said)
     assert not mount_lines(place)
-    assert "nobody" in ivshmemfs("peers", formatted.path).stdout
+    assert "no machine" in ivshmemfs("peers", formatted.path).stdout

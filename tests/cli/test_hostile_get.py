@@ -1,4 +1,4 @@
-"""`get` of regions that somebody else wrote: nothing outside of DEST changes, and it ends."""
+"""`get` of regions that a hostile machine wrote: nothing outside of DEST changes, and it ends."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from typing import Any, NamedTuple, cast
 
 import pytest
 
+from ivshmemfs.cli.exits import EXIT_PARTLY
 from ivshmemfs.cli.main import main
-from ivshmemfs.cli.transfer import EXIT_PARTLY
 from ivshmemfs.cli.transfer.get import Getter, Wishes
 from ivshmemfs.cli.transfer.local import Folder
 from ivshmemfs.cli.transfer.meter import Meter
@@ -42,7 +42,7 @@ def region() -> Iterator[TestRegion]:
 
 @pytest.fixture
 def place(tmp_path: Path) -> Path:
-    """DEST, beside things that nobody may touch."""
+    """DEST, beside things that must not change."""
     for name in ("victim", "victim/inner", "dest"):
         (tmp_path / name).mkdir()
     (tmp_path / "file").write_text("precious")
@@ -143,7 +143,7 @@ def test_a_link_that_became_a_directory(
     result = get("top", options=options)
     assert outside(place) == before
     assert result.code == 1
-    assert "top/x exists and is no directory" in result.lines[-1]
+    assert "top/x exists and is not a directory" in result.lines[-1]
     assert os.readlink(place / "top" / "x") == str(place.parent / "victim")
     fs.unmount()
 

@@ -90,7 +90,7 @@ def test_commands_that_look(region: TestRegion, show: Show) -> None:
 def test_formatting_and_checking(region: TestRegion, show: Show) -> None:
     assert MARK in show(mkfs_main, region.path)
     assert MARK in show(fsck_main, "-n", region.path)
-    assert MARK in show(fsck_main, "-y", region.path)  # refused: it names who has it mounted
+    assert MARK in show(fsck_main, "-y", region.path)  # refused: it names the mounts
     assert MARK in show(fsck_main, "-y", "--force", region.path)
     show(main, "evict", region.path, 1)
     assert MARK in show(mkfs_main, region.path)

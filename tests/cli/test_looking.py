@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 from pathlib import Path
@@ -59,6 +60,29 @@ def test_info(formatted: TestRegion) -> None:
     fs.unmount()
 
 
+def test_as_json(formatted: TestRegion) -> None:
+    linked = Path(f"/dev/shm/ivshmemfs-json-test-{os.getpid()}")
+    fs = formatted.mount()
+    put(fs, 1, b"f", bytes(100_000))
+    try:
+        os.link(formatted.path, linked)
+        rows = [json.loads(line) for line in shows("list", "--json").splitlines()]
+    finally:
+        linked.unlink(missing_ok=True)
+    (row,) = [row for row in rows if row["region"] == str(linked)]
+    info = json.loads(shows("info", "--json", formatted.path))
+    assert row["uuid"] == info["uuid"]
+    assert (row["label"], row["problem"], row["mounted_on"]) == ("", None, [])
+    assert info["size"] == formatted.path.stat().st_size
+    assert info["used"] > 100_000
+    assert (info["inodes"], info["peers"], info["peers_max"]) == (3, 1, 16)
+    (peer,) = [json.loads(line) for line in shows("peers", "--json", formatted.path).splitlines()]
+    assert (peer["slot"], peer["pid"], peer["version"]) == (1, os.getpid(), __version__)
+    assert (peer["state"], peer["life"]) == ("idle", "silent")
+    fs.unmount()
+    assert shows("peers", "--json", formatted.path) == ""
+
+
 def test_looking_changes_nothing(formatted: TestRegion) -> None:
     formatted.path.chmod(0o400)
     before = formatted.path.read_bytes()
@@ -69,25 +93,25 @@ def test_looking_changes_nothing(formatted: TestRegion) -> None:
 
 
 def test_peers(formatted: TestRegion) -> None:
-    assert shows("peers", formatted.path).startswith("nobody has it mounted for writing")
+    assert shows("peers", formatted.path).startswith("no machine has it mounted for writing")
     fs = formatted.mount()
     lines = shows("peers", formatted.path).splitlines()
     assert lines[0].split() == ["SLOT", "HOST", "PID", "SINCE", "DOING", "LIFE", "VERSION"]
     fields = lines[1].split()
     assert fields[0] == "1"
     assert int(fields[2]) == os.getpid()
-    assert fields[-3:] == ["idle", "silent", __version__]  # nobody calls tick() here
+    assert fields[-3:] == ["idle", "silent", __version__]  # no test calls tick() here
     fs.unmount()
 
 
 def test_evict(formatted: TestRegion) -> None:
     fs = formatted.mount()
     assert "slot 1 is free" in shows("evict", formatted.path, 1)
-    assert shows("peers", formatted.path).startswith("nobody has it mounted for writing")
+    assert shows("peers", formatted.path).startswith("no machine has it mounted for writing")
     fs.mkdir(1, b"d", 0o755, ROOT)  # it rejoins, and nothing is lost
     assert "idle" in shows("peers", formatted.path)
     fs.unmount()
-    complains(ivshmemfs("evict", formatted.path, 3), 1, "nobody is in slot 3")
+    complains(ivshmemfs("evict", formatted.path, 3), 1, "there is no peer in slot 3")
     complains(ivshmemfs("evict", formatted.path, "x"), 1, "'x'")
 
 

@@ -58,7 +58,7 @@ def test_umount_leaves_the_peer_table(formatted: TestRegion, place: Path) -> Non
     mounted(formatted.path, place)
     assert "alive" in ivshmemfs("peers", formatted.path).stdout
     unmounted(place)
-    assert "nobody" in ivshmemfs("peers", formatted.path).stdout
+    assert "no machine" in ivshmemfs("peers", formatted.path).stdout
 
 
 def test_what_was_written_is_there_later(formatted: TestRegion, place: Path) -> None:
@@ -178,7 +178,7 @@ def test_foreground(formatted: TestRegion, place: Path) -> None:
             assert process.wait(PATIENCE) == 0
         finally:
             process.kill()
-    assert "nobody" in ivshmemfs("peers", formatted.path).stdout
+    assert "no machine" in ivshmemfs("peers", formatted.path).stdout
 
 
 def test_a_killed_daemon_is_cleared_and_its_slot_reused(place: Path) -> None:

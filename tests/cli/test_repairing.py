@@ -40,7 +40,7 @@ def test_they_say_who_repairs_it(
     assert listed[0].startswith(says)
     assert (
         listed[1]
-        == "nobody has it mounted for writing (a read-only mount leaves no trace in the region)"
+        == "no machine has it mounted for writing (a read-only mount leaves no trace in it)"
     )
     assert "under repair" in ivshmemfs("dump", formatted.path, "words").stdout
     assert "next_ino" in ivshmemfs("dump", formatted.path, "root").stdout

@@ -85,7 +85,7 @@ def test_several_sources_and_a_new_name(region: TestRegion, tmp_path: Path) -> N
     assert tree(region.mount(readonly=True)) == {b"a": b"a", b"b": b"b", b"c": b"a"}
     done(ivshmemfs("get", region.path, "/c", tmp_path / "d"))
     assert (tmp_path / "d").read_text() == "a"
-    complains(ivshmemfs("get", region.path, "a", "b", tmp_path / "none"), 1, "is no directory")
+    complains(ivshmemfs("get", region.path, "a", "b", tmp_path / "none"), 1, "is not a directory")
     complains(ivshmemfs("put", region.path, tmp_path / "a", tmp_path / "b", "/c"), 1, "directory")
 
 
@@ -198,7 +198,7 @@ def test_arguments_that_were_swapped(region: TestRegion, tmp_path: Path) -> None
         (tmp_path / "f1").write_bytes(content)
         for command, rest in (("put", "/x"), ("get", "x")):
             result = ivshmemfs(command, tmp_path / "f1", region.path, rest)
-            complains(result, 32, "f1 is no region", f"ivshmemfs {command} REGION FILE")
+            complains(result, 32, "f1 is not a region", f"ivshmemfs {command} REGION FILE")
             assert "mkfs" not in result.stderr
     assert (tmp_path / "f1").read_bytes() == bytes(8192)
 
@@ -252,11 +252,13 @@ def test_links_named_alone_are_followed(region: TestRegion, tmp_path: Path) -> N
 def test_a_trailing_slash_asks_for_a_directory(region: TestRegion, tmp_path: Path) -> None:
     (tmp_path / "f1").write_text("1")
     (tmp_path / "dir").mkdir()
-    complains(ivshmemfs("put", region.path, tmp_path / "f1", "/new/"), 1, "/new/ is no directory")
+    complains(
+        ivshmemfs("put", region.path, tmp_path / "f1", "/new/"), 1, "/new/ is not a directory"
+    )
     done(ivshmemfs("put", "-r", region.path, tmp_path / "dir", "/new/"))
     done(ivshmemfs("put", region.path, tmp_path / "f1", "/new/"))
     complains(
-        ivshmemfs("get", region.path, "/new/f1", f"{tmp_path}/back/"), 1, "back/ is no directory"
+        ivshmemfs("get", region.path, "/new/f1", f"{tmp_path}/back/"), 1, "back/ is not a directory"
     )
     done(ivshmemfs("get", "-r", region.path, "/new", f"{tmp_path}/back/"))
     assert (tmp_path / "back" / "f1").read_text() == "1"
@@ -388,7 +390,7 @@ def test_a_tree_is_not_copied_into_itself(region: TestRegion, tmp_path: Path, pl
 
 
 def test_get_gives_no_group_more_than_an_access_list(region: TestRegion, tmp_path: Path) -> None:
-    """A copy has no list; the mask that stands in its mode would be the group's."""
+    """A copy has no list; the mask in its mode would be the group's."""
     fs = region.mount()
     ino = put(fs, ROOT_INO, b"file", b"content").ino
     entries = [

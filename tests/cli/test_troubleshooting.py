@@ -118,7 +118,7 @@ def test_the_links_lead_somewhere() -> None:
 
 @pytest.mark.skipif(bool(missing_beside()), reason=missing_beside())
 def test_mount_8_without_its_helper() -> None:
-    """What it says is quoted; a type that has no helper anywhere stands for this one."""
+    """What it says is quoted; a type without a helper replaces this one."""
     done = run_beside("mkdir /mnt/shared; mount -t ivshmemfsx label=hello /mnt/shared")
     said = done.stderr.replace("ivshmemfsx", "ivshmemfs").splitlines()[0]
     assert f"`{said}`" in PAGE

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from ivshmemfs import __version__
-from ivshmemfs.cli.attach.peering import older_peers
+from ivshmemfs.cli.attach.peer import older_peers
 from ivshmemfs.format import peer, superblock
 from tests.cli.conftest import complains, ivshmemfs
 from tests.support.mounts import needs_fuse

@@ -11,15 +11,14 @@ from pathlib import Path
 
 import pytest
 
-from ivshmemfs.cli.attach import inside
-from ivshmemfs.cli.attach.inside import resolve
-from ivshmemfs.cli.attach.peering import patiently
-from ivshmemfs.cli.transfer import get as getting
-from ivshmemfs.cli.transfer import put as putting
+from ivshmemfs.cli import transfer
+from ivshmemfs.cli.attach import paths
+from ivshmemfs.cli.attach.paths import Place, resolve
+from ivshmemfs.cli.attach.peer import patiently
 from ivshmemfs.cli.transfer.get import Getter, Wishes
 from ivshmemfs.cli.transfer.local import Folder
 from ivshmemfs.cli.transfer.meter import Meter
-from ivshmemfs.cli.transfer.put import Place, Putter
+from ivshmemfs.cli.transfer.put import Putter
 from ivshmemfs.engine import FileLock, Filesystem
 from ivshmemfs.errors import Busy, FormatError, IvshmemfsError
 from tests.support import wounds
@@ -101,7 +100,7 @@ def test_copies_and_locks_end(
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    for module in (getting, inside, putting):
+    for module in (transfer.get, paths, transfer.put):
         monkeypatch.setattr(module, "patiently", partial(patiently, seconds=0.2))
     step = 1 if long_run or only_case else EVERY.get(family, 1)
     outcomes = set()

@@ -66,6 +66,6 @@ def of_use(region: Region) -> None:
             fs.mkdir(1, b"made by the test", 0o755, ROOT)
             break
         except Busy:
-            time.sleep(0.002)  # the hint word is held by nobody who would show progress
+            time.sleep(0.002)  # the hint word is held by a peer that shows no progress
     fs.rmdir(1, b"made by the test", ROOT)
     fs.unmount()

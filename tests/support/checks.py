@@ -24,7 +24,7 @@ def assert_clean(region: TestRegion) -> None:
 
 
 def free_blocks(fs: Filesystem) -> int:
-    """Blocks that bear no tag."""
+    """The number of blocks without a tag."""
     return fs.store.blocks.free_count()
 
 

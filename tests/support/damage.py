@@ -1,4 +1,4 @@
-"""A sample filesystem, and a knife: changing what stands on a region, with checksums made good."""
+"""A sample filesystem, and a knife: it changes bytes of a region and makes checksums good."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def sample() -> bytes:
 
 
 class Knife:
-    """Changes a region as nobody should."""
+    """Changes a region as no mount would."""
 
     def __init__(self, memory: Memory) -> None:
         self.memory = memory
@@ -138,7 +138,7 @@ class Knife:
         self.memory.store(self.geometry.tags_offset + 8 * block, tag)
 
     def free_block(self) -> int:
-        """A block that bears no tag."""
+        """A block without a tag."""
         return next(b for b in range(self.geometry.block_count) if not self.tag(b))
 
     # --- root and inodes ---
@@ -158,7 +158,7 @@ class Knife:
         self.edit(self.root, node.HEADER_SIZE, node.ROOT_RECORD.pack(record))
 
     def place_of(self, ino: int) -> tuple[int, int]:
-        """(block, offset) where the pointer to an inode stands."""
+        """(block, offset) of the pointer to an inode."""
         record, block, base = self.root_record(), self.root, node.ROOT_POINTERS
         height = record.height
         fanout = node.index_fanout(self.block_size)
@@ -231,7 +231,7 @@ class Knife:
         return block
 
     def edit_entry(self, ino: int, at: int, change: Callable[[int, int], tuple[int, int]]) -> None:
-        """Change (key, ino and type) of entry `at` of a directory that stands in its inode."""
+        """Change (key, ino and type) of entry `at` of a directory in its inode block."""
         count = self.record(ino).entries
         raw = self.payload(ino)
         key, both = (struct.unpack_from("<Q", raw, 8 * (at + n))[0] for n in (0, count))
@@ -240,7 +240,7 @@ class Knife:
         self.edit_payload(ino, 8 * (at + count), struct.pack("<Q", both))
 
     def entries(self, ino: int) -> list[tuple[int, int, bytes]]:
-        """(key, ino and type, name) of a directory that stands in its inode."""
+        """(key, ino and type, name) of a directory in its inode block."""
         count, raw = self.record(ino).entries, self.payload(ino)
         numbers = struct.unpack_from(f"<{2 * count}Q", raw)
         names, found = raw[17 * count :], []
@@ -251,7 +251,7 @@ class Knife:
         return found
 
     def set_entries(self, ino: int, entries: list[tuple[int, int, bytes]]) -> None:
-        """Other entries of a directory that stands in its inode, in the order given."""
+        """Other entries of a directory in its inode block, in the order given."""
         keys, inos = [e[0] for e in entries], [e[1] for e in entries]
         raw = struct.pack(f"<{2 * len(entries)}Q", *keys, *inos)
         raw += bytes(len(e[2]) for e in entries) + b"".join(e[2] for e in entries)
@@ -259,7 +259,7 @@ class Knife:
         self.set_payload(ino, raw, entries=len(entries), payload=kind)
 
     def set_names(self, ino: int, names: list[tuple[bytes, int]]) -> None:
-        """Other (name, inode) pairs in a directory that stands in its inode block.
+        """Other (name, inode) pairs in a directory in its inode block.
 
         Names lead to what their inodes are, and are listed in the order given if they are alike.
         """

@@ -1,4 +1,4 @@
-"""Every operation of the engine on a region that nobody can trust, each turn of it bounded.
+"""Every operation of the engine on a region that cannot be trusted, each turn of it bounded.
 
 The bound is the work that the store counts, so it holds on any machine.  What counts no work is
 bounded in time, more coarsely.
@@ -298,7 +298,7 @@ def use(fs: Filesystem, ledger: Ledger) -> None:
     ledger.patience, ledger.fs = PATIENCE, fs
     walk(fs, ledger)
     alter(fs, ledger)
-    ledger.fs = None  # what follows is done to the end, whatever it costs
+    ledger.fs = None  # what follows is done to the end, at any cost
     ledger.attempt(fs.collect)
     ledger.attempt(fs.unmount)
 

@@ -12,7 +12,7 @@ import sys
 WAITS = {
     "SILENCE": "ivshmemfs.shm.watch",
     "SILENT": "ivshmemfs.engine.locks",
-    "REPAIR_SECONDS": "ivshmemfs.cli.attach.peering",
+    "REPAIR_SECONDS": "ivshmemfs.cli.attach.peer",
 }
 
 

@@ -1,11 +1,11 @@
 """A region that is put back into the same state again and again, and peers with a fate.
 
-Every peer has a mapping of its own, on which a trap counts its stores, and a process id of its
-own that the test declares alive or dead.  Everything else is real: what decides that a peer is
-surely gone is `Watch.absent`, which asks whether that process exists.
+Every peer has a mapping of its own, on which a trap counts its stores.  It has a process id of its
+own, which the test declares alive or dead.  Everything else is real: `Watch.absent` decides that a
+peer is surely gone, and asks whether that process exists.
 
-Time is made up, so that a loaded machine changes nothing: it passes when somebody waits, and each
-peer may have a clock that is wrong in its own way.
+Time is made up, so a loaded machine changes nothing.  It passes when a peer waits, and each peer
+may have a wrong clock.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ RECOVERY_TICKS = 60
 
 
 class Death(BaseException):
-    """The peer stores nothing any more; not an Exception, so that nobody handles it."""
+    """The peer stores nothing any more; not an Exception, so that no code handles it."""
 
 
 class Clock:
-    """Stands for the functions of the module `time` while a test runs."""
+    """Replaces the functions of the module `time` while a test runs."""
 
     def __init__(self) -> None:
         self.now = 1000.0
@@ -159,7 +159,7 @@ class Peer:
                 clock.sleep(RETRY)
 
     def quick(self, action: Callable[[Filesystem], T]) -> T:
-        """The same, and nobody who is dead or paused may make it slow."""
+        """The same; a dead or paused peer must not make it slow."""
         return self.run(action, patience=BLINK)
 
     def tick(self, times: int = 1) -> None:
@@ -185,7 +185,7 @@ class Peer:
         self.memory.trap(event, others, loads)
 
     def bury(self) -> None:
-        """From now on everybody can know that it is gone."""
+        """From now on its peers can prove that it is gone."""
         self._fates.dead.add(self.pid)
 
     def slot(self) -> int:
@@ -208,7 +208,7 @@ class Laboratory:
         return self.made.path
 
     def save(self) -> bytes:
-        """The region as it stands."""
+        """The bytes of the region."""
         return self.memory.read(0, self.memory.length)
 
     def restore(self, state: bytes) -> None:
@@ -249,7 +249,7 @@ def settled(fs: Filesystem) -> bool:
 
 
 def recover(peer: Peer) -> None:
-    """Let housekeeping do its work; nobody helps it."""
+    """Let housekeeping do its work, without other calls."""
     for _ in range(RECOVERY_TICKS):
         if settled(peer.fs):
             return

@@ -68,7 +68,7 @@ def stop(pid: int) -> None:
 
 
 def release(path: Path) -> None:
-    """Detach whatever is mounted on *path*."""
+    """Detach what is mounted on *path*."""
     for _attempt in range(5):
         if not mount_lines(path):
             return

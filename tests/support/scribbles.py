@@ -1,4 +1,4 @@
-"""What somebody stores who scribbles on a region, and on which areas of it."""
+"""What a scribbler stores on a region, and on which areas of it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ AREAS: dict[str, Callable[[Geometry], tuple[int, int]]] = {
 
 
 def scribbled(value: int, chance: random.Random) -> int:
-    """What stands there, somewhat changed, or anything at all."""
+    """The bytes that are there, somewhat changed, or random ones."""
     kind = chance.randrange(4)
     if kind == 0:
         return value ^ 1 << chance.randrange(64)

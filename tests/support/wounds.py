@@ -16,7 +16,7 @@ Damage = Callable[[Knife], None]
 
 
 class Place(NamedTuple):
-    """Where a pointer stands: in a block, at an offset; `owner` and the level of its target."""
+    """The place of a pointer: a block and an offset; `owner` and the level of its target."""
 
     block: int
     offset: int

@@ -11,8 +11,8 @@ import time
 from contextlib import suppress
 from typing import NamedTuple
 
-from ivshmemfs.cli.attach.naming import mounts_of, region_of
-from ivshmemfs.cli.attach.peering import enter
+from ivshmemfs.cli.attach.names import mounts_of, region_of
+from ivshmemfs.cli.attach.peer import enter
 from ivshmemfs.cli.peers import watched_alive
 from ivshmemfs.errors import IvshmemfsError, MountError, RegionUnfit
 from ivshmemfs.format import superblock

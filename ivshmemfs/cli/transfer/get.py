@@ -1,9 +1,8 @@
 """`get`: from a region to the local disk.  The region is not trusted.
 
-A region can make files only below the directory that the user named.  Names are one step each
-(`local`), and directories are walked once each.  Only files, directories and symbolic links are
-made unless the user wants more.  A file appears under its name when all of it
-is there.
+A region makes nothing here outside of the directory that the user named.  Each name is one step
+(`local`), and each directory is walked once.  Only files, directories and symbolic links are made
+unless the user allows more.  A file gets its name once all of it is there.
 """
 
 from __future__ import annotations
@@ -15,8 +14,8 @@ from collections.abc import Iterator
 from contextlib import suppress
 from typing import TYPE_CHECKING, NamedTuple
 
-from ivshmemfs.cli.attach.inside import about, listing
-from ivshmemfs.cli.attach.peering import patiently
+from ivshmemfs.cli.attach.paths import PIECE, about, contents, listing, twice
+from ivshmemfs.cli.attach.peer import patiently
 from ivshmemfs.cli.transfer.local import (
     Folder,
     exists,
@@ -32,8 +31,6 @@ if TYPE_CHECKING:
     from ivshmemfs.cli.transfer.meter import Meter
     from ivshmemfs.engine import Attr, Filesystem, Handle
 
-#: Bytes of one read: what a cache still holds.
-PIECE = 1 << 20
 #: Bytes of the first read behind a hole; at least a block.  Each further one is twice as long.
 FIRST_PIECE = 1 << 16
 #: Bytes that `Attr.blocks` counts in.
@@ -56,7 +53,7 @@ class Wishes(NamedTuple):
     special: bool
 
 
-class ReadLevel:
+class Level:
     """A directory of the region that is being copied: its attributes and the names to come."""
 
     __slots__ = ("_names", "attr", "entries")
@@ -69,7 +66,7 @@ class ReadLevel:
     def claim(self, name: bytes) -> None:
         """Raise Corrupt when a name comes twice."""
         if name in self._names:
-            raise Corrupt(f"it stands twice in directory {self.attr.ino}: run fsck.ivshmemfs -y")
+            raise twice(self.attr.ino)
         self._names.add(name)
 
 
@@ -99,13 +96,13 @@ class Getter:
     def copy(self, attr: Attr, folder: Folder, name: bytes) -> None:
         """What has `attr` becomes `name` in `folder`; raises OSError, UsageError."""
         self._met.clear()
-        levels: list[ReadLevel] = []
+        levels: list[Level] = []
         with about(lambda: folder.path(name)):
             self._take(attr, folder, name, levels)
         while levels:
             self._step(levels, folder)
 
-    def _step(self, levels: list[ReadLevel], folder: Folder) -> None:
+    def _step(self, levels: list[Level], folder: Folder) -> None:
         level = levels[-1]
         with about(folder.path):
             following = next(level.entries, None)
@@ -122,17 +119,17 @@ class Getter:
             except StaleHandle:
                 self._meter.leave_out(folder.path(name), "it was removed meanwhile")
 
-    def _take(self, attr: Attr, folder: Folder, name: bytes, levels: list[ReadLevel]) -> None:
+    def _take(self, attr: Attr, folder: Folder, name: bytes, levels: list[Level]) -> None:
         """Copy one thing; of a directory, only begin."""
         if stat.S_ISDIR(attr.mode):
             if not self._wishes.recursive:
                 raise omitted(folder.path(name))
             if attr.ino in self._made:
-                self._meter.leave_out(folder.path(name), "the copy itself stands in it")
+                self._meter.leave_out(folder.path(name), "it contains the copy itself")
             elif self._first_time(attr, folder, name):
                 entries = listing(self._fs, attr.ino)
                 self._begin(folder, name)
-                levels.append(ReadLevel(attr, entries))
+                levels.append(Level(attr, entries))
         elif stat.S_IFMT(attr.mode) not in _PLAIN and not self._wishes.devices:
             why = f"{kind_name(attr.mode)} (--devices makes it)"
             self._meter.leave_out(folder.path(name), why)
@@ -157,7 +154,7 @@ class Getter:
                 folder.enter(name)
                 return
             raise UsageError(
-                f"{os.fsdecode(folder.path(name))} exists and is no directory: remove it first"
+                f"{os.fsdecode(folder.path(name))} exists and is not a directory: remove it first"
             ) from None
         folder.enter(name)
         device, ino = folder.identity()
@@ -313,19 +310,11 @@ class Getter:
 
     def pour_out(self, attr: Attr, path: bytes, fd: int) -> None:
         """Write the contents of a file to a descriptor that may be a pipe."""
-        fs = self._fs
         if not stat.S_ISREG(attr.mode):
-            raise UsageError(f"{os.fsdecode(path)} is {kind_name(attr.mode)}, no file")
-        piece, at = self._piece, 0
-        handle = patiently(lambda: fs.open(attr.ino, os.O_RDONLY))
-        try:
-            while got := patiently(lambda at=at: fs.read(handle, at, PIECE, piece)):  # type: ignore[misc]
-                at += len(got)
-                rest = memoryview(got)
-                while rest:
-                    rest = rest[os.write(fd, rest) :]
-        finally:
-            fs.release(handle)
+            raise UsageError(f"{os.fsdecode(path)} is {kind_name(attr.mode)}, not a file")
+        for piece in contents(self._fs, attr.ino):
+            while piece:
+                piece = piece[os.write(fd, piece) :]
 
 
 def _mknod(name: bytes, mode: int, rdev: int, at: int) -> None:

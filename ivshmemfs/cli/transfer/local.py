@@ -1,7 +1,7 @@
 """The local side of `get` and `put`: directories by descriptor, and names that are not finished.
 
-Names come from a region, and an earlier copy may have made what is below DEST.  So no path reaches
-anything here.  Each step is one name under one descriptor, and follows no link.
+Names come from a region, and an earlier copy may have put anything below DEST.  So nothing is
+reached by a path: each step is one name under one descriptor, and follows no link.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class Folder:
         return status.st_dev, status.st_ino
 
     def status(self, name: bytes) -> os.stat_result | None:
-        """Return the attributes of `name`, or None; no link is followed."""
+        """Return the status of `name`, or None; follows no link."""
         try:
             return os.stat(name, dir_fd=self.fd, follow_symlinks=False)
         except FileNotFoundError:
@@ -118,7 +118,7 @@ class Folder:
 
 @contextmanager
 def unfinished(folder: Folder) -> Iterator[bytes]:
-    """Give a name for an unfinished copy; what has that name at the end is removed."""
+    """Give a name for an unfinished file; a file that still has it in the end is removed."""
     name = b".ivshmemfs-copy-" + secrets.token_hex(8).encode()
     at = os.dup(folder.fd)
     try:
@@ -151,7 +151,7 @@ def own_mounts(region: Region) -> frozenset[int]:
 
     try:
         entries = mounted()
-    except (OSError, IvshmemfsError):  # without /proc this cannot be found out
+    except (OSError, IvshmemfsError):  # without /proc
         return frozenset()
     devices = [
         entry.device

@@ -1,7 +1,7 @@
 """`put`: from the local disk into a region.
 
-A copy has no name until all of it is there.  It is made without one and then linked.  So a death in
-the middle leaves nothing behind.
+A copy is made without a name, and linked once all of it is there.  So a death in the middle leaves
+nothing behind that another program would have to remove.
 """
 
 from __future__ import annotations
@@ -10,16 +10,15 @@ import errno
 import os
 import select
 import stat
-import time
 from collections.abc import Iterator
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from ivshmemfs.cli.attach.inside import about, child
-from ivshmemfs.cli.attach.peering import patiently
+from ivshmemfs.cli.attach.paths import Place, about, child
+from ivshmemfs.cli.attach.peer import PULSE, Pulse, patiently
 from ivshmemfs.cli.transfer.local import Folder, exists, omitted, own_mounts
 from ivshmemfs.engine import Context
-from ivshmemfs.errors import Busy, FsError, UsageError
+from ivshmemfs.errors import FsError, UsageError
 
 if TYPE_CHECKING:
     from ivshmemfs.cli.transfer.meter import Meter
@@ -30,13 +29,11 @@ FETCHED = 1 << 18
 #: Bytes and blocks of one transaction at most; other mounts wait for its end.
 MOST = 4 << 20
 MOST_BLOCKS = 1024
-#: Seconds between two signs of life while copying into a region.
-PULSE = 1.0
 
 _OPEN = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
 
 
-class WriteLevel:
+class Level:
     """A local directory that is being copied: what it became, and the names to come."""
 
     __slots__ = ("ino", "names", "status")
@@ -45,17 +42,6 @@ class WriteLevel:
         self.ino = ino
         self.status = status
         self.names = names[::-1]
-
-
-class Place:
-    """Where in the region something goes: a directory, the name there, and the path to show."""
-
-    __slots__ = ("folder", "name", "path")
-
-    def __init__(self, folder: int, name: bytes, above: bytes) -> None:
-        self.folder = folder
-        self.name = name
-        self.path = os.path.join(above, name)
 
 
 class Putter:
@@ -69,7 +55,7 @@ class Putter:
         self._root = os.geteuid() == 0
         self._me = Context(os.getuid(), os.getgid())
         self._most = min(MOST, MOST_BLOCKS * fs.block_size)
-        self._ticked = time.monotonic()
+        self._pulse = Pulse(fs)
         self._links: dict[tuple[int, int], int] = {}  # inodes by what has several names here
         self._own = own_mounts(fs.region) if recursive else frozenset()
         self._made: set[int] = set()  # directories that this copy has made
@@ -112,7 +98,7 @@ class Putter:
     # --- directories --------------------------------------------------------------------------
 
     def _tree(self, local: Folder, place: Place) -> None:
-        levels: list[WriteLevel] = []
+        levels: list[Level] = []
         paths = [place.path]
         with about(lambda: place.path, local.path):
             levels.append(self._begun(local, place))
@@ -132,20 +118,20 @@ class Putter:
                 if self._descended(local, below, levels):
                     paths.append(below.path)
 
-    def _descended(self, local: Folder, place: Place, levels: list[WriteLevel]) -> bool:
-        """Copy a file; step down into a directory, and return True for it."""
+    def _descended(self, local: Folder, place: Place, levels: list[Level]) -> bool:
+        """Step down into a directory and return True, or copy anything else."""
         status = os.stat(place.name, dir_fd=local.fd, follow_symlinks=False)
         if not stat.S_ISDIR(status.st_mode):
             self._single(place.name, local.fd, status, place)
             return False
         if status.st_dev in self._own and status.st_ino in self._made:
-            self._meter.leave_out(local.path(place.name), "the copy itself stands in it")
+            self._meter.leave_out(local.path(place.name), "it contains the copy itself")
             return False
         local.enter(place.name)
         levels.append(self._begun(local, place))
         return True
 
-    def _begun(self, local: Folder, place: Place) -> WriteLevel:
+    def _begun(self, local: Folder, place: Place) -> Level:
         fs = self._fs
         try:
             made = patiently(lambda: fs.mkdir(place.folder, place.name, 0o700, self._me))
@@ -156,10 +142,10 @@ class Putter:
             made = child(fs, place.folder, place.name)
             if not stat.S_ISDIR(made.mode):
                 raise UsageError(
-                    f"{os.fsdecode(place.path)} exists and is no directory: remove it first"
+                    f"{os.fsdecode(place.path)} exists and is not a directory: remove it first"
                 ) from None
         names = sorted(os.fsencode(name) for name in os.listdir(local.fd))
-        return WriteLevel(made.ino, os.fstat(local.fd), names)
+        return Level(made.ino, os.fstat(local.fd), names)
 
     # --- everything else ----------------------------------------------------------------------
 
@@ -258,7 +244,7 @@ class Putter:
 
     def _fill(self, fd: int, status: os.stat_result, handle: Handle, place: Place) -> None:
         size: int | None = status.st_size
-        if not size:  # empty, or like those in /proc, whose size is unknown
+        if not size:  # empty, or of unknown size, as in /proc
             size = None
             self._stream(fd, handle, place)
         else:
@@ -276,7 +262,7 @@ class Putter:
                 return  # it became shorter meanwhile
             start += got
             self._meter.add(place.name, start, size)
-            self._show_life()
+            self._pulse.beat()
 
     def _stream(self, fd: int, handle: Handle, place: Place) -> None:
         """Copy what comes until it ends."""
@@ -293,21 +279,14 @@ class Putter:
         pieces, size = list[bytes](), 0
         while size < self._most:
             while not select.select([fd], [], [], PULSE)[0]:
-                self._show_life()
+                self._pulse.beat()
             piece = os.read(fd, self._most - size)
             if not piece:
                 break
             pieces.append(piece)
             size += len(piece)
-        self._show_life()
+        self._pulse.beat()
         return b"".join(pieces)
-
-    def _show_life(self) -> None:
-        now = time.monotonic()
-        if now - self._ticked > PULSE:
-            self._ticked = now
-            with suppress(Busy):
-                self._fs.tick()
 
 
 def _fetch(fd: int, at: int, length: int) -> None:

@@ -13,7 +13,7 @@ from ivshmemfs.fuse import mountpoint
 from ivshmemfs.fuse.mountpoint import MountEntry
 from ivshmemfs.region import refuse_hung
 
-#: How those names of regions begin that are not paths.
+#: Prefixes of regions that are not named by a path.
 PREFIXES = ("pci:", "mem:", "file:", "label=", "uuid=", "LABEL=", "UUID=")
 
 
@@ -51,14 +51,14 @@ def mounts_of(region: str) -> list[MountEntry]:
     """The mounts on this machine of the region that *region* names."""
     with suppress(MountError):
         if entries := mountpoint.ours():
-            names = {region, _canonical(region)}
+            names = {region, canonical(region)}
             return [entry for entry in entries if entry.source in names]
     return []
 
 
-def _canonical(region: str) -> str:
-    """What a mount of *region* shows as its source."""
-    if not region.startswith(PREFIXES) and region != "pci":
+def canonical(region: str) -> str:
+    """Return what a mount of *region* shows as its source."""
+    if not is_named(region):
         with suppress(FileNotFoundError):  # the current directory was removed
             return os.path.abspath(region)
         return region
@@ -87,9 +87,14 @@ def mount_point_of(argument: str) -> str:
     return mounts[0].path if mounts else argument
 
 
+def is_named(argument: str) -> bool:
+    """Whether *argument* names a region by another name than a path."""
+    return argument == "pci" or argument.startswith(PREFIXES)
+
+
 def looks_like_region(argument: str) -> bool:
     """Whether *argument* surely names a region and no mount point."""
-    if argument == "pci" or argument.startswith(PREFIXES):
+    if is_named(argument):
         return True
     if mount_at(argument) is not None:
         return False

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, TypeVar, cast
 
 from ivshmemfs import __version__
@@ -22,6 +22,8 @@ T = TypeVar("T")
 REPAIR_SECONDS = 3.0
 #: Seconds between two attempts of what is busy.
 PAUSE = 0.002
+#: Seconds between two signs of life of a command that changes a region.
+PULSE = 1.0
 
 
 def enter(region: Region, *, readonly: bool) -> Filesystem:
@@ -50,6 +52,39 @@ def peer(region: Region, *, readonly: bool) -> Iterator[Filesystem]:
         yield fs
     finally:
         fs.unmount()
+
+
+class Pulse:
+    """Signs of life of a command that takes long; without them others take it for dead."""
+
+    def __init__(self, fs: Filesystem) -> None:
+        self._fs = fs
+        self._last = time.monotonic()
+
+    def beat(self) -> None:
+        """Beat if the last time is PULSE seconds ago."""
+        now = time.monotonic()
+        if now - self._last > PULSE:
+            self._last = now
+            with suppress(Busy):
+                self._fs.tick()
+
+
+@contextmanager
+def attached(spec: str, *, readonly: bool) -> Iterator[Filesystem]:
+    """Open the region that `spec` names, and be a peer of it for the time of a `with`.
+
+    `spec` is a region or a mount point.  Raises RegionError, FormatError.
+    """
+    from ivshmemfs.cli.attach.names import region_of
+    from ivshmemfs.format.superblock import identify
+    from ivshmemfs.region import open_region
+
+    with (
+        open_region(region_of(spec), readonly=readonly, identify=identify) as region,
+        peer(region, readonly=readonly) as fs,
+    ):
+        yield fs
 
 
 def older_peers(peers: Iterable[Occupant]) -> str:
