@@ -54,6 +54,8 @@ START_SECONDS: Final = 1.0
 MARKS_MAX: Final = 4096
 #: Watched inodes that one look compares.
 COMPARED_AT_ONCE: Final = 200
+#: Directories whose names one look begins to remember; other requests run between two looks.
+FOLDERS_AT_ONCE: Final = 10
 #: Seconds that watched directories rest after they had too many names to remember.
 REST_SECONDS: Final = 10.0
 #: Seconds that an unmount waits for the end of the replayer.
@@ -90,6 +92,7 @@ class Notifier:
         self._details: dict[int, _Details] = {}  # by inode
         self._watcher = Watcher(fs)
         self._word = 0  # the commit word of the last comparison
+        self._unwatched: list[int] = []  # directories that the watcher is still to remember
         self._found: list[Change] = []  # that are not queued yet
         self._round: list[int] = []  # watched inodes that are still to be compared
         self._round_word = 0  # the commit word at the start of the last round
@@ -239,7 +242,8 @@ class Notifier:
             with suppress(FsError):
                 nodes.setdefault(self._operations.inode_of(node), set()).add(node)
         fresh = [ino for ino in nodes if ino not in self._details]
-        self._details.update(self._details_of(fresh))
+        for start in range(0, len(fresh), COMPARED_AT_ONCE):
+            self._details.update(self._details_of(fresh[start : start + COMPARED_AT_ONCE]))
         self._details = {ino: kept for ino, kept in self._details.items() if ino in nodes}
         self._nodes, self._listed = nodes, None
         for folder in self._watcher.folders - self._details.keys():
@@ -252,9 +256,11 @@ class Notifier:
             self._operations.own = None
 
     def _watch_folders(self) -> None:
-        for ino, details in self._details.items():
-            if stat.S_ISDIR(details.mode) and not details.gone:
-                self._watcher.watch(ino)
+        self._unwatched = [
+            ino
+            for ino, details in self._details.items()
+            if stat.S_ISDIR(details.mode) and not details.gone and ino not in self._watcher.folders
+        ]
 
     def _details_of(self, inodes: list[int]) -> dict[int, _Details]:
         """Return details of the inodes that exist.  Raises Busy."""
@@ -295,6 +301,10 @@ class Notifier:
         if self._rests_until and now >= self._rests_until:
             self._rests_until = 0.0
             self._watch_folders()
+        for ino in self._unwatched[:FOLDERS_AT_ONCE]:
+            if ino in self._details:
+                self._watcher.watch(ino)
+        del self._unwatched[:FOLDERS_AT_ONCE]
         word = self._fs.commit_word()
         self._found += self._watcher.changes()
         own = self._operations.own

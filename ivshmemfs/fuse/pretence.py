@@ -2,7 +2,8 @@
 
 The kernel asks about each system call of the replayer.  The daemon shows it the names as they were
 before the change, agrees to the change, and does nothing.  The kernel then reports the change to
-the programs that watch.  No other process gets such an answer: the kernel puts the pid into each request.
+the programs that watch.  No other process gets such an answer: each request carries a pid.  The
+kernel does not give that of the replayer to another process before `notify` has reaped it.
 
 States of an action:
 

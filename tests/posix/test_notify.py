@@ -387,6 +387,41 @@ def test_a_daemon_that_cannot_open_by_handle() -> None:
             subprocess.run(umount, check=True, timeout=PATIENCE)
 
 
+def test_a_watch_below_a_directory_that_another_machine_renames(lab: Lab) -> None:
+    name = f"above{next(_numbers)}"
+    there, here = (path / name for path in lab.paths)
+    (there / "a/sub").mkdir(parents=True)
+    with Inotify(here / "a/sub") as watch:
+        _heard(watch, there / "a/sub")
+        os.rename(there / "a", there / "b")
+        (there / "b/sub/one").touch()
+        watch.until(("CREATE", "one"))
+        assert os.listdir(here / "b/sub") == ["one"]  # the kernel gets a second node for it
+        (there / "b/sub/two").touch()
+        watch.until(("CREATE", "two"))
+
+
+def test_what_the_replayer_showed_is_not_kept(lab: Lab) -> None:
+    """After each event the mount shows the truth, whatever kind of file the name leads to."""
+    name = f"truth{next(_numbers)}"
+    there, here = (path / name for path in lab.paths)
+    there.mkdir()
+    with Inotify(here) as watch:
+        _heard(watch, there)
+        for number in range(20):
+            path = there / f"{number}"
+            if number % 2:
+                os.symlink("target", path)
+            else:
+                path.mkdir()
+            watch.until(("CREATE", path.name))
+            assert (here / path.name).lstat().st_mode == path.lstat().st_mode
+            path.unlink() if number % 2 else path.rmdir()
+            path.write_text("a file now")
+            watch.until(("DELETE", path.name))
+            assert (here / path.name).read_text() == "a file now"
+
+
 # --- the replayer -------------------------------------------------------------------------------
 
 
