@@ -256,10 +256,11 @@ class Notifier:
             self._operations.own = None
 
     def _watch_folders(self) -> None:
+        watched = self._watcher.folders
         self._unwatched = [
             ino
             for ino, details in self._details.items()
-            if stat.S_ISDIR(details.mode) and not details.gone and ino not in self._watcher.folders
+            if stat.S_ISDIR(details.mode) and not details.gone and ino not in watched
         ]
 
     def _details_of(self, inodes: list[int]) -> dict[int, _Details]:

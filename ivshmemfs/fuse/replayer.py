@@ -28,6 +28,7 @@ import time
 from contextlib import suppress
 from typing import Final, NamedTuple
 
+NOTHING: Final = b"nothing"
 CREATE: Final = b"create"
 MKDIR: Final = b"mkdir"
 UNLINK: Final = b"unlink"
@@ -207,6 +208,8 @@ class Replayer:
         return True
 
     def _act(self, root: int, record: Record) -> None:
+        if record.action == NOTHING:
+            return
         folder = self._open(root, record.node, record.path)
         try:
             if record.action == RENAME:

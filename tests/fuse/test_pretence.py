@@ -148,6 +148,17 @@ def test_the_queue_is_bounded(played: Played) -> None:
     assert not played.pretence.add(Action(replayer.CREATE, ROOT_INO, b"one more", 1))
 
 
+def test_actions_that_lead_nowhere_are_skipped_in_turns(played: Played) -> None:
+    for number in range(pretence.SKIPPED_AT_ONCE + 1):
+        played.pretence.add(Action(replayer.CHMOD, ROOT_INO, b"%d" % number, 4000))
+    played.pretence.awake = True
+    assert played.next().action == replayer.NOTHING
+    with pytest.raises(FsError) as caught:
+        played.next()
+    assert caught.value.errno == errno.ENODATA
+    assert not played.pretence.awake
+
+
 # --- marks ------------------------------------------------------------------------------------
 
 

@@ -525,8 +525,10 @@ def test_many_changes_are_told_as_one() -> None:
             _heard(watch, there)
 
 
-def test_the_option_needs_the_descriptor() -> None:
-    words = [sys.executable, "-m", "ivshmemfs.cli", "mount", "-o", "notify,loop=trio", "x", "/mnt"]
+@pytest.mark.parametrize(("other", "says"), [("loop=trio", "loop=poll"), ("ro", "read-write")])
+def test_options_that_exclude_it(other: str, says: str) -> None:
+    words = [sys.executable, "-m", "ivshmemfs.cli", "mount", "-o", f"notify,{other}", "x", "/mnt"]
     result = subprocess.run(words, capture_output=True, text=True, check=False, timeout=PATIENCE)
     assert result.returncode
-    assert "needs loop=poll" in result.stderr
+    assert "'notify'" in result.stderr
+    assert says in result.stderr
