@@ -163,6 +163,7 @@ class Notifier:
         self.pretence.begin()
         if self.front is not None:
             self.front.replayer = process.pid
+        self._wake()
         return ours
 
     async def _listen(self, channel: socket.socket) -> bool:

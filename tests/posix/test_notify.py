@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import itertools
 import os
 import shutil
 import signal
+import socket
+import statistics
+import struct
 import subprocess
 import sys
 import tempfile
@@ -13,11 +18,14 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 
+from ivshmemfs.fuse import replayer
+from tests.support.figures import Figures
 from tests.support.inotify import Event, Inotify
 from tests.support.lab import EVERYTHING, PATIENCE, Lab, Mount, needs_fuse, needs_root, new_lab
 from tests.support.mounts import eventually
@@ -28,6 +36,10 @@ pytestmark = [needs_fuse, needs_root]
 WAYS = {"all": f"{EVERYTHING},notify", "root": "notify"}
 #: Events of a program's reading, or of the way in which it writes; not compared.
 IGNORED = ("OPEN", "ACCESS", "CLOSE_NOWRITE")
+
+FAN_NONBLOCK, FAN_MARK_ADD, FAN_CLOSE_WRITE, FAN_EVENT_ON_CHILD = 2, 1, 8, 0x08000000
+FAN_EVENT = struct.Struct("=IBBHQii")
+AT_FDCWD = -100
 
 _numbers = itertools.count()
 
@@ -422,6 +434,90 @@ def test_what_the_replayer_showed_is_not_kept(lab: Lab) -> None:
             assert (here / path.name).read_text() == "a file now"
 
 
+def test_claims_stay_exclusive_while_changes_are_repeated(lab: Lab) -> None:
+    """Two machines rename one file and one directory: each time exactly one succeeds."""
+    name = f"claims{next(_numbers)}"
+    places = [path / name for path in lab.paths]
+    places[0].mkdir()
+    (places[0] / "won").mkdir()
+    rounds = 150
+    with Inotify(places[1], places[1] / "won") as watch:
+        _heard(watch, places[0])
+        start = threading.Barrier(2)
+        won: list[list[str]] = [[], []]
+
+        def claim(number: int) -> None:
+            place = places[number]
+            for turn in range(rounds):
+                if not number:
+                    (place / f"f{turn}").touch()
+                    (place / f"d{turn}").mkdir()
+                start.wait(PATIENCE)
+                for kind in "fd":
+                    with suppress(FileNotFoundError):
+                        os.rename(place / f"{kind}{turn}", place / "won" / f"{kind}{turn}-{number}")
+                        won[number].append(f"{kind}{turn}")
+                start.wait(PATIENCE)
+
+        threads = [threading.Thread(target=claim, args=(number,)) for number in (0, 1)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert sorted(won[0] + won[1]) == sorted(
+            f"{kind}{turn}" for kind in "fd" for turn in range(rounds)
+        )
+        _settle(watch, places[0])
+        listed = [sorted(os.listdir(place / "won")) for place in places]
+        assert listed[0] == listed[1]
+        assert len(listed[0]) == 2 * rounds
+
+
+def test_fanotify_marks_count(lab: Lab) -> None:
+    name = f"fanotify{next(_numbers)}"
+    there, here = (path / name for path in lab.paths)
+    there.mkdir()
+    libc = ctypes.CDLL(None, use_errno=True)
+    fd = libc.fanotify_init(FAN_NONBLOCK, os.O_RDONLY)
+    if fd < 0 and ctypes.get_errno() == errno.ENOSYS:
+        pytest.skip("this kernel has no fanotify")
+    assert fd >= 0
+    try:
+        mask = ctypes.c_uint64(FAN_CLOSE_WRITE | FAN_EVENT_ON_CHILD)
+        marked = libc.fanotify_mark(fd, FAN_MARK_ADD, mask, AT_FDCWD, os.fsencode(here))
+        assert marked == 0, os.strerror(ctypes.get_errno())
+
+        def heard() -> bool:
+            _write(there / "file", "x")
+            try:
+                event = os.read(fd, FAN_EVENT.size)
+            except BlockingIOError:
+                return False
+            opened: int = FAN_EVENT.unpack(event)[-2]
+            path = os.readlink(f"/proc/self/fd/{opened}")
+            os.close(opened)
+            return path == str(here / "file")
+
+        assert eventually(heard)
+    finally:
+        os.close(fd)
+
+
+def test_latency(lab: Lab, figures: Figures) -> None:
+    name = f"latency{next(_numbers)}"
+    there, here = (path / name for path in lab.paths)
+    there.mkdir()
+    with Inotify(here) as watch:
+        _heard(watch, there)
+        taken = []
+        for number in range(100):
+            begun = time.perf_counter()
+            (there / f"{number}").mkdir()
+            watch.until(("CREATE", f"{number}"))
+            taken.append(time.perf_counter() - begun)
+    figures.add(f"a foreign mkdir is told after {statistics.median(taken) * 1e3:.1f} ms (median)")
+
+
 # --- the replayer -------------------------------------------------------------------------------
 
 
@@ -442,6 +538,33 @@ def test_a_killed_replayer_is_started_again(lab: Lab) -> None:
         _heard(watch, there)
     assert os.listdir(here) == os.listdir(there)
     assert lab.mounts[1].log_text().count("the replayer died") == 1
+
+
+def test_a_hidden_proc_is_told() -> None:
+    """As in a container whose /proc belongs to another pid namespace."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with ours, theirs:
+        ours.settimeout(PATIENCE)
+        words = ["unshare", "--pid", "--fork", sys.executable, "-I", "-S", replayer.__file__]
+        words += [str(theirs.fileno()), "/", "0:1", "0"]
+        subprocess.run(words, pass_fds=(theirs.fileno(),), check=True, timeout=PATIENCE)
+        assert ours.recv(100) == replayer.NO_PROC
+
+
+def test_events_wait_for_the_next_replayer(lab: Lab) -> None:
+    name = f"waits{next(_numbers)}"
+    there, here = (path / name for path in lab.paths)
+    there.mkdir()
+    lab.expected = "the replayer died"
+    with Inotify(here) as watch:
+        _heard(watch, there)
+        (old,) = _replayers(lab.mounts[1])
+        os.kill(old, signal.SIGSTOP)
+        for number in range(50):
+            (there / f"{number}").touch()
+            time.sleep(0.02)
+        os.kill(old, signal.SIGKILL)
+        watch.until(("CREATE", "10"), ("CREATE", "49"))
 
 
 def test_an_unmount_at_rest_is_not_busy() -> None:
