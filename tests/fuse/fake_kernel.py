@@ -14,9 +14,11 @@ from ivshmemfs.fuse.connection import Relay
 from ivshmemfs.fuse.kernel_frontend import KernelFrontEnd
 from ivshmemfs.fuse.operations import Operations
 from ivshmemfs.fuse.ownership import Ownership
+from ivshmemfs.fuse.pretence import Pretence
 from tests.fuse.fake_engine import FakeFilesystem
 
 UNIQUE = 77
+PID = 1  # of the caller
 
 
 class Kernel:
@@ -48,6 +50,7 @@ class Kernel:
             Relay(device.fileno(), ours, setxattr_ext=setxattr_ext, access_lists=access_lists),
             self.tasks.append,
             page_cache=False,
+            pretence=Pretence(self.fs, self.operations, lambda _ino: None),  # type: ignore[arg-type]
         )
         self._ours = ours
         self.mine.settimeout(10)
@@ -63,7 +66,7 @@ class Kernel:
     ) -> memoryview | None:
         """One request; returns it if it is not answered."""
         size = protocol.IN_HEADER.size + len(body)
-        self.mine.send(protocol.IN_HEADER.pack(size, opcode, unique, node, uid, 0, 1, 0) + body)
+        self.mine.send(protocol.IN_HEADER.pack(size, opcode, unique, node, uid, 0, PID, 0) + body)
         return self.front_end.serve()
 
     def answer(self) -> tuple[int, bytes]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Iterator
+from contextlib import closing
 
 import pytest
 
@@ -14,6 +15,7 @@ from ivshmemfs.fuse import pretence, protocol, replayer
 from ivshmemfs.fuse.kernel_frontend import ABSENT, Answer, Buffer
 from ivshmemfs.fuse.operations import Operations
 from ivshmemfs.fuse.pretence import Action, Parts, Pretence
+from tests.fuse.fake_kernel import PID, Kernel
 from tests.support.regions import ROOT, new_region
 
 FILE = 0o100644
@@ -102,6 +104,19 @@ def test_what_is_not_announced_is_refused(played: Played, opcode: int) -> None:
     played.next()
     assert played.refused(opcode, REQUESTS[opcode])  # with one for another name
     assert played.fs.find(ROOT_INO, b"name") is None
+
+
+def test_only_the_pid_of_the_replayer_counts() -> None:
+    with closing(Kernel()) as kernel:
+        body = protocol.MKDIR_IN.pack(0o755, 0) + b"name\0"
+        kernel.front_end.replayer = PID
+        kernel.send(protocol.MKDIR, body)
+        assert kernel.answer()[0] == errno.EACCES
+        assert kernel.send(99) is None  # libfuse never gets its requests
+        assert kernel.answer()[0] == errno.EACCES
+        kernel.front_end.replayer = PID + 1
+        kernel.send(protocol.MKDIR, body)
+        assert kernel.answer()[0] == 0
 
 
 def test_the_same_name_and_another_action(played: Played) -> None:
