@@ -165,6 +165,7 @@ def run_case(laboratory: Laboratory, world: bytes, trees: list[Tree], case: Case
     return 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", WORKLOADS)
 def test_restored_before_every_store(
     name: str, laboratory: Laboratory, world: bytes, long_run: bool, figures: Figures

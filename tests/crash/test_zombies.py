@@ -59,6 +59,7 @@ def test_before_every_store(
     figures.count("zombies stopped before a store", len(points), name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", WORKLOADS)
 def test_before_every_load_or_store(
     name: str, laboratory: Laboratory, world: bytes, long_run: bool, figures: Figures
