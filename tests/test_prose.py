@@ -20,10 +20,12 @@ LONGEST = 25  # words of a sentence; a code span counts as one word
 
 #: Folders and documents that are written in plain English.
 DONE = (
+    "CHANGELOG.md",
     "CONTRIBUTING.md",
     "README.md",
     "docs/api.md",
     "docs/architecture.md",
+    "docs/decisions",
     "docs/format.md",
     "docs/fsck.md",
     "docs/glossary.md",
@@ -33,6 +35,8 @@ DONE = (
     "docs/setup.md",
     "docs/testing.md",
     "docs/troubleshooting.md",
+    "bench",
+    "ivshmemfs/__init__.py",
     "ivshmemfs/__main__.py",
     "ivshmemfs/api",
     "ivshmemfs/cli",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import shlex
-from xml.sax.saxutils import quoteattr
 
 from ivshmemfs.cli.doctor.facts import Facts
 from ivshmemfs.region import exact_size
@@ -41,6 +40,8 @@ def _qemu(path: str, size: int) -> list[str]:
 
 
 def _libvirt(path: str, size: int) -> list[str]:
+    from xml.sax.saxutils import quoteattr  # loads an HTTP client
+
     name = path.removeprefix(_SHM)
     if not path.startswith(_SHM) or "/" in name:
         return [f"<!-- libvirt takes only files in {_SHM}: move the region there -->"]

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING
 from ivshmemfs.cli.attach.paths import Place, about, child
 from ivshmemfs.cli.attach.peer import PULSE, Pulse, patiently
 from ivshmemfs.cli.transfer.local import Folder, exists, omitted, own_mounts
-from ivshmemfs.engine import Context
 from ivshmemfs.errors import FsError, UsageError
 
 if TYPE_CHECKING:
@@ -53,6 +52,8 @@ class Putter:
         self._recursive = recursive
         self._force = force
         self._root = os.geteuid() == 0
+        from ivshmemfs.engine import Context
+
         self._me = Context(os.getuid(), os.getgid())
         self._most = min(MOST, MOST_BLOCKS * fs.block_size)
         self._pulse = Pulse(fs)
