@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import stat
 import subprocess
 import sys
@@ -153,7 +152,7 @@ def test_watching_a_tree_without_a_mount(region: TestRegion, there: Filesystem) 
     assert watching.line() == f"moved {name}dir -> {name}other"
     there.mknod(folder, b"b", FILE, 0, ROOT)
     assert watching.line() == f"created {name}other/b"
-    watching.process.send_signal(signal.SIGINT)
+    watching.process.terminate()
     watching.end(8)
 
 
