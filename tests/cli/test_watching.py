@@ -7,6 +7,7 @@ import os
 import stat
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,7 +24,7 @@ PATIENCE = 30.0
 
 @pytest.fixture
 def region() -> Iterator[TestRegion]:
-    with new_region(4 << 20) as made:
+    with new_region(32 << 20) as made:
         yield made
 
 
@@ -34,6 +35,17 @@ def there(region: TestRegion) -> Iterator[Filesystem]:
     fs.unmount()
 
 
+_started_commands: list[Running] = []
+
+
+@pytest.fixture(autouse=True)
+def _closed() -> Iterator[None]:
+    """No command and no pipe outlives its test, also a failed one."""
+    yield
+    while _started_commands:
+        _started_commands.pop().close()
+
+
 class Running:
     """A command that prints as things happen."""
 
@@ -42,6 +54,15 @@ class Running:
             [sys.executable, "-m", "ivshmemfs.cli", *map(str, words)], env=ENVIRONMENT,
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )  # fmt: skip
+        _started_commands.append(self)
+
+    def close(self) -> None:
+        """End it and close its pipes."""
+        self.process.kill()
+        self.process.wait()
+        for pipe in (self.process.stdout, self.process.stderr):
+            if pipe is not None:
+                pipe.close()
 
     def line(self) -> str:
         assert self.process.stdout is not None
@@ -62,6 +83,7 @@ def _started(there: Filesystem, *words: object) -> Running:
     os.set_blocking(running.process.stdout.fileno(), False)  # type: ignore[union-attr]
     while not running.line():
         assert running.process.poll() is None, running.end(0)
+        time.sleep(0.005)  # the command still loads; the region must not fill up meanwhile
         there.setattr(ROOT_INO, ROOT, mode=0o755)
         number += 1
         there.mknod(ROOT_INO, b"first%d" % number, FILE, 0, ROOT)
@@ -212,6 +234,7 @@ def test_a_reader_that_goes_ends_it_quietly(region: TestRegion, there: Filesyste
     number = 0
     while watching.process.poll() is None:
         number += 1
+        time.sleep(0.005)
         there.mknod(ROOT_INO, b"n%d" % number, FILE, 0, ROOT)
         assert number < 2000
     with watching.process.stderr as err:  # type: ignore[union-attr]
