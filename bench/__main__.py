@@ -14,7 +14,7 @@ import click
 from rich.console import Console
 from rich.progress import Progress
 
-from bench import build, guest, peers, report, special
+from bench import build, guest, machine, peers, report, special
 from bench.peers import Peer
 from bench.runner import LocalClient, Table, interleave
 from bench.workloads import MEMCPY, QUICK, Scale, Workloads
@@ -224,6 +224,8 @@ def _measure(
     ):
         bench = Bench(Console(), scale, Path(shm), Path(work))
         available = peers.available_cpus()
+        measured_on = machine.describe(LocalClient(bench.program, available[-1:]), Path(work))
+        bench.console.print(machine.sentence(measured_on), soft_wrap=True)
         for count in [int(word) for word in cores.split(",") if groups]:
             if count <= len(available):
                 bench.side_by_side(available[-count:], groups, peer or DEFAULT_PEERS)
@@ -232,7 +234,7 @@ def _measure(
                 bench.special(name, quick)
         if IN_A_GUEST in only or not only:
             bench.in_a_guest(quick, rounds)
-        return report.as_json(bench.tables, bench.figures)
+        return report.as_json(measured_on, bench.tables, bench.figures)
 
 
 def _show(document: Any, plots: Path | None, page: Path | None) -> None:

@@ -18,6 +18,7 @@
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
+#include <sys/syscall.h>
 #include <sys/wait.h>
 #include <time.h>
 #include <unistd.h>
@@ -490,6 +491,34 @@ static void coherent(char **arg)
 	report("missed", 0);
 }
 
+/* what the machine itself costs: batches of 100 empty system calls, and of 100 fresh pages */
+static void machine(char **arg)
+{
+	enum { BATCH = 100, PAGE = 4096 };
+	long count = number(arg[0]);
+
+	for (long i = 0; i < count; i++) {
+		uint64_t started = now();
+		for (int call = 0; call < BATCH; call++)
+			syscall(SYS_getppid);
+		note(started);
+	}
+	report("empty-call", 0);
+	for (long i = 0; i < count; i++) {
+		volatile char *pages = mmap(NULL, BATCH * PAGE, PROT_READ | PROT_WRITE,
+					    MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+		if (pages == MAP_FAILED)
+			die("mmap");
+		madvise((void *)pages, BATCH * PAGE, MADV_NOHUGEPAGE);
+		uint64_t started = now();
+		for (int page = 0; page < BATCH; page++)
+			pages[page * PAGE] = 1;
+		note(started);
+		munmap((void *)pages, BATCH * PAGE);
+	}
+	report("fresh-page", 0);
+}
+
 /* run a command; its time is the only sample */
 static void run(char **arg)
 {
@@ -516,7 +545,7 @@ static const struct {
 	{"sequential", sequential, 2}, {"mapping", mapping, 2}, {"fill", fill, 2},
 	{"list", list, 2},	   {"crowd", crowd, 3}, {"pump", pump, 3},
 	{"see", see, 3},	   {"coherent", coherent, 3}, {"run", run, 1},
-	{"once", once, 4},
+	{"once", once, 4},	   {"machine", machine, 1},
 };
 
 int main(int argc, char **argv)

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from bench.machine import sentence
 from bench.plots import plots
 from bench.report import OURS, is_rate, readable
 
@@ -42,11 +43,7 @@ def write(page: Path, document: Any, pictures: Sequence[Path]) -> None:
 
 
 def _lines(document: Any, links: Mapping[str, str]) -> Iterator[str]:
-    machine = document["machine"]
-    yield (
-        f"Measured on {machine['cpus']} CPUs ({machine['machine']}), Linux {machine['kernel']}, "
-        f"Python {machine['python']}."
-    )
+    yield sentence(document["machine"])
     for title, table in document["tables"].items():
         drawn = plots(title)
         if not drawn:  # what compares ours with itself is among the other figures

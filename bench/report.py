@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import platform
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table as RichTable
 
+from bench.machine import Machine
 from bench.runner import Sample, Table, summary
 
 #: Workloads whose figure is a rate of bytes; all others are times per operation.
@@ -74,15 +73,14 @@ def readable(value: float) -> str:
     return f"{value:,.0f}" if value >= 1000 else f"{value:.3f}"
 
 
-def as_json(tables: Mapping[str, Table], figures: Mapping[str, Mapping[str, float]]) -> Any:
+def as_json(
+    machine: Machine,
+    tables: Mapping[str, Table],
+    figures: Mapping[str, Mapping[str, float]],
+) -> Any:
     """Everything that was measured, as JSON can hold it."""
     return {
-        "machine": {
-            "cpus": os.cpu_count(),
-            "machine": platform.machine(),
-            "kernel": platform.release().split("-")[0],
-            "python": platform.python_version(),
-        },
+        "machine": machine,
         "tables": {
             title: {
                 workload: {peer: summary(samples)._asdict() for peer, samples in by_peer.items()}

@@ -24,7 +24,11 @@ def test_a_quick_run_writes_its_figures(tmp_path: Path) -> None:
         cwd=TOP, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    text = json.dumps(json.loads(figures.read_text()))
+    document = json.loads(figures.read_text())
+    assert document["machine"]["empty_call"] > 0
+    assert document["machine"]["fresh_page"] > document["machine"]["empty_call"]
+    assert "An empty system call takes" in done.stdout
+    text = json.dumps(document)
     assert "stat" in text
     assert "tmpfs" in text
     assert "Traceback" not in done.stderr

@@ -10,10 +10,15 @@ import pytest
 
 from bench import report
 from bench.document import BEGIN, END, DocumentError, write
+from bench.machine import Machine, processor
 from bench.plots import draw, speeds
 from bench.runner import Sample
 
 TITLE = "client and daemon on 1 CPU"
+MACHINE: Machine = {
+    "cpus": 2, "machine": "x86_64", "cpu": "Fast One", "guest": True, "kernel": "6.1.0",
+    "python": "3.11.2", "empty_call": 61.3, "fresh_page": 204.0,
+}  # fmt: skip
 needs_matplotlib = pytest.mark.skipif(
     importlib.util.find_spec("matplotlib") is None, reason="draws: sh scripts/setup --bench"
 )
@@ -29,7 +34,7 @@ def figures(**stat: float) -> Any:
         "stat": {peer.replace("_", "-"): samples(seconds) for peer, seconds in stat.items()},
         "read-1M": {peer.replace("_", "-"): samples(seconds / 2) for peer, seconds in stat.items()},
     }
-    return report.as_json({TITLE: table}, {"start": {"mount 16G": 0.25}})
+    return report.as_json(MACHINE, {TITLE: table}, {"start": {"mount 16G": 0.25}})
 
 
 def page(path: Path) -> Path:
@@ -46,6 +51,8 @@ def test_figures_stand_between_the_marks_and_nothing_else_changes(tmp_path: Path
         assert text.startswith(f"before\n{BEGIN}\n")
         assert text.endswith(f"{END}\nafter\n")
         assert "old" not in text
+        assert "on a virtual machine with 2 CPUs (Fast One, x86_64), Linux 6.1.0, Python" in text
+        assert "system call takes 61 ns, the first store to a page 204." in text
         assert "| stat | time | 30 µs | 60 µs | 33,333 | 1.5 | 30 |" in text
         assert "| read-1M | rate | 15 µs | 30 µs | 66,667 | 0.67 | 0.033 |" in text
         assert "| start | mount 16G | 0.250 |" in text
@@ -93,3 +100,16 @@ def test_the_page_shows_the_plots(tmp_path: Path) -> None:
     write(made, document, draw(document, tmp_path / "figures"))
     assert "(figures/times-1.svg)" in made.read_text()
     assert "(figures/rates-1.svg)" in made.read_text()
+
+
+@pytest.mark.parametrize(
+    ("cpuinfo", "wanted"),
+    [
+        ("model name\t: Fast\nflags\t: fpu hypervisor\n\nmodel name\t: 2\n", ("Fast", True)),
+        ("model name\t: Fast One\nflags\t\t: fpu sse\n", ("Fast One", False)),
+        ("processor\t: 0\nBogoMIPS\t: 50.00\nFeatures\t: fp asimd\n", ("", False)),
+        ("", ("", False)),
+    ],
+)  # fmt: skip
+def test_the_kernel_names_the_processor(cpuinfo: str, wanted: tuple[str, bool]) -> None:
+    assert processor(cpuinfo) == wanted
