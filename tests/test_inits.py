@@ -1,4 +1,4 @@
-"""The first processes of guests mount over /proc, /dev/shm and /run: nobody else may run them."""
+"""First processes of guests mount over /proc, /dev/shm and /run: no other process may run them."""
 
 from __future__ import annotations
 

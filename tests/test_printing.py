@@ -1,4 +1,4 @@
-"""Text that is printed or logged cannot drive a terminal, whoever wrote it."""
+"""Text that is printed or logged cannot drive a terminal."""
 
 from __future__ import annotations
 

@@ -180,7 +180,7 @@ def _in_docstrings() -> Iterator[tuple[str, str]]:
 
 
 def test_names_in_docstrings_exist() -> None:
-    """A reader who follows a name in backticks finds it in the package."""
+    """A reader that follows a name in backticks finds it in the package."""
     named = list(_in_docstrings())
     assert len(named) > 300, "the search finds names at all"
     assert not [f"{where}: `{name}`" for where, name in named if not _resolves(name)]

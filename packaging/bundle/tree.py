@@ -11,7 +11,7 @@ PACKAGES is a directory as `pip install --target` fills it.  TREE is new:
     lib/pythonX.Y/  the standard library, and the packages in site-packages
     share/          units, rules, licences
 
-The programs use the carried ld.so and C library, so the tree runs on any kernel of this
+The programs use the carried ld.so and C library.  So the tree runs on any kernel of this
 architecture, also where there is another C library, an older Python or none.
 """
 
@@ -131,7 +131,7 @@ def copy_licences(tree: Path, sources: Iterable[Path]) -> None:
 
 
 def precompile(tree: Path) -> None:
-    """Write bytecode that is never checked against its source: nobody edits the tree."""
+    """Write bytecode that is never checked against its source: the tree is not edited."""
     mode = py_compile.PycInvalidationMode.UNCHECKED_HASH
     compileall.compile_dir(
         tree / "lib", stripdir=str(tree), prependdir="/", quiet=2, invalidation_mode=mode, workers=0

@@ -28,7 +28,7 @@ class State:
 
 @dataclass(frozen=True)
 class Reference:
-    """What a sequence of operations does when nobody dies: the state before and after each."""
+    """What a sequence of operations does without a death: the state before and after each."""
 
     states: tuple[State, ...]
     stores: int  # in all
@@ -94,7 +94,7 @@ def make_reference(laboratory: Laboratory, world: bytes, names: list[str]) -> Re
 
 
 def go_on(peer: Peer) -> None:
-    """Somebody else works, and nobody who is dead delays it; leaves no trace."""
+    """Another peer works, and no dead one delays it; leaves no trace."""
     folder = peer.quick(lambda fs: fs.mkdir(ROOT_INO, b"going on", 0o755, ROOT)).ino
     content = pattern(5000, 99)
     peer.quick(lambda fs: put(fs, folder, b"file", content))

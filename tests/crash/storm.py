@@ -2,9 +2,9 @@
 
     python -m tests.crash.storm REGION JOURNAL NAME SEED READONLY
 
-A journal line is written before an operation ("try") and after it has returned ("done"), so that
-whoever checks knows what must be there, and what may be there.  It ends when its standard input
-is closed.
+A journal line is written before an operation ("try") and after it has returned ("done").  So the
+check knows what must be there, and what may be there.  The process ends when its standard input is
+closed.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ class Worker:
         self.note(f"done line {self.number}")
 
     def replace(self) -> None:
-        """Write a file anew and move it over the one that stands."""
+        """Write a file anew and move it over the present one."""
         self.number += 1
         name, fresh = b"file-" + self.name.encode(), b"new-" + self.name.encode()
         content = content_of(self.name, self.number, self.chance.randrange(40_000))
@@ -99,7 +99,7 @@ class Worker:
         self.note(f"done file {self.number} {zlib.crc32(content)}")
 
     def look(self) -> None:
-        """Whatever file somebody replaces is whole whenever it is looked at."""
+        """A file that others replace is whole at every look."""
         found = self.patiently(lambda: list(self.fs.readdir(self.fs.opendir(ROOT_INO), 0)))
         files = [name for name, _, _ in found if name.startswith(b"file-")]
         if not files:

@@ -60,7 +60,7 @@ def run_case(laboratory: Laboratory, world: bytes, reference: Reference, case: C
     close_others(scene)
     survivor = scene.other
     if case.store % 2:
-        survivor = laboratory.mounted()  # somebody who comes later can take over as well
+        survivor = laboratory.mounted()  # a peer that comes later can take over as well
         scene.other.run(lambda fs: fs.unmount())
     check_aftermath(survivor, reference, [scene.victim])
 
@@ -157,7 +157,7 @@ def _format(laboratory: Laboratory, memory: Memory) -> None:
 
 
 def _stale(peer: Peer) -> None:
-    """A mount of before notices, whatever it does, and leaves the region alone."""
+    """An older mount notices with each operation, and leaves the region alone."""
     for action in (
         lambda fs: fs.getattr(1),
         lambda fs: fs.mkdir(1, b"stale", 0o755, ROOT),
@@ -169,7 +169,7 @@ def _stale(peer: Peer) -> None:
 
 
 def test_formatting_that_dies(laboratory: Laboratory, world: bytes, figures: Figures) -> None:
-    """Before its first store the old filesystem stands; afterwards there is none until the last."""
+    """Before its first store the old filesystem is there; then there is none until the last."""
     geometry = superblock.decode(world).geometry
     point, died = 0, True
     while died:

@@ -1,4 +1,4 @@
-"""Who is silent keeps what it claimed until somebody knows, or says, that it is gone."""
+"""A silent peer keeps what it claimed until another knows, or is told, that it is gone."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.support.regions import get, put
 
 
 def silent_writer(laboratory: Laboratory) -> Peer:
-    """A peer that stands still in the middle of a write."""
+    """A peer that stops in the middle of a write."""
     peer = laboratory.mounted()
     peer.die_at(60)
     with suppress(Death):

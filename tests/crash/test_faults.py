@@ -49,7 +49,7 @@ TIMED = ("create", "append-map", "rename-over", "unlink-large", "write-many-bloc
 def test_wrong_clocks(
     clock: str, wrong: str, laboratory: Laboratory, world: bytes, long_run: bool, figures: Figures
 ) -> None:
-    """Deaths and pauses while one clock is wrong: nothing is lost, and nobody waits for long."""
+    """Deaths and pauses while one clock is wrong: nothing is lost, and no peer waits for long."""
     points = 0
     for name in TIMED:
         reference = make_reference(laboratory, world, [name])
@@ -145,7 +145,7 @@ def test_no_space_at_every_allocation(
 
 
 def test_all_peers_are_killed(laboratory: Laboratory, world: bytes, long_run: bool) -> None:
-    """Every slot is taken by somebody who died in the middle of something."""
+    """Every slot is taken by a peer that died in the middle of something."""
     chance = random.Random(3)
     names = [n for n, w in WORKLOADS.items() if w.plain]
     for _ in range(100 if long_run else 10):
@@ -347,7 +347,7 @@ def test_a_truncated_region(laboratory: Laboratory, world: bytes, kept: int) -> 
 def test_a_region_formatted_anew_under_mounts(
     laboratory: Laboratory, world: bytes, plan: dict[str, int]
 ) -> None:
-    """Whatever the old mounts try, they get ESTALE, and the new filesystem stays as it was."""
+    """The old mounts get ESTALE for every call, and the new filesystem stays as it was."""
     laboratory.restore(world)
     old = [laboratory.mounted() for _ in range(4)]
     handles = [p.run(lambda fs: fs.create(1, b"f", 0o600, os.O_RDWR, ROOT))[0] for p in old]

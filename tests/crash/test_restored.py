@@ -1,13 +1,12 @@
 """A machine is put back into an older state, anywhere in the middle of an operation.
 
-A fork of this process is the machine as it went on: it finishes the operation, works on, and
-leaves in one of several ways; then others change and reuse everything.  This process is the
-machine restored: it resumes the operation where it stood, with all that it knew then.
+A fork of this process is the machine as it went on.  It finishes the operation, works on, and
+leaves in one of several ways.  Then others change and reuse everything.  This process is the
+machine restored: it resumes the operation where it was, with all that it knew then.
 
-What nothing can prevent: a snapshot taken while a block was being filled, of which the rest is
-then stored over whatever stands there.  So one block may be harmed, in every second point at most
-(a block is filled in two halves here, and its owner looks whether it is still its own before the
-first).
+What nothing can prevent: a snapshot taken while a block was being filled.  The rest of it is then
+stored over the present contents.  So one block may be harmed, in every second point at most.
+Here a block is filled in two halves, and its owner checks its claim before the first.
 """
 
 from __future__ import annotations
@@ -132,7 +131,7 @@ class Resumed:
             os._exit(status)
 
     def harmed(self) -> list[int]:
-        """Blocks that somebody had claimed and has still, with other contents."""
+        """Blocks that a peer had claimed and has still, with other contents."""
         laboratory, geometry = self.scene.laboratory, self.scene.other.fs.superblock.geometry
         now, found = laboratory.save(), []
         for block, (old, new) in enumerate(zip(self.tags, tags(self.scene.other), strict=True)):

@@ -154,7 +154,7 @@ def check_files(fs: Filesystem, storm: Storm) -> None:
 
 
 def hasten(fs: Filesystem) -> None:
-    """A tick of somebody to whom a second seems much shorter."""
+    """A tick of a peer with a second that is much shorter."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(watch, "SILENCE", watch.SILENCE / 100)
         fs.tick()

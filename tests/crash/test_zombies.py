@@ -1,6 +1,6 @@
 """Zombies: a peer is stopped before every single store (or load) and resumes after others have
 committed, freed, reused and collected.  Its operation takes effect completely or not at all, at
-some moment between its beginning and its end, and nobody else's data changes.
+some moment between its beginning and its end.  The data of others does not change.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """One-operation workloads, all on the same small world.
 
 `prepare` runs before anything can happen to the victim; `act` is the operation that is stopped.
-Both are given the victim, somebody else who has the region mounted, and a place for handles.
+Both are given the victim, another peer of the region, and a place for handles.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ PLAN = {"block_size": 1024, "peer_count": 6}
 
 @dataclass
 class Scene:
-    """Who and what takes part in one case."""
+    """The peers and handles of one case."""
 
     laboratory: Laboratory
     victim: Peer
@@ -59,7 +59,7 @@ class Workload:
     act: Step
     prepare: Step
     mounted: bool = True  # whether the victim mounts before `act`
-    plain: bool = False  # whether it can stand beside any other plain one in a pair
+    plain: bool = False  # whether it can be paired with any other plain one
 
 
 WORKLOADS: dict[str, Workload] = {}
@@ -93,7 +93,7 @@ INOS: dict[bytes, int] = {}  # by path in the world, which is the same every tim
 
 
 def ino(fs: Filesystem, path: bytes) -> int:
-    """The inode that stood at a path when the world was made.
+    """The inode that was at a path when the world was made.
 
     A kernel looks names up beforehand, too, and asks for operations by inode number.
     """
@@ -538,7 +538,7 @@ WORKLOADS["mount"] = Workload("mount", lambda scene: scene.victim.mount(), nothi
 
 
 def _leak(scene: Scene) -> None:
-    """A third peer dies in the middle of a large write, and everybody may know it."""
+    """A third peer dies in the middle of a large write, and all others may know it."""
     third = scene.laboratory.mounted()
     handle = third.run(lambda fs: fs.open(ino(fs, b"b"), os.O_WRONLY, ROOT))
     third.die_at(45)

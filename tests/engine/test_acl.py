@@ -168,7 +168,7 @@ def test_a_removed_list_leaves_the_mode(fs: Filesystem) -> None:
         assert fs.listxattr(ino) == [b"user.other"]
     give(fs, ino, ACCESS_LIST, FULL)
     fs.removexattr(ino, ACCESS_LIST, ROOT)
-    fs.removexattr(ino, ACCESS_LIST, ROOT)  # is no error
+    fs.removexattr(ino, ACCESS_LIST, ROOT)  # succeeds
     fs.removexattr(ino, DEFAULT_LIST, ROOT)
     assert mode_of(fs, ino) == 0o664
     fails(errno.ENODATA, lambda: fs.getxattr(ino, ACCESS_LIST))

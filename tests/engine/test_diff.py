@@ -114,7 +114,7 @@ def test_no_commit_costs_one_load(region: TestRegion) -> None:
 
 
 def test_a_change_costs_the_same_in_a_large_directory() -> None:
-    """One path of nodes, whatever the number of names beside it."""
+    """One path of nodes, for any number of names beside it."""
     with new_region(64 << 20) as made:
         here, there = made.mount(), made.mount()
         work: list[int] = []

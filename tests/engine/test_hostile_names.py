@@ -35,7 +35,7 @@ def region() -> Iterator[TestRegion]:
 
 
 def forge_inline(region: TestRegion, name: bytes) -> None:
-    """`folder` in the root directory, which stands in its inode block, is called `name`."""
+    """`folder` in the root directory, which its inode block contains, is called `name`."""
     knife = Knife(region.region().memory)
     called = {b"folder": name}
     forged = [(key, both, called.get(old, old)) for key, both, old in knife.entries(1)]

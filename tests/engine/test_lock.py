@@ -134,7 +134,7 @@ def test_how_long_a_holder_must_be_silent(
 def test_a_holder_that_beats_is_there(
     fs: Filesystem, other: Filesystem, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whatever is said of its process: its machine may be a copy of another one."""
+    """Also when its process seems absent: its machine may be a copy of another one."""
     ino = put(fs, ROOT_INO, b"file", b"").ino
     mine, theirs = lock_of(fs, ino), lock_of(other, ino)
     assert mine.acquire()
@@ -160,7 +160,7 @@ def test_a_watcher_that_was_stopped_itself_learns_nothing(
 def test_a_silent_holder(
     fs: Filesystem, other: Filesystem, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It counts as dead only after somebody watched it be silent for long enough."""
+    """It counts as dead only after a peer watched it be silent for long enough."""
     ino = put(fs, ROOT_INO, b"file", b"").ino
     mine, theirs = lock_of(fs, ino), lock_of(other, ino)
     assert mine.acquire()
@@ -206,7 +206,7 @@ def test_a_holder_that_finds_no_slot_any_more(monkeypatch: pytest.MonkeyPatch) -
         assert other.table.retire(fs.peer_id[0], other.table.state(fs.peer_id[0]))
         for mount in (other, made.mount()):
             assert mount._volume.member is not None
-            mount._volume.member.begin()  # so that its slot is nobody else's
+            mount._volume.member.begin()  # so that no other peer takes its slot
         clock = Seconds(monkeypatch)
         mine.keep()  # one may still fall free
         clock.now += watch.SILENCE + 1

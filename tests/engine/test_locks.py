@@ -479,7 +479,7 @@ def test_a_mount_that_was_declared_gone_is_fenced(
     taken: bool,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """Also when nobody has taken the lock since."""
+    """Also when no one has taken the lock since."""
     handle, unlocked = opened(fs, ino), opened(fs, ino)
     assert handle.guard is not None
     assert fs.locks.take(handle.guard, Lock(kind, WRITE, 1))

@@ -22,7 +22,7 @@ from tests.support.figures import Figures
 from tests.support.regions import ROOT, TestRegion, get, new_region
 
 SHORT, LONG = 25, 500
-SPAN = 0.4  # seconds over which everybody starts
+SPAN = 0.4  # seconds over which all of them start
 PATIENCE = 20.0  # seconds for one round at most
 FILES = 6  # of each writer
 T = TypeVar("T")
@@ -68,7 +68,7 @@ def leaks(k: Knife, chance: random.Random) -> None:
 DAMAGE = (wrong_counts, lost_tags, lost_root, lost_table, lost_directory, leaks)
 
 
-# --- who takes part -------------------------------------------------------------------------
+# --- the actors -----------------------------------------------------------------------------
 
 
 def patiently(call: Callable[[], T]) -> T:
@@ -108,7 +108,7 @@ def write_files(made: TestRegion, seed: int, told: int) -> None:
 
 
 def repair_it(made: TestRegion, force: bool) -> None:
-    """Until it is done; whoever is in the way of one without force is repaired under after all."""
+    """Until it is done; with force in the end, under mounts that are in the way."""
     until = time.monotonic() + (0 if force else 2 * SPAN)
     with made.region() as region:
         report = patiently(lambda: fsck.repair(region, force=time.monotonic() > until))
@@ -147,7 +147,7 @@ class Round:
                     do(Knife(region.memory), self.chance)
 
     def run(self) -> set[tuple[int, int]]:
-        """Everybody at once; the files that writers were told are there."""
+        """All at once; the files that writers were told are there."""
         chance = self.chance
         for seed in range(1, 4):
             action = self._writer(seed)
@@ -187,7 +187,7 @@ def one_round(seed: int) -> int:
         case.damage()
         told = case.run()
         with made.region() as region:
-            report = fsck.repair(region)  # nobody is there any more
+            report = fsck.repair(region)  # all others have left
             assert report.clean, str(report)
             assert_sound(region.memory)
         fs = made.mount()

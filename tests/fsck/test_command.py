@@ -193,7 +193,7 @@ def test_commits_during_the_check_are_8_when_they_do_not_end(
     said = capsys.readouterr().err
     assert "changes faster than it can be checked" in said
     assert said.count("\n") == 1
-    assert run("-y", made.path) == 1  # which shuts everybody else out
+    assert run("-y", made.path) == 1  # which shuts all others out
     assert "nlink 9 becomes 171" in capsys.readouterr().out
 
 
@@ -246,7 +246,7 @@ def test_a_hostile_repair_record_is_repaired(
         do(knife)
         word = region.memory.load(COMMIT_OFFSET)
         region.memory.store(COMMIT_OFFSET, word | words.UNDER_REPAIR)
-        if do is hostile_owner:  # nobody can tell whether that one lives
+        if do is hostile_owner:  # no proof whether that one lives
             assert run("-y", made.path) == 8
             assert "use --force" in capsys.readouterr().err
         assert run("-y", "--force", made.path) == 1

@@ -1,4 +1,4 @@
-"""Hostile bytes: fsck survives whatever stands on a region, and -y leaves a filesystem that mounts.
+"""Hostile bytes: fsck survives any contents of a region, and -y leaves a filesystem that mounts.
 
 Each case is one seed; a failure prints it, and IVSHMEMFS_SEED=N repeats that one case.
 """

@@ -102,7 +102,7 @@ def test_what_is_in_flight_is_no_leak(made: TestRegion) -> None:
 
 
 def next_commit(memory: Memory) -> None:
-    """Somebody commits; the root stays the same."""
+    """Another peer commits; the root stays the same."""
     word = memory.load(COMMIT_OFFSET)
     memory.store(COMMIT_OFFSET, word + (1 << words.BLOCK_BITS))
 

@@ -97,7 +97,7 @@ def test_all_is_there_afterwards(do: Callable[[Knife], None], made: TestRegion) 
     before = whole(made)
     with open_region(str(made.path)) as region:
         do(Knife(region.memory))
-        if do is lose_the_peer_table:  # nobody can tell whether these peers live
+        if do is lose_the_peer_table:  # no proof whether these peers live
             assert fsck.repair(region, force=True).clean
     repaired(made)
     assert whole(made) == before
@@ -359,7 +359,7 @@ def test_an_interrupted_repair_is_run_again(
     figures: Figures,
 ) -> None:
     """It may die before any store, and so may the one that goes on."""
-    monkeypatch.setattr(watch, "SILENCE", 0.0)  # nobody is asked to wait for that of the dead
+    monkeypatch.setattr(watch, "SILENCE", 0.0)  # no test waits for that of the dead
     with open_region(str(made.path)) as region:
         do(Knife(region.memory))
     damaged = made.path.read_bytes()

@@ -1,4 +1,4 @@
-"""Mounts for the tests: every one is unmounted and every daemon ended, whatever a test does."""
+"""Mounts for the tests: every one is unmounted and every daemon ended, also when a test fails."""
 
 from __future__ import annotations
 

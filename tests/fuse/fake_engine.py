@@ -1,11 +1,11 @@
 """A test double of the engine: one tree in private memory, and faults on demand.
 
-It has the interface of `ivshmemfs.engine.Filesystem` as far as `fuse/` uses it, so that the
-front ends and the daemon can be tested without a region, and with errors that the engine never has.
+It has the interface of `ivshmemfs.engine.Filesystem` as far as `fuse/` uses it.  So the front ends
+and the daemon can be tested without a region, and with errors that the engine never has.
 
-Faults come from a file, because the double runs in the daemon's process and the test in another:
-each line is `<operation> <exception> <count>`, and the double raises the exception in that many
-calls of the operation before it does what it should.  See `EXCEPTIONS` for the names.
+Faults come from a file, because the double runs in the daemon's process and the test in another.
+Each line is `<operation> <exception> <count>`.  The double raises the exception in that many calls
+of the operation, and then does what it should.  See `EXCEPTIONS` for the names.
 
 Run as a program it serves a mount: `fake_engine.py [-f] [-o OPTIONS] [--faults FILE] MOUNTPOINT`.
 """

@@ -1,8 +1,8 @@
-"""A program of the lock campaign: it locks ranges at random and watches that nobody shares them.
+"""A program of the lock campaign: it locks ranges at random and watches that no other shares them.
 
 What each program believes to hold is in memory that all of them map: for each program and byte, how
 it holds that byte.  A program stores to its own cells alone.  It takes a lock, marks its cells, and
-then looks at the cells of the others: of two that hold one byte at once, one sees the other.
+then looks at the cells of the others.  Of two that hold one byte at once, one sees the other.
 
     python -m tests.fuse.lock_storm FILE ORACLE NUMBER SEED
 """
@@ -55,7 +55,7 @@ class Oracle:
         self.cells[DYING + program] = flag
 
     def violation(self, program: int, start: int, end: int, how: int) -> str:
-        """Who else holds one of these bytes; empty when nobody does."""
+        """Another holder of one of these bytes; empty when there is none."""
         for other in range(PROGRAMS):
             theirs = self.cells[other * BYTES + start : other * BYTES + end]
             wrong = any(theirs) if how == WRITES else WRITES in theirs
@@ -136,7 +136,7 @@ class Storm:
         return True
 
     def look(self) -> None:
-        """Nobody has joined meanwhile."""
+        """No other has joined meanwhile."""
         for start, end in self.held:
             mine = self.oracle.cells[self.number * BYTES + start]
             if said := self.oracle.violation(self.number, start, end, mine):

@@ -26,7 +26,7 @@ MountFactory = Callable[..., FakeMount]
 
 @pytest.fixture
 def place(tmp_path: Path) -> Iterator[Path]:
-    """An empty directory; whatever is mounted there is released in the end."""
+    """An empty directory; a mount there is released in the end."""
     path = tmp_path / "place"
     path.mkdir()
     try:

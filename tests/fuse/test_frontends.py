@@ -360,11 +360,11 @@ HANDLERS = {
     "seek": "lseek",
     "birth_time": "statx",
 }
-#: What is no operation of a client.
+#: Methods that are not operations of a client.
 UNASKED = {"access_list", "groups_of", "is_committing", "keeps_set_id", "locks", "shares_locks"}
 #: What `pages` asks beside requests; its failures are shown in tests/posix/test_mapping.py.
 UNASKED |= {"commit_word", "is_open", "look", "only_own_commits"}
-#: How an operation ends on the test double where that is no success.
+#: How an operation ends on the test double where that is not success.
 ENDS = {"tmpfile": errno.EOPNOTSUPP}
 
 

@@ -122,7 +122,7 @@ def test_errors_are_answers(kernel: Kernel) -> None:
     assert kernel.answer() == (errno.ENOENT, b"")
     assert kernel.send(protocol.FLUSH, bytes(24)) is None
     assert kernel.answer() == (errno.ENOSYS, b"")
-    # A handle that was never given out: what nobody expects is EIO, and logged.
+    # A handle that was never given out: what is not expected is EIO, and logged.
     assert kernel.send(protocol.READ, protocol.READ_IN.pack(999, 0, 1)) is None
     assert kernel.answer() == (errno.EIO, b"")
 
@@ -422,7 +422,7 @@ def test_a_long_list_of_what_is_forgotten_takes_several_turns(
 def test_an_answer_that_cannot_be_made_is_an_error(
     kernel: Kernel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whoever asked gets it, and the mount lives: nothing escapes from a task."""
+    """The caller gets it, and the mount lives: nothing escapes from a task."""
     ino, handle = kernel.create(b"f")
     real, failures = kernel_frontend._out, [MemoryError("no room")]
 
@@ -498,7 +498,7 @@ def test_an_answer_that_nobody_takes_is_no_event(
     assert caplog.text == ""
 
 
-# --- who may ----------------------------------------------------------------------------------
+# --- permission -------------------------------------------------------------------------------
 
 
 def test_only_root_where_the_kernel_checks_nothing() -> None:

@@ -1,4 +1,4 @@
-"""The daemon's log stays readable, whatever a region or a peer makes it say."""
+"""The daemon's log stays readable, also when a region or a peer chooses its words."""
 
 from __future__ import annotations
 

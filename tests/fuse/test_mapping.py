@@ -121,7 +121,7 @@ class Ends:
         return self.kernel.recv(4096)
 
     def close(self) -> None:
-        """Close every descriptor, in whatever state the handshake is."""
+        """Close every descriptor, in any state of the handshake."""
         self.shake.close()
         self.kernel.close()
         os.close(self.fd)

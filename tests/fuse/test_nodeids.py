@@ -60,7 +60,7 @@ def test_forgetting() -> None:
 
 
 def test_the_latest_number_is_forgotten_before_an_older_one() -> None:
-    """Somebody still stands in the old place, so the plain number would have to move."""
+    """A process is still in the old place, so the plain number would have to move."""
     nodes = NodeIds()
     old, new = nodes.found(7, 1, A), nodes.found(7, 2, A)
     assert nodes.forget(new, 1)
@@ -68,7 +68,7 @@ def test_the_latest_number_is_forgotten_before_an_older_one() -> None:
 
 
 def test_the_kernel_moved_another_directory_than_it_believed() -> None:
-    """Between its look-up and its rename another machine replaced what stood there."""
+    """Between its look-up and its rename another machine replaced what was there."""
     nodes = NodeIds()
     believed, other = nodes.found(7, 1, A), nodes.found(8, 5, A)
     nodes.moved((1, A), (2, B), 8)

@@ -97,7 +97,7 @@ def test_what_the_own_thread_renamed_stays_what_it_is(machine: Machine) -> None:
 
 @pytest.mark.parametrize("name", [b"file", b"folder"])
 def test_what_another_thread_here_renamed_stays_what_it_is(machine: Machine, name: bytes) -> None:
-    """Who waits for a directory to get another name finds the one that others stand in."""
+    """A wait for a directory to get another name finds the one that others are in."""
     own = machine.look(name)
     machine.operations.rename(ROOT_INO, name, ROOT_INO, b"new", 0, ROOT._replace(pid=TWO))
     assert machine.look(name) == 0

@@ -35,7 +35,7 @@ def fuzz(reader: str, words: list[str]) -> None:
     sources_first()
     with atheris.instrument_imports(include=["ivshmemfs"]):
         read = importlib.import_module("tests.fuzz.readers").READERS[reader]
-    read(b"")  # whatever is made once and kept
+    read(b"")  # makes what is made once and kept
     atheris.Setup([sys.argv[0], *words], read)
     atheris.Fuzz()
 

@@ -65,14 +65,14 @@ def _memory() -> Memory:
 def _blocks() -> Blocks:
     """One block of a region, with its tag."""
     memory = _memory()
-    return Blocks(memory, 0, 4096, BLOCK, 1)  # over whatever stands there
+    return Blocks(memory, 0, 4096, BLOCK, 1)  # over the present contents
 
 
 # --- pure readers -----------------------------------------------------------------------------
 
 
 def read_superblock(data: bytes) -> None:
-    """As it stands, and with its checksum made good."""
+    """As it is, and with its checksum made good."""
     raw = data[: superblock.SUPERBLOCK.size].ljust(superblock.SUPERBLOCK.size, b"\0")
     superblock.identify(data)
     for candidate in (data, superblock.seal(superblock.SUPERBLOCK.unpack(raw))):
@@ -194,7 +194,7 @@ def seeds(reader: str) -> list[bytes]:
 
 @cache
 def _places() -> tuple[int, ...]:
-    """Where the words of the sample's metadata stand."""
+    """The offsets of the words of the sample's metadata."""
     memory = _memory()
     memory.write(0, sample())
     k = Knife(memory)

@@ -63,7 +63,7 @@ def recipe(workplace: Path) -> Recipe:
 
 @pytest.fixture(scope="session")
 def pair(workplace: Path, recipe: Recipe, regions: list[Path]) -> Iterator[list[Guest]]:
-    modest = arm_parts() is None  # by hand, so that nobody else waits for the machine
+    modest = arm_parts() is None  # by hand, so that no other run waits for the machine
     guests = [
         Guest(recipe, name, regions, workplace, modest=modest) for name in ("guest1", "guest2")
     ]
@@ -158,7 +158,7 @@ class Shared:
         return guest.device(0) if self.route == "pci" else f"{guest.bar(0)}/{self.route}"
 
     def check(self, host: Host) -> None:
-        """Nothing is wrong on the region, whoever has it mounted."""
+        """Nothing is wrong on the region, also while it is mounted."""
         host.run(FSCK, "-n", self.region).check()
 
     def close(self) -> None:

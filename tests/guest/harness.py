@@ -1,6 +1,6 @@
 """A QEMU guest over this machine's own file tree, and commands run in it.
 
-virtme-ng knows how to boot a stock kernel with the host's root file system, read-only over 9p; it
+virtme-ng knows how to boot a stock kernel with the host's root file system, read-only over 9p.  It
 is asked once for the command line and the initramfs (`VirtmeRecipe`).  ARM64 guests run from an
 initramfs that `scripts/aarch64-check` makes (`ArmRecipe`).  Starting QEMU ourselves means
 that its pid is known: tests stop, resume and kill it, and it dies with the test run, however that
@@ -44,9 +44,9 @@ BIN = Path(sys.executable).parent
 AGENT = Path(__file__).with_name("agent.py").resolve()
 INIT = Path(__file__).resolve().parents[2] / "scripts/guest-init"
 _PR_SET_PDEATHSIG = 1
-# Not one: with a single virtual CPU, QEMU's emulation (TCG) leaves out the atomicity of the guest's
-# atomic instructions, because nobody else could look; then a guest and the host lost a million of
-# a billion increments by compare-and-swap, with two virtual CPUs none.
+# Not one.  With a single virtual CPU, QEMU's emulation (TCG) leaves out the atomicity of the
+# guest's atomic instructions, because no other CPU could look.  Then guest and host lost a million
+# of a billion increments by compare-and-swap; with two virtual CPUs they lost none.
 _CPUS = "2"
 _SLOT = 0x10  # on the guest's PCI bus; the regions follow each other
 _NAME = "NAME-OF-GUEST"
@@ -67,7 +67,7 @@ def arm_parts() -> Path | None:
 def kvm_works() -> bool:
     """Whether QEMU can leave the guest's instructions to the processor.
 
-    A /dev/kvm alone says little: without the processor's own support it serves only guests that
+    A /dev/kvm alone says little.  Without the processor's own support it serves only guests that
     were made for that, and a stock kernel hangs in it.  IVSHMEMFS_TEST_KVM=0 or 1 decides instead.
     """
     if said := os.environ.get("IVSHMEMFS_TEST_KVM"):
@@ -305,7 +305,7 @@ class Guest:
             self._hello = None
 
     def pause(self) -> None:
-        """Stop QEMU between two instructions, wherever its guest stands (SIGSTOP)."""
+        """Stop QEMU between any two instructions of its guest (SIGSTOP)."""
         self._signal(signal.SIGSTOP)
 
     def resume(self) -> None:

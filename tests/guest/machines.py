@@ -107,7 +107,7 @@ class Mount:
         self.machine.run(IVSHMEMFS, "umount", self.place).check()
 
     def abandon(self) -> None:
-        """Make sure that nothing stays mounted, whatever state the test left."""
+        """Make sure that nothing stays mounted, in any state that the test left."""
         try:
             if self.mounted():
                 self.machine.run("/bin/umount", "-l", self.place).check()

@@ -1,8 +1,8 @@
 """What machines do to one directory at the same time: ``scenes.py SCENE PLACE WHO COUNT``.
 
 Run on the host and in guests, with nothing but the standard library.  Exit status 0 means that
-nothing was seen which may not be.  Whoever has changed things leaves ``done-WHO``; whoever only
-looks goes on until there are as many of those as ``COUNT`` says.
+nothing was seen which may not be.  A machine that has changed things leaves ``done-WHO``.  One that
+only looks goes on until there are as many of those as ``COUNT`` says.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def _linked(path: Path, who: str) -> None:
 
 
 def _renamed(path: Path, who: str) -> None:
-    """Whoever moves the one token away has it."""
+    """The machine that moves the one token away has it."""
     os.rename(path.parent / "token", path.parent / f"mine-{who}")
 
 

@@ -41,7 +41,7 @@ def test_bars_have_the_sizes_of_the_files_and_can_be_mapped_write_combining(gues
 
 
 def test_the_guest_has_no_network(guest: Guest) -> None:
-    """So whatever comes over can only have come through the shared memory."""
+    """So everything that comes over has come through the shared memory."""
     assert guest.sh("ls /sys/class/net") == "lo\n"
 
 

@@ -1,7 +1,7 @@
 """A kernel driver holds the device, and files are exchanged through its character device.
 
 One guest for the whole module, with our own driver (``driver/``), Debian's uio_pci_generic, a port
-without room, and in the end a locked-down kernel; the order of the tests matters only for that.
+without room, and in the end a locked-down kernel.  The order of the tests matters only for that.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def load(driven: Guest, module_file: Path) -> Iterator[Load]:
 
 @pytest.fixture
 def mounts(driven: Guest, host: Host, region: Path, tmp_path: Path) -> Iterator[MountAll]:
-    """Mount on the host, and in the guest whatever it finds; unmounted and checked afterwards."""
+    """Mount on the host, and in the guest what it finds; unmounted and checked afterwards."""
     here, there = Mount(host, str(tmp_path / "shared")), Mount(driven, "/run/driven")
 
     def mount() -> list[Mount]:
@@ -136,7 +136,7 @@ def physical(guest: Guest, index: int) -> str:
 
 
 def refused(done: Completed, *words: str) -> None:
-    """It failed with one line that has these words and advises nobody to format anything."""
+    """It failed with one line that has these words and does not advise to format anything."""
     assert done.exit == 32, done
     assert len(done.err.splitlines()) == 1, done.err
     assert "mkfs" not in done.err

@@ -178,8 +178,8 @@ def churn(mount: Path, rounds: int) -> None:
 def forget_address(state: Path, block: bytes) -> None:
     """Let a saved machine not say where its device's memory was.
 
-    QEMU refuses a machine that has the memory elsewhere, and a new one has none mapped yet: the
-    state of the device, with its address, comes later.  After the first mention of the block stand
+    QEMU refuses a machine that has the memory elsewhere, and a new one has none mapped yet.  The
+    state of the device, with its address, comes later.  Behind the first mention of the block are
     its size and this address, 8 bytes each.
     """
     with state.open("r+b") as file:
@@ -285,7 +285,7 @@ def run_and_put_back(host: Host, region: Path, place: Path, work: Path) -> dict[
 
 
 def test_a_guest_that_is_put_back_while_the_region_went_on(tmp_path: Path) -> None:
-    """Its files are whole, nobody else's change, and it goes on."""
+    """Its files are whole, those of others do not change, and it goes on."""
     place = tmp_path / "host"
     with mounted(place) as (host, region):
         ours = os.urandom(3 << 20)

@@ -15,7 +15,7 @@ from tests.guest.machines import IVSHMEMFS, Host, Machine, Mount
 pytestmark = pytest.mark.guest
 
 LIBRARY = sysconfig.get_path("stdlib")
-# Others wait a blink (0.1 s) for a machine that stands still; this one may be busy with guests.
+# Others wait a blink (0.1 s) for a machine that is stopped; this one may be busy with guests.
 PATIENCE = 5.0
 
 # In each round: writes a file, a larger one than before, and reads what the others wrote in that

@@ -1,7 +1,7 @@
 """Process 1 of a guest that mounts its region and works on it until it finds a file `stop` there.
 
-It replaces a few files again and again, each by writing a new one and moving it over the old, and
-looks whether all of them are whole.  What it finds goes to the console, which the test reads.
+It replaces a few files again and again: it writes a new one and moves it over the old.  It checks
+that all of them are whole.  What it finds goes to the console, which the test reads.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Somebody scribbles on one area of the region while a mount works on it."""
+"""A writer scribbles on one area of the region while a mount works on it."""
 
 from __future__ import annotations
 

@@ -32,12 +32,12 @@ def made() -> Iterator[TestRegion]:
         yield region
 
 
-#: Kinds of places where a word of metadata stands, and how often each is chosen.
+#: Kinds of places that have words of metadata, and how often each is chosen.
 PLACES = {"superblock": 5, "control": 1, "slot": 4, "tag": 6, "block": 24}
 
 
 def wound(k: Knife, seed: int) -> str:
-    """Change one word as `seed` says; returns what kind of place it stood in, and the verb."""
+    """Change one word as `seed` says; returns what kind of place it was in, and the verb."""
     chance = random.Random(seed)
     verb = chance.choice(list(VERBS))
 

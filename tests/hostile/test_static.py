@@ -1,4 +1,4 @@
-"""Damage that stands before, or appears under, a mount: the engine survives, fsck repairs."""
+"""Damage that is there before a mount, or appears under it: the engine survives, fsck repairs."""
 
 from __future__ import annotations
 

@@ -157,7 +157,7 @@ def test_as_a_module(path: Path) -> None:
 
 
 class TestRegionAt:
-    """Mounts of a region that stands already."""
+    """Mounts of a region that exists already."""
 
     __test__ = False
 

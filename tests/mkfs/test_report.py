@@ -1,4 +1,4 @@
-"""What was formatted stays, also when nobody wants to read about it."""
+"""What was formatted stays, also when no one reads the report."""
 
 from __future__ import annotations
 

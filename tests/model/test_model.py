@@ -4,14 +4,14 @@ Each ``*.pml`` beside this file is a model of one part of the protocol; README.m
 property (M1, M2, ...) means and which broken rule shows that the check can fail.  spin turns a
 model into C, gcc compiles it, and the result visits every reachable state:
 
-- `test_rules_hold`: the protocol as it is has no reachable state that violates a property, with
-  small bounds always and with larger ones in the long run;
+- `test_rules_hold`: no reachable state of the protocol violates a property, with small bounds
+  always and with larger ones in the long run;
 - `test_every_step_is_taken`: no step of a model is dead, so that nothing holds vacuously;
 - `test_broken_rule_is_caught`: with one rule broken (``-DBREAK_x``), the expected property fails;
 - `test_every_broken_rule_is_tried`: no ``BREAK_x`` of the sources or of README.md is forgotten.
 
-The states explored are printed: those of rules that hold with the figures at the end of the run,
-those of broken ones with pytest -rP.
+The numbers of states of rules that hold are among the figures at the end of the run.  pytest -rP
+prints those of broken ones.
 """
 
 from __future__ import annotations
@@ -249,7 +249,7 @@ def explore(case: Case, directory: Path, figures: Figures | None = None) -> Outc
     optimize = "-O0" if "BREAK_" in case.extra else "-O2"  # soon found: compiling takes longer
     run(["gcc", optimize, "-w", mode, *tuning, "-o", "pan", "pan.c"], directory)
     start = time.monotonic()
-    # -E: a process that was killed ends anywhere; who waits for it fails an assertion instead.
+    # -E: a process that was killed ends anywhere; one that waits for it fails an assertion.
     output = run(["./pan", "-l" if case.progress else "-E", f"-m{DEPTH}"], directory)
     seconds = time.monotonic() - start
     counts = re.search(r"errors: (\d+)", output)

@@ -199,7 +199,7 @@ def _keep(slot: int, path: str, flags: int, mode: int) -> None:
         os.close(_opened.pop((_folder, slot)))
     fd = os.open(path, flags, mode)
     if flags & os.O_ACCMODE == os.O_WRONLY and stat.S_ISFIFO(os.fstat(fd).st_mode):
-        os.close(fd)  # somebody reads, but may do so on another mount, where nobody meets him
+        os.close(fd)  # there is a reader, but it may be on another mount
         raise OSError(errno.ENXIO, "not tried")
     _opened[_folder, slot] = fd
 
@@ -238,7 +238,7 @@ def _copy_range(source: int, at: int, to: int, where: int, length: int) -> int:
 
 
 def _seek(slot: int, offset: int, whence: int) -> int | None:
-    """In a file; what offsets in a directory mean is nobody's business."""
+    """In a file; offsets in a directory have no meaning for callers."""
     fd = _fd(slot)
     return os.lseek(fd, offset, whence) if stat.S_ISREG(os.fstat(fd).st_mode) else None
 

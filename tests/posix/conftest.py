@@ -45,7 +45,7 @@ def lab(request: pytest.FixtureRequest) -> Iterator[Lab]:
 
 @pytest.fixture
 def places(lab: Lab) -> list[Path]:
-    """One new directory, which everybody may use, on all mounts."""
+    """One new directory, which all users may use, on all mounts."""
     name = f"t{next(_numbers)}"
     (lab.paths[0] / name).mkdir()
     (lab.paths[0] / name).chmod(0o777)

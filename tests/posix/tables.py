@@ -71,7 +71,7 @@ def folder(uid: int = 0, gid: int = 0, mode: int = 0o777, path: str = "d") -> tu
     return ("mkdir", Here(path)), ("chown", Here(path), uid, gid), ("chmod", Here(path), mode)
 
 
-#: Directories in which things happen, by what they allow to whom.
+#: Directories in which things happen, by what they allow to each caller.
 FOLDERS: dict[str, tuple[int, int, int]] = {
     "everybody's": (0, 0, 0o777),
     "root's": (0, 0, 0o755),
@@ -161,7 +161,7 @@ LEFT_OUT = (("truncate to nothing", "empty file"),)
 
 
 def operations(where: str) -> Iterator[Case]:
-    """Every operation on every kind by everybody, in one kind of directory."""
+    """Every operation on every kind by every caller, in one kind of directory."""
     uid, gid, mode = FOLDERS[where]
     for (name, call), kind, caller in itertools.product(OPERATIONS.items(), KINDS, CALLERS):
         if kind == "fifo" and name in WAITING:
@@ -200,7 +200,7 @@ def opening() -> Iterator[Case]:
 
 
 def every_mode() -> Iterator[Case]:
-    """What each of the permission bits allows to whom."""
+    """What each of the permission bits allows to each caller."""
     for mode, caller in itertools.product(range(0o1000), CALLERS):
         calls: list[Call] = [("access", F, bits) for bits in (4, 2, 1, 6, 7)]
         calls += [("open", F, flags) for flags in (os.O_RDONLY, os.O_WRONLY, os.O_RDWR)]
@@ -210,7 +210,7 @@ def every_mode() -> Iterator[Case]:
 
 
 def modes_of_directories() -> Iterator[Case]:
-    """What each of the permission bits of a directory allows to whom."""
+    """What each of the permission bits of a directory allows to each caller."""
     for digit, caller in itertools.product(range(8), CALLERS):
         for place, shift in enumerate((6, 3, 0)):
             mode = (0o777 & ~(7 << shift)) | digit << shift
@@ -246,7 +246,7 @@ def changing_modes() -> Iterator[Case]:
 
 
 def _nothing_to_refuse(caller: str, mode: int) -> bool:
-    """Documented: whoever changes neither owner nor group is not asked whose file it is."""
+    """Documented: a caller that changes neither owner nor group need not own the file."""
     return caller in ("member", "other") and mode & (stat.S_ISGID | stat.S_IXGRP) == stat.S_ISGID
 
 
@@ -324,7 +324,7 @@ def creating() -> Iterator[Case]:
 
 
 def setting_times() -> Iterator[Case]:
-    """utimensat(2) with every pair of values by everybody."""
+    """utimensat(2) with every pair of values by every caller."""
     values: Sequence[tuple[int, int]] = (
         (0, UTIME_NOW), (0, UTIME_OMIT), (123, 456), (-5, 999_999_999), (1 << 32, 1),
         (5, 10**9), (5, -1), (999, UTIME_OMIT), (999, UTIME_NOW),
@@ -367,7 +367,7 @@ def renaming_relatives() -> Iterator[Case]:
 
 
 def sticky() -> Iterator[Case]:
-    """Who may remove and move what, by owners of the directory, the entry and its victim."""
+    """Permission to remove and move, by owners of the directory, the entry and its victim."""
     uids = (0, OWNER, OTHER)
     callers = ("root", "owner", "member", "other")
     for mode, above, uid, caller in itertools.product((0o777, 0o1777), uids, uids, callers):

@@ -1,8 +1,8 @@
 """Access lists: the same commands on a mount and on a tmpfs, line by line the same output.
 
-Each case is a shell script that runs in an empty directory of both.  Three kinds of mounts run it:
-requests read from the descriptor and through pyfuse3, where the kernel obeys the lists, and a mount
-for root alone, where the daemon does.
+Each case is a shell script that runs in an empty directory of both.  Three kinds of mounts run it.
+On two of them the kernel obeys the lists: requests come from the descriptor, or through pyfuse3.
+On the third, for root alone, the daemon obeys them.
 """
 
 from __future__ import annotations
@@ -239,7 +239,7 @@ PERMISSIONS = {
         try member cat f; try other cat f
     """,
 }
-#: The same for root without capabilities, `weak`, who has no more than others.
+#: The same for root without capabilities, `weak`, which has no more than others.
 ROOT_PERMISSIONS = """
     mkdir d; chown 65534:65533 d; chmod 700 d; echo x >d/f; chown 65534:65533 d/f; chmod 600 d/f
     weak() { setpriv --reuid 0 --regid 0 --groups 65531 --bounding-set=-all -- "$@"; }

@@ -40,7 +40,7 @@ def test_every_change_is_seen_at_once(places: list[Path]) -> None:
     for number in range(50):
         name = f"n{number}"
         for place in places:
-            assert not (place / name).exists()  # and nobody remembers that
+            assert not (place / name).exists()  # and no mount remembers that
         (one / name).write_bytes(b"v1")
         assert (two / name).read_bytes() == b"v1"
         (two / name).write_bytes(b"version 2")
@@ -100,7 +100,7 @@ def test_a_current_directory_that_others_move(places: list[Path]) -> None:
 
 @pytest.mark.parametrize("look", [False, True], ids=["blindly", "after a look"])
 def test_a_directory_that_another_machine_moved(places: list[Path], look: bool) -> None:
-    """It can be used, moved on and moved back, whatever the kernel knows of its old place."""
+    """It can be used, moved on and moved back, also when the kernel knows its old place."""
     one, two, _ = places
     for number in range(6):
         (one / "a" / f"d{number}" / "sub").mkdir(parents=True)
@@ -156,7 +156,7 @@ def test_something_else_by_the_same_name(here: Path, there: Path) -> None:
 
 
 def test_a_fifo_that_another_machine_removes(here: Path, there: Path) -> None:
-    """Whoever has it open goes on, as with a file."""
+    """A program that has it open goes on, as with a file."""
     os.mkfifo(here / "fifo", 0o600)
     fd = os.open(here / "fifo", os.O_RDWR | os.O_NONBLOCK)
     os.unlink(there / "fifo")
@@ -244,7 +244,7 @@ def _linked(path: Path) -> bool:
 
 
 def _renamed(path: Path) -> bool:
-    """Whoever moves the one token away has it."""
+    """The process that moves the one token away has it."""
     try:
         os.rename(path.parent / "token", path.parent / f"mine{os.getpid()}")
     except FileNotFoundError:
@@ -680,7 +680,7 @@ def mortal() -> Iterator[Lab]:
 
 
 def test_a_file_that_is_open_on_a_machine_that_dies(mortal: Lab) -> None:
-    """Unlinked there or here, it goes when nobody living holds it, and its room comes back."""
+    """Unlinked there or here, it goes when no living peer holds it, and its room comes back."""
     one, two, three = mortal.paths
     free = os.statvfs(one).f_bfree
     (one / "theirs").write_bytes(bytes(1 << 20))

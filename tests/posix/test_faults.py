@@ -117,7 +117,7 @@ def _format(region: Path, size: int, *words: str) -> None:
 
 
 def test_formatted_anew_under_mounts() -> None:
-    """ESTALE for whoever had it mounted, and the new filesystem stays as it is."""
+    """ESTALE for those that had it mounted, and the new filesystem stays as it is."""
     with harassed(2) as lab:
         fd = populated(lab)
         _format(lab.region, 4 << 20)
@@ -194,7 +194,7 @@ def test_daemons_killed_with_files_open_give_everything_back() -> None:
         assert os.statvfs(late.path).f_bfree == free
 
 
-# --- somebody scribbles while it is in use ----------------------------------------------------
+# --- a writer scribbles while it is in use ----------------------------------------------------
 
 
 def _resident(pid: int) -> int:

@@ -43,7 +43,7 @@ def name_it(fd: int, path: Path) -> None:
 
 
 def extents(fd: int) -> list[tuple[int, int]]:
-    """Where data stands, as SEEK_DATA and SEEK_HOLE tell it."""
+    """Where data is, as SEEK_DATA and SEEK_HOLE tell it."""
     found: list[tuple[int, int]] = []
     at = 0
     while True:

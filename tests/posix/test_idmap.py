@@ -77,7 +77,7 @@ def idmapped(source: Path, target: Path) -> None:
 
 @pytest.fixture(scope="module")
 def lab() -> Iterator[Lab]:
-    """A region with two mounts; everybody may use the root directory."""
+    """A region with two mounts; all users may use the root directory."""
     with new_lab(64 << 20, 2, EVERYTHING) as made:
         yield made
 
@@ -97,7 +97,7 @@ def shifted(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path
 
 @pytest.fixture(scope="module")
 def user() -> Iterator[Actor]:
-    """The user who is USER in the region."""
+    """The user that is USER in the region."""
     actor = Actor(SHIFT + USER, SHIFT + GROUP, (SHIFT + GROUP,))
     yield actor
     actor.close()
@@ -175,7 +175,7 @@ def test_access_lists_are_shifted(lab: Lab, shifted: Path, user: Actor) -> None:
 
 
 def test_writing_takes_set_id_bits_away(lab: Lab, shifted: Path, user: Actor) -> None:
-    """Requests other than to make something do not say who the caller is."""
+    """Only requests to make something name their caller."""
     path = lab.paths[1] / "program"
     path.touch()
     os.chown(path, USER, GROUP)

@@ -1,4 +1,4 @@
-"""`ivshmemfs lock FILE -- COMMAND` on real mounts, and what it stands in for."""
+"""`ivshmemfs lock FILE -- COMMAND` on real mounts, and what it replaces."""
 
 from __future__ import annotations
 
@@ -138,7 +138,7 @@ def test_where_there_is_nothing_to_lock(here: Path, tmp_path: Path) -> None:
 
 
 def test_a_fifo_is_locked_like_a_file(here: Path) -> None:
-    """Opening it waits for nobody."""
+    """Opening it does not wait."""
     os.mkfifo(here / "fifo")
     assert lock(here / "fifo", "--", "sh", "-c", "exit 5") == 5
     assert lock(here, "--", "sh", "-c", "exit 6") == 6

@@ -236,7 +236,7 @@ def test_many_dirty_pages_and_many_changes_elsewhere(here: Path, there: Path) ->
 
 
 def test_calls_never_see_stale_pages(here: Path, there: Path) -> None:
-    """Whatever is mapped here, read(2) shows what others have written."""
+    """While it is mapped here, read(2) shows what others have written."""
     (here / "file").write_bytes(b"old" + bytes(PAGE))
     with mapped(here / "file", flags=mmap.MAP_PRIVATE) as mapping:
         assert mapping[0:3] == b"old"
@@ -328,7 +328,7 @@ def test_the_option_allows_shared_mappings_everywhere(cached: Lab) -> None:
 
 
 def test_with_the_option_a_new_open_sees_everything(cached: Lab) -> None:
-    """Close-to-open: whoever opens a file sees all that was written before."""
+    """Close-to-open: an open file shows all that was written before."""
     one, two = cached.paths
     for number in range(50):
         (one / "file").write_bytes(b"%06d" % number * (number + 1))

@@ -414,7 +414,7 @@ def test_a_watch_below_a_directory_that_another_machine_renames(lab: Lab) -> Non
 
 
 def test_what_the_replayer_showed_is_not_kept(lab: Lab) -> None:
-    """After each event the mount shows the truth, whatever kind of file the name leads to."""
+    """After each event the mount shows the truth, for each kind of file."""
     name = f"truth{next(_numbers)}"
     there, here = (path / name for path in lab.paths)
     there.mkdir()

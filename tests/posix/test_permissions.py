@@ -1,4 +1,4 @@
-"""Who may do what: modes, owners, groups, the sticky bit, set-user-ID and set-group-ID."""
+"""Permissions: modes, owners, groups, the sticky bit, set-user-ID and set-group-ID."""
 
 from __future__ import annotations
 
@@ -244,7 +244,7 @@ def privileged(here: Path, mode: int) -> Path:
     return owned(path, USER, GROUP, mode)
 
 
-#: Modes of a program, and what is left of them when somebody changes it.
+#: Modes of a program, and what is left of them when a user changes it.
 SHED = {0o4755: 0o755, 0o6755: 0o755, 0o2755: 0o755, 0o2745: 0o2745, 0o1755: 0o1755}
 each_mode = pytest.mark.parametrize(("mode", "left"), SHED.items(), ids=map(oct, SHED))
 
@@ -279,7 +279,7 @@ def test_opening_with_truncation_sheds_privileges(
 def test_outsiders_shed_the_group_of_any_file(
     here: Path, user: Actor, other: Actor, mode: int, how: str
 ) -> None:
-    """A set-group-ID without execution survives members of the group, and nobody else."""
+    """A set-group-ID without execution survives members of the group, and no others."""
     for number, (actor, gid) in enumerate([(user, GROUP), (user, SECOND_GROUP), (other, GROUP)]):
         path = here / f"file{number}"
         path.write_bytes(b"0123456789")

@@ -1,6 +1,6 @@
 """Random calls by several users on one and on three mounts, each repeated on a tmpfs.
 
-Whatever one call returns, and the tree every now and then, must be the same in both places.  A
+The result of each call, and the tree every now and then, must be the same in both places.  A
 failure prints the seed and the last calls; ``--case SEED`` repeats it.
 """
 
@@ -49,7 +49,7 @@ class Generator:
         ]  # fmt: skip
 
     def step(self) -> tuple[int, str, Call]:
-        """On which mount, by whom, which call."""
+        """The mount, the caller and the call."""
         if self.slots and self.chance.random() < 0.45:
             slot = self.chance.choice(list(self.slots))
             mount, caller, appends = self.slots[slot]

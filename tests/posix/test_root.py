@@ -62,7 +62,7 @@ CALLERS: dict[str, Callable[[], None]] = {
     "a group of the file": drop_in_group,
     "another user namespace": leave_user_namespace,
 }
-#: Those who cannot list somebody's private directory.
+#: Those that cannot list a user's private directory.
 SHUT_OUT = ("none", "no override, no search", "a group of the file", "another user namespace")
 #: Older kernels have no attributes of users on a tmpfs.
 UNKNOWN = errno.errorcode[errno.ENOTSUP]
@@ -176,7 +176,7 @@ CALLS: dict[str, tuple[Callable[[str], object], tuple[str, ...]]] = {
 
 
 def outcomes(top: Path, become: Callable[[], None]) -> list[tuple[str, object]]:
-    """What every call gives on every thing below a tree, by a process that `become`s somebody."""
+    """What every call gives on every thing below a tree, by a process that `become`s a user."""
     receiving, sending = os.pipe()
     pid = os.fork()
     if pid == 0:
@@ -237,7 +237,7 @@ def test_root_may_what_its_capabilities_permit(private: Lab, caller: str) -> Non
 
 
 def test_another_user_of_such_a_mount(private: Lab) -> None:
-    """Root that takes on somebody's file system identity, as a file server does."""
+    """Root that takes on a user's file system identity, as a file server does."""
     (private.paths[0] / "file").touch(0o666)
     listed = os.open(private.paths[0], os.O_PATH)
 

@@ -1,9 +1,8 @@
 """Many processes at once do everything to one small tree, from one and from three mounts.
 
-There is no model: what counts is that no call fails in a way that its manual page does not know,
-that no reader ever sees a block that is made of two writes, that all mounts agree when it is over,
-and that the region is sound then (`Lab.close`).  A failure prints the seed; ``--case SEED``
-repeats it.
+There is no model.  No call may fail in a way that its manual page does not know.  No reader may see
+a block that is made of two writes.  When it is over, all mounts must agree, and the region must
+be sound (`Lab.close`).  A failure prints the seed; ``--case SEED`` repeats it.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ pytestmark = [needs_fuse, needs_root]
 
 UNIT = 512
 LARGEST = 200 * UNIT
-#: What calls may fail with while everybody moves, makes and removes everything.
+#: What calls may fail with while all others move, make and remove everything.
 EXPECTED = {
     errno.ENOENT, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENOTEMPTY, errno.EINVAL,
     errno.EPERM, errno.ELOOP, errno.ENODATA, errno.ENXIO, errno.EBUSY, errno.ENOSPC,

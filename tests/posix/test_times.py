@@ -220,7 +220,7 @@ def test_who_may_set_times(here: Path, user: Actor, other: Actor) -> None:
     path.chmod(0o666)
     user.utime(str(path), (1, 2))
     fails(errno.EPERM, other.utime, str(path), (1, 2))
-    other.utime(str(path))  # the present: whoever may write
+    other.utime(str(path))  # the present: all that may write
     path.chmod(0o644)
     fails(errno.EACCES, other.utime, str(path))
     user.utime(str(path))

@@ -40,7 +40,7 @@ TABLES: dict[str, Callable[[], Iterator[Case]]] = {
 }
 
 
-#: Mount options: with the first the kernel checks permissions, with the second nobody needs to.
+#: Mount options: with the first the kernel checks permissions, with the second there is no need.
 MOUNTS = {"everybody": EVERYTHING, "root only": "suid,dev"}
 
 

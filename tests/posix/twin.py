@@ -1,9 +1,9 @@
 """The same calls on a tmpfs and on a mount: what differs is a defect, or a documented deviation.
 
 A `Case` is a call with what it needs to be there.  `Twins.run` makes the surroundings of many
-cases in both places, each in a directory of its own, lets a moment pass, makes the calls as the
-callers that the cases name, and compares what they returned and what is there afterwards: types,
-modes, owners, link counts, sizes, contents, targets, attributes, and which of the three times of
+cases in both places, each in a directory of its own.  It lets a moment pass and makes the calls as
+the callers that the cases name.  Then it compares what they returned and what is there.  That is
+types, modes, owners, link counts, sizes, contents, targets, attributes, and which of three times of
 which inode moved.  The state of the mount is looked at through another mount of the region.
 """
 
@@ -21,7 +21,7 @@ from typing import Any
 from tests.posix.actor import Actor
 from tests.posix.calls import Call
 
-#: Who makes calls: number, group, further groups.
+#: The callers: number, group, further groups.
 CALLERS: dict[str, tuple[int, int, tuple[int, ...]]] = {
     "root": (0, 0, ()),
     "owner": (65534, 65533, (65533, 65531)),
@@ -30,7 +30,7 @@ CALLERS: dict[str, tuple[int, int, tuple[int, ...]]] = {
 }
 OWNER, GROUP = CALLERS["owner"][:2]
 MEMBER, OTHER = CALLERS["member"][0], CALLERS["other"][0]
-#: A group of the owner's besides the first, and one of nobody's.
+#: A group of the owner's besides the first, and one without members.
 SECOND_GROUP, FOREIGN_GROUP = 65531, 65500
 #: Longer than a step of the clock that files are stamped with.
 TICK = 0.02
@@ -38,7 +38,7 @@ TICK = 0.02
 
 @dataclass(frozen=True)
 class Case:
-    """One call, by whom, and what is made for it first, by root."""
+    """One call, its caller, and what root makes for it first."""
 
     name: str
     setup: tuple[Call, ...]

@@ -23,7 +23,7 @@ def lab() -> Iterator[Lab]:
 
 @pytest.fixture
 def here(lab: Lab) -> Iterator[Path]:
-    """A new directory on the first mount, which everybody may use, and which goes with the test."""
+    """A new directory on the first mount, which all users may use, and which goes with the test."""
     path = lab.paths[0] / f"p{next(_numbers)}"
     path.mkdir()
     path.chmod(0o1777)

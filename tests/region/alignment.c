@@ -1,8 +1,8 @@
 /* Copies to and from device memory, while the processor refuses every unaligned access.
  *
  * x86 does so when the AC flag is set (it answers with SIGBUS).  The private side of each copy is
- * kept congruent to the region's, so that only an unaligned access to the region, or a merged one,
- * could trap.  argv[1]: "device" for the word copies, "plain" for memcpy, to show that it traps.
+ * kept congruent to the region's.  So only an unaligned access to the region, or a merged one, can
+ * trap.  argv[1]: "device" for the word copies, "plain" for memcpy, to show that it traps.
  */
 #include <stdio.h>
 #include <stdlib.h>

@@ -1,6 +1,6 @@
 """What holds for every memory, made of a file or of a device's registers, and for blocks in it.
 
-Test modules derive a class from each contract; the fixtures `memory` and `blocks` of that module,
+Test modules derive a class from each contract.  The fixtures `memory` and `blocks` of that module,
 or of its folder, say on which memory it is tried.
 """
 

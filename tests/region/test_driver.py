@@ -35,7 +35,7 @@ def machine(tmp_path: Path) -> FakeMachine:
 
 
 def refused(spec: str, kind: type[IvshmemfsError], roots: Roots, *words: str) -> str:
-    """Open, and expect that error, in one line with these words that advises nobody to format."""
+    """Open, and expect that error, in one line with these words that does not advise to format."""
     with pytest.raises(IvshmemfsError) as caught:
         open_region(spec, roots=roots).close()
     message = str(caught.value)
@@ -450,7 +450,7 @@ def test_an_address_that_may_be_decimal(physical: FakeMachine) -> None:
 
 @pytest.mark.parametrize("place", ["fe000000:4M", "fdf00000:2M", "0xfe100000:2M"])
 def test_more_than_the_shared_memory(physical: FakeMachine, place: str) -> None:
-    """What stands beside it may be registers."""
+    """The memory beside it may be registers."""
     hints = ("more than the shared memory", f"pci:{ONE}", "mem:0xfe000000:2M")
     refused(f"mem:{place}", RegionSize, physical.roots, *hints)
 

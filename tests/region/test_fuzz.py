@@ -1,4 +1,4 @@
-"""No argument whatever crashes the process: it works or raises a documented exception."""
+"""No argument crashes the process: it works or raises a documented exception."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whatever cannot be a region is refused in one line that says what to do, and left unchanged."""
+"""What cannot be a region is refused in one line that says what to do, and left unchanged."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def as_nobody() -> Iterator[None]:
 
 @pytest.fixture
 def roots_file() -> Iterator[Path]:
-    """A region that only root may open, where everybody may look."""
+    """A region that only root may open, where all users may look."""
     if os.geteuid() != 0:
         pytest.skip("only root can make a file that it then may not open")
     path = Path(f"/dev/shm/ivshmemfs-test-{os.getpid()}")
@@ -313,7 +313,7 @@ def test_several_devices(tmp_path: Path) -> None:
     assert "pci:0000:00:05.0" in message
 
 
-# --- choosing by what stands on it ----------------------------------------------------------
+# --- choosing by its contents ---------------------------------------------------------------
 
 
 def identify(page: bytes) -> tuple[str, str] | None:
@@ -362,7 +362,7 @@ def test_a_region_is_found_by_label_or_uuid(tmp_path: Path) -> None:
     for spec in ("label=", "uuid="):
         with pytest.raises(UsageError, match="lacks a value"):
             open_region(spec, identify=identify, roots=roots)
-    refused("label=one", UsageError, roots=roots)  # nobody to ask
+    refused("label=one", UsageError, roots=roots)  # no process to ask
 
 
 def test_a_label_that_two_regions_carry_is_refused(tmp_path: Path) -> None:
@@ -484,7 +484,7 @@ def test_a_refusal_leaves_no_descriptor(tmp_path: Path, index: int) -> None:
 def test_a_region_opens_where_no_thread_can_be_started(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The look that may hang is left to a thread; a limit on processes is no reason to refuse."""
+    """The look that may hang is left to a thread; a limit on processes must not refuse it."""
 
     def limited(_thread: Thread) -> None:
         raise RuntimeError("can't start new thread")

@@ -1,4 +1,4 @@
-"""What is concluded from an identity and from where one stands: a table, and real surroundings."""
+"""What is concluded from an identity and from one's own place: a table, and real surroundings."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ TABLE = [
     ({}, {}, True, 7, ALIVE),
     ({}, {}, False, 0, GONE),
     ({}, {}, None, 0, UNKNOWN),
-    ({}, {}, True, 8, GONE),  # the number is somebody else's now
+    ({}, {}, True, 8, GONE),  # the number belongs to another process now
     ({}, {}, True, 0, UNKNOWN),  # its start time may not be read: hidepid
     # start times that do not compare
     ({}, {"time_namespace": 51}, True, 8, UNKNOWN),

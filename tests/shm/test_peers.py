@@ -88,7 +88,7 @@ def test_a_silent_idle_peer_makes_room(new: New) -> None:
         patch.setattr(time, "sleep", beat)
         late.membership.join(wait=0.02)
     assert late.membership.slot == 3
-    assert late.membership.must_collect  # whoever was there may have died while it released
+    assert late.membership.must_collect  # the former one may have died while it released
     with pytest.raises(Fenced):
         members[2].membership.beat()
     with pytest.raises(Fenced):
@@ -191,7 +191,7 @@ def test_limits_tell_what_is_settled(new: New) -> None:
 
 @pytest.mark.parametrize("state", [words.IDLE, words.ACTIVE, words.JOINING, words.DEAD])
 def test_whoever_is_retired_is_to_be_collected(new: New, state: int) -> None:
-    """Also an idle peer: it may have owed the collection of what somebody else had left."""
+    """Also an idle peer: it may have owed the collection of what another had left."""
     one, two = joined(new), joined(new)
     _, incarnation, counter = words.split_state(one.table.state(2))
     word = words.make_state(state, incarnation, counter)
@@ -270,7 +270,7 @@ def test_gone_means_that_the_process_ended_and_silence(new: New, fates: Fates) -
 
 
 def test_an_identity_of_before_proves_nothing(new: New, fates: Fates) -> None:
-    """A newcomer that died before its identity stood must not be judged by the one before it."""
+    """A newcomer that died before it stored its identity is not judged by the one before it."""
     one = joined(new)
     pid = fates.new()
     with fates.speaking(pid):
@@ -315,7 +315,7 @@ def test_a_newcomer_that_dies_while_it_joins_leaves_no_slot_behind(
 
 
 def test_a_newcomer_that_sleeps_while_it_joins_harms_nobody(new: New) -> None:
-    """Its slot is given to somebody else meanwhile, and it starts again when it wakes up."""
+    """Its slot is given to another meanwhile, and it starts again when it wakes up."""
     watcher, point, slept = joined(new), 0, True
     while slept:
         sleeper, second = new(), new()
@@ -471,7 +471,7 @@ def test_a_leak_that_nobody_owes_is_collected_by_a_newcomer(
 
 
 def test_a_heartbeat_that_wraps(new: New) -> None:
-    """Whoever may have stored it."""
+    """No matter which peer stored it."""
     member = joined(new)
     at = member.table.offset(1, peer.HEARTBEAT_OFFSET)
     member.memory.store(at, (1 << 64) - 1)

@@ -1,4 +1,4 @@
-"""The session of a repair: who gets it, what others see of it, and what its death leaves."""
+"""The session of a repair: how it is taken, what others see of it, and what its death leaves."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_everybody_else_is_shut_out_until_it_is_over(made: TestRegion, fs: Files
     ):
         with pytest.raises(UnderRepair, match=told):
             attempt()
-    assert [peer.slot for peer in fs.table.peers()] == [1]  # who was refused left no slot behind
+    assert [peer.slot for peer in fs.table.peers()] == [1]  # the refused ones left no slot behind
     session.publish(words.split_commit(word)[1])
     sequence, block = words.split_commit(memory.load(COMMIT_OFFSET))
     assert (sequence - words.split_commit(word)[0], block) == (2, words.split_commit(word)[1])
@@ -154,7 +154,7 @@ def test_one_repair_at_a_time(made: TestRegion, fs: Filesystem) -> None:
 
 
 def test_who_starts_at_the_same_time_does_not_mark_twice(made: TestRegion, fs: Filesystem) -> None:
-    """The second takes the slot over before the first has said who it is."""
+    """The second takes the slot over before the first has stored its identity."""
     one, memory = session_on(made, fs)
     two, _ = session_on(made, fs)
     memory.trap(1, lambda: two.take(force=False))  # after the first one's compare-and-swap

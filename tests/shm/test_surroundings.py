@@ -1,7 +1,7 @@
-"""A peer and who looks at it, each a real process in real namespaces.
+"""A peer and its watcher, each a real process in real namespaces.
 
-The peer stands still in the middle of a transaction and shows no life, as a paused machine does.
-Whatever surrounds either: while its process is there, nobody concludes that it is gone.
+The peer stops in the middle of a transaction and shows no life, as a paused machine does.  In all
+surroundings of either: while its process is there, the watcher never concludes that it is gone.
 """
 
 from __future__ import annotations

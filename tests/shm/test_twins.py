@@ -68,7 +68,7 @@ class Twin:
 
 @pytest.fixture
 def watcher(new: New) -> Member:
-    """Somebody else, in the first slot."""
+    """Another peer, in the first slot."""
     member = new()
     member.membership.join(wait=0)
     return member
@@ -108,7 +108,7 @@ Clone = Callable[[Member], Twin]
 
 
 def silence(member: Member, fates: Fates) -> None:
-    """Let a member see that nobody shows life."""
+    """Let a member see that no other shows life."""
     for _ in range(round(watch.SILENCE) + 2):
         member.table.watch.look()
         fates.clock.sleep(1)
@@ -214,7 +214,7 @@ def test_the_mark_is_looked_for_after_the_process(
     pid: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """One marks the slot and ends, while somebody is about to judge it."""
+    """One marks the slot and ends, while another is about to judge it."""
     twin, own = clone(one), one.membership
     assert twin("begin") != "Fenced"
     silence(watcher, fates)
@@ -230,7 +230,7 @@ def test_the_mark_is_looked_for_after_the_process(
 
 
 def test_cloned_within_a_transaction(one: Member, clone: Clone) -> None:
-    """Whoever ends it first has it; the other notices before it plans or releases anything."""
+    """The one that ends it first has it; the other notices before it plans or releases anything."""
     own = one.membership
     own.begin()
     twin = clone(one)

@@ -62,7 +62,7 @@ def test_silence_counts_from_the_first_look(joined: Joined, fates: Fates) -> Non
 
 
 def test_a_look_counts_for_a_second_at_most(joined: Joined, fates: Fates) -> None:
-    """A watcher that was stopped itself, with its whole machine, takes nobody for dead."""
+    """A watcher that was stopped itself, with its whole machine, takes no peer for dead."""
     watcher, _ = joined()
     other, _ = joined()
     watching, word = watcher.table.watch, other.table.state(2)

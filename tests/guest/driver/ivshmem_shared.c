@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: (GPL-2.0 OR MIT)
 /* The shared memory of each ivshmem device as a character device, /dev/ivshmem0 and on.
  *
- * The tests load it into a guest: it stands for the many drivers that users write or download for
- * this device.  It requests the BAR, as they do, so a kernel with CONFIG_IO_STRICT_DEVMEM refuses
- * resource2 and /dev/mem from then on; mmap(2) of the node maps the BAR cached.
+ * The tests load it into a guest in place of the many drivers that users write or download for this
+ * device.  It requests the BAR, as they do.  So a kernel with CONFIG_IO_STRICT_DEVMEM refuses
+ * resource2 and /dev/mem from then on.  mmap(2) of the node maps the BAR cached.
  *
  * A device is in `shared_devices` from probe to remove; nothing else is kept, and the PCI core
  * calls these two one after the other.
