@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shlex
-import shutil
 import subprocess
 import sys
 from importlib import metadata
@@ -21,6 +19,7 @@ from ivshmemfs.fsck.main import command as fsck
 from ivshmemfs.manual import Manual
 from mkfs.main import command as mkfs
 from tests.support.mounts import TOP, run
+from tests.support.programs import find
 
 PAGES = sorted((TOP / "docs" / "man").iterdir())
 SHELL = {"&&", "|", ";"}  # words that end a command
@@ -145,12 +144,8 @@ def test_each_command_has_a_page() -> None:
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
 def test_a_page_renders_without_warnings(path: Path) -> None:
-    if shutil.which("groff") is None:
-        if os.environ.get("IVSHMEMFS_TEST_PROGRAMS") == "required":
-            pytest.fail("groff is not installed")
-        pytest.skip("groff is not installed")
     done = subprocess.run(
-        ["groff", "-man", "-ww", "-Tutf8", path], capture_output=True, text=True, check=False,
+        [find("groff"), "-man", "-ww", "-Tutf8", path], capture_output=True, text=True, check=False,
         timeout=60,
     )  # fmt: skip
     assert (done.returncode, done.stderr) == (0, "")

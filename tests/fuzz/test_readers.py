@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import stat
 import subprocess
 import sys
@@ -18,6 +17,7 @@ from ivshmemfs.format.node import HEADER_SIZE
 from tests.fuzz import corpus
 from tests.fuzz.readers import READERS, seeds
 from tests.support.figures import Figures
+from tests.support.programs import missing
 
 TOP = Path(__file__).parent.parent.parent
 SHORT = {"check": 100, "mount": 60}  # inputs made in the short run
@@ -67,10 +67,7 @@ def test_the_corpus_is_small_and_of_these_readers() -> None:
 @pytest.mark.parametrize("reader", READERS)
 def test_guided_by_coverage(reader: str, figures: Figures) -> None:
     if importlib.util.find_spec("atheris") is None:
-        text = "atheris is not installed: run 'sh scripts/setup --fuzz'"
-        if os.environ.get("IVSHMEMFS_TEST_PROGRAMS") == "required":
-            pytest.fail(text)
-        pytest.skip(text)
+        missing("atheris is not installed: run 'sh scripts/setup --fuzz'")
     command = [sys.executable, "-m", "tests.fuzz", reader, "--seconds", str(SECONDS)]
     done = subprocess.run(command, cwd=TOP, capture_output=True, text=True, check=False)
     said = done.stdout + done.stderr

@@ -26,6 +26,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.figures import Figures
+from tests.support.programs import find
 
 HERE = Path(__file__).parent
 SOURCES = ("commit", "mark", "openlist", "slots", "twins")
@@ -219,13 +220,6 @@ def run(command: list[str], directory: Path) -> str:
     return done.stdout
 
 
-def need_tools() -> None:
-    """Fail with the line that helps when a tool is missing."""
-    missing = [tool for tool in ("spin", "gcc") if shutil.which(tool) is None]
-    if missing:
-        pytest.fail(f"{' and '.join(missing)} not found; install with: apt-get install spin gcc")
-
-
 def property_violated(case: Case, directory: Path) -> str:
     """The property (`M1` ...) noted beside the assertion in which the run that was found ends."""
     if case.progress:
@@ -241,7 +235,8 @@ def property_violated(case: Case, directory: Path) -> str:
 
 def explore(case: Case, directory: Path, figures: Figures | None = None) -> Outcome:
     """Visit every state of a case, or stop at the first violation."""
-    need_tools()
+    find("spin")
+    find("gcc")
     shutil.copy(HERE / case.source, directory)
     run(["spin", "-a", *case.defines, case.source], directory)
     mode = "-DNP" if case.progress else "-DSAFETY"

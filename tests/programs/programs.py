@@ -1,29 +1,13 @@
-"""Programs that the tests run on a mount, and what to do when one is missing."""
+"""Runs programs on a mount."""
 
 from __future__ import annotations
 
 import os
 import resource
-import shutil
 import subprocess
 from pathlib import Path
 
-import pytest
-
-#: Set by scripts/test, which installs them all: then a missing program is a failure.
-REQUIRED = os.environ.get("IVSHMEMFS_TEST_PROGRAMS") == "required"
-PATH = os.environ["PATH"] + ":/usr/sbin:/sbin:/usr/games"
-
-
-def find(program: str) -> str:
-    """The path of a program; skips the test (or fails, see above) when it is not installed."""
-    found = shutil.which(program, path=PATH)
-    if found is None:
-        reason = f"{program} is not installed: sh scripts/setup --programs"
-        if REQUIRED:
-            pytest.fail(reason)
-        pytest.skip(reason)
-    return found
+from tests.support.programs import find
 
 
 def run(

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.programs.programs import find, run
+from tests.programs.programs import run
 from tests.support.lab import SHARED_MAPPINGS, needs_fuse, needs_root
+from tests.support.programs import find
 
 pytestmark = [needs_fuse, needs_root]
 

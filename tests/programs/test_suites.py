@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.programs.programs import find, run
+from tests.programs.programs import run
 from tests.support.lab import SHARED_MAPPINGS, needs_fuse, needs_root
+from tests.support.programs import find
 
 pytestmark = [needs_fuse, needs_root]
 NOBODY = 65534
@@ -129,6 +130,7 @@ def test_stress_ng_on_both_mounts(here: Path, there: Path, long_run: bool) -> No
     """Two machines torture two directories of one region."""
     import threading
 
+    find("stress-ng")
     failures: list[BaseException] = []
 
     def torture(place: Path, name: str) -> None:
