@@ -17,10 +17,12 @@ from rich.progress import Progress
 from bench import build, guest, machine, peers, report, special
 from bench.peers import Peer
 from bench.runner import LocalClient, Table, interleave
+from bench.values import values
 from bench.workloads import MEMCPY, QUICK, Scale, Workloads
 
 SPECIAL = (
-    "visibility", "commits", "transfer", "directories", "sizes", "start", "idle", "memory"
+    "visibility", "commits", "transfer", "directories", "sizes", "start", "idle", "memory",
+    "values",
 )  # fmt: skip
 IN_A_GUEST = "guest"
 GROUPS = ("look", "names", "random", "sequential", "readdir", "cp", "tree")
@@ -140,6 +142,8 @@ class Bench:
             found = special.transfer(client, shm, work, rounds=rounds, mib=16 if quick else 1024)
         elif name == "start":
             found = special.start(shm, work, rounds=rounds, size=size)
+        elif name == "values":
+            found = values(shm, work, rounds=rounds, count=1000 if quick else 10_000)
         elif name == "idle":
             found = special.idle(client, shm, work, seconds=2 if quick else 10)
         else:

@@ -77,16 +77,25 @@ class KeyValue:
     def __init__(self, client: Client, path: str) -> None:
         self._client = client
         self._path = path
+        self._found = (0, 0)  # the inode of the directory at a commit word; no commit word is 0
 
     def __repr__(self) -> str:
         return f"<ivshmemfs.KeyValue {self._path!r} of {self._client.spec!r}>"
 
     def _run(self, action: Callable[[Filesystem, int], T], name: bytes = b"") -> T:
         """Return what `action` returns for the engine and the inode of the directory."""
-        about = f"{self._path.rstrip('/')}/{os.fsdecode(name)}"
-        return self._client.session.call(
-            lambda fs: action(fs, walk.existing(fs, self._path).ino), about
-        )
+
+        def run(fs: Filesystem) -> T:
+            word, folder = self._found
+            if (now := fs.commit_word()) != word:  # the directory may be another one
+                folder = walk.existing(fs, self._path).ino
+                self._found = now, folder
+            return action(fs, folder)
+
+        return self._client.session.call(run, lambda: self._about(name))
+
+    def _about(self, name: bytes) -> str:
+        return f"{self._path.rstrip('/')}/{os.fsdecode(name)}"
 
     # --- reading --------------------------------------------------------------------------------
 

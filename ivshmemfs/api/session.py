@@ -110,15 +110,19 @@ class Session:
         """Whether `close` was called."""
         return self._ended.is_set()
 
-    def call(self, action: Callable[[Filesystem], T], path: str | None = None) -> T:
+    def call(
+        self, action: Callable[[Filesystem], T], path: str | Callable[[], str] | None = None
+    ) -> T:
         """Return what `action` returns; runs it again while the region is busy.
 
         `action` names what it changes by path, so it walks again when that is stale.  An operation
-        that takes several commits comes last in it.  Raises OSError about `path`.
+        that takes several commits comes last in it.  Raises OSError about `path`, or about what
+        `path` returns.
         """
         try:
             return self._insist(action)
         except (IvshmemfsError, OSError) as error:
+            path = path() if callable(path) else path
             if isinstance(error, OSError) and not isinstance(error.__cause__, IvshmemfsError):
                 short = self._region.shortage()
                 if short:
@@ -127,15 +131,16 @@ class Session:
 
     def _insist(self, action: Callable[[Filesystem], T]) -> T:
         attempt: Callable[[], Any] = lambda: action(self._fs)  # noqa: E731  # `go_on` replaces it
-        end, nap, walks = time.monotonic() + PATIENCE, FIRST_NAP, 0
+        end, nap, walks = 0.0, FIRST_NAP, 0  # `end` is set when the region is busy
         while True:
             try:
                 result: T = self._exclusively(attempt)
                 return result
             except Unfinished as turn:
                 attempt = turn.go_on or attempt
-                end, nap, pause = time.monotonic() + PATIENCE, FIRST_NAP, 0.0
+                end, nap, pause = 0.0, FIRST_NAP, 0.0
             except Busy:
+                end = end or time.monotonic() + PATIENCE
                 if time.monotonic() > end:
                     raise
                 pause, nap = nap, min(nap * 1.5, LONGEST_NAP)

@@ -13,6 +13,7 @@ Only `deferred` changes the state.  Other threads run no handlers, so they skip 
 
 from __future__ import annotations
 
+import _signal  # type: ignore[import-not-found]  # typeshed knows only the module above it
 import signal
 import threading
 from collections.abc import Callable
@@ -22,14 +23,19 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 #: Signals whose handlers may raise: those of terminals, timers and administrators.
-NUMBERS = (
-    signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGALRM,
-    signal.SIGVTALRM, signal.SIGPROF, signal.SIGUSR1, signal.SIGUSR2,
+NUMBERS = tuple(
+    map(
+        int,
+        (
+            signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGALRM,
+            signal.SIGVTALRM, signal.SIGPROF, signal.SIGUSR1, signal.SIGUSR2,
+        ),
+    )
 )  # fmt: skip
 
-# The functions below those of the module, which spend a microsecond on enumerations.
-_get: Callable[[int], Any] = getattr(signal.getsignal, "__wrapped__", signal.getsignal)
-_set: Callable[[int, Any], Any] = getattr(signal.signal, "__wrapped__", signal.signal)
+# The functions below those of the module `signal`, which spend a microsecond on enumerations.
+_get: Callable[[int], Any] = _signal.getsignal
+_set: Callable[[int, Any], Any] = _signal.signal
 
 _Kept = list[tuple[int, Any]]
 

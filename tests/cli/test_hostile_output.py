@@ -76,6 +76,7 @@ def show(capfdbinary: pytest.CaptureFixture[bytes]) -> Show:
     return run
 
 
+@pytest.mark.slow
 def test_commands_that_look(region: TestRegion, show: Show) -> None:
     assert show(main, "list").count(MARK)
     assert show(main, "info", region.path).count(MARK) == 1

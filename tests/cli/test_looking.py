@@ -176,6 +176,7 @@ def test_a_hostile_region_cannot_write_to_the_terminal(formatted: TestRegion) ->
         assert "\x07" not in text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(6))
 def test_damage_is_reported_and_never_a_bug(seed: int) -> None:
     """Random bytes over everything but the superblock: one line each, or output."""

@@ -65,6 +65,7 @@ def run_case(laboratory: Laboratory, world: bytes, reference: Reference, case: C
     check_aftermath(survivor, reference, [scene.victim])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", WORKLOADS)
 def test_single_operations(
     name: str, laboratory: Laboratory, world: bytes, long_run: bool, figures: Figures
@@ -126,6 +127,7 @@ def run_second_death(
     return False
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", WORKLOADS)
 def test_second_death_during_recovery(
     name: str, laboratory: Laboratory, world: bytes, long_run: bool, figures: Figures

@@ -44,6 +44,7 @@ CLOCKS: dict[str, Callable[[float], float]] = {
 TIMED = ("create", "append-map", "rename-over", "unlink-large", "write-many-blocks", "collect")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wrong", ["victim", "other"])
 @pytest.mark.parametrize("clock", CLOCKS)
 def test_wrong_clocks(
@@ -107,6 +108,7 @@ class Scarce:
         return b"", cursor
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["once", "always", "fewer"])
 @pytest.mark.parametrize("name", [n for n, w in WORKLOADS.items() if w.mounted])
 def test_no_space_at_every_allocation(

@@ -33,6 +33,7 @@ def chosen(count: int, seed: str, short: int, long_run: bool) -> list[int]:
     return sorted(random.Random(zlib.crc32(seed.encode())).sample(range(count), short))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", SCRIPTS)
 @pytest.mark.parametrize("name", WORKLOADS)
 def test_before_every_store(

@@ -5,6 +5,8 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import pytest
+
 from tests.support.regions import TestRegion, new_region
 
 FILES = 40_000
@@ -42,6 +44,7 @@ def growth(made: TestRegion, files: int) -> int:
     return int(subprocess.run(command, check=True, capture_output=True, timeout=300).stdout)
 
 
+@pytest.mark.slow
 def test_seeing_many_files_takes_little_memory() -> None:
     with new_region(512 << 20) as made:
         assert growth(made, FILES) < GROWTH

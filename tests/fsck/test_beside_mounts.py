@@ -198,6 +198,7 @@ def one_round(seed: int) -> int:
         return len(told)
 
 
+@pytest.mark.slow
 def test_nothing_is_lost_that_a_mount_commits(
     long_run: bool, figures: Figures, only_case: str | None
 ) -> None:

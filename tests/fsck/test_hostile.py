@@ -202,6 +202,7 @@ def test_seeded_attacks(region: Region, long_run: bool, figures: Figures) -> Non
 VALUES = (0, 1, 2, 255, 1 << 15, (1 << 16) - 1, (1 << 31) - 1, 1 << 31, 1 << 63, WORD)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("field", superblock.SUPERBLOCK.fields, ids=lambda field: field.name)
 @pytest.mark.parametrize("sealed", [False, True])
 def test_every_superblock_field(field: Field, sealed: bool, region: Region) -> None:

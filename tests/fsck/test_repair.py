@@ -340,6 +340,7 @@ def names_and_leaks(knife: Knife) -> None:
         knife.set_tag(knife.free_block(), knife.tag(knife.root))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("do", "step"),
     [

@@ -478,6 +478,7 @@ def test_every_exception_in_every_handler_is_an_errno(
     assert "cross-device" not in log.lower(), "an ordinary failure is no event"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("operation", SILENT_OPERATIONS)
 def test_exceptions_that_no_client_sees(mnt: FakeMount, operation: str) -> None:
     populate(mnt.path)

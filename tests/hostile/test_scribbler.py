@@ -42,6 +42,7 @@ def scribbling(made: TestRegion, area: tuple[int, int], seed: int) -> Iterator[l
         thread.join()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("area", AREAS)
 def test_a_live_scribbler(area: str, long_run: bool, figures: Figures) -> None:
     """Each operation ends in time, with a result or a tolerable error; then fsck repairs."""

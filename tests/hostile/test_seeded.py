@@ -91,6 +91,7 @@ def one_case(made: TestRegion, seed: int, ledger: Ledger) -> str:
     return done
 
 
+@pytest.mark.slow
 def test_any_word(
     made: TestRegion, long_run: bool, figures: Figures, only_case: str | None
 ) -> None:

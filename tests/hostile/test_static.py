@@ -59,6 +59,7 @@ def one_case(made: TestRegion, damage: wounds.Damage, ledger: Ledger) -> None:
         region.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_engine_survives(
     family: str, made: TestRegion, long_run: bool, figures: Figures, only_case: str | None

@@ -90,6 +90,7 @@ def attempted(
     return True
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_copies_and_locks_end(
     family: str,

@@ -325,6 +325,7 @@ CLAIMS = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "to"), CLAIMS)
 def test_exactly_one_claims_by_renaming(
     places: list[Path], kind: str, to: str, long_run: bool, figures: Figures

@@ -203,6 +203,7 @@ def _resident(pid: int) -> int:
     return int(text.partition("VmRSS:")[2].split()[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("area", AREAS)
 def test_a_live_scribbler_under_a_mount(area: str, long_run: bool, figures: Figures) -> None:
     """The daemon lives and answers, and its memory stays bounded; then fsck repairs the region."""

@@ -279,6 +279,7 @@ def test_only_own_changes(lab: Lab) -> None:
 # --- programs -----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_burst_while_the_mount_works(lab: Lab) -> None:
     """2,000 foreign files; the mount reads and writes meanwhile, and sees each file once."""
     name = f"burst{next(_numbers)}"

@@ -260,6 +260,7 @@ def _seeds(only_case: str | None, long_run: bool) -> list[int]:
     return list(range(12 if long_run else 4))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mounts", [1, 3])
 def test_random_calls(
     lab: Lab, model: Path, mounts: int, long_run: bool, only_case: str | None, figures: Figures

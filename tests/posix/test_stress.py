@@ -120,6 +120,7 @@ class Worker:
         CALLS[name](*arguments)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mounts", [1, 3])
 def test_everybody_does_everything(
     mounts: int, long_run: bool, only_case: str | None, figures: Figures

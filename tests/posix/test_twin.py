@@ -72,6 +72,7 @@ def _needs_the_sticky_bit(case: Case) -> bool:
     return sticky and bool(creates or (case.call[0] == "chown" and case.call[2:] == (-1, -1)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("table", TABLES)
 def test_as_on_a_tmpfs(twins: Twins, table: str, long_run: bool, figures: Figures) -> None:
     cases = [case for case in TABLES[table]() if twins.only in (None, case.caller)]
