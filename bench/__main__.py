@@ -14,7 +14,7 @@ import click
 from rich.console import Console
 from rich.progress import Progress
 
-from bench import build, guest, machine, peers, report, special
+from bench import build, guest, machine, peers, report, requests, special
 from bench.peers import Peer
 from bench.runner import LocalClient, Table, interleave
 from bench.values import values
@@ -22,7 +22,7 @@ from bench.workloads import MEMCPY, QUICK, Scale, Workloads
 
 SPECIAL = (
     "visibility", "commits", "transfer", "directories", "sizes", "start", "idle", "memory",
-    "values",
+    "values", "requests",
 )  # fmt: skip
 IN_A_GUEST = "guest"
 GROUPS = ("look", "names", "random", "sequential", "readdir", "cp", "tree")
@@ -142,6 +142,8 @@ class Bench:
             found = special.transfer(client, shm, work, rounds=rounds, mib=16 if quick else 1024)
         elif name == "start":
             found = special.start(shm, work, rounds=rounds, size=size)
+        elif name == "requests":
+            found = self._requests(200 if quick else 1000)
         elif name == "values":
             found = values(shm, work, rounds=rounds, count=1000 if quick else 10_000)
         elif name == "idle":
@@ -151,6 +153,17 @@ class Bench:
             found = special.memory(client, shm, work, files=files, size=size)
         self.figures[name] = found
         report.show_figures(self.console, name, found)
+
+    def _requests(self, files: int) -> dict[str, float]:
+        if reason := requests.missing():
+            self.console.print(f"requests: left out: {reason}", soft_wrap=True)
+            return {}
+        source = self.shm / "requests"
+        client = LocalClient(self.program, peers.available_cpus())
+        scale = Scale(**{**self.scale.__dict__, "tree_files": files})
+        Workloads(client, scale, source).prepare()
+        with self._mounted(peers.available_cpus(), ("passthrough",)) as found:
+            return requests.requests(found[::-1], source, files)
 
     def _compare(self, title: str, table: Table, base: str, others: Sequence[str]) -> None:
         """Show how much longer each operation takes than on *base*."""
