@@ -97,6 +97,8 @@ cdef extern from "native.h" nogil:
     void mapping_unuse(mapping *mapping)
 
     int word_read(mapping *mapping, uint64_t offset, uint64_t *value)
+    int word_await(mapping *mapping, uint64_t offset, uint64_t value, uint64_t nanoseconds,
+                   uint64_t naps, uint64_t *found)
     int word_write(mapping *mapping, uint64_t offset, uint64_t value)
     int word_compare_and_swap(mapping *mapping, uint64_t offset, uint64_t expected, uint64_t value,
                               uint64_t *previous)

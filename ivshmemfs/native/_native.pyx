@@ -321,6 +321,24 @@ file or device no longer backs raises OSError(EIO)."""
             self.fail_word(status, offset)
         return value
 
+    def await_change(self, offset, value, nanoseconds, naps):
+        """The word at offset, once it is not `value` or after so many naps; signals are handled.
+
+        It sleeps without the interpreter's lock, so a nap costs one system call and one load."""
+        cdef uint64_t at, unlike, nap, count, found = 0
+        cdef int status
+        take(offset, "offset", &at)
+        take(value, "value", &unlike)
+        take_limited(nanoseconds, "nanoseconds", 0, <uint64_t>INT64_MAX, &nap)
+        take(naps, "naps", &count)
+        status = mapping_use(&self.map)
+        if status == STATUS_OK:
+            status = word_await(&self.map, at, unlike, nap, count, &found)
+            mapping_unuse(&self.map)
+        if status != STATUS_OK:
+            self.fail_word(status, offset)
+        return found
+
     def store(self, offset, value):
         """Store a 64-bit word after everything stored before."""
         cdef uint64_t at, word

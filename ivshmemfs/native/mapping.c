@@ -2,6 +2,7 @@
 #include <errno.h>
 #include <stdlib.h>
 #include <sys/mman.h>
+#include <time.h>
 
 #include "crc32c.h"
 #include "kernel.h"
@@ -148,6 +149,29 @@ int word_read(struct mapping *mapping, uint64_t offset, uint64_t *value)
     if (status == STATUS_OK && (status = load_event(mapping)) == STATUS_OK &&
         (status = perform(mapping, load_body, &word, WORD_SIZE)) == STATUS_OK)
         *value = word.value;
+    return status;
+}
+
+int word_await(struct mapping *mapping, uint64_t offset, uint64_t value, uint64_t nanoseconds,
+               uint64_t naps, uint64_t *found)
+{
+    const struct timespec nap = {.tv_sec = (time_t)(nanoseconds / 1000000000),
+                                 .tv_nsec = (long)(nanoseconds % 1000000000)};
+    int status = word_read(mapping, offset, found);
+
+    while (status == STATUS_OK && *found == value && naps-- > 0) {
+        void *left = mapping->host.leave != NULL ? mapping->host.leave() : NULL;
+        bool cut_short = nanosleep(&nap, NULL) != 0;
+
+        if (mapping->host.enter != NULL)
+            mapping->host.enter(left);
+        if (mapping->closed)
+            return STATUS_CLOSED;
+        if (cut_short && mapping->host.interrupted != NULL &&
+            mapping->host.interrupted(mapping->host.context) != 0)
+            return STATUS_INTERRUPTED;
+        status = word_read(mapping, offset, found);
+    }
     return status;
 }
 

@@ -136,6 +136,11 @@ int word_read(struct mapping *mapping, uint64_t offset, uint64_t *value);
 int word_write(struct mapping *mapping, uint64_t offset, uint64_t value);
 int word_compare_and_swap(struct mapping *mapping, uint64_t offset, uint64_t expected,
                           uint64_t value, uint64_t *previous);
+/* Wait until a word is no longer `value`: up to `naps` naps of so many nanoseconds, each ended by
+ * one load.  A signal ends a nap, after host.interrupted().  `found` is the word that was seen last.
+ * Others may call and close the mapping meanwhile. */
+int word_await(struct mapping *mapping, uint64_t offset, uint64_t value, uint64_t nanoseconds,
+               uint64_t naps, uint64_t *found);
 /* STATUS_RANGE when one of the words would be outside or not aligned. */
 int column_check(const struct mapping *mapping, uint64_t offset, uint64_t stride, uint64_t count);
 int column_read(struct mapping *mapping, uint64_t offset, uint64_t stride, uint64_t count,

@@ -35,6 +35,13 @@ class CommitWord:
         """Return the commit word; 0 while the region is being formatted."""
         return self._memory.load(COMMIT_OFFSET)
 
+    def await_other(self, word: int, nap: float, naps: int) -> int:
+        """Wait until the commit word is not `word`, for `naps` times `nap` seconds at most.
+
+        Returns the commit word.  Signal handlers run meanwhile, and may raise.
+        """
+        return self._memory.await_change(COMMIT_OFFSET, word, int(nap * 1e9), naps)
+
     def publish(self, planned_on: int, root_block: int) -> int:
         """Make `root_block` the root if the commit word still is `planned_on`.
 

@@ -10,10 +10,14 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 
+from ivshmemfs.cli import commits
 from ivshmemfs.engine import ROOT_INO, Filesystem
+from ivshmemfs.region import Condition
 from tests.cli.conftest import complains, ivshmemfs
 from tests.support.lab import ENVIRONMENT, Lab, needs_fuse, new_lab
 from tests.support.regions import ROOT, TestRegion, new_region
@@ -267,3 +271,41 @@ def _on_mounts(lab: Lab) -> None:
         assert line.split()[0] in ("created", "changed", "attributes"), line
     watching.process.terminate()
     watching.end(8)
+
+
+class _Quiet:
+    """A region whose commit word changes at a given second; its clock runs while one waits."""
+
+    def __init__(self, commit_at: float) -> None:
+        self.now, self.commit_at = 100.0, 100.0 + commit_at
+        self.naps: list[tuple[float, float]] = []  # when, and how long each nap is
+        self.store = SimpleNamespace(commit_word=self)
+
+    def condition(self) -> Condition:
+        return Condition.SOUND
+
+    def load(self) -> int:
+        return 2 if self.now >= self.commit_at else 1
+
+    def await_other(self, word: int, nap: float, naps: int) -> int:
+        assert word == self.load()
+        self.naps.append((self.now - 100.0, nap))
+        left = self.commit_at - self.now
+        self.now += min(nap * naps, left if left > 0 else nap * naps)
+        return self.load()
+
+
+def test_waiting_gets_quieter_and_wakes_up_by_a_commit(monkeypatch: pytest.MonkeyPatch) -> None:
+    region = _Quiet(commit_at=30.0)
+    monkeypatch.setattr(commits, "time", SimpleNamespace(monotonic=lambda: region.now))
+    seen = [region.now for _ in commits.commits(cast("Filesystem", region), 160.0)]
+    assert seen == [100.0, 130.0]
+    assert region.now == pytest.approx(160.0, abs=0.1)
+
+    def naps(start: float, end: float) -> set[float]:
+        return {nap for at, nap in region.naps if start <= at < end}
+
+    assert naps(0.0, 0.015) == naps(30.0, 30.015) == {commits.SHORT_NAP}
+    assert naps(0.03, 9.9) == naps(30.03, 39.9) == {commits.NAP}
+    assert naps(10.1, 29.9) == naps(40.1, 60.0) == {commits.LONG_NAP}
+    assert len(region.naps) < 200  # the interpreter rests while nothing happens

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import struct
+import threading
 from collections.abc import Sequence
 
 import pytest
@@ -46,6 +47,15 @@ class MemoryContract:
         assert memory.cas(64, 2**64 - 1, 0) == 2**64 - 1
         assert memory.load(64) == 0
         assert memory.is_zero(0, SIZE)
+
+    def test_waiting_ends_when_another_thread_stores(self, memory: Memory) -> None:
+        memory.store(64, 5)
+        assert memory.await_change(64, 4, 1, 1 << 40) == 5  # it differs already
+        assert memory.await_change(64, 5, 1, 3) == 5  # it never came
+        storing = threading.Timer(0.02, memory.store, (64, 6))
+        storing.start()
+        assert memory.await_change(64, 5, 100_000, 1 << 40) == 6
+        storing.join()
 
     @pytest.mark.parametrize("offset", [*range(17), SIZE - 100])
     @pytest.mark.parametrize("length", [*range(18), 31, 63, 64, 65, 96])
