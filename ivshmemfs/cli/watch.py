@@ -13,7 +13,7 @@ import click
 from ivshmemfs.cli.attach.paths import Target, reached, resolve, target_of
 from ivshmemfs.cli.commits import commits
 from ivshmemfs.cli.exits import exits
-from ivshmemfs.errors import Busy, UsageError
+from ivshmemfs.errors import Busy, Unfinished, UsageError
 from ivshmemfs.manual import Command, Example, Manual
 from ivshmemfs.printing import say
 
@@ -154,6 +154,8 @@ def _patiently(watcher: object) -> list[Change]:
     while True:
         try:
             return watcher.changes()
+        except Unfinished:
+            continue
         except Busy:
             time.sleep(PAUSE)
 

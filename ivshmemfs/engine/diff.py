@@ -12,13 +12,15 @@ it remembers what it needs of it:
 
 States of one watched directory:
 
-    added      `watch` noted it; the next `changes` remembers its names and reports nothing of them
+    added      `watch` noted it; `changes` remembers its names and reports nothing of them
     current    its names are remembered
     changed    its inode changed since; `changes` compares it, and it is current again
+    in pieces  as added or changed, and `changes` has read a part of its leaves
     gone       it was removed; the watcher forgot it
 
-Only `Watcher.watch`, `unwatch` and `changes` change these states.  `changes` may end early (Busy,
-Unfinished): it keeps what it has finished, and the next call goes on from there.
+Only `Watcher.watch`, `unwatch` and `changes` change these states.  `changes` may end early: Busy,
+or Unfinished after NAMES_AT_ONCE names.  It keeps what it has finished, and the next call goes on
+from there.
 
 Changes between two calls come as their sum.  A name that came and went again leaves no trace.
 """
@@ -26,7 +28,7 @@ Changes between two calls come as their sum.  A name that came and went again le
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Final, NamedTuple
 
 from ivshmemfs.engine import btree, directory, radix
@@ -34,6 +36,7 @@ from ivshmemfs.engine.directory import Dirent
 from ivshmemfs.engine.filesystem import Filesystem
 from ivshmemfs.engine.inode import Inode
 from ivshmemfs.engine.transaction import View
+from ivshmemfs.errors import Unfinished
 from ivshmemfs.format import inode as fmt
 
 NAMES_MAX = (
@@ -41,7 +44,9 @@ NAMES_MAX = (
 )  # names that one watcher remembers; beyond, it reports OVERFLOW; tests change it
 DETAILS_MAX: Final = 1 << 14  # inodes whose details it remembers
 COMPARED_AT_ONCE: Final = 100  # inodes that one look reads
+NAMES_AT_ONCE = 1000  # names and inodes that one call of `changes` reads; tests change it
 _DIRECTORY: Final = 4  # the kind of a dirent that names a directory
+_LASTING: Final = 3  # of a directory's attributes: mode, uid and gid
 
 
 class Kind(enum.Enum):
@@ -76,11 +81,14 @@ class _Details(NamedTuple):
 class _Kept:
     """A remembered node of a directory: the names in a leaf, or the nodes below an interior one."""
 
-    __slots__ = ("below", "names")
+    __slots__ = ("below", "names", "whole")
 
-    def __init__(self, names: tuple[Dirent, ...], below: dict[bytes, _Kept]) -> None:
+    def __init__(
+        self, names: tuple[Dirent, ...], below: dict[bytes, _Kept], *, whole: bool = True
+    ) -> None:
         self.names: Final = names
         self.below: Final = below  # by pointer
+        self.whole: Final = whole  # whether everything below is remembered
 
     def all_names(self) -> Iterator[Dirent]:
         """Yield the names below."""
@@ -89,28 +97,66 @@ class _Kept:
             yield from kept.all_names()
 
 
+class _Names:
+    """Names that came to directories, and went, in one comparison."""
+
+    __slots__ = ("come", "gone")
+
+    def __init__(self) -> None:
+        self.come: dict[tuple[int, bytes], Dirent] = {}
+        self.gone: dict[tuple[int, bytes], Dirent] = {}
+
+    def add(self, later: _Names) -> None:
+        """Add what came and went after this."""
+        for place, entry in later.gone.items():
+            before = self.come.pop(place, None)
+            if before is None or before.ino != entry.ino:
+                self.gone.setdefault(place, entry)
+        self.come.update(later.come)
+
+    def cancel(self) -> None:
+        """Leave out names that went and came back for the same inode: their leaf is another one."""
+        for place, entry in list(self.come.items()):
+            before = self.gone.get(place)
+            if before is not None and before.ino == entry.ino:
+                del self.come[place], self.gone[place]
+
+
+class _Turn:
+    """How many names the present call of `changes` may still read."""
+
+    __slots__ = ("left",)
+
+    def __init__(self) -> None:
+        self.left = 0
+
+    def take(self, count: int) -> None:
+        """Count names that were read."""
+        self.left -= count
+
+    def end_if_over(self) -> None:
+        """Raise Unfinished when the turn is over."""
+        if self.left <= 0:
+            raise Unfinished("some names are still to be compared")
+
+
 class _Folder:
     """A watched directory."""
 
-    __slots__ = ("below", "level", "pointer")
+    __slots__ = ("below", "level", "pieces", "pointer", "told", "whole")
 
     def __init__(self) -> None:
         self.pointer = b""  # of the inode block; empty while nothing is remembered
         self.level = 0  # of the nodes in `below`; leaves have 0
         self.below: dict[bytes, _Kept] = {}  # by pointer
+        self.whole = True  # whether all names are remembered
+        self.pieces = _Names()  # what came and went in the pieces of this comparison so far
+        self.told = False  # whether names are reported that are remembered for the first time
 
     def all_names(self) -> Iterator[Dirent]:
         """Yield all remembered names."""
         for kept in self.below.values():
             yield from kept.all_names()
-
-
-class _Names:
-    """Names that came to directories, and went, in one comparison."""
-
-    def __init__(self) -> None:
-        self.come: dict[tuple[int, bytes], Dirent] = {}
-        self.gone: dict[tuple[int, bytes], Dirent] = {}
 
 
 class Watcher:
@@ -132,6 +178,10 @@ class Watcher:
         self._changed: list[int] = []  # inodes that are still to be compared
         self._comparing = 0  # the commit word of the comparison under way; 0: none
         self._found: list[Change] = []  # to be reported
+        self._fresh: set[int] = set()  # inodes that got a name in the comparison under way
+        self._departed: set[int] = set()  # directories that lost a name in it
+        self._unlearnt: list[Dirent] = []  # names whose inodes are still to be remembered
+        self._turn: Final = _Turn()
 
     # --- what is watched --------------------------------------------------------------------
 
@@ -156,6 +206,13 @@ class Watcher:
             for ino in below:
                 self._unwatch_tree(ino)
 
+    def _unwatch_departed(self) -> None:
+        """Forget directories that have left the watched ones, once all names are compared."""
+        for ino in self._departed if self._recursive else ():
+            if not self._places.get(ino):
+                self._unwatch_tree(ino)
+        self._departed.clear()
+
     @property
     def folders(self) -> frozenset[int]:
         """The inode numbers of the watched directories."""
@@ -174,13 +231,15 @@ class Watcher:
         damaged, formatted anew or cannot be read.
         """
         word = self._fs.commit_word()
-        if word != self._word or self._added or self._comparing:
+        if word != self._word or self._added or self._comparing or self._unlearnt:
+            self._turn.left = NAMES_AT_ONCE
             self._compare(word)
         found, self._found = self._found, []
         return found
 
     def _compare(self, word: int) -> None:
         self._remember_added()
+        self._learn_all()
         if not self._comparing:
             self._comparing = word
         changed = set(self._changed)
@@ -189,33 +248,51 @@ class Watcher:
         names = _Names()
         try:
             self._compare_folders(names)
-            self._compare_details(names)
         finally:
+            self._watch_later(names.come.values())  # those that an exception left out
+            self._fresh.update(entry.ino for entry in names.come.values())
+            self._unlearnt += names.come.values()
             self._report(names)
+        self._compare_details()
+        self._unwatch_departed()
         self._remember_added()
         self._word, self._comparing = self._comparing, 0
+        self._fresh.clear()
+        self._learn_all()
 
     def _remember_added(self) -> None:
         while self._added:
-            self._remember(self._added[0])
-            self._added.pop(0)
+            ino = self._added[0]
+            folder = self._folders.get(ino)
+            if folder is not None:
+                names = self._remember(ino)
+                if folder.told and ino in self._folders:
+                    self._follow_directories(names)
+                    self._report(names)
+            if self._added[:1] == [ino]:
+                self._added.pop(0)
 
-    def _remember(self, ino: int, report: _Names | None = None) -> None:
-        """Remember a directory's names; with `report`, note there that they came."""
-        if ino not in self._folders:
-            return
-        names = _Names() if report is None else report
+    def _remember(self, ino: int) -> _Names:
+        """Remember a directory's names; return them as names that came."""
+        names = _Names()
         self._fs.look(lambda view: self._cover(view, ino))
         if not self._compare_folder(ino, names):
-            return
-        entries = list(names.come.values())
-        for start in range(0, len(entries), COMPARED_AT_ONCE):
-            some = entries[start : start + COMPARED_AT_ONCE]
-            self._fs.look(lambda view, some=some: self._learn(view, some))  # type: ignore[misc]
-        if self._recursive and report is None:
-            for entry in entries:
+            return names
+        self._unlearnt += names.come.values()
+        if self._recursive and not self._folders[ino].told:
+            for entry in names.come.values():
                 if entry.kind == _DIRECTORY:
                     self.watch(entry.ino)
+        return names
+
+    def _learn_all(self) -> None:
+        """Remember what `_learn` does of the names that are new; raises Unfinished."""
+        while self._unlearnt:
+            self._turn.end_if_over()
+            some = self._unlearnt[:COMPARED_AT_ONCE]
+            self._fs.look(lambda view, some=some: self._learn(view, some))  # type: ignore[misc]
+            self._turn.take(len(some))
+            del self._unlearnt[: len(some)]
 
     def _learn(self, view: View, entries: list[Dirent]) -> None:
         """Remember the paths to inodes in the inode table, and details of some inodes."""
@@ -290,32 +367,46 @@ class Watcher:
         if self._recursive:
             self._follow_directories(names)
 
+    def _watch_later(self, entries: Iterable[Dirent]) -> None:
+        """Watch directories that came; their names are reported when they are remembered."""
+        for entry in entries if self._recursive else ():
+            if entry.kind == _DIRECTORY and entry.ino not in self._folders:
+                self.watch(entry.ino)
+                self._folders[entry.ino].told = True
+
     def _follow_directories(self, names: _Names) -> None:
         """Watch directories that came, and note the names that are in them already."""
-        coming = list(names.come.values())
+        coming = [entry for entry in names.come.values() if entry.kind == _DIRECTORY]
         while coming:
             entry = coming.pop()
-            if entry.kind != _DIRECTORY or entry.ino in self._folders:
+            if entry.ino in self._folders:
                 continue
             self.watch(entry.ino)
-            inside = _Names()
-            self._remember(entry.ino, inside)
+            self._folders[entry.ino].told = True
+            try:
+                inside = self._remember(entry.ino)
+            except Unfinished:
+                self._watch_later(coming)
+                return
             self._added.remove(entry.ino)
             names.come.update(inside.come)
-            coming += inside.come.values()
+            coming += [found for found in inside.come.values() if found.kind == _DIRECTORY]
 
     def _compare_folder(self, ino: int, names: _Names) -> bool:
-        """Compare one directory; whether it is still there."""
+        """Compare one directory; whether it is still there.  Raises Unfinished after a piece."""
         folder = self._folders[ino]
         found = _Names()
+        self._turn.end_if_over()
+        allowed = self._turn.left
 
         def read(view: View) -> _Folder | None:
             found.come.clear()
             found.gone.clear()
+            self._turn.left = allowed
             inode = view.find_inode(ino)
             if inode is None or not inode.is_dir:
                 return None
-            return _folder_now(view, inode, folder, found)
+            return _folder_now(view, inode, folder, found, self._turn)
 
         now = self._fs.look(read)
         if now is None:
@@ -323,23 +414,27 @@ class Watcher:
                 found.gone[ino, entry.name] = entry
             del self._folders[ino]
         else:
+            now.told, now.pieces = folder.told, folder.pieces
             self._folders[ino] = now
-        for place, entry in list(found.come.items()):
-            before = found.gone.get(place)
-            if before is not None and before.ino == entry.ino:  # only its leaf is another one
-                del found.come[place], found.gone[place]
-        self._note(found, names)
+        found.cancel()
+        folder.pieces.add(found)
+        self._note(found)
+        if now is not None and not now.whole and ino in self._folders:
+            raise Unfinished("a part of the directory's names is still to be read")
+        folder.pieces.cancel()
+        names.gone.update(folder.pieces.gone)
+        names.come.update(folder.pieces.come)
+        if now is not None:
+            now.pieces = _Names()
         return now is not None
 
-    def _note(self, found: _Names, names: _Names) -> None:
+    def _note(self, found: _Names) -> None:
         """Remember names that came and forget those that went."""
         for place, entry in found.gone.items():
             self._forget_name(place[0], entry)
         for place, entry in found.come.items():
             self._names += 1
             self._places.setdefault(entry.ino, set()).add(place)
-        names.gone.update(found.gone)
-        names.come.update(found.come)
         if self._names > NAMES_MAX:
             self._forget_all()
 
@@ -356,38 +451,36 @@ class Watcher:
         self._found.append(Change(Kind.OVERFLOW, 0, b"", 0, False))
         self._folders = {}
         self._places, self._details, self._names = {}, {}, 0
-        self._slots = {}
+        self._slots, self._unlearnt = {}, []
 
-    def _compare_details(self, names: _Names) -> None:
-        """Compare the changed inodes that have a remembered name."""
-        fresh = {entry.ino for entry in names.come.values()}
+    def _compare_details(self) -> None:
+        """Compare the changed inodes that have a remembered name; raises Unfinished."""
         while self._changed:
+            self._turn.end_if_over()
             some = self._changed[:COMPARED_AT_ONCE]
             now = self._fs.look(
                 lambda view, some=some: [  # type: ignore[misc]
                     (ino, inode) for ino in some if (inode := view.find_inode(ino)) is not None
                 ]
             )
+            self._turn.take(len(some))
             for ino, inode in now:
-                self._compare_inode(ino, inode, new=ino in fresh)
+                self._compare_inode(ino, inode)
             for ino in set(some) - {ino for ino, _ in now}:
                 self._details.pop(ino, None)
             del self._changed[: len(some)]
-        self._learn_fresh(names)
 
-    def _learn_fresh(self, names: _Names) -> None:
-        entries = list(names.come.values())
-        for start in range(0, len(entries), COMPARED_AT_ONCE):
-            some = entries[start : start + COMPARED_AT_ONCE]
-            self._fs.look(lambda view, some=some: self._learn(view, some))  # type: ignore[misc]
-
-    def _compare_inode(self, ino: int, inode: Inode, *, new: bool) -> None:
+    def _compare_inode(self, ino: int, inode: Inode) -> None:
         before, now = self._details.get(ino), _details_of(inode)
         if before is not None or len(self._details) < DETAILS_MAX:
             self._details[ino] = now
-        if new or before == now or ino in self._folders:
-            return  # a directory's own record changes with its names
-        if before is None:  # a write sets both times to one moment
+        if ino in self._fresh or before == now:
+            return
+        if inode.is_dir:  # its times and links change with its names
+            if before is None or before.attributes[:_LASTING] == now.attributes[:_LASTING]:
+                return
+            contents = False
+        elif before is None:  # a write sets both times to one moment
             contents = inode.record.mtime_ns == inode.record.ctime_ns
         else:
             contents = before.contents != now.contents
@@ -414,11 +507,8 @@ class Watcher:
             for ino, places in going.items()
             for place in places
         ]
-        self._found[:0] = [*removed, *moved, *created]
-        if self._recursive:
-            for change in removed:
-                if change.is_dir:
-                    self._unwatch_tree(change.ino)
+        self._found += [*removed, *moved, *created]
+        self._departed.update(change.ino for change in removed if change.is_dir)
 
 
 def _details_of(inode: Inode) -> _Details:
@@ -429,8 +519,11 @@ def _details_of(inode: Inode) -> _Details:
     return _Details((record.mtime_ns, record.size), attributes)
 
 
-def _folder_now(view: View, inode: Inode, before: _Folder, names: _Names) -> _Folder:
-    """Return a directory as it is now; note the names that came and went since `before`."""
+def _folder_now(view: View, inode: Inode, before: _Folder, names: _Names, turn: _Turn) -> _Folder:
+    """Return a directory as it is now; note the names that came and went since `before`.
+
+    It is not `whole` when the turn was over before all leaves were read.
+    """
     now = _Folder()
     now.pointer = view.pointer_to(inode.ino)
     old, level = before.below, before.level
@@ -446,10 +539,12 @@ def _folder_now(view: View, inode: Inode, before: _Folder, names: _Names) -> _Fo
         old = {b"": _Kept((), old)}
         level += 1
     wanted = set(pointers)
-    fresh = [pointer for pointer in pointers if pointer not in old]
-    stale = [kept for pointer, kept in old.items() if pointer not in wanted]
-    now.below = _read(view, inode, now.level, fresh, stale, names)
-    now.below.update((pointer, old[pointer]) for pointer in pointers if pointer in old)
+    known = {pointer for pointer in wanted if pointer in old and old[pointer].whole}
+    fresh = [pointer for pointer in pointers if pointer not in known]
+    stale = [kept for pointer, kept in old.items() if pointer not in known]
+    now.below = _read(view, inode, now.level, fresh, stale, names, turn)
+    now.below.update((pointer, old[pointer]) for pointer in known)
+    now.whole = len(now.below) == len(wanted) and all(kept.whole for kept in now.below.values())
     return now
 
 
@@ -460,15 +555,22 @@ def _read(
     fresh: list[bytes],
     stale: list[_Kept],
     names: _Names,
+    turn: _Turn,
 ) -> dict[bytes, _Kept]:
-    """Return the nodes at the pointers `fresh`, which replaced the remembered nodes `stale`."""
+    """Return the nodes at the pointers `fresh`, which replaced the remembered nodes `stale`.
+
+    Leaves that are read after the end of the turn are missing.
+    """
     found: dict[bytes, _Kept] = {}
     if not level:
         for kept in stale:
             for entry in kept.names:
                 names.gone[inode.ino, entry.name] = entry
         for pointer in fresh:
+            if turn.left <= 0:
+                break
             entries = directory.entries_at(view, inode, pointer)
+            turn.take(len(entries) + 1)
             found[pointer] = _Kept(tuple(entries), {})
             for entry in entries:
                 names.come[inode.ino, entry.name] = entry
@@ -478,9 +580,13 @@ def _read(
         pool.update(kept.below)
     inside = {at: btree.pointers_at(view, inode, at, level) for at in fresh}
     wanted = {pointer for pointers in inside.values() for pointer in pointers}
-    missing = [pointer for pointer in wanted if pointer not in pool]
-    unwanted = [kept for pointer, kept in pool.items() if pointer not in wanted]
-    pool.update(_read(view, inode, level - 1, missing, unwanted, names))
+    missing = [at for at in wanted if at not in pool or not pool[at].whole]
+    unwanted = [kept for at, kept in pool.items() if at not in wanted or not kept.whole]
+    for at in missing:
+        pool.pop(at, None)
+    pool.update(_read(view, inode, level - 1, missing, unwanted, names, turn))
     for at, pointers in inside.items():
-        found[at] = _Kept((), {pointer: pool[pointer] for pointer in pointers})
+        below = {pointer: pool[pointer] for pointer in pointers if pointer in pool}
+        whole = len(below) == len(pointers) and all(kept.whole for kept in below.values())
+        found[at] = _Kept((), below, whole=whole)
     return found

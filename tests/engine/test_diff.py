@@ -5,13 +5,15 @@ from __future__ import annotations
 import os
 import random
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from itertools import pairwise
 
 import pytest
 
-from ivshmemfs.engine import ROOT_INO, Filesystem
+from ivshmemfs.engine import ROOT_INO, Filesystem, diff
 from ivshmemfs.engine.diff import Change, Kind, Watcher
-from ivshmemfs.errors import FsError
+from ivshmemfs.errors import FsError, Unfinished
 from tests.support.regions import ROOT, TestRegion, new_region
 from tests.support.turns import cost_of
 
@@ -29,8 +31,17 @@ def _watching(fs: Filesystem, *folders: int, recursive: bool = False) -> Watcher
     watcher = Watcher(fs, recursive=recursive)
     for folder in folders or (ROOT_INO,):
         watcher.watch(folder)
-    assert watcher.changes() == []
+    assert _changes(watcher) == []
     return watcher
+
+
+def _changes(watcher: Watcher, between: Callable[[], None] = lambda: None) -> list[Change]:
+    """All changes, in as many pieces as it takes."""
+    while True:
+        try:
+            return watcher.changes()
+        except Unfinished:
+            between()
 
 
 def _write(fs: Filesystem, ino: int, content: bytes, offset: int = 0) -> None:
@@ -131,6 +142,64 @@ def test_a_change_costs_the_same_in_a_large_directory() -> None:
         assert max(work) < 200, work
 
 
+def test_a_large_directory_is_remembered_in_pieces(region: TestRegion) -> None:
+    """No call reads much more than its share, and all names are there in the end."""
+    here, there = region.mount(), region.mount()
+    first = there.mknod(ROOT_INO, b"0", FILE, 0, ROOT).ino
+    for number in range(1, 10_000):
+        there.link(first, ROOT_INO, b"%d" % number, ROOT)
+    watcher = Watcher(here)
+    watcher.watch(ROOT_INO)
+    known = [0]
+
+    def between() -> None:
+        known.append(len(watcher.names_of(first)))
+
+    assert _changes(watcher, between) == []
+    steps = [later - before for before, later in pairwise(known)]
+    assert len(steps) > 5
+    assert max(steps) < 2 * diff.NAMES_AT_ONCE
+    assert len(watcher.names_of(first)) == 10_000
+    there.unlink(ROOT_INO, b"7", ROOT)
+    found = _changes(watcher)
+    assert Change(Kind.REMOVED, ROOT_INO, b"7", first, False) in found
+
+
+def test_attributes_of_a_watched_directory(region: TestRegion) -> None:
+    """Its mode and owner are told; its times and links change with its names."""
+    here, there = region.mount(), region.mount()
+    sub = there.mkdir(ROOT_INO, b"sub", 0o755, ROOT).ino
+    watcher = _watching(here, recursive=True)
+    there.setattr(sub, ROOT, mode=0o700)
+    assert _changes(watcher) == [Change(Kind.ATTRIBUTES, ROOT_INO, b"sub", sub, True)]
+    there.mkdir(sub, b"below", 0o755, ROOT)
+    assert [change.kind for change in _changes(watcher)] == [Kind.CREATED]
+    there.setattr(sub, ROOT, uid=7, gid=8)
+    assert _changes(watcher) == [Change(Kind.ATTRIBUTES, ROOT_INO, b"sub", sub, True)]
+
+
+def test_a_directory_that_comes_with_its_names_in_pieces(
+    region: TestRegion, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All names below are told, each once, however many calls it takes."""
+    monkeypatch.setattr(diff, "NAMES_AT_ONCE", 3)
+    here, there = region.mount(), region.mount()
+    watcher = _watching(here, recursive=True)
+    outer = there.mkdir(ROOT_INO, b"outer", 0o755, ROOT).ino
+    expected = {(ROOT_INO, b"outer")}
+    for folder in range(4):
+        inner = there.mkdir(outer, b"in%d" % folder, 0o755, ROOT).ino
+        expected.add((outer, b"in%d" % folder))
+        for number in range(60):
+            there.mknod(inner, b"%d" % number, FILE, 0, ROOT)
+            expected.add((inner, b"%d" % number))
+    found = _changes(watcher)
+    assert {change.kind for change in found} == {Kind.CREATED}
+    assert sorted((change.folder, change.name) for change in found) == sorted(expected)
+    there.mknod(inner, b"later", FILE, 0, ROOT)
+    assert [change.name for change in _changes(watcher)] == [b"later"]
+
+
 def _listing(fs: Filesystem) -> dict[tuple[int, bytes], tuple[int, int, int, int]]:
     """(inode, mtime, size, mode) of every name, by directory and name."""
     found: dict[tuple[int, bytes], tuple[int, int, int, int]] = {}
@@ -180,9 +249,13 @@ def _apply(names: dict[tuple[int, bytes], int], changes: list[Change], touched: 
             names[change.to] = change.ino
 
 
-@pytest.mark.parametrize("seed", range(6))
-def test_a_random_history(region: TestRegion, seed: int) -> None:
+@pytest.mark.parametrize("at_once", [1, 20, 1000])
+@pytest.mark.parametrize("seed", range(4))
+def test_a_random_history(
+    region: TestRegion, seed: int, at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Applied to the old names, the changes give the new ones; every change of a file is told."""
+    monkeypatch.setattr(diff, "NAMES_AT_ONCE", at_once)
     chance = random.Random(seed)
     here, others = region.mount(), [region.mount() for _ in range(2)]
     watcher = _watching(here, recursive=True)
@@ -195,13 +268,43 @@ def test_a_random_history(region: TestRegion, seed: int) -> None:
             except FsError:
                 continue
         touched: set[int] = set()
-        _apply(names, watcher.changes(), touched)
+        _apply(names, _changes(watcher), touched)
         now = _listing(here)
         assert names == {place: row[0] for place, row in now.items()}
         for place, row in now.items():
             if place in before and before[place][0] == row[0] and not stat.S_ISDIR(row[3]):
                 assert (row[0] in touched) >= (before[place] != row), place
         before = now
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_changes_between_the_pieces(
+    region: TestRegion, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Others go on while a comparison is under way; when all is quiet the names are right."""
+    monkeypatch.setattr(diff, "NAMES_AT_ONCE", 15)
+    chance = random.Random(seed)
+    here, there = region.mount(), region.mount()
+    watcher = _watching(here, recursive=True)
+    names: dict[tuple[int, bytes], int] = {}
+    steps = 0
+
+    def step() -> None:
+        nonlocal steps
+        found, watcher._found = watcher._found, []
+        _apply(names, found, set())
+        steps += 1
+        if steps % 50:  # else it would never be quiet
+            with suppress(FsError):
+                _step(there, chance)
+
+    for _ in range(12):
+        for _ in range(30):
+            with suppress(FsError):
+                _step(there, chance)
+        _apply(names, _changes(watcher, step), set())
+        _apply(names, _changes(watcher), set())
+        assert names == {place: row[0] for place, row in _listing(here).items()}
 
 
 def test_too_many_names_overflow(region: TestRegion, monkeypatch: pytest.MonkeyPatch) -> None:
