@@ -6,6 +6,7 @@ import ctypes
 import errno
 import itertools
 import os
+import select
 import shutil
 import signal
 import socket
@@ -29,6 +30,7 @@ from tests.support.figures import Figures
 from tests.support.inotify import Event, Inotify
 from tests.support.lab import EVERYTHING, PATIENCE, Lab, Mount, needs_fuse, needs_root, new_lab
 from tests.support.mounts import eventually
+from tests.support.programs import find, missing
 
 pytestmark = [needs_fuse, needs_root]
 
@@ -311,6 +313,102 @@ def test_a_burst_while_the_mount_works(lab: Lab) -> None:
         assert len(os.listdir(here)) == len(os.listdir(there))
 
 
+def _available(process: subprocess.Popen[str]) -> str:
+    """What a process has printed since."""
+    assert process.stdout is not None
+    os.set_blocking(process.stdout.fileno(), False)
+    try:
+        return os.read(process.stdout.fileno(), 1 << 16).decode()
+    except BlockingIOError:
+        return ""
+
+
+def test_entr_runs_its_command_again(lab: Lab) -> None:
+    find("entr")
+    name = f"entr{next(_numbers)}"
+    there, here = (path / name for path in lab.paths)
+    there.write_text("0\n")
+    # -n: without a terminal; -d and -r are for editors and servers.
+    with subprocess.Popen(
+        ["entr", "-n", "cat", str(here)],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    ) as entr:  # fmt: skip
+        assert entr.stdin is not None
+        assert entr.stdout is not None
+        try:
+            print(here, file=entr.stdin, flush=True)
+            entr.stdin.close()
+            assert entr.stdout.readline() == "0\n"
+
+            def seen() -> bool:  # it waits for the end of a row of changes
+                there.write_text(f"{next(_numbers)}\n")
+                assert entr.stdout is not None
+                return bool(select.select([entr.stdout], [], [], 1.0)[0])
+
+            assert eventually(seen)
+        finally:
+            entr.kill()
+
+
+WATCHDOG = """
+import sys
+from watchdog.events import FileSystemEventHandler
+from watchdog.observers.inotify import InotifyObserver
+
+class Printer(FileSystemEventHandler):
+    def on_any_event(self, event):
+        print(event.event_type, event.src_path.rpartition("/")[2], flush=True)
+
+observer = InotifyObserver()
+observer.schedule(Printer(), sys.argv[1], recursive=True)
+observer.start()
+observer.join()
+"""
+
+
+def test_pythons_watchdog(lab: Lab) -> None:
+    """Its recursive observer also follows directories that another machine makes."""
+    python = "/usr/bin/python3"  # whose packages are Debian's
+    if subprocess.run([python, "-c", "import watchdog"], stderr=subprocess.DEVNULL).returncode:
+        missing("python3-watchdog is not installed: sh scripts/setup --programs")
+    name = f"dog{next(_numbers)}"
+    there, here = (path / name for path in lab.paths)
+    there.mkdir()
+    with subprocess.Popen(
+        [python, "-c", WATCHDOG, str(here)], stdout=subprocess.PIPE, text=True
+    ) as dog:
+        assert dog.stdout is not None
+        said = ""
+
+        def heard(*lines: str) -> bool:
+            nonlocal said
+            said += _available(dog)
+            return all(f"{line}\n" in said for line in lines)
+
+        def ready() -> bool:
+            (there / f"probe{next(_numbers)}").touch()
+            return heard() and "created probe" in said
+
+        try:
+            assert eventually(ready)
+            (there / "sub").mkdir()
+            assert eventually(lambda: heard("created sub"))
+
+            def inside() -> bool:
+                (there / "sub" / f"in{next(_numbers)}").touch()
+                return heard() and "created in" in said
+
+            assert eventually(inside)
+            (there / "sub" / "file").write_text("contents")
+            assert eventually(lambda: heard("created file", "modified file", "closed file"))
+            (there / "sub" / "file").rename(there / "moved")
+            assert eventually(lambda: heard("moved file"))
+            (there / "moved").unlink()
+            assert eventually(lambda: heard("deleted moved"))
+        finally:
+            dog.kill()
+
+
 def test_tail_follows_a_file(lab: Lab) -> None:
     name = f"log{next(_numbers)}"
     there, here = (path / name for path in lab.paths)
@@ -327,8 +425,8 @@ def test_tail_follows_a_file(lab: Lab) -> None:
             tail.kill()
 
 
-@pytest.mark.skipif(shutil.which("inotifywait") is None, reason="inotifywait is not installed")
 def test_inotifywait(lab: Lab) -> None:
+    find("inotifywait")
     name = f"wait{next(_numbers)}"
     there, here = (path / name for path in lab.paths)
     there.mkdir()
