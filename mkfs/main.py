@@ -15,6 +15,7 @@ import click
 
 from ivshmemfs import __version__
 from ivshmemfs import command as shared
+from ivshmemfs.completion import complete_region
 from ivshmemfs.errors import InUse, RegionMissing, RegionSize, UsageError
 from ivshmemfs.format import geometry as geo
 from ivshmemfs.format.geometry import Geometry
@@ -327,7 +328,7 @@ MANUAL = Manual(
 @click.option("-n", "--dry-run", is_flag=True, help="Say what would be done; change nothing.")
 @click.option("-q", "--quiet", is_flag=True, help="Print warnings and errors only.")
 @click.version_option(__version__, "-V", "--version", prog_name="mkfs.ivshmemfs")
-@click.argument("region")
+@click.argument("region", shell_complete=complete_region)
 def command(
     size: int | None,
     label: str,

@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from ivshmemfs.cli.attach.complete import complete_any_region
 from ivshmemfs.cli.attach.names import region_of
 from ivshmemfs.cli.exits import exits
 from ivshmemfs.cli.output import table
@@ -48,7 +49,7 @@ MANUAL = Manual(
 
 
 @click.command("dump", cls=Command, help=HELP, manual=MANUAL)
-@click.argument("region")
+@click.argument("region", shell_complete=complete_any_region)
 @click.argument("what", default="superblock")
 def dump_command(region: str, what: str) -> None:
     """Show the bytes on REGION, field by field."""

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import click
 
+from ivshmemfs.cli.attach.complete import complete_any_region
 from ivshmemfs.cli.attach.names import region_of, shown
 from ivshmemfs.cli.attach.peer import enter
 from ivshmemfs.cli.exits import exits
@@ -125,7 +126,7 @@ def _row(candidate: Candidate, roots: Roots, on: list[str]) -> Row:
 
 
 @click.command("info", cls=Command, manual=INFO)
-@click.argument("region")
+@click.argument("region", shell_complete=complete_any_region)
 @click.option("--json", "as_json", is_flag=True, help=JSON_HELP)
 def info_command(region: str, as_json: bool) -> None:
     """Show what the filesystem on REGION is and how full it is."""

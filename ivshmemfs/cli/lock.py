@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from ivshmemfs.cli.attach.complete import complete_path
 from ivshmemfs.cli.attach.peer import patiently, peer
 from ivshmemfs.cli.exits import exits
 from ivshmemfs.errors import Busy, LockLost, RegionMissing, UnsupportedVersion, UsageError
@@ -64,7 +65,7 @@ MANUAL = Manual(
 @click.command(
     "lock", cls=Command, manual=MANUAL, context_settings={"allow_interspersed_args": False}
 )
-@click.argument("file")  # click.Path would look at it
+@click.argument("file", shell_complete=complete_path)  # click.Path would look at it
 @click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
 @click.option("-n", "--nonblock", is_flag=True, help="Fail at once when it is held.")
 @click.option(

@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING
 
 import click
 
+from ivshmemfs.cli.attach.complete import complete_mount
 from ivshmemfs.cli.attach.names import looks_like_region, mount_point_of
 from ivshmemfs.cli.exits import exits
+from ivshmemfs.completion import complete_region
 from ivshmemfs.errors import (
     RegionAmbiguous,
     RegionDenied,
@@ -72,7 +74,7 @@ UMOUNT = Manual(
 
 
 @click.command("mount", cls=Command, help=HELP, manual=MOUNT)
-@click.argument("region", required=False)
+@click.argument("region", required=False, shell_complete=complete_region)
 @click.argument("mountpoint", required=False)  # click.Path would look at it
 @click.option("-o", "options", multiple=True, metavar="OPTIONS", help="Mount options, see above.")
 @click.option("-f", "--foreground", is_flag=True, help="Stay in the foreground, log to stderr.")
@@ -198,7 +200,7 @@ def _named(candidate: Candidate, names: tuple[str, str]) -> str:
 
 
 @click.command("umount", cls=Command, manual=UMOUNT)
-@click.argument("mountpoint")  # click.Path would look at it
+@click.argument("mountpoint", shell_complete=complete_mount)  # click.Path would look at it
 @click.option(
     "-l", "--lazy", is_flag=True, help="Detach it even when it is in use; open files fail then."
 )

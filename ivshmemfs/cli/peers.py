@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 import click
 
+from ivshmemfs.cli.attach.complete import complete_any_region
 from ivshmemfs.cli.attach.names import mounts_of, region_of
 from ivshmemfs.cli.exits import exits
 from ivshmemfs.cli.output import JSON_HELP, show, show_json
@@ -58,7 +59,7 @@ def watched_alive(watch: Watch, slots: set[int]) -> set[int]:
 
 
 @click.command("peers", cls=Command, manual=PEERS)
-@click.argument("region")
+@click.argument("region", shell_complete=complete_any_region)
 @click.option("--json", "as_json", is_flag=True, help=JSON_HELP)
 def peers_command(region: str, as_json: bool) -> None:
     """List the mounts of REGION on all machines, and which of them show signs of life."""
@@ -133,7 +134,7 @@ def _since(peer: Occupant) -> str:
 
 
 @click.command("evict", cls=Command, manual=EVICT)
-@click.argument("region")
+@click.argument("region", shell_complete=complete_any_region)
 @click.argument("slot", type=int)
 @click.option("--force", is_flag=True, help="Even though it shows life; it will then rejoin.")
 def evict_command(region: str, slot: int, force: bool) -> None:

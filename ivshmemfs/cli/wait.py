@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from ivshmemfs.cli.attach.complete import complete_path
 from ivshmemfs.cli.attach.paths import Target, found, reached, target_of
 from ivshmemfs.cli.commits import commits
 from ivshmemfs.cli.exits import exits
@@ -35,7 +36,7 @@ MANUAL = Manual(
 
 
 @click.command("wait", cls=Command, manual=MANUAL)
-@click.argument("path")
+@click.argument("path", shell_complete=complete_path)
 @click.option("--exists", "condition", flag_value="exists", default="exists",
               help="Until the name exists (the default).")  # fmt: skip
 @click.option("--gone", "condition", flag_value="gone", help="Until the name does not exist.")

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import click
 
+from ivshmemfs.cli.attach.complete import complete_path
 from ivshmemfs.cli.attach.paths import Target, reached, resolve, target_of
 from ivshmemfs.cli.commits import commits
 from ivshmemfs.cli.exits import exits
@@ -173,7 +174,7 @@ MANUAL = Manual(
 
 
 @click.command("watch", cls=Command, manual=MANUAL)
-@click.argument("paths", nargs=-1, required=True, metavar="PATH...")
+@click.argument("paths", nargs=-1, required=True, metavar="PATH...", shell_complete=complete_path)
 @click.option("-r", "--recursive", is_flag=True, help="Also directories below, and new ones.")
 @click.option("--format", "form", default=DEFAULT_FORMAT, metavar="FORMAT",
               help="%e event, %p path, %t new path of a move, %a the same after an arrow, "

@@ -14,6 +14,7 @@ import click
 
 from ivshmemfs import __version__
 from ivshmemfs import command as shared
+from ivshmemfs.completion import complete_region
 from ivshmemfs.format.superblock import identify
 from ivshmemfs.fsck.check import check
 from ivshmemfs.fsck.repair import repair
@@ -74,7 +75,7 @@ MANUAL = Manual(
 @click.option("-f", "_always", is_flag=True, help="Accepted and ignored: it always checks.")
 @click.option("--force", is_flag=True, help="Repair although peers may be using the region.")
 @click.version_option(__version__, "-V", "--version", prog_name="fsck.ivshmemfs")
-@click.argument("region")
+@click.argument("region", shell_complete=complete_region)
 def command(
     check_only: bool, change: bool, preen: bool, _always: bool, force: bool, region: str
 ) -> int:

@@ -27,6 +27,9 @@ import sysconfig
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+import click
+from click.shell_completion import FishComplete, ZshComplete
+
 TOP = Path(__file__).resolve().parents[2]
 VERSION = f"python{sys.version_info[0]}.{sys.version_info[1]}"
 #: Parts of the standard library that no command uses.
@@ -130,6 +133,20 @@ def copy_licences(tree: Path, sources: Iterable[Path]) -> None:
             shutil.copyfile(text, tree / "share/licences" / package)
 
 
+def write_completions(share: Path) -> None:
+    """Write the files that make a shell complete the commands; zsh's and fish's are click's."""
+    for place in ("bash-completion", "zsh", "fish"):
+        (share / place).mkdir(parents=True)
+    shutil.copyfile(TOP / "packaging/completion.bash", share / "bash-completion/ivshmemfs")
+    for name in ("mkfs.ivshmemfs", "fsck.ivshmemfs"):
+        (share / "bash-completion" / name).symlink_to("ivshmemfs")
+    for name in ("ivshmemfs", "mkfs.ivshmemfs", "fsck.ivshmemfs"):
+        variable = f"_{re.sub('[.-]', '_', name)}_COMPLETE".upper()
+        anything = click.Command(name)
+        for shell, place in ((ZshComplete, f"zsh/_{name}"), (FishComplete, f"fish/{name}.fish")):
+            (share / place).write_text(shell(anything, {}, name, variable).source())
+
+
 def precompile(tree: Path) -> None:
     """Write bytecode that is never checked against its source: the tree is not edited."""
     mode = py_compile.PycInvalidationMode.UNCHECKED_HASH
@@ -156,6 +173,7 @@ def make(packages: Path, tree: Path) -> None:
         shutil.copyfile(page, folder / page.name)
     for part in ("systemd", "tmpfiles.d", "udev"):
         shutil.copytree(TOP / "packaging" / part, tree / "share" / part)
+    write_completions(tree / "share")
     precompile(tree)
 
 

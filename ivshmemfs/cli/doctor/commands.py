@@ -8,6 +8,7 @@ from collections.abc import Callable
 import click
 
 from ivshmemfs import __version__
+from ivshmemfs.cli.attach.complete import complete_any_region
 from ivshmemfs.cli.doctor.checks import (
     FAIL,
     WARN,
@@ -44,7 +45,7 @@ MANUAL = Manual(
 
 
 @click.command("doctor", cls=Command, manual=MANUAL)
-@click.argument("region", required=False)
+@click.argument("region", required=False, shell_complete=complete_any_region)
 @click.option("--json", "as_json", is_flag=True, help="One JSON object in place of the lines.")
 @click.option("--qemu", is_flag=True, help="Print the lines for QEMU, libvirt, fstab and udev.")
 def doctor_command(region: str | None, as_json: bool, qemu: bool) -> int:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from ivshmemfs.cli.attach.complete import complete_path
 from ivshmemfs.cli.attach.names import canonical
 from ivshmemfs.cli.attach.paths import (
     Place,
@@ -73,7 +74,7 @@ def _mode(_: click.Context, __: click.Parameter, value: str | None) -> int | Non
 
 
 @click.command("mkdir", cls=Command, manual=MKDIR)
-@click.argument("paths", nargs=-1, required=True, metavar="PATH...")
+@click.argument("paths", nargs=-1, required=True, metavar="PATH...", shell_complete=complete_path)
 @click.option("-p", "--parents", is_flag=True,
               help="Make directories above PATH as well; PATH may exist.")  # fmt: skip
 @click.option("-m", "--mode", callback=_mode, metavar="MODE",
@@ -123,8 +124,10 @@ def _make(fs: Filesystem, place: Place, mode: int | None) -> None:
 
 
 @click.command("mv", cls=Command, manual=MV)
-@click.argument("sources", nargs=-1, required=True, metavar="SOURCE...")
-@click.argument("destination")
+@click.argument(
+    "sources", nargs=-1, required=True, metavar="SOURCE...", shell_complete=complete_path
+)
+@click.argument("destination", shell_complete=complete_path)
 @click.option("-f", "--force", is_flag=True, help="Replace a file that exists.")
 def mv_command(sources: tuple[str, ...], destination: str, force: bool) -> None:
     """Move SOURCE to DESTINATION, or into the directory DESTINATION.
@@ -172,7 +175,7 @@ def _move(fs: Filesystem, old: Place, new: Place, flags: int, me: Context) -> No
 
 
 @click.command("rm", cls=Command, manual=RM)
-@click.argument("paths", nargs=-1, required=True, metavar="PATH...")
+@click.argument("paths", nargs=-1, required=True, metavar="PATH...", shell_complete=complete_path)
 @click.option("-r", "-R", "--recursive", is_flag=True, help="Remove what is in a directory first.")
 @click.option("-f", "--force", is_flag=True, help="Ignore a PATH that does not exist.")
 def rm_command(paths: tuple[str, ...], recursive: bool, force: bool) -> None:

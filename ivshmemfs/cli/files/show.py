@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from ivshmemfs.cli.attach.complete import complete_any_region, complete_path
 from ivshmemfs.cli.attach.paths import (
     Target,
     about,
@@ -74,7 +75,7 @@ DF = Manual(
 
 
 @click.command("ls", cls=Command, manual=LS)
-@click.argument("paths", nargs=-1, required=True, metavar="PATH...")
+@click.argument("paths", nargs=-1, required=True, metavar="PATH...", shell_complete=complete_path)
 @click.option("-l", "--long", "details", is_flag=True, help="Show attributes as well.")
 @click.option("-R", "--recursive", is_flag=True, help="List directories below as well.")
 @click.option("--json", "as_json", is_flag=True, help=JSON_HELP)
@@ -174,7 +175,7 @@ def _described(fs: Filesystem, path: bytes, attr: Attr) -> dict[str, object]:
 
 
 @click.command("cat", cls=Command, manual=CAT)
-@click.argument("paths", nargs=-1, required=True, metavar="PATH...")
+@click.argument("paths", nargs=-1, required=True, metavar="PATH...", shell_complete=complete_path)
 def cat_command(paths: tuple[str, ...]) -> None:
     """Print the contents of the files PATH, one after the other.
 
@@ -206,7 +207,7 @@ def _pieces(fs: Filesystem, target: Target, attr: Attr) -> Iterator[memoryview]:
 
 
 @click.command("du", cls=Command, manual=DU)
-@click.argument("paths", nargs=-1, required=True, metavar="PATH...")
+@click.argument("paths", nargs=-1, required=True, metavar="PATH...", shell_complete=complete_path)
 @click.option("-s", "--summarize", is_flag=True, help="Show the total of each PATH only.")
 @click.option("--json", "as_json", is_flag=True, help=JSON_HELP)
 def du_command(paths: tuple[str, ...], summarize: bool, as_json: bool) -> None:
@@ -250,7 +251,9 @@ def _sizes(fs: Filesystem, attr: Attr, path: bytes) -> Iterator[tuple[Directory,
 
 
 @click.command("df", cls=Command, manual=DF)
-@click.argument("regions", nargs=-1, required=True, metavar="REGION...")
+@click.argument(
+    "regions", nargs=-1, required=True, metavar="REGION...", shell_complete=complete_any_region
+)
 @click.option("--json", "as_json", is_flag=True, help=JSON_HELP)
 def df_command(regions: tuple[str, ...], as_json: bool) -> None:
     """Show how full each REGION is.

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from ivshmemfs.cli.attach.complete import complete_any_region, complete_inside
 from ivshmemfs.cli.attach.paths import Place, found, resolve
 from ivshmemfs.cli.attach.peer import attached
 from ivshmemfs.cli.exits import EXIT_PARTLY, PARTLY, exits
@@ -42,9 +43,11 @@ def _options(command: Callable[..., int]) -> Callable[..., int]:
         click.option("-q", "--quiet", is_flag=True, help="No progress bar."),
         click.option("-f", "--force", is_flag=True, help="Replace files that exist."),
         click.option("-r", "-R", "--recursive", is_flag=True, help="Copy directories as well."),
-        click.argument("destination", callback=_path),
-        click.argument("sources", nargs=-1, required=True, callback=_paths),
-        click.argument("region"),
+        click.argument("destination", callback=_path, shell_complete=complete_inside),
+        click.argument(
+            "sources", nargs=-1, required=True, callback=_paths, shell_complete=complete_inside
+        ),
+        click.argument("region", shell_complete=complete_any_region),
     ):
         command = decorate(command)
     return command
