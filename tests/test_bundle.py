@@ -14,10 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.roots import busybox_root, missing, run_in
+from tests.support.roots import busybox_root, debian_root, missing, run_in
 
 TOP = Path(__file__).resolve().parent.parent
-CACHE = Path(os.environ.get("IVSHMEMFS_CACHE") or Path.home() / ".cache/ivshmemfs")
 
 pytestmark = pytest.mark.slow
 
@@ -87,7 +86,8 @@ def install(bundle: Path, root: Path, *words: str) -> subprocess.CompletedProces
 @pytest.fixture
 def image(tmp_path: Path) -> Path:
     """The directories of a machine that the installer looks for."""
-    for folder in ("usr/local/bin", "usr/share/man", "sbin", "etc/systemd/system"):
+    folders = ("usr/local/bin", "usr/share/man", "sbin", "etc/systemd/system")
+    for folder in (*folders, "usr/share/bash-completion", "usr/share/zsh"):
         (tmp_path / "image" / folder).mkdir(parents=True)
     return tmp_path / "image"
 
@@ -111,6 +111,14 @@ def test_what_is_installed_where(bundle: Path, image: Path) -> None:
         assert os.readlink(page) == f"/opt/ivshmemfs/current/share/man/man{number}/{name}"
         carried = image / f"opt/ivshmemfs/current/share/man/man{number}" / name
         assert carried.read_bytes() == (TOP / "docs/man" / name).read_bytes()
+    for file in (
+        "bash-completion/completions/ivshmemfs", "bash-completion/completions/mkfs.ivshmemfs",
+        "zsh/site-functions/_ivshmemfs",
+    ):  # fmt: skip
+        target = os.readlink(image / "usr/local/share" / file)
+        assert target.startswith("/opt/ivshmemfs/current/share/")
+        assert (image / target[1:]).read_text().count("ivshmemfs") > 2
+    assert not (image / "usr/local/share/fish").exists()  # there is no such shell
     start = (image / "opt/ivshmemfs/current/bin/ivshmemfs").read_text()
     assert '"/opt/ivshmemfs/versions/0.1.0-1/python"' in start
     assert str(image) not in start
@@ -272,17 +280,7 @@ WORDS = (
 @pytest.mark.skipif(bool(missing()), reason=missing())
 @pytest.mark.parametrize("suite", ["bullseye", "bookworm", "trixie"])
 def test_in_a_root_of_debian(suite: str, compiled: Path) -> None:
-    if shutil.which("debootstrap") is None:
-        pytest.skip("debootstrap is not installed: sh scripts/setup --programs")
-    root = CACHE / "roots" / suite
-    if not (root / "complete").exists():
-        shutil.rmtree(root, ignore_errors=True)
-        root.parent.mkdir(parents=True, exist_ok=True)
-        subprocess.run(
-            ["debootstrap", "--variant=minbase", suite, root], check=True, timeout=1200,
-            capture_output=True,
-        )  # fmt: skip
-        (root / "complete").touch()
+    root = debian_root(suite)
     fstab = f"echo 'label=hello /mnt/a ivshmemfs {WORDS} 0 2' >/etc/fstab; mount /mnt/a"
     more = "; mount -o remount,ro /mnt/a; mount -o remount,rw,noatime /mnt/a; fsck -t ivshmemfs -n /dev/shm/hello >/dev/null"  # noqa: E501
     check_all(root, compiled, fstab + more, kind="compiled")

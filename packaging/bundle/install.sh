@@ -23,6 +23,16 @@ fail() {
     exit 1
 }
 
+# Where a shell looks for completions that are not the distribution's; nothing without that shell.
+completions_of() {
+    case $1 in
+    bash-completion) local_place=bash-completion/completions ;;
+    zsh) local_place=zsh/site-functions ;;
+    fish) local_place=fish/vendor_completions.d ;;
+    esac
+    [ ! -d "$DESTDIR/usr/share/$1" ] || echo "$DESTDIR/usr/local/share/$local_place"
+}
+
 # The first of these directories that exists.
 bin_directory() {
     for place in /usr/local/bin /usr/bin /bin; do
@@ -105,6 +115,12 @@ uninstall() {
     for page in "$PLACE"/current/share/man/man?/*; do
         unlink_ours "$MAN/${page#"$PLACE"/current/share/man/}"
     done
+    for shell in bash-completion zsh fish; do
+        place=$(completions_of $shell)
+        for file in "$PLACE/current/share/$shell"/*; do
+            [ -z "$place" ] || unlink_ours "$place/${file##*/}"
+        done
+    done
     for unit in "$PLACE"/current/share/systemd/*; do
         [ ! -f "$unit" ] || rm -f "$UNITS/${unit##*/}"
     done
@@ -167,6 +183,13 @@ links() {
             link "$TARGET/current/${page#"$NEW"/}" "$MAN/${page#"$NEW"/share/man/}"
         done
     fi
+    for shell in bash-completion zsh fish; do
+        place=$(completions_of $shell)
+        [ -n "$place" ] && mkdir -p "$place" 2>/dev/null || continue
+        for file in "$NEW/share/$shell"/*; do
+            link "$TARGET/current/share/$shell/${file##*/}" "$place/${file##*/}"
+        done
+    done
     if [ -d "$DESTDIR/etc/systemd/system" ] && mkdir -p "$UNITS" 2>/dev/null; then
         cp "$NEW"/share/systemd/* "$UNITS/" || echo "note: no units in $UNITS" >&2
     fi

@@ -11,6 +11,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tests.support.programs import find
+
+CACHE = Path(os.environ.get("IVSHMEMFS_CACHE") or Path.home() / ".cache/ivshmemfs")
 #: Mounts what a booted machine has, then runs the rest of the words in the root.
 ENTER = """set -eu
 root=$1; shift
@@ -55,6 +58,21 @@ def run_in(
         capture_output=True, text=True, timeout=timeout, check=False, stdin=subprocess.DEVNULL,
         env={"PATH": PATH, "HOME": "/root"},
     )  # fmt: skip
+
+
+def debian_root(suite: str) -> Path:
+    """A root of a Debian release, made once and kept; skips the test without debootstrap."""
+    program = find("debootstrap")
+    root = CACHE / "roots" / suite
+    if not (root / "complete").exists():
+        shutil.rmtree(root, ignore_errors=True)
+        root.parent.mkdir(parents=True, exist_ok=True)
+        subprocess.run(
+            [program, "--variant=minbase", suite, root], check=True, timeout=1200,
+            capture_output=True,
+        )  # fmt: skip
+        (root / "complete").touch()
+    return root
 
 
 def busybox_root(place: Path) -> Path | None:
