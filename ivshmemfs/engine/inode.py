@@ -94,10 +94,6 @@ class Inode:
             changes["xattr_inline"] = len(xattr)
         return Inode(self.ino, INODE.changed(self.record, changes), data, xattr)
 
-    def body(self) -> bytes:
-        """Return the inode block after the node header."""
-        return INODE.pack(self.record) + self.data + self.xattr
-
     @property
     def is_dir(self) -> bool:
         """Whether it is a directory."""

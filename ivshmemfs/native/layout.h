@@ -12,7 +12,11 @@
 #define NODE_HEADER UINT64_C(32) /* bytes */
 #define NODE_CRC_AT UINT64_C(0) /* u32 */
 #define NODE_CRC_FROM UINT64_C(4) /* first byte that the checksum covers */
+#define NODE_KIND_AT UINT64_C(4) /* u8 */
+#define NODE_LEVEL_AT UINT64_C(5) /* u8 */
+#define NODE_COUNT_AT UINT64_C(6) /* u16 */
 #define NODE_USED_AT UINT64_C(8) /* u32 */
+#define NODE_OWNER_AT UINT64_C(16) /* u64 */
 #define NODE_TAG_AT UINT64_C(24) /* u64 */
 #define ENTRY_FIXED UINT64_C(17) /* bytes of a directory entry besides its name */
 #define LEAF_NAME_MAX UINT64_C(255) /* bytes */

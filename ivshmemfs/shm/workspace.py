@@ -22,15 +22,14 @@ import errno
 from typing import Any, Final
 
 from ivshmemfs.errors import Fenced, FsError, NoSpace
-from ivshmemfs.format.node import HEADER, HEADER_SIZE
-from ivshmemfs.format.words import TAG_AT, WEIGHT_AT, WORD, weight_of
+from ivshmemfs.format.words import TAG_AT, WEIGHT_AT, WORD
+from ivshmemfs.native import packed_node, split_pointers, weight_of, with_weight
 from ivshmemfs.shm.freelist import BULK, RECOUNT, SIZE, FreeList
 from ivshmemfs.shm.nodes import Node, NodeSource
 from ivshmemfs.shm.published import Store
 
 _FREE: Final = bytes(WORD)
 _ONE: Final = (1).to_bytes(TAG_AT - WEIGHT_AT, "little")
-_pack_header = HEADER.pack_values
 FIRST_CLAIM: Final = 6  # blocks that an ordinary transaction needs
 SMALL_CLAIM: Final = 4  # blocks of each later claim of that transaction
 _NOT_OURS = "another peer declared this mount gone in the middle of a transaction"
@@ -66,11 +65,7 @@ class Workspace(NodeSource):
         self._watch_room(want)
         got = self._free_list.claim(want, self._tag)
         self._claims += got
-        self._give_to_pool(got)
-
-    def _give_to_pool(self, claims: bytes) -> None:
-        for at in range(0, len(claims), SIZE):
-            self._pool.append(claims[at : at + SIZE])
+        self._pool += split_pointers(got)
 
     def _watch_room(self, want: int) -> None:
         if not self.keep:
@@ -119,20 +114,17 @@ class Workspace(NodeSource):
         body: bytes,
         weight: int = 1,
         parsed: Any = None,
+        more: bytes = b"",
+        rest: bytes = b"",
     ) -> bytes:
-        """Make a private node with `body` after its header; return its packed pointer.
+        """Make a private node with `body`, `more`, `rest` after its header; return its pointer.
 
         `store_nodes` stores it to the region at the commit.
         """
         pointer = self._take()
         if weight != 1:
-            pointer = (
-                pointer[:WEIGHT_AT]
-                + weight.to_bytes(TAG_AT - WEIGHT_AT, "little")
-                + pointer[TAG_AT:]
-            )
-        size = HEADER_SIZE + len(body)
-        data = _pack_header(0, kind, level, count, size, owner, self._tag) + body
+            pointer = with_weight(pointer, weight)
+        data = packed_node(pointer, kind, level, owner, count, body, more, rest)
         node = Node(pointer, kind, level, owner, count, data)
         node.parsed = parsed
         self._nodes[pointer] = node
@@ -224,18 +216,13 @@ class Workspace(NodeSource):
         word = self._store.commit_word.publish(planned_on, root.block)
         if not word:
             return 0
-        cache = self._store.cache
-        for pointer in self._replaced:
-            cache.drop(pointer)
-        for node in self._nodes.values():
-            cache.put(node)
+        self._store.cache.renew(self._replaced, self._nodes)
         self._store.know(word, root)
         return word
 
     def forget_plan(self) -> None:
         """Drop the plan and keep the claims: all used blocks return to the pool."""
-        self._pool.clear()
-        self._give_to_pool(self._claims)
+        self._pool = split_pointers(self._claims)
         self._spare, self._bulk = self._spare + self._bulk, b""
         self._nodes.clear()
         self._replaced.clear()
@@ -251,14 +238,16 @@ class Workspace(NodeSource):
         """
         if not published:
             self.forget_plan()
-        few, bulk = b"".join(self._replaced), bytes(self._replaced_bulk)
-        if ended:
-            few, bulk = b"".join(self._pool) + few, self._spare + bulk
+        few = b"".join(self._pool + self._replaced if ended else self._replaced)
         if few:
             self._free_list.release(few)
-        if bulk:
-            self._free_list.release(bulk, bulk=True)
+        if self._replaced_bulk or self._spare:
+            bulk = bytes(self._replaced_bulk)
+            if ended:
+                bulk = self._spare + bulk
+            if bulk:
+                self._free_list.release(bulk, bulk=True)
+            self._spare = b""
+            self._replaced_bulk.clear()
         self._pool.clear()
-        self._spare = b""
         self._replaced.clear()
-        self._replaced_bulk.clear()

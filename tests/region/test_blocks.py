@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import pytest
 
 from ivshmemfs.format.words import MAX_BLOCKS
+from ivshmemfs.native import packed_node
 from ivshmemfs.region import Blocks, Memory
 from tests.region.conftest import BLOCK, COUNT, DATA, SIZE, TAGS, Place
 from tests.region.contract import PAGE, RUNS, BlocksContract
@@ -452,12 +453,13 @@ def test_a_readonly_memory_lets_blocks_be_read_only(place: Place) -> None:
 
 
 def test_several_nodes_are_written_in_one_call(blocks: Blocks) -> None:
-    nodes = [make_node(TAG, bytes(size)) for size in (0, 7, BLOCK - 32)]
     places = [pointer(block, TAG) for block in (5, 2, 9)]
+    sizes = (0, 7, BLOCK - 32)
+    nodes = [packed_node(at, 2, 0, 7, 0, bytes(n)) for at, n in zip(places, sizes, strict=True)]
     blocks.claim(COUNT, TAG, 0)
     assert blocks.write_nodes(places, nodes) is True
     for place, node in zip((5, 2, 9), nodes, strict=True):
-        assert (blocks.read_node(place, TAG) or b"")[4:] == node[4:]
+        assert blocks.read_node(place, TAG) == node
     assert blocks.write_nodes([], []) is True
 
 
