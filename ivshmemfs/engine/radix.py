@@ -217,18 +217,17 @@ def _store(
     """
     if height == 0:
         slots, gone, gain = swap_slots(node, start, runs)
-        for leaves in gone:
-            if len(leaves) == SIZE:
-                space.replace(leaves)
-            else:
-                space.replace_many(leaves, weight_of(leaves))
+        space.replace_leaves(gone)
         return slots, gain
     total, changes = 0, list[tuple[int, bytes]]()
     for top, here in _by_child(runs, span_of(space.fanout, height)):
         child = node[start + top * SIZE : start + top * SIZE + SIZE] or NULL
         below = _below(space, child, height - 1, owner)
-        slots, delta = _store(space, below, HEADER_SIZE, height - 1, owner, here)
-        pointer, delta = _renewed(space, child, height - 1, owner, slots, delta)
+        if height == 1:
+            pointer, delta = _swapped(space, child, owner, below, here)
+        else:
+            slots, delta = _store(space, below, HEADER_SIZE, height - 1, owner, here)
+            pointer, delta = _renewed(space, child, height - 1, owner, slots, delta)
         changes.append((top, pointer))
         total += delta
     return put_slots(node, start, changes), total
@@ -303,6 +302,21 @@ def _renewed(
         return NULL, -old_weight
     new_weight = (old_weight or 1) + delta
     return space.add_node(INDEX, level, owner, 0, below, new_weight), new_weight - old_weight
+
+
+def _swapped(
+    space: Workspace, child: bytes, owner: int, below: bytes, runs: list[tuple[int, bytes]]
+) -> tuple[bytes, int]:
+    """Replace lowest node `child`, whose bytes are `below`, by one with new leaves.
+
+    Returns what `_renewed` returns.
+    """
+    old_weight = 0
+    if child != NULL:
+        old_weight = weight_of(child)
+        space.replace(child)
+    pointer, new_weight = space.swap_leaves(INDEX, owner, below, runs, old_weight or 1)
+    return pointer, new_weight - old_weight
 
 
 def cut(space: Workspace, tree: RadixTree, owner: int, first: int) -> RadixTree:

@@ -26,6 +26,7 @@ from ivshmemfs.native._native import (
     split_pointers,
     sum_bytes,
     swap_slots,
+    swapped_node,
     weight_of,
     with_weight,
 )
@@ -51,6 +52,7 @@ __all__ = [
     "split_pointers",
     "sum_bytes",
     "swap_slots",
+    "swapped_node",
     "weight_of",
     "with_weight",
 ]

@@ -1106,20 +1106,25 @@ cdef inline uint64_t bytes_size(object part) except? 1:
     return <uint64_t>BYTES_SIZE(part)
 
 
-def packed_node(pointer, kind, level, owner, count, body, more=b"", rest=b""):
-    """A node for the block of a packed pointer: its header with the checksum, then the parts."""
-    cdef node_header header
-    cdef uint64_t first = bytes_size(body), second = bytes_size(more), third = bytes_size(rest)
-    cdef uint64_t size = NODE_HEADER + first + second + third
+cdef int take_header(node_header *header, object pointer, object kind, object level, object owner,
+                     object count) except -1:
     cdef unsigned char *claim = NULL
-    cdef unsigned char *node
-    cdef bytes result
     take_pointer(pointer, &claim)
     memcpy(&header.tag, claim + POINTER_TAG_AT, sizeof(header.tag))
     take_limited(kind, "kind", 0, 0xff, &header.kind)
     take_limited(level, "level", 0, 0xff, &header.level)
     take_limited(count, "count", 0, 0xffff, &header.count)
-    take(owner, "owner", &header.owner)
+    return take(owner, "owner", &header.owner)
+
+
+def packed_node(pointer, kind, level, owner, count, body, more=b"", rest=b""):
+    """A node for the block of a packed pointer: its header with the checksum, then the parts."""
+    cdef node_header header
+    cdef uint64_t first = bytes_size(body), second = bytes_size(more), third = bytes_size(rest)
+    cdef uint64_t size = NODE_HEADER + first + second + third
+    cdef unsigned char *node
+    cdef bytes result
+    take_header(&header, pointer, kind, level, owner, count)
     if size > UINT32_MAX:
         raise ValueError(f"{size} bytes are too many for a node")
     result = new_bytes(size)
@@ -1198,7 +1203,8 @@ cdef int take_change(object change, uint64_t *offset, unsigned char **slots,
     return 0
 
 
-cdef bytes changed_slots(const unsigned char *had, uint64_t length, list changes):
+cdef bytes changed_slots(uint64_t header, const unsigned char *had, uint64_t length, list changes):
+    """The changed slots, after `header` bytes that the caller fills in."""
     cdef uint64_t size = length, kept, offset, run
     cdef unsigned char *slots
     cdef unsigned char *source
@@ -1206,15 +1212,15 @@ cdef bytes changed_slots(const unsigned char *had, uint64_t length, list changes
     for change in changes:
         take_change(change, &offset, &source, &run)
         size = max(size, offset + run)
-    result = new_bytes(size)
-    slots = <unsigned char *>BYTES_DATA(result)
+    result = new_bytes(header + size)
+    slots = <unsigned char *>BYTES_DATA(result) + header
     memcpy(slots, had, length)
     memset(slots + length, 0, size - length)
     for change in changes:
         take_change(change, &offset, &source, &run)
         memcpy(slots + offset, source, run)
     kept = slots_trimmed(slots, size)
-    return result if kept == size else bytes_of(slots, kept)
+    return result if kept == size else bytes_of(slots - header, header + kept)
 
 
 def put_slots(buffer, start, changes):
@@ -1229,7 +1235,7 @@ nulls fill the gaps, and none is left at the end."""
             raise ValueError("the buffer does not end with whole slots")
         if not isinstance(changes, list):
             raise TypeError("changes must be a list")
-        return changed_slots(taken.data + first, taken.size - first, changes)
+        return changed_slots(0, taken.data + first, taken.size - first, changes)
     finally:
         view_drop(&taken)
 
@@ -1254,25 +1260,50 @@ cdef int64_t swap_run(const unsigned char *had, uint64_t length, object change,
     return <int64_t>leaves_in(source, run) - <int64_t>before
 
 
+cdef bytes swapped_slots(uint64_t header, view *taken, uint64_t start, object changes, list gone,
+                         int64_t *gain):
+    if start > taken.size or (taken.size - start) % POINTER_SIZE != 0:
+        raise ValueError("the buffer does not end with whole slots")
+    if not isinstance(changes, list):
+        raise TypeError("changes must be a list")
+    gain[0] = 0
+    for change in <list>changes:
+        gain[0] += swap_run(taken.data + start, taken.size - start, change, gone)
+    return changed_slots(header, taken.data + start, taken.size - start, changes)
+
+
 def swap_slots(buffer, start, changes):
     """Do the same where each pointer leads to one block. Returns (slots, what each change
 replaced, without nulls alone, change of the weight)."""
     cdef uint64_t first
-    cdef int64_t gain = 0
+    cdef int64_t gain
     cdef list gone = []
     cdef view taken
     take(start, "start", &first)
     view_take(&taken, buffer)
     try:
-        if first > taken.size or (taken.size - first) % POINTER_SIZE != 0:
-            raise ValueError("the buffer does not end with whole slots")
-        if not isinstance(changes, list):
-            raise TypeError("changes must be a list")
-        for change in <list>changes:
-            gain += swap_run(taken.data + first, taken.size - first, change, gone)
-        return changed_slots(taken.data + first, taken.size - first, changes), gone, gain
+        slots = swapped_slots(0, &taken, first, changes, gone, &gain)
     finally:
         view_drop(&taken)
+    return slots, gone, gain
+
+
+def swapped_node(pointer, kind, level, owner, had, changes):
+    """Do the same with the slots of a node `had`; the result is a node for the block of a packed
+pointer, with its header and checksum."""
+    cdef node_header header
+    cdef int64_t gain
+    cdef list gone = []
+    cdef bytes made
+    cdef view taken
+    take_header(&header, pointer, kind, level, owner, 0)
+    view_take(&taken, had)
+    try:
+        made = swapped_slots(NODE_HEADER, &taken, NODE_HEADER, changes, gone, &gain)
+    finally:
+        view_drop(&taken)
+    node_seal(&header, <unsigned char *>BYTES_DATA(made), <uint64_t>BYTES_SIZE(made))
+    return made, gone, gain
 
 
 # --- packed directory leaves -------------------------------------------------------------------

@@ -22,8 +22,9 @@ import errno
 from typing import Any, Final
 
 from ivshmemfs.errors import Fenced, FsError, NoSpace
-from ivshmemfs.format.words import TAG_AT, WEIGHT_AT, WORD
-from ivshmemfs.native import packed_node, split_pointers, weight_of, with_weight
+from ivshmemfs.format.node import HEADER_SIZE
+from ivshmemfs.format.words import NULL, TAG_AT, WEIGHT_AT, WORD
+from ivshmemfs.native import packed_node, split_pointers, swapped_node, weight_of, with_weight
 from ivshmemfs.shm.freelist import BULK, RECOUNT, SIZE, FreeList
 from ivshmemfs.shm.nodes import Node, NodeSource
 from ivshmemfs.shm.published import Store
@@ -130,6 +131,26 @@ class Workspace(NodeSource):
         self._nodes[pointer] = node
         return pointer
 
+    def swap_leaves(
+        self, kind: int, owner: int, had: bytes, runs: list[tuple[int, bytes]], weight: int
+    ) -> tuple[bytes, int]:
+        """Make a lowest node of pointers: node `had` with `runs`, (index, packed pointers), put in.
+
+        Each pointer leads to one block; those that others take the place of are replaced.  `weight`
+        is that of the old node.  Returns the new pointer, or NULL for a node without pointers, and
+        its weight.
+        """
+        claim = self._take()
+        data, gone, gain = swapped_node(claim, kind, 0, owner, had, runs)
+        self.replace_leaves(gone)
+        if len(data) == HEADER_SIZE:
+            self._pool.append(claim)
+            return NULL, 0
+        weight += gain
+        pointer = with_weight(claim, weight)
+        self._nodes[pointer] = Node(pointer, kind, 0, owner, 0, data)
+        return pointer, weight
+
     def node(self, pointer: bytes, kind: int, level: int, owner: int | None) -> Node:
         """Return a node of this transaction, or a published one; see `NodeSource.node`."""
         own = self._nodes.get(pointer)
@@ -168,6 +189,14 @@ class Workspace(NodeSource):
         """Note the same of published data blocks: packed pointers, `count` of them not null."""
         self._replaced_bulk += pointers
         self.replaced_count += count
+
+    def replace_leaves(self, gone: list[bytes]) -> None:
+        """Note the same of blocks of any kind: packed pointers, of one block or of data blocks."""
+        for pointers in gone:
+            if len(pointers) == SIZE:
+                self.replace(pointers)
+            else:
+                self.replace_many(pointers, weight_of(pointers))
 
     @property
     def balance(self) -> int:

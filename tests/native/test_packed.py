@@ -17,6 +17,7 @@ from ivshmemfs.native import (
     placed_tuple,
     split_pointers,
     swap_slots,
+    swapped_node,
     weight_of,
     with_weight,
 )
@@ -99,6 +100,9 @@ def test_swapped_slots_are_those_of_a_list(
     raw = b"header" + b"".join(model)
     if runs:
         assert swap_slots(raw, 6, given_runs) == (b"".join(expected), gone, gain)
+        old = packed_node(pointer(1), node.INDEX, 0, 5, 0, b"".join(model))
+        new = packed_node(pointer(2), node.INDEX, 0, 5, 0, b"".join(expected))
+        assert swapped_node(pointer(2), node.INDEX, 0, 5, old, given_runs) == (new, gone, gain)
 
 
 def test_a_single_slot_counts_whatever_its_weight() -> None:
