@@ -289,9 +289,12 @@ def _put_in_place(edit: Edit, path: list[Step], leaf: Leaf) -> Inode:
     """Store a leaf at the end of `path`; the caller has replaced the block there."""
     tx, inode = edit.tx, edit.inode
     step = path[-1]
-    alone = len(path) == 1 and step.interior.count == 1
-    if alone and leaf.size <= _top_capacity(tx, inode) // 2:
+    below_top = len(path) == 1
+    if below_top and step.interior.count == 1 and leaf.size <= _top_capacity(tx, inode) // 2:
         return _inline(edit, leaf)
+    if below_top and leaf.size <= _leaf_capacity(tx):  # the usual case, as the general one below
+        top = step.interior.with_pointer(step.at, _leaf_node(tx, inode.ino, leaf))
+        return _top_put(edit, top, 1)
     children = _leaf_nodes(tx, inode.ino, leaf, step.interior.key(step.at))
     return _put_children(edit, path, children)
 
@@ -365,6 +368,11 @@ def _put_top(edit: Edit, top: Interior, height: int) -> Inode:
         tx.space.replace(pointer)
         # The lowest bound of a tree is 0, even after a removal of its first child.
         top, height = below.from_bound(0), height - 1
+    return _top_put(edit, top, height)
+
+
+def _top_put(edit: Edit, top: Interior, height: int) -> Inode:
+    """Return the directory with `top`, which fits, as its payload."""
     new = edit.finish(top.raw, fmt.DIRTREE, height)
     new.top = top
     return new

@@ -28,6 +28,11 @@ from ivshmemfs.errors import Corrupt, FsError
 from ivshmemfs.format.inode import INODE, ORPHANS_INO, ROOT_INO, InodeRecord, orphan_name
 
 RENAME_NOREPLACE, RENAME_EXCHANGE, RENAME_WHITEOUT = 1, 2, 4
+# The values of the module `stat`, as constants at compile time.
+_FORMAT: Final = 0o170000
+_DIRECTORY: Final = 0o040000
+_LINK: Final = 0o120000
+_SET_GROUP_ID: Final = 0o2000
 LINK_MAX = (1 << 31) - 1  # names of one inode
 DEPTH_MAX = 1000  # directories above the place to which a directory is moved; limits the check
 _BLANK = INODE.unpack(bytes(INODE.size))._replace(blocks=1)
@@ -137,22 +142,33 @@ def new_record(
     In a set-group-ID directory it gets the directory's group, and a directory gets the bit.
     """
     gid, above = ctx.gid, folder.record
-    if above.mode & stat.S_ISGID:
+    if above.mode & _SET_GROUP_ID:
         gid = above.gid
-        if stat.S_ISDIR(mode):
-            mode |= stat.S_ISGID
+        if mode & _FORMAT == _DIRECTORY:
+            mode |= _SET_GROUP_ID
     now = tx.now
     values = (mode, nlink, ctx.uid, gid, rdev, parent, now, now, now, now)
     return INODE.placed(_BLANK, _NEW, values)
 
 
-def new_inode(tx: Transaction, folder: Inode, mode: int, ctx: Context, **fields: int) -> Inode:
+def new_inode(
+    tx: Transaction,
+    folder: Inode,
+    mode: int,
+    ctx: Context,
+    *,
+    nlink: int = 1,
+    rdev: int = 0,
+    parent: int = 0,
+) -> Inode:
     """A new inode made in `folder` by `ctx`, with the access lists that it inherits."""
-    link = stat.S_ISLNK(mode)
-    if not folder.record.xattr_size and not link:
+    link = mode & _FORMAT == _LINK
+    inherits = folder.record.xattr_size and not link
+    if not inherits and not link:
         mode &= ~ctx.umask
-    inode = tx.new_inode(new_record(tx, folder, mode, ctx, **fields))
-    if folder.record.xattr_size and not link:
+    record = new_record(tx, folder, mode, ctx, nlink=nlink, rdev=rdev, parent=parent)
+    inode = tx.new_inode(record)
+    if inherits:
         inode = tx.put(acl.inherit(tx, folder, inode, ctx.umask))
     return inode
 
@@ -168,19 +184,22 @@ def add(
 
 
 def make(
-    tx: Transaction, folder_ino: int, name: bytes, mode: int, ctx: Context, **fields: int
+    tx: Transaction, folder_ino: int, name: bytes, mode: int, ctx: Context, *, rdev: int = 0
 ) -> Inode:
-    """Return a new inode of any type under a new name; raises EEXIST, NoSpace."""
+    """Return a new inode, not a directory, under a new name; raises EEXIST, NoSpace."""
     folder, position = _vacant(tx, folder_ino, name)
-    inode = new_inode(tx, folder, mode, ctx, **fields)
-    add(tx, folder, position, inode, links=int(stat.S_ISDIR(mode)))
+    inode = new_inode(tx, folder, mode, ctx, rdev=rdev)
+    add(tx, folder, position, inode)
     return inode
 
 
 def mkdir(tx: Transaction, parent: int, name: bytes, mode: int, ctx: Context) -> Inode:
     """Return a new directory; raises EEXIST, NoSpace."""
     keep = stat.S_IMODE(mode) & ~SET_ID_BITS
-    return make(tx, parent, name, stat.S_IFDIR | keep, ctx, parent=parent, nlink=2)
+    folder, position = _vacant(tx, parent, name)
+    inode = new_inode(tx, folder, _DIRECTORY | keep, ctx, nlink=2, parent=parent)
+    add(tx, folder, position, inode, links=1)
+    return inode
 
 
 def symlink(tx: Transaction, parent: int, name: bytes, to: bytes, ctx: Context) -> Inode:

@@ -278,7 +278,8 @@ class Transaction(View):
 
     def touch(self, ino: int, **changes: Any) -> Inode:
         """Change fields of an inode's record, and its ctime; raises StaleHandle."""
-        return self.put(self.inode(ino).evolve(ctime_ns=self.now, **changes))
+        changes["ctime_ns"] = self.now
+        return self.put(self.inode(ino).changed(changes))
 
     def remove(self, inode: Inode) -> None:
         """Leave `inode` out of the new root; the mount releases its blocks after the commit."""

@@ -100,9 +100,10 @@ def test_swapped_slots_are_those_of_a_list(
     raw = b"header" + b"".join(model)
     if runs:
         assert swap_slots(raw, 6, given_runs) == (b"".join(expected), gone, gain)
-        old = packed_node(pointer(1), node.INDEX, 0, 5, 0, b"".join(model))
-        new = packed_node(pointer(2), node.INDEX, 0, 5, 0, b"".join(expected))
-        assert swapped_node(pointer(2), node.INDEX, 0, 5, old, given_runs) == (new, gone, gain)
+        before = packed_node(pointer(1), node.INDEX, 0, 5, 0, b"".join(model))
+        after = packed_node(pointer(2), node.INDEX, 0, 5, 0, b"".join(expected))
+        swapped = swapped_node(pointer(2), node.INDEX, 0, 5, before, given_runs)
+        assert swapped == (after, gone, gain)
 
 
 def test_a_single_slot_counts_whatever_its_weight() -> None:
