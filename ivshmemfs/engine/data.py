@@ -109,9 +109,8 @@ def write(tx: Transaction, inode: Inode, offset: int, data: Buffer) -> Inode:
             old += bytes(offset - len(old))
         new = b"".join((old[:offset], data, old[end:]))
         now = tx.modified(record.mtime_ns)
-        return inode.evolve(
-            data=new, payload=fmt.INLINE, height=0, size=size, mtime_ns=now, ctime_ns=now
-        )
+        values = (size, record.blocks, now, now, fmt.INLINE, 0, len(new))
+        return Inode(inode.ino, INODE.placed(record, _WRITTEN, values), new, inode.xattr)
     count = BlockCount(tx.space, inode)
     inode = _as_map(tx, inode)
     first, buffer = _whole_blocks(tx, inode, offset, data)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ivshmemfs.format import dirent, geometry, node, words
+from ivshmemfs.format import dirent, geometry, node, open_filter, words
 
 _HEADER = node.HEADER
 _POINTER = words.POINTER_LAYOUT
@@ -34,6 +34,9 @@ CONSTANTS: dict[str, tuple[int, str]] = {
     "INCARNATION_SHIFT": (words.INCARNATION_SHIFT, "of a tag"),
     "INCARNATION_MASK": (words.INCARNATION_MASK, "after the shift"),
     "COUNTER_MASK": (words.COUNTER_MASK, "of a tag"),
+    "FILTER_FACTOR": (open_filter.FACTOR, "of an inode number"),
+    "FILTER_SHIFT": (open_filter.SHIFT, "of the product"),
+    "FILTER_SIZE": (open_filter.SIZE, "bits of the open filter"),
 }
 
 

@@ -160,6 +160,7 @@ cdef extern from "native.h" nogil:
     uint64_t packed_sum(const unsigned char *data, uint64_t start, uint64_t stop)
     uint64_t packed_weight(const unsigned char *pointers, uint64_t count)
     uint64_t slots_trimmed(const unsigned char *slots, uint64_t size)
+    uint64_t filter_bit "filter_index"(uint64_t ino)
     bint name_is_fit(const unsigned char *name, uint64_t length)
     int leaf_check(const leaf *leaf)
     int64_t leaf_search "leaf_find"(const leaf *leaf, uint64_t key, uint64_t span,

@@ -1378,6 +1378,13 @@ def leaf_remove(raw, count, at):
     return result
 
 
+def filter_index(ino):
+    """The index of the bit of the open filter that lists an inode."""
+    cdef uint64_t number
+    take(ino, "ino", &number)
+    return filter_bit(number)
+
+
 def is_name(name):
     """Whether these bytes can be a name in a directory."""
     cdef bint fit

@@ -244,6 +244,8 @@ uint64_t packed_weight(const unsigned char *pointers, uint64_t count);
 /* Bytes of `slots` without the null pointers at its end. */
 uint64_t slots_trimmed(const unsigned char *slots, uint64_t size);
 
+/* The bit of the open filter that lists an inode. */
+uint64_t filter_index(uint64_t ino);
 /* 1 to LEAF_NAME_MAX bytes without '/' and NUL, and neither "." nor "..". */
 bool name_is_fit(const unsigned char *name, uint64_t length);
 

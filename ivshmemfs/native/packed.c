@@ -56,6 +56,13 @@ uint64_t slots_trimmed(const unsigned char *slots, uint64_t size)
 
 /* --- directory leaves -------------------------------------------------------------------------- */
 
+uint64_t filter_index(uint64_t ino)
+{
+    __extension__ const unsigned __int128 product = (unsigned __int128)ino * FILTER_FACTOR;
+
+    return (uint64_t)((product >> FILTER_SHIFT) % FILTER_SIZE);
+}
+
 bool name_is_fit(const unsigned char *name, uint64_t length)
 {
     if (length == 0 || length > LEAF_NAME_MAX)

@@ -48,7 +48,7 @@ class Workspace(NodeSource):
         self._free_list = free_list
         self._tag = tag
         self._mark = tag.to_bytes(WORD, "little")  # the tag, as in a packed pointer
-        self._claims = b""  # all claims but the bulk ones, one after another
+        self._claims: list[bytes] = []  # all claims but the bulk ones
         self._pool: list[bytes] = []  # those of `_claims` that are not in use
         self._nodes: dict[bytes, Node] = {}
         self._bulk = b""  # bulk claims in use, one after another
@@ -64,9 +64,9 @@ class Workspace(NodeSource):
 
     def _fill_pool(self, want: int) -> None:
         self._watch_room(want)
-        got = self._free_list.claim(want, self._tag)
+        got = split_pointers(self._free_list.claim(want, self._tag))
         self._claims += got
-        self._pool += split_pointers(got)
+        self._pool += got
 
     def _watch_room(self, want: int) -> None:
         if not self.keep:
@@ -172,13 +172,12 @@ class Workspace(NodeSource):
         Tags come back after 2^20 mounts of one slot, so the block may be older.
         """
         claim = pointer[:WEIGHT_AT] + _ONE + self._mark
-        for claims in (self._claims, self._bulk):
-            at = claims.find(claim)
-            while at >= 0 and at % SIZE:
-                at = claims.find(claim, at + 1)
-            if at >= 0:
-                return True
-        return False
+        if claim in self._claims:
+            return True
+        at = self._bulk.find(claim)
+        while at >= 0 and at % SIZE:
+            at = self._bulk.find(claim, at + 1)
+        return at >= 0
 
     def drop(self, pointer: bytes, kind: int, level: int, owner: int) -> None:
         """Note that the new root does not reach this subtree, for release after the commit."""
@@ -201,7 +200,7 @@ class Workspace(NodeSource):
     @property
     def balance(self) -> int:
         """The number by which blocks in use grow at the commit; negative if they become fewer."""
-        claimed = (len(self._claims) + len(self._bulk)) // SIZE
+        claimed = len(self._claims) + len(self._bulk) // SIZE
         return claimed - len(self._pool) - self.replaced_count
 
     def fill(self, pointers: bytes, content: bytes | bytearray | memoryview) -> None:
@@ -251,7 +250,7 @@ class Workspace(NodeSource):
 
     def forget_plan(self) -> None:
         """Drop the plan and keep the claims: all used blocks return to the pool."""
-        self._pool = split_pointers(self._claims)
+        self._pool = list(self._claims)
         self._spare, self._bulk = self._spare + self._bulk, b""
         self._nodes.clear()
         self._replaced.clear()

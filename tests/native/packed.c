@@ -36,6 +36,12 @@ static void words_of(void)
     check(packed_weight(raw, 0) == 0);
 }
 
+static void filters(void)
+{
+    check(filter_index(1) == 500 && filter_index(1000) == 1455);
+    check(filter_index((UINT64_C(1) << 56) - 1) == 523);
+}
+
 static bool fit(const char *name, uint64_t length)
 {
     unsigned char *exact = malloc(length + !length);
@@ -109,6 +115,7 @@ static void contradictions(void)
 
 int main(void)
 {
+    filters();
     names();
     words_of();
     leaves();
