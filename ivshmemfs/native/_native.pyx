@@ -7,6 +7,7 @@ and turns a status into an exception.  _native.pyi says what each function promi
 """
 
 cimport cython
+from cpython.bytearray cimport PyByteArray_AsString, PyByteArray_Resize, PyByteArray_Size
 from cpython.bytes cimport PyBytes_CheckExact, PyBytes_FromStringAndSize
 from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
 from cpython.mem cimport PyMem_Free, PyMem_Malloc
@@ -669,6 +670,38 @@ Returns their packed pointers and the next cursor."""
             return bytes_of(into, got * POINTER_SIZE)
         finally:
             PyMem_Free(into)
+
+    def reclaim_last(self, known, count, tag):
+        """Cut up to `count` pointers off the end of a bytearray, and claim those of their blocks that
+are free. Returns a list of pointers to them."""
+        cdef unsigned char places[64 * 16]  # a trap's callback may change the bytearray
+        cdef unsigned char few[64 * 16]
+        cdef uint64_t mine, wanted, most, at = 0, got = 0
+        cdef view taken
+        cdef int status
+        if not isinstance(known, bytearray):
+            raise TypeError("a bytearray is wanted")
+        take(count, "count", &wanted)
+        self.take_tag(tag, &mine)
+        most = <uint64_t>PyByteArray_Size(known) // POINTER_SIZE
+        wanted = min(wanted, most, <uint64_t>64)
+        if wanted == 0:
+            return []
+        taken.held = False
+        taken.size = wanted * POINTER_SIZE
+        taken.data = places
+        memcpy(places, PyByteArray_AsString(known) + (most - wanted) * POINTER_SIZE, taken.size)
+        PyByteArray_Resize(known, <Py_ssize_t>((most - wanted) * POINTER_SIZE))
+        status = pointers_check(&self.table, taken.data, wanted, True, &at)
+        if status != STATUS_OK:
+            self.fail_pointers(&taken, status, at)
+        status = mapping_use_for_stores(self.table.mapping)
+        if status == STATUS_OK:
+            status = tags_reclaim(&self.table, taken.data, wanted, mine, few, &got)
+            mapping_unuse(self.table.mapping)
+        if status != STATUS_OK:
+            self.memory.fail(status)
+        return [bytes_of(few + at * POINTER_SIZE, POINTER_SIZE) for at in range(got)]
 
     def release(self, pointers):
         """Free the blocks that still have their pointer's tag. Returns how many."""

@@ -16,6 +16,7 @@ from typing import Final
 from ivshmemfs.errors import Unfinished
 from ivshmemfs.format import words
 from ivshmemfs.format.geometry import REPAIR_OFFSET
+from ivshmemfs.native import split_pointers
 from ivshmemfs.shm.published import Store
 
 SIZE: Final = words.POINTER_SIZE
@@ -66,6 +67,13 @@ class FreeList:
         """
         self._repairs = self._store.memory.load(REPAIR_OFFSET)
         return self._repairs
+
+    def claim_few(self, count: int, tag: int) -> list[bytes]:
+        """Claim fewer than BULK blocks; return a list of their packed pointers."""
+        got = self._store.blocks.reclaim_last(self._few, count, tag)
+        if len(got) < count:
+            got += split_pointers(self.claim(count - len(got), tag))
+        return got
 
     def claim(self, count: int, tag: int) -> bytes:
         """Claim `count` blocks, or as many as are free; return packed pointers."""

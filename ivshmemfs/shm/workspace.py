@@ -24,7 +24,7 @@ from typing import Any, Final
 from ivshmemfs.errors import Fenced, FsError, NoSpace
 from ivshmemfs.format.node import HEADER_SIZE
 from ivshmemfs.format.words import NULL, TAG_AT, WEIGHT_AT, WORD
-from ivshmemfs.native import packed_node, split_pointers, swapped_node, weight_of, with_weight
+from ivshmemfs.native import packed_node, swapped_node, weight_of, with_weight
 from ivshmemfs.shm.freelist import BULK, RECOUNT, SIZE, FreeList
 from ivshmemfs.shm.nodes import Node, NodeSource
 from ivshmemfs.shm.published import Store
@@ -64,7 +64,7 @@ class Workspace(NodeSource):
 
     def _fill_pool(self, want: int) -> None:
         self._watch_room(want)
-        got = split_pointers(self._free_list.claim(want, self._tag))
+        got = self._free_list.claim_few(want, self._tag)
         self._claims += got
         self._pool += got
 

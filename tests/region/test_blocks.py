@@ -69,6 +69,18 @@ def test_reclaiming_takes_those_of_the_blocks_that_are_free(blocks: Blocks) -> N
     assert blocks.reclaim(b"", TAG) == b""
 
 
+def test_reclaiming_the_last_cuts_them_off(blocks: Blocks) -> None:
+    blocks.claim(1, 5, 8)
+    known = bytearray(pointer(4, 1) + pointer(9, 1) + NULL + pointer(8, 1) + pointer(3, 1))
+    assert blocks.reclaim_last(known, 4, TAG) == [pointer(9, TAG), pointer(3, TAG)]
+    assert known == pointer(4, 1)
+    assert blocks.reclaim_last(known, 0, TAG) == []
+    assert blocks.reclaim_last(known, 2**63, TAG) == [pointer(4, TAG)]
+    assert blocks.reclaim_last(known, 1, TAG) == []
+    with pytest.raises(TypeError):
+        blocks.reclaim_last(b"", 1, TAG)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("cursor", [-1, COUNT, 2**64])
 def test_a_cursor_outside_is_refused(blocks: Blocks, cursor: int) -> None:
     with pytest.raises(ValueError, match=r"cursor|outside"):
@@ -82,6 +94,8 @@ def test_an_impossible_tag_is_refused(blocks: Blocks, tag: int) -> None:
         blocks.claim(1, tag, 0)
     with pytest.raises(ValueError, match="tag"):
         blocks.reclaim(pointer(0, 1), tag)
+    with pytest.raises(ValueError, match="tag"):
+        blocks.reclaim_last(bytearray(pointer(0, 1)), 1, tag)
 
 
 # --- pointers -------------------------------------------------------------------------------
@@ -92,6 +106,7 @@ def test_pointers_that_lead_outside_are_refused_by_value(blocks: Blocks, block: 
     wrong = pointer(0, 1) + pointer(block, 1)
     for call in (
         lambda: blocks.reclaim(wrong, TAG),
+        lambda: blocks.reclaim_last(bytearray(wrong), 2, TAG),
         lambda: blocks.release(wrong),
         lambda: blocks.check(wrong),
         lambda: blocks.gather(wrong, 0, 1, bytearray(1)),
