@@ -17,10 +17,9 @@ meaning.
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import Final
 
 from ivshmemfs.engine.inode import Inode
-from ivshmemfs.engine.radix import weight
 from ivshmemfs.engine.transaction import BlockCount, Transaction, View
 from ivshmemfs.errors import Corrupt, NoSpace
 from ivshmemfs.format import inode as fmt
@@ -35,8 +34,11 @@ from ivshmemfs.format.dirent import (
     decode_interior,
     decode_leaf,
     interior_of,
+    only_child,
 )
+from ivshmemfs.format.inode import INODE
 from ivshmemfs.format.node import DIRLEAF, DIRNODE, HEADER_SIZE
+from ivshmemfs.native import weight_of
 
 
 class Step:
@@ -157,24 +159,34 @@ def path_to(view: View, inode: Inode, key: int) -> tuple[list[Step], Leaf]:
 # --- changing -------------------------------------------------------------------------------
 
 
-class Edit:
-    """One change of one directory.
+_EDITED: Final = INODE.places(
+    "nlink", "mtime_ns", "ctime_ns", "entries", "blocks", "payload", "height", "payload_size"
+)
 
-    `fields` are changes of its record; `entries` is the change of its number of entries.
+
+class Edit:
+    """One change of one directory: of its number of entries by `entries`.
+
+    It gets `links` more links, and new times; with None, neither.
     """
 
-    def __init__(self, tx: Transaction, inode: Inode, fields: dict[str, int], entries: int) -> None:
+    def __init__(self, tx: Transaction, inode: Inode, links: int | None, entries: int) -> None:
         self.tx: Final = tx
         self.inode: Final = inode
         self.count: Final = BlockCount(tx.space, inode)
-        self.fields: Final[dict[str, Any]] = {**fields, "entries": inode.record.entries + entries}
+        self.links: Final = links
+        self.entries: Final = entries
 
     def finish(self, data: bytes, kind: int, height: int) -> Inode:
         """Return the directory with this payload and its new number of blocks."""
-        fields = self.fields
-        fields["payload"], fields["height"] = kind, height
-        fields["blocks"] = self.count.total()
-        return self.inode.changed(fields, data)
+        inode, links = self.inode, self.links
+        record = inode.record
+        nlink, mtime, ctime = record.nlink, record.mtime_ns, record.ctime_ns
+        if links is not None:
+            nlink, mtime, ctime = nlink + links, self.tx.now, self.tx.now
+        entries, blocks = record.entries + self.entries, self.count.total()
+        values = (nlink, mtime, ctime, entries, blocks, kind, height, len(data))
+        return Inode(inode.ino, INODE.placed(record, _EDITED, values), data, inode.xattr)
 
 
 def _leaf_capacity(tx: Transaction) -> int:
@@ -226,7 +238,7 @@ def _leaf_nodes(tx: Transaction, ino: int, leaf: Leaf, bound: int) -> Interior:
     Raises NoSpace when no place to split leaves two halves that fit a node.
     """
     if leaf.size <= _leaf_capacity(tx):
-        return interior_of([(bound, _leaf_node(tx, ino, leaf))])
+        return only_child(bound, _leaf_node(tx, ino, leaf))
     cut = _split_point(leaf, _leaf_capacity(tx))
     left, right = leaf.part(0, cut), leaf.part(cut, leaf.count)
     middle = leaf.key(cut) & ~(COLLISIONS - 1)
@@ -277,15 +289,23 @@ def _put_in_place(edit: Edit, path: list[Step], leaf: Leaf) -> Inode:
     """Store a leaf at the end of `path`; the caller has replaced the block there."""
     tx, inode = edit.tx, edit.inode
     step = path[-1]
-    alone = len(path) == 1 and step.interior.count == 1
-    if alone and leaf.size <= _top_capacity(tx, inode) // 2:
+    below_top = len(path) == 1
+    if below_top and step.interior.count == 1 and leaf.size <= _top_capacity(tx, inode) // 2:
         return _inline(edit, leaf)
+    if below_top and leaf.size <= _leaf_capacity(tx):  # the usual case, as the general one below
+        top = step.interior.with_pointer(step.at, _leaf_node(tx, inode.ino, leaf))
+        return _top_put(edit, top, 1)
     children = _leaf_nodes(tx, inode.ino, leaf, step.interior.key(step.at))
     return _put_children(edit, path, children)
 
 
 def _with_children(step: Step, children: Interior) -> Interior:
-    """Return the node of `step` with `children` (0, 1 or 2) in place of the child taken."""
+    """Return the node of `step` with `children` (0, 1 or 2) in place of the child taken.
+
+    The first of them has the bound of that child.
+    """
+    if children.count == 1:
+        return step.interior.with_pointer(step.at, children.pointer(0))
     new = step.interior.replace(step.at, children)
     if not children.count and step.at == 0 and new.count:
         return new.from_bound(step.interior.key(0))  # the next child takes over the range
@@ -314,7 +334,7 @@ def _interior_nodes(
     if not interior.count:
         return NO_CHILDREN
     if interior.size <= tx.block_size - HEADER_SIZE:
-        return interior_of([(bound, _interior_node(tx, ino, interior, level))])
+        return only_child(bound, _interior_node(tx, ino, interior, level))
     cut = interior.count // 2
     left, right = interior.part(0, cut), interior.part(cut, interior.count)
     return interior_of(
@@ -326,7 +346,7 @@ def _interior_nodes(
 
 
 def _interior_node(tx: Transaction, ino: int, interior: Interior, level: int) -> bytes:
-    below = 1 + weight(interior.pointers)
+    below = 1 + weight_of(interior.pointers)
     return tx.space.add_node(DIRNODE, level, ino, interior.count, interior.raw, below, interior)
 
 
@@ -348,6 +368,11 @@ def _put_top(edit: Edit, top: Interior, height: int) -> Inode:
         tx.space.replace(pointer)
         # The lowest bound of a tree is 0, even after a removal of its first child.
         top, height = below.from_bound(0), height - 1
+    return _top_put(edit, top, height)
+
+
+def _top_put(edit: Edit, top: Interior, height: int) -> Inode:
+    """Return the directory with `top`, which fits, as its payload."""
     new = edit.finish(top.raw, fmt.DIRTREE, height)
     new.top = top
     return new

@@ -13,7 +13,7 @@ import errno
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Final
 
 from ivshmemfs.engine import radix
 from ivshmemfs.engine.inode import Inode
@@ -22,7 +22,11 @@ from ivshmemfs.engine.transaction import BlockCount, Transaction, View
 from ivshmemfs.errors import FsError
 from ivshmemfs.format import inode as fmt
 from ivshmemfs.format import node as node_format
+from ivshmemfs.format.inode import INODE
 
+_WRITTEN: Final = INODE.places(
+    "size", "blocks", "mtime_ns", "ctime_ns", "payload", "height", "payload_size"
+)
 Buffer = bytes | bytearray | memoryview
 
 
@@ -105,9 +109,8 @@ def write(tx: Transaction, inode: Inode, offset: int, data: Buffer) -> Inode:
             old += bytes(offset - len(old))
         new = b"".join((old[:offset], data, old[end:]))
         now = tx.modified(record.mtime_ns)
-        return inode.evolve(
-            data=new, payload=fmt.INLINE, height=0, size=size, mtime_ns=now, ctime_ns=now
-        )
+        values = (size, record.blocks, now, now, fmt.INLINE, 0, len(new))
+        return Inode(inode.ino, INODE.placed(record, _WRITTEN, values), new, inode.xattr)
     count = BlockCount(tx.space, inode)
     inode = _as_map(tx, inode)
     first, buffer = _whole_blocks(tx, inode, offset, data)
@@ -150,16 +153,9 @@ def _with_blocks(
     """Return the file with filled blocks from block `first` on; `count` began before them."""
     tree = RadixTree(inode.record.height, inode.data)
     tree = radix.store(tx.space, tree, inode.ino, first, pointers, slots(tx, inode))
-    now = tx.modified(inode.record.mtime_ns)
-    return inode.evolve(
-        data=tree.slots,
-        payload=fmt.MAP,
-        height=tree.height,
-        size=size,
-        mtime_ns=now,
-        ctime_ns=now,
-        blocks=count.total(),
-    )
+    now, data = tx.modified(inode.record.mtime_ns), tree.slots
+    values = (size, count.total(), now, now, fmt.MAP, tree.height, len(data))
+    return Inode(inode.ino, INODE.placed(inode.record, _WRITTEN, values), data, inode.xattr)
 
 
 def _as_map(tx: Transaction, inode: Inode) -> Inode:

@@ -26,11 +26,10 @@ from ivshmemfs.format.dirent import (
     NAME_MAX,
     TYPE_SHIFT,
     Leaf,
-    is_name,
     name_key,
 )
+from ivshmemfs.native import is_name
 
-UNCHANGED: Final[dict[str, int]] = {}  # no changes of the directory's record
 LISTED: Final = 128  # entries that one call of `leaf_after` returns at most
 
 
@@ -61,6 +60,11 @@ class LeafPosition:
         self.path: Final = path
         self.leaf: Final = leaf
         self.at: Final = leaf.find(base, name)
+
+    @property
+    def ino(self) -> int:
+        """The number of the inode that the name leads to; -1 when the name is not there."""
+        return self.leaf.ino(self.at) & INO_MASK if self.at >= 0 else -1
 
     @property
     def entry(self) -> Dirent | None:
@@ -147,7 +151,7 @@ def entries(view: View, inode: Inode) -> Iterator[Dirent]:
         key = found[-1].key
 
 
-# --- changing -------------------------------------------------------------------------------
+# --- changing: `links` is as in `btree.Edit` ---------------------------------------------------
 
 
 def insert(
@@ -156,24 +160,24 @@ def insert(
     position: LeafPosition,
     ino: int,
     kind: int,
-    changes: dict[str, int] = UNCHANGED,
+    links: int | None = None,
 ) -> Inode:
-    """Return the directory with a new entry, and with other `changes` of its record.
+    """Return the directory with a new entry.
 
     The caller has checked the name (`check_name`) and has seen that it is not there.  Raises
     NoSpace.
     """
-    edit = Edit(tx, inode, changes, 1)
+    edit = Edit(tx, inode, links, 1)
     key = _free_key(position.leaf, position.base)
     leaf = position.leaf.insert(key, ino | kind << TYPE_SHIFT, position.name)
     return btree.store_leaf(edit, position.path, leaf)
 
 
 def remove(
-    tx: Transaction, inode: Inode, position: LeafPosition, changes: dict[str, int] = UNCHANGED
+    tx: Transaction, inode: Inode, position: LeafPosition, links: int | None = None
 ) -> Inode:
     """Return the directory without the entry at `position`; raises ENOENT, NoSpace."""
-    edit = Edit(tx, inode, changes, -1)
+    edit = Edit(tx, inode, links, -1)
     leaf = position.leaf.remove(_present(position))
     return btree.store_smaller_leaf(edit, position.path, leaf)
 
@@ -184,13 +188,13 @@ def replace(
     position: LeafPosition,
     ino: int,
     kind: int,
-    changes: dict[str, int] = UNCHANGED,
+    links: int | None = None,
 ) -> Inode:
     """Return the directory whose entry at `position` leads to inode `ino`.
 
     Raises ENOENT, NoSpace.
     """
-    edit = Edit(tx, inode, changes, 0)
+    edit = Edit(tx, inode, links, 0)
     leaf = position.leaf.replace(_present(position), ino | kind << TYPE_SHIFT)
     return btree.store_leaf(edit, position.path, leaf)
 

@@ -851,7 +851,8 @@ def _changed(inode: Inode, changes: dict[str, int], now: int) -> Inode:
         if field in fields:
             moment = fields[field]
             fields[field] = now if moment == NOW else min(max(moment, EARLIEST), LATEST)
-    return inode.evolve(ctime_ns=now, **fields)
+    fields["ctime_ns"] = now
+    return inode.changed(fields)
 
 
 def _entries_after(view: View, ino: int, key: int) -> list[Dirent]:

@@ -15,6 +15,7 @@ from ivshmemfs.format import node as node_format
 from ivshmemfs.format import words
 from ivshmemfs.format.dirent import Interior, Leaf
 from ivshmemfs.format.inode import INODE, PAYLOAD_OFFSET, InodeRecord
+from ivshmemfs.native import placed_tuple
 
 SECTOR: Final = 512  # bytes; the unit of `Attr.blocks`
 # The values of the module `stat`, as constants at compile time.
@@ -37,6 +38,10 @@ class Attr(NamedTuple):
     atime_ns: int
     mtime_ns: int
     ctime_ns: int
+
+
+_NO_ATTR: Final = Attr(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0)
+_ALL: Final = tuple(range(len(_NO_ATTR)))
 
 
 class Context(NamedTuple):
@@ -93,10 +98,6 @@ class Inode:
         else:
             changes["xattr_inline"] = len(xattr)
         return Inode(self.ino, INODE.changed(self.record, changes), data, xattr)
-
-    def body(self) -> bytes:
-        """Return the inode block after the node header."""
-        return INODE.pack(self.record) + self.data + self.xattr
 
     @property
     def is_dir(self) -> bool:
@@ -164,7 +165,7 @@ def attributes(inode: Inode, block_size: int) -> Attr:
             held = 1 if record.size else 0
         elif inode.is_regular:
             held -= 1  # other file systems do not count the inode block either
-        inode.attr = Attr(
+        values = (
             inode.ino,
             record.mode,
             record.nlink,
@@ -177,4 +178,6 @@ def attributes(inode: Inode, block_size: int) -> Attr:
             record.mtime_ns,
             record.ctime_ns,
         )
+        # As Attr(*values), without a call of Python code.
+        inode.attr = placed_tuple(_NO_ATTR, _ALL, values)
     return inode.attr

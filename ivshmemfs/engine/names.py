@@ -17,7 +17,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from typing import Any
+from typing import Final
 
 from ivshmemfs.engine import acl, data, directory
 from ivshmemfs.engine.directory import Dirent, LeafPosition
@@ -28,9 +28,18 @@ from ivshmemfs.errors import Corrupt, FsError
 from ivshmemfs.format.inode import INODE, ORPHANS_INO, ROOT_INO, InodeRecord, orphan_name
 
 RENAME_NOREPLACE, RENAME_EXCHANGE, RENAME_WHITEOUT = 1, 2, 4
+# The values of the module `stat`, as constants at compile time.
+_FORMAT: Final = 0o170000
+_DIRECTORY: Final = 0o040000
+_LINK: Final = 0o120000
+_SET_GROUP_ID: Final = 0o2000
 LINK_MAX = (1 << 31) - 1  # names of one inode
 DEPTH_MAX = 1000  # directories above the place to which a directory is moved; limits the check
 _BLANK = INODE.unpack(bytes(INODE.size))._replace(blocks=1)
+_NEW: Final = INODE.places(
+    "mode", "nlink", "uid", "gid", "rdev", "parent",
+    "atime_ns", "mtime_ns", "ctime_ns", "btime_ns",
+)  # fmt: skip
 
 
 def folder_of(view: View, ino: int) -> Inode:
@@ -57,9 +66,13 @@ def parent_of(view: View, ino: int, name: bytes) -> Inode:
 
 def target(view: View, entry: Dirent) -> Inode:
     """Return the inode of a directory entry; raises Corrupt."""
-    inode = view.find_inode(entry.ino)
+    return _target(view, entry.ino, entry.name)
+
+
+def _target(view: View, ino: int, name: bytes) -> Inode:
+    inode = view.find_inode(ino)
     if inode is None:
-        raise Corrupt(f"name {entry.name!r} leads to inode {entry.ino}, which does not exist")
+        raise Corrupt(f"name {name!r} leads to inode {ino}, which does not exist")
     return inode
 
 
@@ -67,10 +80,10 @@ def _existing(view: View, parent: int, name: bytes) -> tuple[Inode, LeafPosition
     """Return (directory, position of `name`, inode of `name`); raises ENOENT."""
     folder = parent_of(view, parent, name)
     position = directory.locate(view, folder, name)
-    entry = position.entry
-    if entry is None:
+    ino = position.ino
+    if ino < 0:
         raise FsError(errno.ENOENT)
-    return folder, position, target(view, entry)
+    return folder, position, _target(view, ino, name)
 
 
 def _vacant(view: View, parent: int, name: bytes) -> tuple[Inode, LeafPosition]:
@@ -129,31 +142,35 @@ def new_record(
     In a set-group-ID directory it gets the directory's group, and a directory gets the bit.
     """
     gid, above = ctx.gid, folder.record
-    if above.mode & stat.S_ISGID:
+    if above.mode & _SET_GROUP_ID:
         gid = above.gid
-        if stat.S_ISDIR(mode):
-            mode |= stat.S_ISGID
-    fields: dict[str, Any] = {
-        "mode": mode, "nlink": nlink, "uid": ctx.uid, "gid": gid, "rdev": rdev, "parent": parent,
-        "atime_ns": tx.now, "mtime_ns": tx.now, "ctime_ns": tx.now, "btime_ns": tx.now,
-    }  # fmt: skip
-    return INODE.changed(_BLANK, fields)
+        if mode & _FORMAT == _DIRECTORY:
+            mode |= _SET_GROUP_ID
+    now = tx.now
+    values = (mode, nlink, ctx.uid, gid, rdev, parent, now, now, now, now)
+    return INODE.placed(_BLANK, _NEW, values)
 
 
-def new_inode(tx: Transaction, folder: Inode, mode: int, ctx: Context, **fields: int) -> Inode:
+def new_inode(
+    tx: Transaction,
+    folder: Inode,
+    mode: int,
+    ctx: Context,
+    *,
+    nlink: int = 1,
+    rdev: int = 0,
+    parent: int = 0,
+) -> Inode:
     """A new inode made in `folder` by `ctx`, with the access lists that it inherits."""
-    link = stat.S_ISLNK(mode)
-    if not folder.record.xattr_size and not link:
+    link = mode & _FORMAT == _LINK
+    inherits = folder.record.xattr_size and not link
+    if not inherits and not link:
         mode &= ~ctx.umask
-    inode = tx.new_inode(new_record(tx, folder, mode, ctx, **fields))
-    if folder.record.xattr_size and not link:
+    record = new_record(tx, folder, mode, ctx, nlink=nlink, rdev=rdev, parent=parent)
+    inode = tx.new_inode(record)
+    if inherits:
         inode = tx.put(acl.inherit(tx, folder, inode, ctx.umask))
     return inode
-
-
-def _dated(tx: Transaction, folder: Inode, links: int) -> dict[str, int]:
-    """Return changes of a directory's record: new times, and `links` more links."""
-    return {"mtime_ns": tx.now, "ctime_ns": tx.now, "nlink": folder.record.nlink + links}
 
 
 def add(
@@ -163,24 +180,26 @@ def add(
 
     Returns the changed directory; raises NoSpace.
     """
-    changes = _dated(tx, folder, links)
-    return tx.put(directory.insert(tx, folder, position, inode.ino, _kind(inode), changes))
+    return tx.put(directory.insert(tx, folder, position, inode.ino, _kind(inode), links))
 
 
 def make(
-    tx: Transaction, folder_ino: int, name: bytes, mode: int, ctx: Context, **fields: int
+    tx: Transaction, folder_ino: int, name: bytes, mode: int, ctx: Context, *, rdev: int = 0
 ) -> Inode:
-    """Return a new inode of any type under a new name; raises EEXIST, NoSpace."""
+    """Return a new inode, not a directory, under a new name; raises EEXIST, NoSpace."""
     folder, position = _vacant(tx, folder_ino, name)
-    inode = new_inode(tx, folder, mode, ctx, **fields)
-    add(tx, folder, position, inode, links=int(stat.S_ISDIR(mode)))
+    inode = new_inode(tx, folder, mode, ctx, rdev=rdev)
+    add(tx, folder, position, inode)
     return inode
 
 
 def mkdir(tx: Transaction, parent: int, name: bytes, mode: int, ctx: Context) -> Inode:
     """Return a new directory; raises EEXIST, NoSpace."""
     keep = stat.S_IMODE(mode) & ~SET_ID_BITS
-    return make(tx, parent, name, stat.S_IFDIR | keep, ctx, parent=parent, nlink=2)
+    folder, position = _vacant(tx, parent, name)
+    inode = new_inode(tx, folder, _DIRECTORY | keep, ctx, nlink=2, parent=parent)
+    add(tx, folder, position, inode, links=1)
+    return inode
 
 
 def symlink(tx: Transaction, parent: int, name: bytes, to: bytes, ctx: Context) -> Inode:
@@ -257,8 +276,7 @@ def _take_name(
     if victim.is_dir:
         raise FsError(errno.EISDIR)
     _unlinked(tx, victim)
-    changes = _dated(tx, folder, 0)
-    tx.put(directory.replace(tx, folder, position, inode.ino, _kind(inode), changes))
+    tx.put(directory.replace(tx, folder, position, inode.ino, _kind(inode), 0))
 
 
 # --- removing -------------------------------------------------------------------------------
@@ -306,7 +324,7 @@ def unlink(tx: Transaction, parent: int, name: bytes) -> None:
     folder, position, inode = _existing(tx, parent, name)
     if inode.is_dir:
         raise FsError(errno.EISDIR)
-    tx.put(directory.remove(tx, folder, position, _dated(tx, folder, 0)))
+    tx.put(directory.remove(tx, folder, position, 0))
     _unlinked(tx, inode)
 
 
@@ -318,7 +336,7 @@ def rmdir(tx: Transaction, parent: int, name: bytes) -> None:
     if inode.record.entries:
         raise FsError(errno.ENOTEMPTY)
     links = max(folder.record.nlink - 1, 2) - folder.record.nlink
-    tx.put(directory.remove(tx, folder, position, _dated(tx, folder, links)))
+    tx.put(directory.remove(tx, folder, position, links))
     tx.remove(inode)
 
 
@@ -412,11 +430,11 @@ def _move(
     """Move the entry at `position` of directory `old` to `name` in directory `new`."""
     links = int(inode.is_dir and old != new)
     source = tx.inode(old)
-    tx.put(directory.remove(tx, source, position, _dated(tx, source, -links)))
+    tx.put(directory.remove(tx, source, position, -links))
     folder = tx.inode(new)
-    place, changes = directory.locate(tx, folder, name), _dated(tx, folder, links)
+    place = directory.locate(tx, folder, name)
     enter = directory.replace if over else directory.insert
-    tx.put(enter(tx, folder, place, inode.ino, _kind(inode), changes))
+    tx.put(enter(tx, folder, place, inode.ino, _kind(inode), links))
     tx.touch(inode.ino, **({"parent": new} if inode.is_dir else {}))
 
 
@@ -438,7 +456,7 @@ def _exchange(
     for (folder, name), comes, goes in ((old, other, inode), (new, inode, other)):
         links = int(comes.is_dir) - int(goes.is_dir) if old[0] != new[0] else 0
         inside = tx.inode(folder)
-        position, changes = directory.locate(tx, inside, name), _dated(tx, inside, links)
-        tx.put(directory.replace(tx, inside, position, comes.ino, _kind(comes), changes))
+        position = directory.locate(tx, inside, name)
+        tx.put(directory.replace(tx, inside, position, comes.ino, _kind(comes), links))
         tx.touch(comes.ino, **({"parent": folder} if comes.is_dir else {}))
     return inode.ino, other.ino

@@ -17,8 +17,7 @@ from typing import Final
 from ivshmemfs.errors import Corrupt
 from ivshmemfs.format import words
 from ivshmemfs.format.node import HEADER_SIZE, INDEX, MAX_HEIGHT
-from ivshmemfs.format.words import weight_of
-from ivshmemfs.native import put_slots
+from ivshmemfs.native import put_slots, swap_slots, weight_of
 from ivshmemfs.shm.nodes import NodeSource
 from ivshmemfs.shm.workspace import Workspace
 
@@ -175,14 +174,7 @@ def count_pointers(pointers: bytes) -> int:
     """Return how many packed leaf pointers are not null."""
     if len(pointers) == SIZE:
         return int(pointers != NULL)
-    if not pointers.strip(b"\0"):
-        return 0
-    return sum(memoryview(pointers).cast("I")[1::4].tolist())
-
-
-def weight(slots: bytes) -> int:
-    """Return the number of blocks below a run of slots."""
-    return sum(memoryview(slots).cast("I")[1::4].tolist())
+    return weight_of(pointers)
 
 
 def store(
@@ -223,31 +215,22 @@ def _store(
 
     `runs` are (index of the first leaf, packed pointers) by ascending index.
     """
-    total = 0
     if height == 0:
-        for first, pointers in runs:
-            at = start + first * SIZE
-            total += count_pointers(pointers) - _replace(space, node[at : at + len(pointers)])
-        return put_slots(node, start, runs), total
-    changes = list[tuple[int, bytes]]()
+        slots, gone, gain = swap_slots(node, start, runs)
+        space.replace_leaves(gone)
+        return slots, gain
+    total, changes = 0, list[tuple[int, bytes]]()
     for top, here in _by_child(runs, span_of(space.fanout, height)):
         child = node[start + top * SIZE : start + top * SIZE + SIZE] or NULL
         below = _below(space, child, height - 1, owner)
-        slots, delta = _store(space, below, HEADER_SIZE, height - 1, owner, here)
-        pointer, delta = _renewed(space, child, height - 1, owner, slots, delta)
+        if height == 1:
+            pointer, delta = _swapped(space, child, owner, below, here)
+        else:
+            slots, delta = _store(space, below, HEADER_SIZE, height - 1, owner, here)
+            pointer, delta = _renewed(space, child, height - 1, owner, slots, delta)
         changes.append((top, pointer))
         total += delta
     return put_slots(node, start, changes), total
-
-
-def _replace(space: Workspace, leaves: bytes) -> int:
-    """Replace leaves; return how many of them are not null."""
-    gone = count_pointers(leaves)
-    if gone == 1 and len(leaves) == SIZE:
-        space.replace(leaves)
-    elif gone:
-        space.replace_many(leaves, gone)
-    return gone
 
 
 def _by_child(
@@ -263,10 +246,13 @@ def _by_child(
                 here = list[tuple[int, bytes]]()
                 found.append((top, here))
                 last = top
-            piece = pointers[: (span - inner) * SIZE]
-            here.append((inner, piece))
-            first += len(piece) // SIZE
-            pointers = pointers[len(piece) :]
+            room = (span - inner) * SIZE
+            if len(pointers) <= room:
+                here.append((inner, pointers))
+                break
+            here.append((inner, pointers[:room]))
+            first += span - inner
+            pointers = pointers[room:]
     return found
 
 
@@ -276,6 +262,8 @@ def fit(space: Workspace, tree: RadixTree, owner: int, last: int, capacity: int)
     The tree has at most `capacity` top slots.  Raises NoSpace, ValueError beyond MAX_HEIGHT.
     """
     height, slots = tree.height, tree.slots
+    if last < capacity * span_of(space.fanout, height) and len(slots) <= capacity * SIZE:
+        return tree
     while last >= capacity * span_of(space.fanout, height) or len(slots) > capacity * SIZE:
         if height >= MAX_HEIGHT:
             raise ValueError("the tree cannot grow any higher")
@@ -291,7 +279,7 @@ def _node(space: Workspace, level: int, owner: int, slots: bytes) -> bytes:
     slots = trim(slots)
     if not slots:
         return NULL
-    return space.add_node(INDEX, level, owner, 0, slots, 1 + weight(slots))
+    return space.add_node(INDEX, level, owner, 0, slots, 1 + weight_of(slots))
 
 
 def _below(space: Workspace, child: bytes, level: int, owner: int) -> bytes:
@@ -314,6 +302,21 @@ def _renewed(
         return NULL, -old_weight
     new_weight = (old_weight or 1) + delta
     return space.add_node(INDEX, level, owner, 0, below, new_weight), new_weight - old_weight
+
+
+def _swapped(
+    space: Workspace, child: bytes, owner: int, below: bytes, runs: list[tuple[int, bytes]]
+) -> tuple[bytes, int]:
+    """Replace lowest node `child`, whose bytes are `below`, by one with new leaves.
+
+    Returns what `_renewed` returns.
+    """
+    old_weight = 0
+    if child != NULL:
+        old_weight = weight_of(child)
+        space.replace(child)
+    pointer, new_weight = space.swap_leaves(INDEX, owner, below, runs, old_weight or 1)
+    return pointer, new_weight - old_weight
 
 
 def cut(space: Workspace, tree: RadixTree, owner: int, first: int) -> RadixTree:

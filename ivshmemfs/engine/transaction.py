@@ -29,6 +29,7 @@ from ivshmemfs.format import inode as fmt
 from ivshmemfs.format import node as node_format
 from ivshmemfs.format import words
 from ivshmemfs.format.dirent import NODE_ENTRY, decode_interior
+from ivshmemfs.format.inode import INODE as INODE_RECORD
 from ivshmemfs.format.inode import InodeRecord
 from ivshmemfs.format.node import (
     DIRLEAF,
@@ -46,6 +47,9 @@ from ivshmemfs.shm.published import Store
 from ivshmemfs.shm.workspace import Workspace
 
 LARGEST_CLAIM: Final = 2048  # blocks; no request needs more: 1 MiB in blocks of 1 KiB, and its map
+_SEALED: Final = ROOT_RECORD.places(
+    "sequence", "next_ino", "used", "inodes", "orphans", "time_ns", "height", "slots"
+)
 CACHED_MAX: Final = 1000  # inodes, and as many names, that a mount caches beside the node cache
 
 
@@ -274,7 +278,8 @@ class Transaction(View):
 
     def touch(self, ino: int, **changes: Any) -> Inode:
         """Change fields of an inode's record, and its ctime; raises StaleHandle."""
-        return self.put(self.inode(ino).evolve(ctime_ns=self.now, **changes))
+        changes["ctime_ns"] = self.now
+        return self.put(self.inode(ino).changed(changes))
 
     def remove(self, inode: Inode) -> None:
         """Leave `inode` out of the new root; the mount releases its blocks after the commit."""
@@ -338,31 +343,35 @@ class Transaction(View):
         room = geometry.block_count - (0 if self.removal else geometry.reserve)
         if used > room and self.space.balance > 0:
             raise NoSpace("the region is full")
-        changes: dict[str, Any] = {
-            "sequence": self._next_sequence(),
-            "next_ino": self.next_ino,
-            "used": max(used, 1),
-            "inodes": max(self._inodes, 0),
-            "orphans": max(self.orphans, 0),
-            "time_ns": self.now,
-            "height": table.height,
-            "slots": len(table.slots) // radix.SIZE,
-        }
-        new = ROOT_RECORD.changed(record, changes)
+        values = (
+            self._next_sequence(record.sequence),
+            self.next_ino,
+            used if used > 1 else 1,
+            self._inodes if self._inodes > 0 else 0,
+            self.orphans if self.orphans > 0 else 0,
+            self.now,
+            table.height,
+            len(table.slots) // radix.SIZE,
+        )
+        new = ROOT_RECORD.placed(record, _SEALED, values)
         self.space.replace(self.root.pointer)
-        pointer = self.space.add_node(ROOT, 0, 0, 0, ROOT_RECORD.pack(new) + table.slots)
+        raw = ROOT_RECORD.pack(new)
+        pointer = self.space.add_node(ROOT, 0, 0, 0, raw, 1, None, table.slots)
         node = self.space.node(pointer, ROOT, 0, 0)
         node.parsed = RootNode(new, table, pointer)
         return node
 
-    def _next_sequence(self) -> int:
-        """Return the sequence number of this commit; it also counts fences, which make no root."""
-        last = self.root.record.sequence
-        fences = (words.split_commit(self.word)[0] - last) & words.SEQUENCE_MASK
+    def _next_sequence(self, last: int) -> int:
+        """Return the sequence number of this commit; `last` is that of the root before.
+
+        It also counts fences, which make no root.
+        """
+        fences = ((self.word >> words.BLOCK_BITS) - last) & words.SEQUENCE_MASK
         return words.next_sequence(last + fences)
 
     def _seal_inode(self, ino: int) -> bytes:
         inode = self._dirty[ino]
         if inode is None:
             return NULL
-        return self.space.add_node(INODE, 0, ino, 0, inode.body(), 1, inode)
+        raw = INODE_RECORD.pack(inode.record)
+        return self.space.add_node(INODE, 0, ino, 0, raw, 1, inode, inode.data, inode.xattr)

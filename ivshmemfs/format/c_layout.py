@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ivshmemfs.format import dirent, geometry, node, words
+from ivshmemfs.format import dirent, geometry, node, open_filter, words
 
 _HEADER = node.HEADER
 _POINTER = words.POINTER_LAYOUT
@@ -17,7 +17,11 @@ CONSTANTS: dict[str, tuple[int, str]] = {
     "NODE_HEADER": (node.HEADER_SIZE, "bytes"),
     "NODE_CRC_AT": (_CRC, "u32"),
     "NODE_CRC_FROM": (_CRC + 4, "first byte that the checksum covers"),
+    "NODE_KIND_AT": (_HEADER.offset("kind"), "u8"),
+    "NODE_LEVEL_AT": (_HEADER.offset("level"), "u8"),
+    "NODE_COUNT_AT": (_HEADER.offset("count"), "u16"),
     "NODE_USED_AT": (_HEADER.offset("used"), "u32"),
+    "NODE_OWNER_AT": (_HEADER.offset("owner"), "u64"),
     "NODE_TAG_AT": (_HEADER.offset("tag"), "u64"),
     "ENTRY_FIXED": (dirent.ENTRY_FIXED, "bytes of a directory entry besides its name"),
     "LEAF_NAME_MAX": (dirent.NAME_MAX, "bytes"),
@@ -30,6 +34,9 @@ CONSTANTS: dict[str, tuple[int, str]] = {
     "INCARNATION_SHIFT": (words.INCARNATION_SHIFT, "of a tag"),
     "INCARNATION_MASK": (words.INCARNATION_MASK, "after the shift"),
     "COUNTER_MASK": (words.COUNTER_MASK, "of a tag"),
+    "FILTER_FACTOR": (open_filter.FACTOR, "of an inode number"),
+    "FILTER_SHIFT": (open_filter.SHIFT, "of the product"),
+    "FILTER_SIZE": (open_filter.SIZE, "bits of the open filter"),
 }
 
 

@@ -26,6 +26,7 @@ from typing import Final
 from ivshmemfs.format.words import POINTER_SIZE, WORD
 from ivshmemfs.native import (
     ascending,
+    is_name,
     leaf_find,
     leaf_insert,
     leaf_remove,
@@ -43,7 +44,6 @@ TYPE_SHIFT: Final = 56
 INO_MASK: Final = (1 << 56) - 1
 FIRST_KEY: Final = COLLISIONS  # smaller keys are cookies of "." and ".."
 LAST_KEY: Final = (1 << 63) - 1
-_DOTS: Final = (b".", b"..")
 _pack_word = struct.Struct("<Q").pack
 _unpack_word = struct.Struct("<Q").unpack_from
 
@@ -56,13 +56,6 @@ def name_key(name: bytes, secret: bytes) -> int:
     """
     digest = hashlib.blake2b(name, digest_size=8, key=secret).digest()
     return max(int.from_bytes(digest, "little") >> 9, 1) << 8
-
-
-def is_name(name: bytes) -> bool:
-    """Return whether these bytes are a valid name in a directory."""
-    if not 1 <= len(name) <= NAME_MAX or name in _DOTS:
-        return False
-    return b"/" not in name and b"\0" not in name
 
 
 def column(raw: bytes = b"") -> "array[int]":
@@ -255,6 +248,12 @@ class Interior:
         )
         return Interior(b"".join(parts), self.count - 1 + children.count)
 
+    def with_pointer(self, at: int, pointer: bytes) -> "Interior":
+        """Return the node with another pointer to child `at`."""
+        place = WORD * self.count + POINTER_SIZE * at
+        raw = self.raw
+        return Interior(raw[:place] + pointer + raw[place + POINTER_SIZE :], self.count)
+
     def part(self, start: int, stop: int) -> "Interior":
         """Return a node of the children [start, stop)."""
         keys, pointers = self.raw[WORD * start : WORD * stop], WORD * self.count
@@ -272,6 +271,11 @@ class Interior:
 
 
 NO_CHILDREN: Final = Interior(b"", 0)
+
+
+def only_child(bound: int, pointer: bytes) -> Interior:
+    """Return the node of one child."""
+    return Interior(_pack_word(bound) + pointer, 1)
 
 
 def interior_of(children: list[tuple[int, bytes]]) -> Interior:

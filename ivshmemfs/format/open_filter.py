@@ -13,6 +13,8 @@ This module is compiled: the engine computes an index for each file that it open
 
 from typing import Final
 
+from ivshmemfs.native import filter_index
+
 WORDS: Final = 32
 BITS: Final = 48  # filter bits of one word
 SIZE: Final = WORDS * BITS
@@ -22,9 +24,8 @@ FACTOR: Final = 0x9E3779B97F4A7C15  # 2^64 / golden ratio: spreads consecutive i
 SHIFT: Final = 20
 
 
-def index_of(ino: int) -> int:
-    """Return the index, from 0 to SIZE - 1, of the filter bit of inode `ino`."""
-    return (ino * FACTOR >> SHIFT) % SIZE
+#: index_of(ino) is the index, from 0 to SIZE - 1, of the filter bit of inode `ino`.
+index_of: Final = filter_index
 
 
 def split_index(index: int) -> tuple[int, int]:

@@ -14,7 +14,7 @@ import struct
 from collections.abc import Iterable, Iterator
 from typing import Annotated, Any, Generic, NamedTuple, TypeVar, get_args, get_origin
 
-from ivshmemfs.native import changed_tuple
+from ivshmemfs.native import changed_tuple, packed_tuple, placed_tuple
 
 T = TypeVar("T", bound=tuple[Any, ...])
 Buffer = bytes | bytearray | memoryview
@@ -47,6 +47,13 @@ def _fields(cls: type) -> Iterator[Field]:
         yield Field(name, at.offset, struct.calcsize("<" + at.code), at.code, at.doc)
 
 
+def _row(field: Field) -> bytes:
+    """Return a field's row in the plan of `packed_tuple`: offset, width, kind of value."""
+    code = field.code[-1:]
+    kind = b"b" if code == "s" else b"s" if code.islower() else b"u"
+    return struct.pack("<HBc", field.offset, field.width, kind)
+
+
 class Layout(Generic[T]):
     """Packs and unpacks one record type; `size` in bytes."""
 
@@ -58,7 +65,7 @@ class Layout(Generic[T]):
         self._struct = struct.Struct(self._format())
         if self._struct.size != size:
             raise TypeError(f"{self.name} takes {self._struct.size} bytes, not {size}")
-        self.pack_values = self._struct.pack  # the fields in order, for hot paths
+        self._plan = b"".join(map(_row, self.fields))
         self.unpack_values = self._struct.unpack_from
         self._offsets = {field.name: field.offset for field in self.fields}
         self._places = {field.name: place for place, field in enumerate(self.fields)}
@@ -93,7 +100,15 @@ class Layout(Generic[T]):
 
     def pack(self, record: T) -> bytes:
         """Return `size` bytes; raises struct.error if a value does not fit its field."""
-        return self._struct.pack(*record)
+        return packed_tuple(record, self._plan, self.size)
+
+    def places(self, *names: str) -> tuple[int, ...]:
+        """Return the places of these fields in the record, for `placed`."""
+        return tuple([self._places[name] for name in names])
+
+    def placed(self, record: T, places: tuple[int, ...], values: tuple[Any, ...]) -> T:
+        """Return the record with other values at these places; `changed` for hot paths."""
+        return placed_tuple(record, places, values)
 
     def offset(self, name: str) -> int:
         """Return the byte offset of a field in the record."""

@@ -74,16 +74,6 @@ def block_of(pointer: bytes) -> int:
     return int.from_bytes(pointer[:WEIGHT_AT], "little")
 
 
-def weight_of(pointer: bytes) -> int:
-    """Return the number of blocks in the subtree that a packed pointer leads to."""
-    return int.from_bytes(pointer[WEIGHT_AT:TAG_AT], "little")
-
-
-def with_weight(pointer: bytes, weight: int) -> bytes:
-    """Return a packed pointer to the same block, with another weight."""
-    return pointer[:WEIGHT_AT] + weight.to_bytes(TAG_AT - WEIGHT_AT, "little") + pointer[TAG_AT:]
-
-
 def make_commit(sequence: int, block: int) -> int:
     """Return the commit word that publishes root `block` as commit number `sequence`."""
     return (sequence & SEQUENCE_MASK) << BLOCK_BITS | block

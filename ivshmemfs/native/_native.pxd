@@ -24,6 +24,8 @@ cdef extern from "native.h" nogil:
         MAX_SLOTS
         NODE_HEADER
         POINTER_SIZE
+        POINTER_TAG_AT
+        POINTER_WEIGHT_AT
         WORD_SIZE
 
     enum:
@@ -82,6 +84,13 @@ cdef extern from "native.h" nogil:
         uint64_t block
         uint64_t tag
         uint32_t used
+
+    struct node_header:
+        uint64_t kind
+        uint64_t level
+        uint64_t count
+        uint64_t owner
+        uint64_t tag
 
     struct leaf:
         const unsigned char *raw
@@ -142,12 +151,17 @@ cdef extern from "native.h" nogil:
 
     int node_read_header(node_read *read)
     int node_read_rest(const node_read *read, unsigned char *node)
+    void node_seal(const node_header *header, unsigned char *node, uint64_t size)
+    int node_store(const blocks *blocks, uint64_t block, const unsigned char *node, uint64_t size)
     int node_write(const blocks *blocks, uint64_t block, const unsigned char *node, uint64_t size)
 
     uint64_t packed_lower_bound(const unsigned char *words, uint64_t count, uint64_t value)
     bint packed_ascending(const unsigned char *words, uint64_t count)
     uint64_t packed_sum(const unsigned char *data, uint64_t start, uint64_t stop)
+    uint64_t packed_weight(const unsigned char *pointers, uint64_t count)
     uint64_t slots_trimmed(const unsigned char *slots, uint64_t size)
+    uint64_t filter_bit "filter_index"(uint64_t ino)
+    bint name_is_fit(const unsigned char *name, uint64_t length)
     int leaf_check(const leaf *leaf)
     int64_t leaf_search "leaf_find"(const leaf *leaf, uint64_t key, uint64_t span,
                                     const unsigned char *name, uint64_t length)

@@ -7,14 +7,20 @@ and turns a status into an exception.  _native.pyi says what each function promi
 """
 
 cimport cython
+from cpython.bytearray cimport PyByteArray_AsString, PyByteArray_Resize, PyByteArray_Size
 from cpython.bytes cimport PyBytes_CheckExact, PyBytes_FromStringAndSize
 from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
 from cpython.mem cimport PyMem_Free, PyMem_Malloc
 from cpython.object cimport PyObject
 from libc.errno cimport EIO, EROFS
 from libc.limits cimport INT_MAX
-from libc.stdint cimport INT64_MAX, UINT32_MAX, UINT64_MAX, int64_t, uint32_t, uint64_t, uintptr_t
+from libc.stdint cimport (
+    INT64_MAX, UINT16_MAX, UINT32_MAX, UINT64_MAX, int64_t, uint8_t, uint16_t, uint32_t, uint64_t,
+    uintptr_t,
+)
 from libc.string cimport memcpy, memset, strerror
+
+from struct import error as StructError
 
 
 cdef extern from *:
@@ -56,11 +62,22 @@ cdef extern from *:
         return copy;
     }
 
+    /* Replace one item; the tuple is still private.  -1 with IndexError or TypeError. */
+    static int tuple_put(PyObject *copy, PyObject *place, PyObject *value)
+    {
+        Py_ssize_t at = PyLong_AsSsize_t(place);
+
+        if (at == -1 && PyErr_Occurred())
+            return -1;
+        Py_INCREF(value);
+        return PyTuple_SetItem(copy, at, value);
+    }
+
     /* Replace items by name; the tuple is still private.  -1 with KeyError or TypeError. */
     static int tuple_change(PyObject *copy, PyObject *places, PyObject *changes)
     {
         PyObject *name, *value, *place;
-        Py_ssize_t next = 0, at;
+        Py_ssize_t next = 0;
 
         while (PyDict_Next(changes, &next, &name, &value)) {
             if ((place = PyDict_GetItemWithError(places, name)) == NULL) {
@@ -68,11 +85,7 @@ cdef extern from *:
                     PyErr_SetObject(PyExc_KeyError, name);
                 return -1;
             }
-            at = PyLong_AsSsize_t(place);
-            if (at == -1 && PyErr_Occurred())
-                return -1;
-            Py_INCREF(value);
-            if (PyTuple_SetItem(copy, at, value) < 0)
+            if (tuple_put(copy, place, value) < 0)
                 return -1;
         }
         return 0;
@@ -83,6 +96,7 @@ cdef extern from *:
     char *BYTES_DATA(object) noexcept
     Py_ssize_t BYTES_SIZE(object) noexcept
     object tuple_copy(object values)
+    int tuple_put(object copy, object place, object value) except -1
     int tuple_change(object copy, dict places, dict changes) except -1
 
 cdef extern from "Python.h":
@@ -413,6 +427,18 @@ file or device no longer backs raises OSError(EIO)."""
         finally:
             PyMem_Free(words)
 
+    def indices_where(self, offset, stride, count, mask, value):
+        """A list of the indices of the words whose bits of `mask` are `value`."""
+        cdef uint64_t length, at, bits, wanted
+        cdef uint64_t *words
+        take(mask, "mask", &bits)
+        take(value, "value", &wanted)
+        words = self.column(offset, stride, count, &length)
+        try:
+            return [at for at in range(length) if words[at] & bits == wanted]
+        finally:
+            PyMem_Free(words)
+
     def fence(self):
         """A full barrier."""
         fence()
@@ -645,6 +671,38 @@ Returns their packed pointers and the next cursor."""
         finally:
             PyMem_Free(into)
 
+    def reclaim_last(self, known, count, tag):
+        """Cut up to `count` pointers off the end of a bytearray, and claim those of their blocks that
+are free. Returns a list of pointers to them."""
+        cdef unsigned char places[64 * 16]  # a trap's callback may change the bytearray
+        cdef unsigned char few[64 * 16]
+        cdef uint64_t mine, wanted, most, at = 0, got = 0
+        cdef view taken
+        cdef int status
+        if not isinstance(known, bytearray):
+            raise TypeError("a bytearray is wanted")
+        take(count, "count", &wanted)
+        self.take_tag(tag, &mine)
+        most = <uint64_t>PyByteArray_Size(known) // POINTER_SIZE
+        wanted = min(wanted, most, <uint64_t>64)
+        if wanted == 0:
+            return []
+        taken.held = False
+        taken.size = wanted * POINTER_SIZE
+        taken.data = places
+        memcpy(places, PyByteArray_AsString(known) + (most - wanted) * POINTER_SIZE, taken.size)
+        PyByteArray_Resize(known, <Py_ssize_t>((most - wanted) * POINTER_SIZE))
+        status = pointers_check(&self.table, taken.data, wanted, True, &at)
+        if status != STATUS_OK:
+            self.fail_pointers(&taken, status, at)
+        status = mapping_use_for_stores(self.table.mapping)
+        if status == STATUS_OK:
+            status = tags_reclaim(&self.table, taken.data, wanted, mine, few, &got)
+            mapping_unuse(self.table.mapping)
+        if status != STATUS_OK:
+            self.memory.fail(status)
+        return [bytes_of(few + at * POINTER_SIZE, POINTER_SIZE) for at in range(got)]
+
     def release(self, pointers):
         """Free the blocks that still have their pointer's tag. Returns how many."""
         cdef uint64_t released = 0
@@ -847,14 +905,17 @@ zeros fill the last one used. Returns how many bytes the file had; -1 when the g
             self.fail_node(status, &read)
         return node
 
-    cdef int store_node(self, uint64_t block, object node) except -1:
+    cdef int store_node(self, uint64_t block, object node, bint sealed) except -1:
         """STATUS_OK, STATUS_STALE, or an exception; within a use of the mapping."""
         cdef int status
         cdef uint64_t size
         cdef view taken
         view_take(&taken, node)
         size = taken.size
-        status = node_write(&self.table, block, taken.data, size)
+        if sealed:
+            status = node_store(&self.table, block, taken.data, size)
+        else:
+            status = node_write(&self.table, block, taken.data, size)
         view_drop(&taken)
         if status == STATUS_RANGE:
             raise ValueError(f"a node has {NODE_HEADER} to {self.table.block_size} bytes and one "
@@ -872,7 +933,7 @@ zeros fill the last one used. Returns how many bytes the file had; -1 when the g
         if status != STATUS_OK:
             self.memory.fail(status)
         try:
-            status = self.store_node(at, node)
+            status = self.store_node(at, node, False)
         finally:
             mapping_unuse(self.table.mapping)
         return status == STATUS_OK
@@ -892,12 +953,13 @@ zeros fill the last one used. Returns how many bytes the file had; -1 when the g
             view_drop(&taken)
             if size != POINTER_SIZE:
                 raise ValueError(f"a node has one pointer of {POINTER_SIZE} bytes, not {size}")
-            status = self.store_node(block, node)
+            status = self.store_node(block, node, True)
             at += 1
         return status
 
     def write_nodes(self, pointers, nodes):
-        """The same for a list of packed pointers and one of nodes, in order."""
+        """Store nodes that `packed_node` made, in order: a list of packed pointers and one of
+nodes. False when the guard changed."""
         cdef int status
         if (not isinstance(pointers, list) or not isinstance(nodes, list)
                 or len(<list>pointers) != len(<list>nodes)):
@@ -1062,6 +1124,99 @@ def sum_bytes(buffer, start, stop):
     return first
 
 
+# --- packed nodes and pointers -----------------------------------------------------------------
+
+cdef inline int take_pointer(object pointer, unsigned char **data) except -1:
+    if not PyBytes_CheckExact(pointer) or BYTES_SIZE(pointer) != <Py_ssize_t>POINTER_SIZE:
+        raise ValueError(f"a pointer is {POINTER_SIZE} bytes, not {pointer!r}")
+    data[0] = <unsigned char *>BYTES_DATA(pointer)
+    return 0
+
+
+cdef inline uint64_t bytes_size(object part) except? 1:
+    if not PyBytes_CheckExact(part):
+        raise TypeError("the parts of a node must be bytes")
+    return <uint64_t>BYTES_SIZE(part)
+
+
+cdef int take_header(node_header *header, object pointer, object kind, object level, object owner,
+                     object count) except -1:
+    cdef unsigned char *claim = NULL
+    take_pointer(pointer, &claim)
+    memcpy(&header.tag, claim + POINTER_TAG_AT, sizeof(header.tag))
+    take_limited(kind, "kind", 0, 0xff, &header.kind)
+    take_limited(level, "level", 0, 0xff, &header.level)
+    take_limited(count, "count", 0, 0xffff, &header.count)
+    return take(owner, "owner", &header.owner)
+
+
+def packed_node(pointer, kind, level, owner, count, body, more=b"", rest=b""):
+    """A node for the block of a packed pointer: its header with the checksum, then the parts."""
+    cdef node_header header
+    cdef uint64_t first = bytes_size(body), second = bytes_size(more), third = bytes_size(rest)
+    cdef uint64_t size = NODE_HEADER + first + second + third
+    cdef unsigned char *node
+    cdef bytes result
+    take_header(&header, pointer, kind, level, owner, count)
+    if size > UINT32_MAX:
+        raise ValueError(f"{size} bytes are too many for a node")
+    result = new_bytes(size)
+    node = <unsigned char *>BYTES_DATA(result)
+    memcpy(node + NODE_HEADER, BYTES_DATA(body), first)
+    if second + third:
+        memcpy(node + NODE_HEADER + first, BYTES_DATA(more), second)
+        memcpy(node + NODE_HEADER + first + second, BYTES_DATA(rest), third)
+    node_seal(&header, node, size)
+    return result
+
+
+def with_weight(pointer, weight):
+    """The packed pointer with another weight."""
+    cdef uint64_t wide
+    cdef uint32_t blocks
+    cdef unsigned char *had = NULL
+    cdef unsigned char *made
+    cdef bytes result
+    take_pointer(pointer, &had)
+    take_limited(weight, "weight", 0, UINT32_MAX, &wide)
+    blocks = <uint32_t>wide
+    result = new_bytes(POINTER_SIZE)
+    made = <unsigned char *>BYTES_DATA(result)
+    memcpy(made, had, POINTER_SIZE)
+    memcpy(made + POINTER_WEIGHT_AT, &blocks, sizeof(blocks))
+    return result
+
+
+cdef inline int take_slots(view *taken, object pointers) except -1:
+    view_take(taken, pointers)
+    if taken.size % POINTER_SIZE != 0:
+        view_drop(taken)
+        raise ValueError("half a pointer")
+    return 0
+
+
+def weight_of(pointers):
+    """The sum of the weights of packed pointers: the blocks that they lead to."""
+    cdef uint64_t sum
+    cdef view taken
+    take_slots(&taken, pointers)
+    sum = packed_weight(taken.data, taken.size // POINTER_SIZE)
+    view_drop(&taken)
+    return sum
+
+
+def split_pointers(pointers):
+    """A list of packed pointers, from one after another."""
+    cdef uint64_t at
+    cdef view taken
+    take_slots(&taken, pointers)
+    try:
+        return [bytes_of(taken.data + at * POINTER_SIZE, POINTER_SIZE)
+                for at in range(taken.size // POINTER_SIZE)]
+    finally:
+        view_drop(&taken)
+
+
 # --- packed slots of pointers ------------------------------------------------------------------
 
 cdef int take_change(object change, uint64_t *offset, unsigned char **slots,
@@ -1081,7 +1236,8 @@ cdef int take_change(object change, uint64_t *offset, unsigned char **slots,
     return 0
 
 
-cdef bytes changed_slots(const unsigned char *had, uint64_t length, list changes):
+cdef bytes changed_slots(uint64_t header, const unsigned char *had, uint64_t length, list changes):
+    """The changed slots, after `header` bytes that the caller fills in."""
     cdef uint64_t size = length, kept, offset, run
     cdef unsigned char *slots
     cdef unsigned char *source
@@ -1089,15 +1245,15 @@ cdef bytes changed_slots(const unsigned char *had, uint64_t length, list changes
     for change in changes:
         take_change(change, &offset, &source, &run)
         size = max(size, offset + run)
-    result = new_bytes(size)
-    slots = <unsigned char *>BYTES_DATA(result)
+    result = new_bytes(header + size)
+    slots = <unsigned char *>BYTES_DATA(result) + header
     memcpy(slots, had, length)
     memset(slots + length, 0, size - length)
     for change in changes:
         take_change(change, &offset, &source, &run)
         memcpy(slots + offset, source, run)
     kept = slots_trimmed(slots, size)
-    return result if kept == size else bytes_of(slots, kept)
+    return result if kept == size else bytes_of(slots - header, header + kept)
 
 
 def put_slots(buffer, start, changes):
@@ -1112,9 +1268,75 @@ nulls fill the gaps, and none is left at the end."""
             raise ValueError("the buffer does not end with whole slots")
         if not isinstance(changes, list):
             raise TypeError("changes must be a list")
-        return changed_slots(taken.data + first, taken.size - first, changes)
+        return changed_slots(0, taken.data + first, taken.size - first, changes)
     finally:
         view_drop(&taken)
+
+
+cdef uint64_t leaves_in(const unsigned char *slots, uint64_t size) noexcept:
+    """The blocks that a run of slots leads to; one slot counts whatever its weight."""
+    if size == POINTER_SIZE:
+        return slots_trimmed(slots, size) // POINTER_SIZE
+    return packed_weight(slots, size // POINTER_SIZE)
+
+
+cdef int64_t swap_run(const unsigned char *had, uint64_t length, object change,
+                      list gone) except? -1:
+    """Append what a change of slots replaces to `gone`; the change of the weight."""
+    cdef uint64_t offset, run, kept, before
+    cdef unsigned char *source
+    take_change(change, &offset, &source, &run)
+    kept = min(run, length - offset) if offset < length else 0
+    before = leaves_in(had + offset, kept)
+    if before:
+        gone.append(bytes_of(had + offset, kept))
+    return <int64_t>leaves_in(source, run) - <int64_t>before
+
+
+cdef bytes swapped_slots(uint64_t header, view *taken, uint64_t start, object changes, list gone,
+                         int64_t *gain):
+    if start > taken.size or (taken.size - start) % POINTER_SIZE != 0:
+        raise ValueError("the buffer does not end with whole slots")
+    if not isinstance(changes, list):
+        raise TypeError("changes must be a list")
+    gain[0] = 0
+    for change in <list>changes:
+        gain[0] += swap_run(taken.data + start, taken.size - start, change, gone)
+    return changed_slots(header, taken.data + start, taken.size - start, changes)
+
+
+def swap_slots(buffer, start, changes):
+    """Do the same where each pointer leads to one block. Returns (slots, what each change
+replaced, without nulls alone, change of the weight)."""
+    cdef uint64_t first
+    cdef int64_t gain
+    cdef list gone = []
+    cdef view taken
+    take(start, "start", &first)
+    view_take(&taken, buffer)
+    try:
+        slots = swapped_slots(0, &taken, first, changes, gone, &gain)
+    finally:
+        view_drop(&taken)
+    return slots, gone, gain
+
+
+def swapped_node(pointer, kind, level, owner, had, changes):
+    """Do the same with the slots of a node `had`; the result is a node for the block of a packed
+pointer, with its header and checksum."""
+    cdef node_header header
+    cdef int64_t gain
+    cdef list gone = []
+    cdef bytes made
+    cdef view taken
+    take_header(&header, pointer, kind, level, owner, 0)
+    view_take(&taken, had)
+    try:
+        made = swapped_slots(NODE_HEADER, &taken, NODE_HEADER, changes, gone, &gain)
+    finally:
+        view_drop(&taken)
+    node_seal(&header, <unsigned char *>BYTES_DATA(made), <uint64_t>BYTES_SIZE(made))
+    return made, gone, gain
 
 
 # --- packed directory leaves -------------------------------------------------------------------
@@ -1189,7 +1411,95 @@ def leaf_remove(raw, count, at):
     return result
 
 
+def filter_index(ino):
+    """The index of the bit of the open filter that lists an inode."""
+    cdef uint64_t number
+    take(ino, "ino", &number)
+    return filter_bit(number)
+
+
+def is_name(name):
+    """Whether these bytes can be a name in a directory."""
+    cdef bint fit
+    cdef view taken
+    view_take(&taken, name)
+    fit = name_is_fit(taken.data, taken.size)
+    view_drop(&taken)
+    return fit
+
+
 # --- records -----------------------------------------------------------------------------------
+
+cdef struct column:  # one field of a record: a row of the plan that Layout makes
+    uint16_t offset
+    uint8_t width
+    char code  # 'u', 's' (signed), 'b' (bytes)
+
+
+cdef int put_field(unsigned char *raw, const column *place, object value) except -1:
+    cdef uint64_t word, above  # the bits that the field has no room for
+    cdef int64_t signed
+    cdef Py_ssize_t length
+    if place.code == b'b':
+        if not isinstance(value, bytes):
+            raise StructError(f"bytes are wanted, not {value!r}")
+        length = min(BYTES_SIZE(value), <Py_ssize_t>place.width)
+        memcpy(raw + place.offset, BYTES_DATA(value), length)
+        return 0
+    try:
+        if place.code == b's':
+            signed = value
+            word = <uint64_t>signed
+            above = <uint64_t>(signed >> (8 * place.width - 1))
+            above = 0 if above == UINT64_MAX else above
+        else:
+            word = value
+            above = word >> (8 * place.width) if place.width < WORD_SIZE else 0
+    except (OverflowError, TypeError):
+        above = 1
+    if above != 0:
+        raise StructError(f"no integer that fits {place.width} bytes: {value!r}")
+    memcpy(raw + place.offset, &word, place.width)  # the machine is little-endian
+    return 0
+
+
+def packed_tuple(values, plan, size):
+    """The bytes of a record, by a plan of its fields; raises struct.error if one does not fit."""
+    cdef uint64_t wide
+    cdef Py_ssize_t at, count
+    cdef const column *places
+    cdef unsigned char *raw
+    cdef bytes result
+    if not isinstance(values, tuple) or not PyBytes_CheckExact(plan):
+        raise TypeError("a tuple and a plan are wanted")
+    take_limited(size, "size", 0, UINT16_MAX, &wide)
+    count = len(<tuple>values)
+    if count * <Py_ssize_t>sizeof(column) != BYTES_SIZE(plan):
+        raise StructError(f"a record of {BYTES_SIZE(plan) // <Py_ssize_t>sizeof(column)} fields "
+                          f"is wanted, not of {count}")
+    places = <const column *>BYTES_DATA(plan)
+    result = new_bytes(wide)
+    raw = <unsigned char *>BYTES_DATA(result)
+    memset(raw, 0, wide)
+    for at in range(count):
+        if places[at].offset + <uint64_t>places[at].width > wide:
+            raise ValueError("a field is outside of its record")
+        put_field(raw, &places[at], (<tuple>values)[at])
+    return result
+
+
+def placed_tuple(values, places, new):
+    """A tuple of the same type with `new` values at these places."""
+    cdef Py_ssize_t at
+    if not (isinstance(values, tuple) and isinstance(places, tuple) and isinstance(new, tuple)):
+        raise TypeError("three tuples are wanted")
+    if len(<tuple>places) != len(<tuple>new):
+        raise ValueError("as many values as places are wanted")
+    copy = tuple_copy(values)
+    for at in range(len(<tuple>places)):
+        tuple_put(copy, (<tuple>places)[at], (<tuple>new)[at])
+    return copy
+
 
 def changed_tuple(values, places, changes):
     """A tuple of the same type with other values at the places that names stand for."""

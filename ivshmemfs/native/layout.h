@@ -12,7 +12,11 @@
 #define NODE_HEADER UINT64_C(32) /* bytes */
 #define NODE_CRC_AT UINT64_C(0) /* u32 */
 #define NODE_CRC_FROM UINT64_C(4) /* first byte that the checksum covers */
+#define NODE_KIND_AT UINT64_C(4) /* u8 */
+#define NODE_LEVEL_AT UINT64_C(5) /* u8 */
+#define NODE_COUNT_AT UINT64_C(6) /* u16 */
 #define NODE_USED_AT UINT64_C(8) /* u32 */
+#define NODE_OWNER_AT UINT64_C(16) /* u64 */
 #define NODE_TAG_AT UINT64_C(24) /* u64 */
 #define ENTRY_FIXED UINT64_C(17) /* bytes of a directory entry besides its name */
 #define LEAF_NAME_MAX UINT64_C(255) /* bytes */
@@ -22,5 +26,8 @@
 #define INCARNATION_SHIFT UINT64_C(36) /* of a tag */
 #define INCARNATION_MASK UINT64_C(1048575) /* after the shift */
 #define COUNTER_MASK UINT64_C(68719476735) /* of a tag */
+#define FILTER_FACTOR UINT64_C(11400714819323198485) /* of an inode number */
+#define FILTER_SHIFT UINT64_C(20) /* of the product */
+#define FILTER_SIZE UINT64_C(1536) /* bits of the open filter */
 
 #endif

@@ -207,7 +207,21 @@ struct node_read {
 
 int node_read_header(struct node_read *read);
 int node_read_rest(const struct node_read *read, unsigned char *node); /* `used` bytes */
-/* Store a node of `size` bytes with its checksum filled in; STATUS_STALE: the guard changed. */
+/* The fields of a node's header that its writer chooses. */
+struct node_header {
+    uint64_t kind;  /* u8 */
+    uint64_t level; /* u8 */
+    uint64_t count; /* u16 */
+    uint64_t owner;
+    uint64_t tag;
+};
+
+/* Fill in the header of a node in private memory, with its size and the checksum of its bytes. */
+void node_seal(const struct node_header *header, unsigned char *node, uint64_t size);
+/* Store a node of `size` bytes as it is; STATUS_STALE: the guard changed. */
+int node_store(const struct blocks *blocks, uint64_t block, const unsigned char *node,
+               uint64_t size);
+/* The same with its checksum filled in. */
 int node_write(const struct blocks *blocks, uint64_t block, const unsigned char *node,
                uint64_t size);
 
@@ -225,8 +239,15 @@ int blocks_drain(const struct blocks *blocks, const unsigned char *pointers, uin
 uint64_t packed_lower_bound(const unsigned char *words, uint64_t count, uint64_t value);
 bool packed_ascending(const unsigned char *words, uint64_t count);
 uint64_t packed_sum(const unsigned char *bytes, uint64_t start, uint64_t stop);
+/* The blocks that `count` packed pointers lead to: the sum of their weights. */
+uint64_t packed_weight(const unsigned char *pointers, uint64_t count);
 /* Bytes of `slots` without the null pointers at its end. */
 uint64_t slots_trimmed(const unsigned char *slots, uint64_t size);
+
+/* The bit of the open filter that lists an inode. */
+uint64_t filter_index(uint64_t ino);
+/* 1 to LEAF_NAME_MAX bytes without '/' and NUL, and neither "." nor "..". */
+bool name_is_fit(const unsigned char *name, uint64_t length);
 
 /* The packed entries of a directory leaf: keys u64, values u64, lengths of names u8, the names. */
 struct leaf {

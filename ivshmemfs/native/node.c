@@ -60,6 +60,31 @@ int node_read_rest(const struct node_read *read, unsigned char *node)
     return u64_at(node + NODE_TAG_AT, 0) == read->tag ? STATUS_OK : STATUS_NODE_TAG;
 }
 
+void node_seal(const struct node_header *header, unsigned char *node, uint64_t size)
+{
+    const uint16_t count = (uint16_t)header->count;
+    const uint32_t used = (uint32_t)size;
+    uint32_t crc;
+
+    memset(node, 0, NODE_HEADER);
+    node[NODE_KIND_AT] = (unsigned char)header->kind;
+    node[NODE_LEVEL_AT] = (unsigned char)header->level;
+    memcpy(node + NODE_COUNT_AT, &count, sizeof count);
+    memcpy(node + NODE_USED_AT, &used, sizeof used);
+    memcpy(node + NODE_OWNER_AT, &header->owner, sizeof header->owner);
+    memcpy(node + NODE_TAG_AT, &header->tag, sizeof header->tag);
+    crc = crc32c_of(0, node + NODE_CRC_FROM, size - NODE_CRC_FROM);
+    memcpy(node + NODE_CRC_AT, &crc, sizeof crc);
+}
+
+int node_store(const struct blocks *blocks, uint64_t block, const unsigned char *node,
+               uint64_t size)
+{
+    if (block >= blocks->block_count || size < NODE_HEADER || size > blocks->block_size)
+        return STATUS_RANGE;
+    return store_guarded(blocks, block_address(blocks, block), node, size);
+}
+
 /* Stores a private copy that has its checksum filled in. */
 int node_write(const struct blocks *blocks, uint64_t block, const unsigned char *node,
                uint64_t size)

@@ -37,6 +37,15 @@ uint64_t packed_sum(const unsigned char *bytes, uint64_t start, uint64_t stop)
     return sum;
 }
 
+uint64_t packed_weight(const unsigned char *pointers, uint64_t count)
+{
+    uint64_t sum = 0;
+
+    for (; count > 0; count--, pointers += POINTER_SIZE)
+        sum += u32_at(pointers, POINTER_WEIGHT_AT);
+    return sum;
+}
+
 uint64_t slots_trimmed(const unsigned char *slots, uint64_t size)
 {
     while (size >= POINTER_SIZE &&
@@ -46,6 +55,22 @@ uint64_t slots_trimmed(const unsigned char *slots, uint64_t size)
 }
 
 /* --- directory leaves -------------------------------------------------------------------------- */
+
+uint64_t filter_index(uint64_t ino)
+{
+    __extension__ const unsigned __int128 product = (unsigned __int128)ino * FILTER_FACTOR;
+
+    return (uint64_t)((product >> FILTER_SHIFT) % FILTER_SIZE);
+}
+
+bool name_is_fit(const unsigned char *name, uint64_t length)
+{
+    if (length == 0 || length > LEAF_NAME_MAX)
+        return false;
+    if (name[0] == '.' && (length == 1 || (length == 2 && name[1] == '.')))
+        return false;
+    return memchr(name, '/', length) == NULL && memchr(name, 0, length) == NULL;
+}
 
 int leaf_check(const struct leaf *leaf)
 {

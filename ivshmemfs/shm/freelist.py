@@ -16,6 +16,7 @@ from typing import Final
 from ivshmemfs.errors import Unfinished
 from ivshmemfs.format import words
 from ivshmemfs.format.geometry import REPAIR_OFFSET
+from ivshmemfs.native import split_pointers
 from ivshmemfs.shm.published import Store
 
 SIZE: Final = words.POINTER_SIZE
@@ -67,20 +68,34 @@ class FreeList:
         self._repairs = self._store.memory.load(REPAIR_OFFSET)
         return self._repairs
 
+    def claim_few(self, count: int, tag: int) -> list[bytes]:
+        """Claim fewer than BULK blocks; return a list of their packed pointers."""
+        got = self._store.blocks.reclaim_last(self._few, count, tag)
+        if len(got) < count:
+            got += split_pointers(self.claim(count - len(got), tag))
+        return got
+
     def claim(self, count: int, tag: int) -> bytes:
         """Claim `count` blocks, or as many as are free; return packed pointers."""
         blocks, missing = self._store.blocks, count * SIZE
-        got = b""
-        for known in (self._bulk, self._few) if count >= BULK else (self._few, self._bulk):
-            if missing and known:
-                last = bytes(known[-missing:])
-                del known[-missing:]
-                got += blocks.reclaim(last, tag)
-                missing = count * SIZE - len(got)
+        first, second = (self._bulk, self._few) if count >= BULK else (self._few, self._bulk)
+        got = self._reclaim(first, missing, tag)
+        missing -= len(got)
+        if missing:
+            got += self._reclaim(second, missing, tag)
+            missing = count * SIZE - len(got)
         if missing:
             more, self._cursor = blocks.claim(missing // SIZE, tag, self._cursor)
             got += more
         return got
+
+    def _reclaim(self, known: bytearray, most: int, tag: int) -> bytes:
+        """Claim those of the last blocks in `known` that are free; they take `most` bytes."""
+        if not known:
+            return b""
+        last = known[-most:]
+        del known[-most:]
+        return self._store.blocks.reclaim(last, tag)
 
     def free(self, used: int, age: float = FRESH) -> int:
         """Return about how many blocks are free under a root that uses `used`.

@@ -185,16 +185,20 @@ class Membership:
         take-over fails if the new owner has changed the word.  A new owner's filter words always
         differ, by their stamp.  A word of its identity may be equal; its next beat corrects it.
         """
-        memory, at = self.table.memory, self.table.offset(self.slot, field)
         for word in memoryview(content).cast("Q"):
-            seen = memory.load(at)
-            while seen != word:
-                if self.table.state(self.slot) != self._word:
-                    raise self._lost("another peer took this mount's slot while it was silent")
-                before, seen = seen, memory.cas(at, seen, word)
-                if seen == before:
-                    break
-            at += words.WORD
+            self._store_word(field, word)
+            field += words.WORD
+
+    def _store_word(self, field: int, word: int) -> None:
+        """Do the same with one word."""
+        memory, at = self.table.memory, self.table.offset(self.slot, field)
+        seen = memory.load(at)
+        while seen != word:
+            if self.table.state(self.slot) != self._word:
+                raise self._lost("another peer took this mount's slot while it was silent")
+            before, seen = seen, memory.cas(at, seen, word)
+            if seen == before:
+                return
 
     def leave(self) -> None:
         """Give the slot back; harmless after another peer has taken it."""
@@ -371,7 +375,7 @@ class Membership:
         if self._intent == ino:
             return
         # A former owner may have stored its own intent here before it noticed the take-over.
-        self._store(peer.INTENT_OFFSET, ino.to_bytes(words.WORD, "little"))
+        self._store_word(peer.INTENT_OFFSET, ino)
         self._intent = ino
         self.table.memory.fence()
 

@@ -56,6 +56,7 @@ from ivshmemfs.shm.watch import Watch
 
 _SLOT: Final = peer.SLOT_SIZE
 _NOT_FREE: Final = 1 << words.SLOT_SHIFT  # state words of free slots are smaller
+_EVERY_BIT: Final = (1 << 64) - 1
 _LISTING: Final = (IDLE, ACTIVE, DEAD)  # states of slots whose open filter counts
 DECIDED_AT_ONCE: Final = 8  # slots that one step of a `Retirement` decides, in about 1 ms
 
@@ -151,21 +152,22 @@ class PeerTable:
         """Return whether any slot but `own` lists filter index `index` as open."""
         place, mask = open_filter.split_index(index)
         at = self.offset(1, peer.FILTER_OFFSET + place * words.WORD)
-        for number, listed in enumerate(self.memory.load_column(at, _SLOT, self.count)):
-            if not listed & mask or number + 1 == own:
+        for number in self.memory.indices_where(at, _SLOT, self.count, mask, mask):
+            if number + 1 == own:
                 continue
+            listed = self.memory.load(at + number * _SLOT)
             word = self.state(number + 1)
             state, incarnation, _ = words.split_state(word)
-            if state in _LISTING and open_filter.has_stamp(listed, incarnation):
+            stamped = open_filter.has_stamp(listed, incarnation)
+            if listed & mask and stamped and state in _LISTING:
                 return True
         return False
 
     def intends(self, ino: int, own: int) -> bool:
         """Return whether any slot but `own` announces that it frees inode `ino`."""
-        intents = self.memory.load_column(self.offset(1, peer.INTENT_OFFSET), _SLOT, self.count)
-        if 0 < own <= self.count:
-            intents[own - 1] = 0
-        return ino in intents
+        at = self.offset(1, peer.INTENT_OFFSET)
+        found = self.memory.indices_where(at, _SLOT, self.count, _EVERY_BIT, ino)
+        return any(number + 1 != own for number in found)
 
 
 class Retirement:

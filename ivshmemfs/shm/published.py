@@ -65,6 +65,20 @@ class NodeCache:
         self._young[node.pointer] = node
         self._size += len(node.data) + PARSED_BYTES
 
+    def renew(self, replaced: list[bytes], nodes: dict[bytes, Node]) -> None:
+        """Do what a commit of this mount means: forget the replaced nodes, keep the new ones."""
+        young, size = self._young, self._size
+        for pointer in replaced:
+            if pointer in young:
+                size -= len(young[pointer].data) + PARSED_BYTES
+                del young[pointer]
+        for node in nodes.values():
+            size += len(node.data) + PARSED_BYTES
+        young.update(nodes)
+        self._size = size
+        if size > self._limit:
+            self._old, self._young, self._size = young, {}, 0
+
     def drop(self, pointer: bytes) -> None:
         """Forget a node that this mount has replaced, and free its memory."""
         node = self._young.pop(pointer, None)

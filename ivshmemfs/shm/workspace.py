@@ -22,15 +22,15 @@ import errno
 from typing import Any, Final
 
 from ivshmemfs.errors import Fenced, FsError, NoSpace
-from ivshmemfs.format.node import HEADER, HEADER_SIZE
-from ivshmemfs.format.words import TAG_AT, WEIGHT_AT, WORD, weight_of
+from ivshmemfs.format.node import HEADER_SIZE
+from ivshmemfs.format.words import NULL, TAG_AT, WEIGHT_AT, WORD
+from ivshmemfs.native import packed_node, swapped_node, weight_of, with_weight
 from ivshmemfs.shm.freelist import BULK, RECOUNT, SIZE, FreeList
 from ivshmemfs.shm.nodes import Node, NodeSource
 from ivshmemfs.shm.published import Store
 
 _FREE: Final = bytes(WORD)
 _ONE: Final = (1).to_bytes(TAG_AT - WEIGHT_AT, "little")
-_pack_header = HEADER.pack_values
 FIRST_CLAIM: Final = 6  # blocks that an ordinary transaction needs
 SMALL_CLAIM: Final = 4  # blocks of each later claim of that transaction
 _NOT_OURS = "another peer declared this mount gone in the middle of a transaction"
@@ -48,7 +48,7 @@ class Workspace(NodeSource):
         self._free_list = free_list
         self._tag = tag
         self._mark = tag.to_bytes(WORD, "little")  # the tag, as in a packed pointer
-        self._claims = b""  # all claims but the bulk ones, one after another
+        self._claims: list[bytes] = []  # all claims but the bulk ones
         self._pool: list[bytes] = []  # those of `_claims` that are not in use
         self._nodes: dict[bytes, Node] = {}
         self._bulk = b""  # bulk claims in use, one after another
@@ -64,13 +64,9 @@ class Workspace(NodeSource):
 
     def _fill_pool(self, want: int) -> None:
         self._watch_room(want)
-        got = self._free_list.claim(want, self._tag)
+        got = self._free_list.claim_few(want, self._tag)
         self._claims += got
-        self._give_to_pool(got)
-
-    def _give_to_pool(self, claims: bytes) -> None:
-        for at in range(0, len(claims), SIZE):
-            self._pool.append(claims[at : at + SIZE])
+        self._pool += got
 
     def _watch_room(self, want: int) -> None:
         if not self.keep:
@@ -119,24 +115,41 @@ class Workspace(NodeSource):
         body: bytes,
         weight: int = 1,
         parsed: Any = None,
+        more: bytes = b"",
+        rest: bytes = b"",
     ) -> bytes:
-        """Make a private node with `body` after its header; return its packed pointer.
+        """Make a private node with `body`, `more`, `rest` after its header; return its pointer.
 
         `store_nodes` stores it to the region at the commit.
         """
         pointer = self._take()
         if weight != 1:
-            pointer = (
-                pointer[:WEIGHT_AT]
-                + weight.to_bytes(TAG_AT - WEIGHT_AT, "little")
-                + pointer[TAG_AT:]
-            )
-        size = HEADER_SIZE + len(body)
-        data = _pack_header(0, kind, level, count, size, owner, self._tag) + body
+            pointer = with_weight(pointer, weight)
+        data = packed_node(pointer, kind, level, owner, count, body, more, rest)
         node = Node(pointer, kind, level, owner, count, data)
         node.parsed = parsed
         self._nodes[pointer] = node
         return pointer
+
+    def swap_leaves(
+        self, kind: int, owner: int, had: bytes, runs: list[tuple[int, bytes]], weight: int
+    ) -> tuple[bytes, int]:
+        """Make a lowest node of pointers: node `had` with `runs`, (index, packed pointers), put in.
+
+        Each pointer leads to one block; those that others take the place of are replaced.  `weight`
+        is that of the old node.  Returns the new pointer, or NULL for a node without pointers, and
+        its weight.
+        """
+        claim = self._take()
+        data, gone, gain = swapped_node(claim, kind, 0, owner, had, runs)
+        self.replace_leaves(gone)
+        if len(data) == HEADER_SIZE:
+            self._pool.append(claim)
+            return NULL, 0
+        weight += gain
+        pointer = with_weight(claim, weight)
+        self._nodes[pointer] = Node(pointer, kind, 0, owner, 0, data)
+        return pointer, weight
 
     def node(self, pointer: bytes, kind: int, level: int, owner: int | None) -> Node:
         """Return a node of this transaction, or a published one; see `NodeSource.node`."""
@@ -159,13 +172,12 @@ class Workspace(NodeSource):
         Tags come back after 2^20 mounts of one slot, so the block may be older.
         """
         claim = pointer[:WEIGHT_AT] + _ONE + self._mark
-        for claims in (self._claims, self._bulk):
-            at = claims.find(claim)
-            while at >= 0 and at % SIZE:
-                at = claims.find(claim, at + 1)
-            if at >= 0:
-                return True
-        return False
+        if claim in self._claims:
+            return True
+        at = self._bulk.find(claim)
+        while at >= 0 and at % SIZE:
+            at = self._bulk.find(claim, at + 1)
+        return at >= 0
 
     def drop(self, pointer: bytes, kind: int, level: int, owner: int) -> None:
         """Note that the new root does not reach this subtree, for release after the commit."""
@@ -177,10 +189,18 @@ class Workspace(NodeSource):
         self._replaced_bulk += pointers
         self.replaced_count += count
 
+    def replace_leaves(self, gone: list[bytes]) -> None:
+        """Note the same of blocks of any kind: packed pointers, of one block or of data blocks."""
+        for pointers in gone:
+            if len(pointers) == SIZE:
+                self.replace(pointers)
+            else:
+                self.replace_many(pointers, weight_of(pointers))
+
     @property
     def balance(self) -> int:
         """The number by which blocks in use grow at the commit; negative if they become fewer."""
-        claimed = (len(self._claims) + len(self._bulk)) // SIZE
+        claimed = len(self._claims) + len(self._bulk) // SIZE
         return claimed - len(self._pool) - self.replaced_count
 
     def fill(self, pointers: bytes, content: bytes | bytearray | memoryview) -> None:
@@ -224,18 +244,13 @@ class Workspace(NodeSource):
         word = self._store.commit_word.publish(planned_on, root.block)
         if not word:
             return 0
-        cache = self._store.cache
-        for pointer in self._replaced:
-            cache.drop(pointer)
-        for node in self._nodes.values():
-            cache.put(node)
+        self._store.cache.renew(self._replaced, self._nodes)
         self._store.know(word, root)
         return word
 
     def forget_plan(self) -> None:
         """Drop the plan and keep the claims: all used blocks return to the pool."""
-        self._pool.clear()
-        self._give_to_pool(self._claims)
+        self._pool = list(self._claims)
         self._spare, self._bulk = self._spare + self._bulk, b""
         self._nodes.clear()
         self._replaced.clear()
@@ -251,14 +266,16 @@ class Workspace(NodeSource):
         """
         if not published:
             self.forget_plan()
-        few, bulk = b"".join(self._replaced), bytes(self._replaced_bulk)
-        if ended:
-            few, bulk = b"".join(self._pool) + few, self._spare + bulk
+        few = b"".join(self._pool + self._replaced if ended else self._replaced)
         if few:
             self._free_list.release(few)
-        if bulk:
-            self._free_list.release(bulk, bulk=True)
+        if self._replaced_bulk or self._spare:
+            bulk = bytes(self._replaced_bulk)
+            if ended:
+                bulk = self._spare + bulk
+            if bulk:
+                self._free_list.release(bulk, bulk=True)
+            self._spare = b""
+            self._replaced_bulk.clear()
         self._pool.clear()
-        self._spare = b""
         self._replaced.clear()
-        self._replaced_bulk.clear()

@@ -12,7 +12,8 @@ from ivshmemfs import fsck
 from ivshmemfs.engine import Filesystem
 from ivshmemfs.errors import Corrupt
 from ivshmemfs.format import inode, node
-from ivshmemfs.format.dirent import decode_leaf, is_name
+from ivshmemfs.format.dirent import decode_leaf
+from ivshmemfs.native import is_name
 from tests.support.checks import assert_sound
 from tests.support.damage import Knife, names_in
 from tests.support.regions import ROOT, TestRegion, new_region, put

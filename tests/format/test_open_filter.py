@@ -25,6 +25,12 @@ def test_the_words_fill_the_slot() -> None:
 
 
 @given(INODES)
+def test_the_kernel_computes_what_the_document_says(ino: int) -> None:
+    index = (ino * open_filter.FACTOR >> open_filter.SHIFT) % open_filter.SIZE
+    assert open_filter.index_of(ino) == index
+
+
+@given(INODES)
 def test_an_index_has_one_bit(ino: int) -> None:
     index = open_filter.index_of(ino)
     word, mask = open_filter.split_index(index)

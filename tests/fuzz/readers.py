@@ -17,6 +17,7 @@ from ivshmemfs.engine.inode import attributes, parse
 from ivshmemfs.errors import Corrupt, FormatError, NoSpace
 from ivshmemfs.format import dirent, node, peer, superblock, words, xattr
 from ivshmemfs.format.geometry import COMMIT_OFFSET, HINT_OFFSET
+from ivshmemfs.format.inode import INODE
 from ivshmemfs.format.node import HEADER, HEADER_SIZE
 from ivshmemfs.region import Blocks, Memory
 from tests.support.attacks import of_use
@@ -138,7 +139,8 @@ def read_inode(data: bytes) -> None:
         return
     attr = attributes(inode, BLOCK)
     struct.pack("<QIIIIIqqqqq", *attr)
-    again = parse(7, bytes(HEADER_SIZE) + inode.body(), BLOCK)
+    body = INODE.pack(inode.record) + inode.data + inode.xattr
+    again = parse(7, bytes(HEADER_SIZE) + body, BLOCK)
     assert (again.record, again.data, again.xattr) == (inode.record, inode.data, inode.xattr)
 
 

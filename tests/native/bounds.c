@@ -96,6 +96,9 @@ static void pointers(struct mapping *mapping)
     check(node_write(&blocks, COUNT, into, 32) == STATUS_RANGE);
     check(node_write(&blocks, 0, into, 31) == STATUS_RANGE);
     check(node_write(&blocks, 0, into, BLOCK + 1) == STATUS_RANGE);
+    check(node_store(&blocks, COUNT, into, 32) == STATUS_RANGE);
+    check(node_store(&blocks, 0, into, 31) == STATUS_RANGE);
+    check(node_store(&blocks, 0, into, BLOCK + 1) == STATUS_RANGE);
 }
 
 static void lives(struct mapping *mapping)

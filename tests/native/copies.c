@@ -69,6 +69,12 @@ static void nodes(struct blocks *blocks)
     check(node_read_header(&read) == STATUS_OK && read.used == used);
     check(node_read_rest(&read, back) == STATUS_OK);
     check(memcmp(back + NODE_CRC_FROM, node + NODE_CRC_FROM, used - NODE_CRC_FROM) == 0);
+    node_seal(&(struct node_header){2, 1, 515, 77, tag}, node, used);
+    check(node[NODE_KIND_AT] == 2 && node[NODE_LEVEL_AT] == 1 && node[NODE_OWNER_AT] == 77);
+    check(node[NODE_COUNT_AT] == 3 && node[NODE_COUNT_AT + 1] == 2);
+    check(node_store(blocks, 3, node, used) == STATUS_OK);
+    check(node_read_header(&read) == STATUS_OK && read.used == used);
+    check(node_read_rest(&read, back) == STATUS_OK && memcmp(back, node, used) == 0);
     check(range_write(blocks->mapping, DATA + 3 * BLOCK + 50, (unsigned char *)"x", 1) == STATUS_OK);
     check(node_read_header(&read) == STATUS_OK);
     check(node_read_rest(&read, back) == STATUS_NODE_CHECKSUM);

@@ -32,6 +32,34 @@ static void words_of(void)
     check(packed_sum(raw, 0, 8) == 1 && packed_sum(raw, 9, 8) == 0);
     check(slots_trimmed(raw, 32) == 32 && slots_trimmed((unsigned char[48]){1}, 48) == 16);
     check(slots_trimmed((unsigned char[16]){0}, 16) == 0);
+    check(packed_weight((unsigned char[32]){[4] = 3, [16] = 9, [20] = 2, [23] = 1}, 2) == 16777221);
+    check(packed_weight(raw, 0) == 0);
+}
+
+static void filters(void)
+{
+    check(filter_index(1) == 500 && filter_index(1000) == 1455);
+    check(filter_index((UINT64_C(1) << 56) - 1) == 523);
+}
+
+static bool fit(const char *name, uint64_t length)
+{
+    unsigned char *exact = malloc(length + !length);
+    bool is_fit;
+
+    memcpy(exact, name, length);
+    is_fit = name_is_fit(exact, length);
+    free(exact);
+    return is_fit;
+}
+
+static void names(void)
+{
+    static const char longest[256] = {[0 ... 255] = 'n'};
+
+    check(fit("a", 1) && fit(".a", 2) && fit("..a", 3) && fit("...", 3) && fit(longest, 255));
+    check(!fit("", 0) && !fit(".", 1) && !fit("..", 2) && !fit(longest, 256));
+    check(!fit("a/", 2) && !fit("/", 1) && !fit("a\0b", 3));
 }
 
 static void leaves(void)
@@ -87,6 +115,8 @@ static void contradictions(void)
 
 int main(void)
 {
+    filters();
+    names();
     words_of();
     leaves();
     contradictions();

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import pytest
 
 from ivshmemfs.format.words import MAX_BLOCKS
+from ivshmemfs.native import packed_node
 from ivshmemfs.region import Blocks, Memory
 from tests.region.conftest import BLOCK, COUNT, DATA, SIZE, TAGS, Place
 from tests.region.contract import PAGE, RUNS, BlocksContract
@@ -68,6 +69,18 @@ def test_reclaiming_takes_those_of_the_blocks_that_are_free(blocks: Blocks) -> N
     assert blocks.reclaim(b"", TAG) == b""
 
 
+def test_reclaiming_the_last_cuts_them_off(blocks: Blocks) -> None:
+    blocks.claim(1, 5, 8)
+    known = bytearray(pointer(4, 1) + pointer(9, 1) + NULL + pointer(8, 1) + pointer(3, 1))
+    assert blocks.reclaim_last(known, 4, TAG) == [pointer(9, TAG), pointer(3, TAG)]
+    assert known == pointer(4, 1)
+    assert blocks.reclaim_last(known, 0, TAG) == []
+    assert blocks.reclaim_last(known, 2**63, TAG) == [pointer(4, TAG)]
+    assert blocks.reclaim_last(known, 1, TAG) == []
+    with pytest.raises(TypeError):
+        blocks.reclaim_last(b"", 1, TAG)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("cursor", [-1, COUNT, 2**64])
 def test_a_cursor_outside_is_refused(blocks: Blocks, cursor: int) -> None:
     with pytest.raises(ValueError, match=r"cursor|outside"):
@@ -81,6 +94,8 @@ def test_an_impossible_tag_is_refused(blocks: Blocks, tag: int) -> None:
         blocks.claim(1, tag, 0)
     with pytest.raises(ValueError, match="tag"):
         blocks.reclaim(pointer(0, 1), tag)
+    with pytest.raises(ValueError, match="tag"):
+        blocks.reclaim_last(bytearray(pointer(0, 1)), 1, tag)
 
 
 # --- pointers -------------------------------------------------------------------------------
@@ -91,6 +106,7 @@ def test_pointers_that_lead_outside_are_refused_by_value(blocks: Blocks, block: 
     wrong = pointer(0, 1) + pointer(block, 1)
     for call in (
         lambda: blocks.reclaim(wrong, TAG),
+        lambda: blocks.reclaim_last(bytearray(wrong), 2, TAG),
         lambda: blocks.release(wrong),
         lambda: blocks.check(wrong),
         lambda: blocks.gather(wrong, 0, 1, bytearray(1)),
@@ -452,12 +468,13 @@ def test_a_readonly_memory_lets_blocks_be_read_only(place: Place) -> None:
 
 
 def test_several_nodes_are_written_in_one_call(blocks: Blocks) -> None:
-    nodes = [make_node(TAG, bytes(size)) for size in (0, 7, BLOCK - 32)]
     places = [pointer(block, TAG) for block in (5, 2, 9)]
+    sizes = (0, 7, BLOCK - 32)
+    nodes = [packed_node(at, 2, 0, 7, 0, bytes(n)) for at, n in zip(places, sizes, strict=True)]
     blocks.claim(COUNT, TAG, 0)
     assert blocks.write_nodes(places, nodes) is True
     for place, node in zip((5, 2, 9), nodes, strict=True):
-        assert (blocks.read_node(place, TAG) or b"")[4:] == node[4:]
+        assert blocks.read_node(place, TAG) == node
     assert blocks.write_nodes([], []) is True
 
 
