@@ -235,7 +235,7 @@ class Volume:
         """Raise StaleHandle, or EIO, unless the region still holds the mounted filesystem."""
         try:
             raw = self.store.memory.read(0, superblock.SUPERBLOCK.size)
-            if raw != self._raw and superblock.decode(raw) != self.superblock:
+            if raw != self._raw and not superblock.decode(raw).same_filesystem(self.superblock):
                 raise StaleHandle("the region was formatted anew: unmount it and mount it again")
         except (FormatError, Corrupt):
             raise StaleHandle("the region no longer carries this filesystem") from None
@@ -253,7 +253,7 @@ class Volume:
                 return Condition.SOUND
             if raw == b"\xff" * len(raw):
                 return Condition.ONES
-            same = superblock.decode(raw) == self.superblock
+            same = superblock.decode(raw).same_filesystem(self.superblock)
             return Condition.SOUND if same else Condition.REFORMATTED
         except OSError:
             return Condition.UNREADABLE

@@ -1,6 +1,7 @@
 """The superblock: the format's version, the filesystem's identity, and the geometry.
 
-mkfs writes it; it never changes afterwards.  fsck can restore it from the copy at `COPY_OFFSET`.
+mkfs writes it.  Only an amendment changes it afterwards (`shm/amendment.py`): another label,
+another UUID, a larger region.  fsck can restore it from the copy at `COPY_OFFSET`.
 """
 
 import hashlib
@@ -30,7 +31,9 @@ LABEL_SIZE = 64
 LOCKS = 1
 KNOWN_COMPAT = 0
 KNOWN_RO_COMPAT = LOCKS
-KNOWN_INCOMPAT = 0
+#: incompat: the tag table lies behind the blocks, because the filesystem was made larger.
+TAGS_BEHIND = 1
+KNOWN_INCOMPAT = TAGS_BEHIND
 
 OFFSET = 0
 COPY_OFFSET = 2048
@@ -58,6 +61,7 @@ class SuperblockRecord(NamedTuple):
     reserve: Annotated[int, At(168, "Q", "blocks that only removals may use")]
     layout_signature: Annotated[int, At(176, "Q", "folds the layout of all that changes in place")]
     created_ns: Annotated[int, At(184, "q", "when it was formatted, ns since 1970 by that clock")]
+    seed: Annotated[bytes, At(192, "16s", "the first UUID, which root blocks and names depend on")]
     crc: Annotated[int, At(508, "I", "CRC32C of bytes 0 to 507")]
 
 
@@ -77,14 +81,15 @@ def layout_signature() -> int:
             CONTROL_SIGNATURE,
             f"tag 8/20/36 commit 36/{words.BLOCK_BITS} filter {open_filter.BITS}",
             f"filter words {open_filter.WORDS} at {peer.FILTER_OFFSET}",
+            f"seed {SUPERBLOCK.offset('seed')}",
         )
     )
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
 
-def fsid_of(uuid: bytes) -> int:
-    """Return the number that every root block repeats: the first eight bytes of the UUID."""
-    return int.from_bytes(uuid[:8], "little")
+def fsid_of(seed: bytes) -> int:
+    """Return the number that every root block repeats: the first eight bytes of the first UUID."""
+    return int.from_bytes(seed[:8], "little")
 
 
 class Superblock(NamedTuple):
@@ -96,25 +101,59 @@ class Superblock(NamedTuple):
     created_ns: int
     read_only: bool  # an unknown ro_compat feature forbids writing
     shares_locks: bool  # every writer knows of the locks of inodes
+    seed: bytes  # the UUID that mkfs gave; root blocks and the hashes of names depend on it
 
     @property
     def fsid(self) -> int:
-        """The first eight bytes of the UUID, which every root block repeats."""
-        return fsid_of(self.uuid)
+        """The first eight bytes of the seed, which every root block repeats."""
+        return fsid_of(self.seed)
+
+    def same_filesystem(self, other: "Superblock") -> bool:
+        """Return whether both are of one filesystem of one size; its names may have changed."""
+        return self == other._replace(uuid=self.uuid, label=self.label)
 
 
 def encode(uuid: bytes, label: str, geometry: Geometry, created_ns: int) -> bytes:
     """Return the 512 bytes of a new superblock; ValueError when the label is too long."""
-    name = label.encode()
-    if len(name) > LABEL_SIZE:
-        raise ValueError(f"a label has at most {LABEL_SIZE} bytes; this one has {len(name)}")
+    name = encode_label(label)
     record = SuperblockRecord(
         MAGIC, MAJOR, MINOR, SUPERBLOCK.size, 0, LOCKS, 0, uuid, name,
         geometry.region_size, geometry.block_size, geometry.peer_count, geometry.block_count,
         geometry.peers_offset, geometry.tags_offset, geometry.data_offset, geometry.reserve,
-        layout_signature(), created_ns, 0,
+        layout_signature(), created_ns, uuid, 0,
     )  # fmt: skip
     return seal(record)
+
+
+def amended(
+    raw: Buffer,
+    *,
+    uuid: bytes | None = None,
+    label: str | None = None,
+    geometry: Geometry | None = None,
+) -> bytes:
+    """Return a superblock with some fields changed; ValueError when the label is too long."""
+    record = SUPERBLOCK.unpack(raw)
+    if uuid is not None:
+        record = record._replace(uuid=uuid)
+    if label is not None:
+        record = record._replace(label=encode_label(label))
+    if geometry is not None:
+        behind = geometry.tags_offset > geometry.data_offset
+        record = record._replace(
+            **geometry._asdict(), incompat=record.incompat | (TAGS_BEHIND if behind else 0)
+        )
+    return seal(record)
+
+
+def encode_label(label: str) -> bytes:
+    """Return the bytes of a label; ValueError when there are too many."""
+    name = label.encode(errors="surrogateescape")
+    if len(name) > LABEL_SIZE:
+        raise ValueError(f"a label has at most {LABEL_SIZE} bytes; this one has {len(name)}")
+    if b"\0" in name:
+        raise ValueError("a label has no NUL byte")
+    return name
 
 
 def seal(record: SuperblockRecord) -> bytes:
@@ -188,14 +227,17 @@ def decode(raw: Buffer, region_size: int | None = None) -> Superblock:
         raise Corrupt(f"the superblock's geometry is impossible: {problem}")
     if region_size is not None and region_size != geometry.region_size:
         relation = "smaller" if region_size < geometry.region_size else "larger"
+        advice = "run 'ivshmemfs resize' on it, or " if relation == "larger" else ""
         raise GeometryMismatch(
             f"the region has {region_size} bytes, {relation} than the {geometry.region_size} "
-            "bytes it was formatted with: give it its old size"
+            f"bytes of its filesystem: {advice}give it its old size"
         )
     label = record.label.rstrip(b"\0").decode(errors="replace")
     read_only = bool(record.ro_compat & ~KNOWN_RO_COMPAT)
     shares_locks = bool(record.ro_compat & LOCKS)
-    return Superblock(record.uuid, label, geometry, record.created_ns, read_only, shares_locks)
+    return Superblock(
+        record.uuid, label, geometry, record.created_ns, read_only, shares_locks, record.seed
+    )
 
 
 def identify(raw: Buffer) -> tuple[str, str] | None:
