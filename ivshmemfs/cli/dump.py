@@ -204,7 +204,7 @@ def _record(layout: Layout[Any], record: tuple[Any, ...]) -> Iterator[str]:
 def _value(name: str, value: object) -> str:
     if isinstance(value, bytes):
         stripped = value.rstrip(b"\0")
-        if name in ("label", "host", "version"):
+        if name in ("label", "host", "version", "mount_point"):
             return repr(shown(stripped))
         return stripped.hex() or "0"
     if not isinstance(value, int):

@@ -44,6 +44,8 @@ SUBCOMMANDS = {
     "resize": Subcommand("amend", "Make the filesystem on REGION larger; keep every file."),
     "dump": Subcommand("dump", "Show the bytes on REGION, field by field."),
     "peers": Subcommand("peers", "List the mounts of REGION on all machines."),
+    "top": Subcommand("top", "Show what all machines do with REGION, again and again."),
+    "metrics": Subcommand("metrics", "Print the state of regions for Prometheus."),
     "evict": Subcommand("peers", "Declare the peer in SLOT gone."),
     "lock": Subcommand("lock", "Run COMMAND under a lock between all machines."),
     "wait": Subcommand("wait", "Wait for a file to appear, go or change."),

@@ -94,6 +94,12 @@ class Volume:
         self.member: Membership | None = None
         self.supply = FreeList(self.store)  # the blocks that this peer claims next
         self.latest: View | None = None  # the view of the last commit that this peer saw
+        # Statistics of this mount; upkeep publishes them.  A read-only mount publishes nothing.
+        self.operations = 0  # looks and changes
+        self.bytes_read = 0
+        self.bytes_written = 0
+        self.retries = 0  # commits that were lost to another peer
+        self.locks = 0  # (owner, inode) pairs that hold locks
         self._own_word = 0  # the commit word after the last commit of this peer
         self._own_since = 0  # the commit word before the unbroken row of own commits up to that
         self._short_at = float("-inf")  # the time of the last log line about exhausted memory
@@ -171,6 +177,7 @@ class Volume:
 
     def look(self, reader: Callable[[View], T]) -> T:
         """Return what `reader` returns for a snapshot; run it again when a commit overtakes it."""
+        self.operations += 1
         self.store.begin_turn()
         try:
             for _ in range(ATTEMPTS):

@@ -8,6 +8,7 @@ import hashlib
 import uuid as _uuid
 from typing import Annotated, NamedTuple
 
+from ivshmemfs import __version__
 from ivshmemfs.errors import (
     Corrupt,
     ForeignFormat,
@@ -19,11 +20,13 @@ from ivshmemfs.format import open_filter, peer, words
 from ivshmemfs.format.geometry import CONTROL_SIGNATURE, Geometry
 from ivshmemfs.format.record import At, Buffer, Layout
 from ivshmemfs.native import crc32c
+from ivshmemfs.printing import shown
 
 MAGIC = b"IVSHMFS\x01"
 MAJOR = 1
 MINOR = 0
 LABEL_SIZE = 64
+MAKER_SIZE = 16
 
 # Feature bits that this version knows.  It ignores an unknown compat bit, mounts read-only with an
 # unknown ro_compat bit, and refuses an unknown incompat bit.
@@ -62,6 +65,7 @@ class SuperblockRecord(NamedTuple):
     layout_signature: Annotated[int, At(176, "Q", "folds the layout of all that changes in place")]
     created_ns: Annotated[int, At(184, "q", "when it was formatted, ns since 1970 by that clock")]
     seed: Annotated[bytes, At(192, "16s", "the first UUID, which root blocks and names depend on")]
+    maker: Annotated[bytes, At(208, "16s", "version of the program that made it, zero-padded")]
     crc: Annotated[int, At(508, "I", "CRC32C of bytes 0 to 507")]
 
 
@@ -113,14 +117,16 @@ class Superblock(NamedTuple):
         return self == other._replace(uuid=self.uuid, label=self.label)
 
 
-def encode(uuid: bytes, label: str, geometry: Geometry, created_ns: int) -> bytes:
+def encode(
+    uuid: bytes, label: str, geometry: Geometry, created_ns: int, maker: str = __version__
+) -> bytes:
     """Return the 512 bytes of a new superblock; ValueError when the label is too long."""
     name = encode_label(label)
     record = SuperblockRecord(
         MAGIC, MAJOR, MINOR, SUPERBLOCK.size, 0, LOCKS, 0, uuid, name,
         geometry.region_size, geometry.block_size, geometry.peer_count, geometry.block_count,
         geometry.peers_offset, geometry.tags_offset, geometry.data_offset, geometry.reserve,
-        layout_signature(), created_ns, uuid, 0,
+        layout_signature(), created_ns, uuid, maker.encode()[:MAKER_SIZE], 0,
     )  # fmt: skip
     return seal(record)
 
@@ -176,22 +182,30 @@ def crc_valid(raw: Buffer) -> bool:
     return crc32c(bytes(raw[:crc_at])) == SUPERBLOCK.unpack(raw).crc
 
 
+def _made_by(record: SuperblockRecord) -> str:
+    """Return which version made the filesystem, as a part of a sentence."""
+    maker = shown(record.maker.rstrip(b"\0"))
+    return f", made by ivshmemfs {maker}" if maker else ", made by another build"
+
+
 def check_version(record: SuperblockRecord) -> None:
     """Raise UnsupportedVersion unless this program can use the filesystem of `record`."""
     if record.major != MAJOR or record.minor > MINOR:
         raise UnsupportedVersion(
-            f"the filesystem has format {record.major}.{record.minor} and this program knows "
-            f"{MAJOR}.{MINOR}: use a matching version of ivshmemfs"
+            f"the filesystem has format {record.major}.{record.minor}{_made_by(record)}, and "
+            f"this is ivshmemfs {__version__}, which knows {MAJOR}.{MINOR}: use a matching "
+            "version of ivshmemfs"
         )
     if unknown := record.incompat & ~KNOWN_INCOMPAT:
         raise UnsupportedVersion(
-            f"the filesystem uses features (incompat {unknown:#x}) that this program does not "
-            "know: use a newer version of ivshmemfs"
+            f"the filesystem uses features (incompat {unknown:#x}) that this ivshmemfs "
+            f"{__version__} does not know{_made_by(record)}: use a newer version of ivshmemfs"
         )
     if record.layout_signature != layout_signature():
         raise UnsupportedVersion(
-            "the filesystem was made by a build whose shared words are laid out differently: "
-            "use the same version of ivshmemfs on all machines"
+            f"the shared words of the filesystem{_made_by(record)}, are laid out differently from "
+            f"those of this ivshmemfs {__version__}: use the same version of ivshmemfs on all "
+            "machines"
         )
 
 

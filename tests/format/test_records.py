@@ -148,7 +148,7 @@ def test_superblock_offsets_are_pinned() -> None:
         "incompat": 32, "uuid": 40, "label": 56, "region_size": 120, "block_size": 128,
         "peer_count": 132, "block_count": 136, "peers_offset": 144, "tags_offset": 152,
         "data_offset": 160, "reserve": 168, "layout_signature": 176, "created_ns": 184,
-        "seed": 192, "crc": 508,
+        "seed": 192, "maker": 208, "crc": 508,
     }  # fmt: skip
 
 
