@@ -143,6 +143,29 @@ def test_dump_of_the_parts(formatted: TestRegion) -> None:
     fs.unmount()
 
 
+def test_dump_for_programs(formatted: TestRegion) -> None:
+    fs = formatted.mount()
+    fs.name_mount_point(b"/mnt/\x1b")
+    out = shows("dump", "--json", formatted.path, "all")
+    parts = [json.loads(line) for line in out.splitlines()]
+    names = ["superblock", "commit word", "hint word", "repair slot", "peer table", "slot", "tags"]
+    assert [part["part"] for part in parts] == [*names, "block"]
+    head, word, _, _, table, slot, tags, root = parts
+    assert head["problem"] is None
+    assert {field.name for field in superblock.SUPERBLOCK.fields} == set(head["fields"])
+    assert head["fields"]["region_size"] == 1 << 20
+    assert (table["slots"], slot["state"], slot["slot"]) == (16, "idle", 1)
+    assert slot["fields"]["mount_point"] == "/mnt/\\x1b"
+    assert (tags["claimed"], tags["claims"][0]["blocks"]) == (3, 3)
+    assert (root["block"], root["kind"], root["root"]["used"]) == (word["root_block"], "root", 3)
+    assert [pointer["block"] for pointer in root["pointers"]] == [1, 2]
+    (found,) = shows("dump", "--json", formatted.path, "inode:1").splitlines()
+    assert json.loads(found)["inode"]["nlink"] == 2
+    free = fs.superblock.geometry.block_count - 1
+    (found,) = shows("dump", "--json", formatted.path, f"block:{free}").splitlines()
+    assert json.loads(found)["claim"] is None
+
+
 @pytest.mark.parametrize("what", ["nothing", "block", "block:x", "inode:-1", "frob:1", "block:"])
 def test_dump_of_what_there_is_not(formatted: TestRegion, what: str) -> None:
     complains(ivshmemfs("dump", formatted.path, what), 1, f"'{what}'", "--help")
