@@ -24,8 +24,9 @@ if TYPE_CHECKING:
     from ivshmemfs.engine import Filesystem
     from ivshmemfs.engine.watched_path import PathChange, WatchedPath
 
-#: Seconds between two loads of the commit word; a change is told half as late at the median.
-NAP = 0.003
+#: Seconds between two loads of the commit word: until DROWSY seconds after a commit, and later.
+#: A change is told half as late at the median.
+NAP, LONG_NAP, DROWSY = 0.003, 0.008, 10.0
 #: Seconds between two looks at whether the region still is what was opened.
 CONDITION_SECONDS = 1.0
 
@@ -50,6 +51,7 @@ class Watch:
         self._path = path
         self._above = path.rstrip("/")
         self._next_check = 0.0
+        self._changed = time.monotonic()  # when the commit word was another one
         self._over = False
 
         def make(fs: Filesystem) -> tuple[WatchedPath, bytes]:
@@ -92,8 +94,10 @@ class Watch:
         word = self._session.call(lambda fs: fs.commit_word(), self._path)
         until = min(end, self._next_check)
         while (now := time.monotonic()) < until:
-            time.sleep(min(NAP, until - now))
+            nap = NAP if now - self._changed < DROWSY else LONG_NAP
+            time.sleep(min(nap, until - now))
             if self._session.call(lambda fs: fs.commit_word(), self._path) != word:
+                self._changed = now
                 return True
         return time.monotonic() < end
 

@@ -82,7 +82,8 @@ def metrics_command(regions: tuple[str, ...]) -> int:
         except (IvshmemfsError, OSError) as error:
             failed = True
             samples.append(("up", (("region", spec),), 0))
-            say(f"ivshmemfs: {spec}: {error}", err=True)
+            told = str(error)
+            say(f"ivshmemfs: {told if spec in told else f'{spec}: {told}'}", err=True)
     for line in lines(samples):
         say(line)
     return EXIT_PARTLY if failed else 0

@@ -61,7 +61,8 @@ def rename(
     """
     raw, found = _present(memory)
     new = superblock.amended(raw, label=label, uuid=uuid)
-    with _session(memory, found.geometry, force=force) as turn:
+    advice = " (--force changes it under them, and they go on)"
+    with _session(memory, found.geometry, force=force, advice=advice) as turn:
         _store_both(memory, turn, new)
 
 
@@ -109,14 +110,16 @@ def needs_size(page: bytes, size: int) -> bool:
     return repairing(page)
 
 
-def refuse_living(memory: Memory, found: Geometry, *, force: bool = False) -> None:
+def refuse_living(
+    memory: Memory, found: Geometry, *, force: bool = False, advice: str = ""
+) -> None:
     """Raise InUse with the names of all peers that may be alive, unless `force`."""
     if force:
         return
     if live := living(memory, found):
         raise InUse(
             f"the region is in use by {count_and_names(live)}; unmount it there first, or let go "
-            "of a machine that is gone with ivshmemfs evict"
+            f"of a machine that is gone with ivshmemfs evict{advice}"
         )
 
 
@@ -161,15 +164,19 @@ def _present(memory: Memory, *, any_size: bool = False) -> tuple[bytes, Superblo
 
 
 @contextmanager
-def _session(memory: Memory, found: Geometry, *, force: bool = False) -> Iterator[RepairSession]:
+def _session(
+    memory: Memory, found: Geometry, *, force: bool = False, advice: str = ""
+) -> Iterator[RepairSession]:
     """Exclude all peers meanwhile; they find the root as it was."""
     if memory.load(COMMIT_OFFSET) == 0:
         raise NotFormatted("the region is being formatted, or its mkfs died: run mkfs.ivshmemfs")
-    refuse_living(memory, found, force=force)
+    refuse_living(memory, found, force=force, advice=advice)
     turn = RepairSession(memory, found, amends=True)
     turn.take(force=False)
     try:
-        refuse_living(memory, found, force=force)  # a peer may have joined before the mark
+        refuse_living(
+            memory, found, force=force, advice=advice
+        )  # a peer may have joined before the mark
         if not turn.former:
             raise Corrupt(
                 "the repair slot does not say which root was there: run fsck.ivshmemfs -y"

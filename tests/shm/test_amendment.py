@@ -140,7 +140,7 @@ def test_too_little_room_is_refused_and_changes_nothing(made: TestRegion) -> Non
     assert made.path.read_bytes() == sample()
 
 
-# --- who is refused ---------------------------------------------------------------------------
+# --- refusals ---------------------------------------------------------------------------------
 
 
 def test_living_peers_are_named(made: TestRegion) -> None:
