@@ -7,17 +7,19 @@ it is loaded before its first use.
 TYPE_CHECKING = False  # as in the module typing, which every command would wait for
 
 if TYPE_CHECKING:
+    from ivshmemfs.api import Change as Change
     from ivshmemfs.api import Client as Client
     from ivshmemfs.api import DirEntry as DirEntry
     from ivshmemfs.api import FileLock as FileLock
     from ivshmemfs.api import Item as Item
     from ivshmemfs.api import KeyValue as KeyValue
+    from ivshmemfs.api import Watch as Watch
     from ivshmemfs.api import open as open
 
 #: The one place of the version: pyproject.toml reads it here.
 __version__ = "0.1.0"
 
-_API = ("Client", "DirEntry", "FileLock", "Item", "KeyValue", "open")
+_API = ("Change", "Client", "DirEntry", "FileLock", "Item", "KeyValue", "Watch", "open")
 
 
 def __getattr__(name: str) -> object:

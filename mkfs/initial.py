@@ -14,6 +14,7 @@ import random
 import stat
 from typing import NamedTuple
 
+from ivshmemfs import __version__
 from ivshmemfs.format import inode, node, peer, superblock, words
 from ivshmemfs.format.geometry import Geometry
 
@@ -30,6 +31,7 @@ class Parameters(NamedTuple):
     uid: int = 0
     gid: int = 0
     now_ns: int = 0
+    maker: str = __version__
 
 
 class InitialFilesystem(NamedTuple):
@@ -108,7 +110,9 @@ def initial_filesystem(
     before = (incarnations[_INITIAL_SLOT - 1] - 1) & words.INCARNATION_MASK
     tag = words.make_tag(_INITIAL_SLOT, before, _INITIAL_COUNTER)
     return InitialFilesystem(
-        superblock.encode(parameters.uuid, parameters.label, geometry, parameters.now_ns),
+        superblock.encode(
+            parameters.uuid, parameters.label, geometry, parameters.now_ns, parameters.maker
+        ),
         _peer_table(incarnations),
         tag,
         {

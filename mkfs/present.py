@@ -47,6 +47,6 @@ def _root_problem(memory: Memory, found: superblock.Superblock, word: int) -> st
         and node.ROOT_POINTERS <= header.used <= geometry.block_size
         and header.crc == crc32c(raw[4 : header.used])
         and root.fsid == found.fsid
-        and root.sequence & words.SEQUENCE_MASK == sequence
+        and not 0 < (root.sequence - sequence) & words.SEQUENCE_MASK < words.SEQUENCE_MASK // 2
     )
     return "" if sound else damaged

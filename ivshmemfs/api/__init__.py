@@ -5,7 +5,8 @@
 - ``file``: open files, as the module `io` has them
 - ``session``: the peer behind a client: its lock, its retries, its upkeep and its end
 - ``signals``: signals wait while a call of the engine runs
-- ``walk``: paths; ``locks``: locks between machines; ``kv``: a directory as a key-value store
+- ``walk``: paths; ``locks``: locks between machines; ``watching``: what any machine changes
+- ``kv``: a directory as a key-value store
 - ``fsspec_adapter``: the same for programs that use fsspec
 
 Every failure is an OSError with errno and filename.  Its ``__cause__`` is the error of the layer
@@ -16,5 +17,6 @@ from ivshmemfs.api.client import Client, DirEntry
 from ivshmemfs.api.kv import Item, KeyValue
 from ivshmemfs.api.locks import FileLock
 from ivshmemfs.api.opening import open
+from ivshmemfs.api.watching import Change, Watch
 
-__all__ = ["Client", "DirEntry", "FileLock", "Item", "KeyValue", "open"]
+__all__ = ["Change", "Client", "DirEntry", "FileLock", "Item", "KeyValue", "Watch", "open"]

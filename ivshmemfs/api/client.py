@@ -26,6 +26,7 @@ from ivshmemfs.api.kv import KeyValue
 from ivshmemfs.api.locks import FileLock
 from ivshmemfs.api.session import Session
 from ivshmemfs.api.walk import Path, text_of
+from ivshmemfs.api.watching import Watch
 from ivshmemfs.engine import contents
 from ivshmemfs.engine.filesystem import NOW
 from ivshmemfs.engine.inode import Context
@@ -597,6 +598,14 @@ class Client:
         It is not taken yet: use it in a `with`, or call `acquire`.
         """
         return FileLock(self, text_of(path))
+
+    def watch(self, path: Path = "/", *, recursive: bool = False) -> Watch:
+        """Return an iterator over what any machine changes at `path`, from now on.
+
+        `path` is a file or a directory; with `recursive`, directories below count as well.
+        Raises OSError: ENOENT, EOVERFLOW for a directory with too many names.
+        """
+        return Watch(self, text_of(path), recursive=recursive)
 
     def kv(self, path: Path) -> KeyValue:
         """Return the directory at `path`, made if need be, as a store of values by key."""

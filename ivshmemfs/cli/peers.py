@@ -77,10 +77,12 @@ def peers_command(region: str, as_json: bool) -> None:
         for peer, life in rows:
             show_json(_described(peer, life))
     elif not present:
-        say("no machine has it mounted for writing (a read-only mount leaves no trace in it)")
+        say("no machine has it mounted for writing")
     else:
-        titles = ("SLOT", "HOST", "PID", "SINCE", "DOING", "LIFE", "VERSION")
+        titles = ("SLOT", "HOST", "PID", "SINCE", "DOING", "LIFE", "VERSION", "MOUNTED ON")
         show([titles, *(_row(peer, life) for peer, life in rows)])
+    if not as_json:
+        _tell_readers(region)
     for machine in watch.machines.shared:
         name = watch.machines.name(machine)
         say(f"two machines go by the hardware UUID {name}: it proves no death", err=True)
@@ -99,6 +101,13 @@ def _tell_trouble(region: str) -> None:
             say(f"ivshmemfs: mount {entry.path}: {trouble}", err=True)
 
 
+def _tell_readers(region: str) -> None:
+    """Say that readers are missing above, and which there are on this machine."""
+    here = [entry.path for entry in mounts_of(region) if "ro" in entry.options.split(",")]
+    known = f"; on this machine: {', '.join(here)}" if here else ""
+    say(f"readers leave no trace: a read-only mount stores nothing{known}")
+
+
 def _doing(peer: Occupant) -> str:
     return words.STATE_NAMES[peer.state] if peer.state < len(words.STATE_NAMES) else "?"
 
@@ -114,16 +123,17 @@ def _described(peer: Occupant, life: str) -> dict[str, object]:
         "state": _doing(peer),
         "life": life,
         "version": peer.version or None,
+        "mount_point": peer.mount_point or None,
     }
 
 
 def _row(peer: Occupant, life: str) -> tuple[str, ...]:
     doing = _doing(peer)
     if not peer.identity_valid:
-        return str(peer.slot), "?", "?", "?", doing, life, "?"
+        return str(peer.slot), "?", "?", "?", doing, life, "?", "?"
     host = shown(peer.record.host.rstrip(b"\0"))
     who = str(peer.slot), host, str(peer.record.pid), _since(peer)
-    return *who, doing, life, peer.version or "?"
+    return *who, doing, life, peer.version or "?", peer.mount_point or "-"
 
 
 def _since(peer: Occupant) -> str:

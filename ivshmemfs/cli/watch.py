@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import stat
 import time
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import click
 
@@ -14,13 +16,14 @@ from ivshmemfs.cli.attach.complete import complete_path
 from ivshmemfs.cli.attach.paths import Target, reached, resolve, target_of
 from ivshmemfs.cli.commits import commits
 from ivshmemfs.cli.exits import exits
-from ivshmemfs.errors import Busy, Unfinished, UsageError
+from ivshmemfs.errors import Busy, FsError, Unfinished, UsageError
 from ivshmemfs.manual import Command, Example, Manual
 from ivshmemfs.printing import say
 
 if TYPE_CHECKING:
     from ivshmemfs.engine import Filesystem
-    from ivshmemfs.engine.diff import Change
+
+T = TypeVar("T")
 
 DEFAULT_FORMAT = "%e %p%a"
 #: Seconds between two attempts while the region is busy.
@@ -70,91 +73,55 @@ class Event(NamedTuple):
 
 
 class View:
-    """What one watched argument names, and the paths of the directories below it."""
+    """What one watched argument names, and the events there in the user's words."""
 
     def __init__(self, fs: Filesystem, target: Target, *, recursive: bool) -> None:
-        from ivshmemfs.engine.diff import Watcher
+        from ivshmemfs.engine.watched_path import WatchedPath
 
         self._target = target
         attr = resolve(fs, target.path)
         self._file = b""  # the only name that counts, if a file is watched
-        folder, path = attr.ino, b""
-        if attr.mode & 0o170000 != 0o040000:
+        folder = attr.ino
+        if not stat.S_ISDIR(attr.mode):
             above, _, self._file = target.path.rpartition(b"/")
-            folder, path = resolve(fs, above).ino, b""
-        self._paths: dict[int, bytes] = {folder: path}
-        self._base = folder
-        self._early: list[Change] = []  # what changed while the names were remembered
-        self._watcher = Watcher(fs, recursive=recursive and not self._file)
+            folder = resolve(fs, above).ino
+        self._watched = WatchedPath(fs, folder, self._file, recursive=recursive)
 
     def start(self) -> None:
         """Remember what is there now.  Raises UsageError for too many names."""
-        from ivshmemfs.engine.diff import NAMES_MAX, Kind
+        try:
+            _patiently(self._watched.begin)
+        except FsError as error:
+            if error.errno != errno.EOVERFLOW:
+                raise
+            from ivshmemfs.engine.diff import NAMES_MAX
 
-        self._watcher.watch(self._base)
-        self._early = _patiently(self._watcher)
-        if any(change.kind is Kind.OVERFLOW for change in self._early):
-            raise UsageError(f"{os.fsdecode(self._target.shown)} has more than {NAMES_MAX} names")
+            raise UsageError(
+                f"{os.fsdecode(self._target.shown)} has more than {NAMES_MAX} names"
+            ) from None
 
     def events(self) -> Iterator[Event]:
         """Yield what changed since the last call."""
-        from ivshmemfs.engine.diff import Kind
-
-        found = self._early + _patiently(self._watcher)
-        self._early = []
-        if any(change.kind is Kind.OVERFLOW for change in found):
-            yield Event(Kind.OVERFLOW.value, self._target.shown, self._base, True, None)
-            self.start()
-            return
-        for change in found:
-            if self._counts(change):
-                yield self._event(change)
-        for change in found:
-            if change.is_dir:
-                self._paths = {self._base: b""}  # paths below may be other ones now
-                break
+        for change in _patiently(self._watched.changes):
+            to = None if change.to is None else self._named(change.to)
+            path = self._named(change.path)
+            yield Event(change.kind.value, path, change.ino, change.is_dir, to)
 
     @property
     def is_over(self) -> bool:
         """Whether nothing is watched any more: the directory was removed."""
-        return self._base not in self._watcher.folders
+        return self._watched.is_over
 
-    def _counts(self, change: Change) -> bool:
+    def _named(self, inside: bytes) -> bytes:
         if not self._file:
-            return True
-        return self._file in (change.name, change.to[1] if change.to is not None else b"")
-
-    def _event(self, change: Change) -> Event:
-        path = self._path(change.folder, change.name)
-        to = None if change.to is None else self._path(*change.to)
-        return Event(change.kind.value, path, change.ino, change.is_dir, to)
-
-    def _path(self, folder: int, name: bytes) -> bytes:
-        if self._file:
-            above = self._target.shown[: -len(self._file)] if name != self._file else b""
-            return above + name if name != self._file else self._target.shown
-        above = self._folder_path(folder)
-        return self._target.named(above + b"/" + name if above else name)
-
-    def _folder_path(self, folder: int) -> bytes:
-        known = self._paths.get(folder)
-        if known is None:
-            places = sorted(self._watcher.names_of(folder))
-            if not places:
-                return b"?"  # it was removed in the same moment
-            above = self._folder_path(places[0][0])
-            known = above + b"/" + places[0][1] if above else places[0][1]
-            self._paths[folder] = known
-        return known
+            return self._target.named(inside)
+        return self._target.shown[: -len(self._file)] + inside
 
 
-def _patiently(watcher: object) -> list[Change]:
-    from ivshmemfs.engine.diff import Watcher
-
-    assert isinstance(watcher, Watcher)
+def _patiently(call: Callable[[], T]) -> T:
     while True:
         try:
-            return watcher.changes()
+            return call()
         except Unfinished:
             continue
         except Busy:

@@ -65,6 +65,7 @@ class Committer:
         Raises EROFS, Busy, Unfinished, NoSpace, Corrupt, EIO, ESTALE, and what `plan` raises.
         """
         member = self._volume.joined()
+        self._volume.operations += 1
         self._store.begin_turn()
         try:
             if not self.hint.take(member.slot):
@@ -137,6 +138,7 @@ class Committer:
                         if space.dropped:
                             self._garbage.take(space.dropped)
                         return result
+                volume.retries += 1
                 space.forget_plan()
                 if not self.hint.retake(member.slot):
                     break

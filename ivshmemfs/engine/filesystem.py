@@ -40,6 +40,7 @@ from ivshmemfs.engine.transaction import Transaction, View
 from ivshmemfs.engine.upkeep import Upkeep
 from ivshmemfs.engine.volume import Volume
 from ivshmemfs.errors import (
+    Busy,
     Corrupt,
     FsError,
     IvshmemfsError,
@@ -175,7 +176,14 @@ class Filesystem:
     def tick(self) -> bool:
         """Beat and do one piece of upkeep, about once a second; see `Upkeep.tick`."""
         self.locks.tick()
+        self._volume.locks = self.locks.count
         return self._upkeep.tick()
+
+    def name_mount_point(self, path: bytes) -> None:
+        """State in the own slot where this mount is; nothing without a slot."""
+        if self._volume.member is not None:
+            with suppress(Busy, IvshmemfsError, OSError):  # the next tick states it
+                self._volume.member.state_mount_point(path)
 
     def work(self) -> bool:
         """Do one piece of upkeep; whether there is more.  See `Upkeep.work`."""
@@ -559,9 +567,11 @@ class Filesystem:
 
         A long result is a part of `into`, if the caller gives it.
         """
-        return self._volume.look(
+        got = self._volume.look(
             lambda view: data.read(view, view.inode(handle.ino), offset, length, into)
         )
+        self._volume.bytes_read += len(got)
+        return got
 
     def write(
         self,
@@ -589,6 +599,7 @@ class Filesystem:
                 tx.put(self._credentials.after_write(tx, inode, handle, ctx))
 
             self._committer.change(plan)
+            self._volume.bytes_written += len(piece)
 
         try:
             if content:
@@ -605,9 +616,11 @@ class Filesystem:
         `file` is its descriptor.  Returns the number of bytes.  After an exception the local file
         has undefined contents there.
         """
-        return self._volume.look(
+        done = self._volume.look(
             lambda view: data.read_to(view, view.inode(handle.ino), offset, length, file)
         )
+        self._volume.bytes_read += done
+        return done
 
     def write_from(self, handle: Handle, offset: int, length: int, file: int) -> int:
         """Copy up to `length` bytes from the same offset of an open local file; atomic.
@@ -624,7 +637,9 @@ class Filesystem:
                 tx.put(self._credentials.after_write(tx, inode, handle))
             return done
 
-        return self._committer.change(plan)
+        done = self._committer.change(plan)
+        self._volume.bytes_written += done
+        return done
 
     def seek(self, handle: Handle, offset: int, whence: int) -> int:
         """Return the next offset of data (SEEK_DATA) or of a hole (SEEK_HOLE); raises ENXIO."""

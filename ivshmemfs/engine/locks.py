@@ -216,6 +216,11 @@ class Locks:
         """(slot, incarnation) of this mount."""
         return self._volume.peer_id
 
+    @property
+    def count(self) -> int:
+        """How many (owner, inode) pairs of this mount hold locks."""
+        return len(self._held)
+
     def commit_word(self) -> int:
         """The commit word: nothing in any table has changed while it has not."""
         return self._volume.store.commit_word.load()

@@ -148,7 +148,7 @@ class View:
         self.nodes: NodeSource = store
         self.word = word
         self.block_size = store.block_size
-        self.secret = store.superblock.uuid
+        self.secret = store.superblock.seed
         if root.parsed is None:
             root.parsed = parse_root(root)
         self.root: RootNode = root.parsed

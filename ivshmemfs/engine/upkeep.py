@@ -3,7 +3,7 @@
 Each `tick`, about once a second, does in this order:
 
     unpin        some expired pins
-    beat         a new heartbeat and nonce; rejoin if another peer retired this one
+    beat         a new heartbeat and nonce, and statistics; rejoin if another peer retired this one
     watch        look at the slots of all peers
     decide       at every RETIRE_TICKS-th tick, or when space is short: begin to judge silent peers
     work         one piece, as below
@@ -111,8 +111,13 @@ class Upkeep:
             self._shut_out = False
 
     def _keep_alive(self, member: Membership) -> None:
+        volume = self._volume
         try:
             member.beat()
+            member.publish_statistics(
+                volume.operations, volume.bytes_read, volume.bytes_written,
+                volume.retries, volume.locks, len(self._openfiles.counts),
+            )  # fmt: skip
         except Fenced:
             self._volume.rejoin(member)
         self._watch_others(member)

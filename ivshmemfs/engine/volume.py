@@ -94,6 +94,12 @@ class Volume:
         self.member: Membership | None = None
         self.supply = FreeList(self.store)  # the blocks that this peer claims next
         self.latest: View | None = None  # the view of the last commit that this peer saw
+        # Statistics of this mount; upkeep publishes them.  A read-only mount publishes nothing.
+        self.operations = 0  # looks and changes
+        self.bytes_read = 0
+        self.bytes_written = 0
+        self.retries = 0  # commits that were lost to another peer
+        self.locks = 0  # (owner, inode) pairs that hold locks
         self._own_word = 0  # the commit word after the last commit of this peer
         self._own_since = 0  # the commit word before the unbroken row of own commits up to that
         self._short_at = float("-inf")  # the time of the last log line about exhausted memory
@@ -171,6 +177,7 @@ class Volume:
 
     def look(self, reader: Callable[[View], T]) -> T:
         """Return what `reader` returns for a snapshot; run it again when a commit overtakes it."""
+        self.operations += 1
         self.store.begin_turn()
         try:
             for _ in range(ATTEMPTS):
@@ -235,7 +242,7 @@ class Volume:
         """Raise StaleHandle, or EIO, unless the region still holds the mounted filesystem."""
         try:
             raw = self.store.memory.read(0, superblock.SUPERBLOCK.size)
-            if raw != self._raw and superblock.decode(raw) != self.superblock:
+            if raw != self._raw and not superblock.decode(raw).same_filesystem(self.superblock):
                 raise StaleHandle("the region was formatted anew: unmount it and mount it again")
         except (FormatError, Corrupt):
             raise StaleHandle("the region no longer carries this filesystem") from None
@@ -253,7 +260,7 @@ class Volume:
                 return Condition.SOUND
             if raw == b"\xff" * len(raw):
                 return Condition.ONES
-            same = superblock.decode(raw) == self.superblock
+            same = superblock.decode(raw).same_filesystem(self.superblock)
             return Condition.SOUND if same else Condition.REFORMATTED
         except OSError:
             return Condition.UNREADABLE

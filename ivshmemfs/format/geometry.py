@@ -4,10 +4,13 @@
     1024   commit word, alone in its cache lines
     1152   hint word, alone in its cache lines
     1280   scratch words without meaning: a mount tests its mapping with one
-    3584   repair slot: slot 0, before the peer table (`repair`)
-    4096   peer table: peer_count slots of 512 bytes
+    3072   repair slot: slot 0, before the peer table (`repair`)
+    4096   peer table: peer_count slots of 1024 bytes
     ...    block tags: one word per block
     ...    blocks, the first aligned to the block size
+
+A filesystem that was made larger has its block tags behind the blocks, at the end of the region
+(`grown`).  No block moves when it grows.
 
 The two words have cache lines of their own, because every mount reads or swaps them often.
 """
@@ -67,10 +70,12 @@ class Geometry(NamedTuple):
         blocks_end = self.data_offset + self.block_count * size
         if self.tags_offset % 64 or self.data_offset % size:
             return "misaligned tables"
-        if not peers_end <= self.tags_offset or not tags_end <= self.data_offset:
+        in_front = peers_end <= self.tags_offset and tags_end <= self.data_offset
+        behind = peers_end <= self.data_offset and blocks_end <= self.tags_offset
+        if not in_front and not behind:
             return "overlapping tables"
-        if blocks_end > self.region_size:
-            return f"blocks end at {blocks_end} of {self.region_size}"
+        if max(blocks_end, tags_end) > self.region_size:
+            return f"blocks end at {blocks_end}, tags at {tags_end} of {self.region_size}"
         return None
 
 
@@ -105,4 +110,36 @@ def plan(
     )  # fmt: skip
     if problem := geometry.problem():
         raise ValueError(f"a region of {region_size} bytes cannot be formatted so: {problem}")
+    return geometry
+
+
+def grown(old: Geometry, region_size: int) -> Geometry:
+    """Return the geometry of `old` on a larger region; ValueError says what is wrong.
+
+    Blocks keep their places, and there are more of them.  The new tag table is at the end of the
+    region, behind everything that `old` has, so nothing that is in use is stored over.
+    """
+    if region_size <= old.region_size:
+        raise ValueError(f"it has {old.region_size} bytes already, and never becomes smaller")
+    room = region_size - old.data_offset
+    count = min(room // (old.block_size + words.WORD), words.MAX_BLOCKS)
+    while True:
+        tags_offset = (region_size - count * words.WORD) & -64
+        if old.data_offset + count * old.block_size <= tags_offset:
+            break
+        count -= 1
+    if count <= old.block_count or tags_offset < old.region_size:
+        least = 2 * words.WORD * (old.block_count + 64) + old.region_size
+        raise ValueError(
+            f"{region_size - old.region_size} more bytes are too few for its tag table; "
+            f"{least} bytes in all are enough"
+        )
+    geometry = old._replace(
+        region_size=region_size,
+        block_count=count,
+        tags_offset=tags_offset,
+        reserve=reserve_blocks(count),
+    )
+    if problem := geometry.problem():
+        raise ValueError(f"it cannot have {region_size} bytes: {problem}")
     return geometry

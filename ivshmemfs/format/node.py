@@ -53,7 +53,7 @@ def seal(header: HeaderRecord, body: bytes) -> bytes:
 class RootRecord(NamedTuple):
     """The record after the header of a root block; the inode table's pointers are at byte 128."""
 
-    fsid: Annotated[int, At(0, "Q", "first eight bytes of the filesystem's UUID")]
+    fsid: Annotated[int, At(0, "Q", "first eight bytes of the superblock's seed")]
     sequence: Annotated[int, At(8, "Q", "low 36 bits: of the commit word that published it")]
     next_ino: Annotated[int, At(16, "Q", "next inode number; numbers are never used twice")]
     used: Annotated[int, At(24, "Q", "blocks reachable from this root, itself included")]
@@ -70,7 +70,7 @@ _FSID = HEADER_SIZE + ROOT_RECORD.offset("fsid")
 
 
 def fsid_bytes(root: bytes) -> bytes:
-    """Return the bytes of field `fsid` of a root block: the start of the filesystem's UUID."""
+    """Return the bytes of field `fsid` of a root block: the start of the seed."""
     return root[_FSID : _FSID + words.WORD]
 
 

@@ -1,7 +1,8 @@
 """A peer's slot: one for each mount.
 
 The first cache line is hot: state, heartbeat, intent, nonce.  The owner writes its identity after
-it joins, and changes the open filter (`open_filter`) when it opens and closes files.
+it joins, and changes the open filter (`open_filter`) when it opens and closes files.  At each sign
+of life it stores its statistics and its mount point; nothing but `peers` and `top` reads them.
 `shm/peers.py` gives the order of all stores.
 """
 
@@ -13,7 +14,7 @@ from ivshmemfs.format.record import At, Buffer, Layout
 from ivshmemfs.native import crc32c
 from ivshmemfs.printing import shown
 
-SLOT_SIZE: Final = 512
+SLOT_SIZE: Final = 1024
 STATE_OFFSET: Final = 0
 HEARTBEAT_OFFSET: Final = 8
 INTENT_OFFSET: Final = 16
@@ -21,6 +22,10 @@ NONCE_OFFSET: Final = 24
 IDENTITY_OFFSET: Final = 64
 FILTER_OFFSET: Final = 256
 HOST_SIZE: Final = 64
+STATISTICS_OFFSET: Final = 512
+STATISTICS_SIZE: Final = 48
+MOUNT_POINT_OFFSET: Final = 768
+MOUNT_POINT_SIZE: Final = 256
 
 # The parts of an identity that may prove that its owner is gone (`shm/identity.py` says how).
 BOOT_PROVES: Final = 1  # boot id, pid and pid namespace: the boot id is the kernel's own
@@ -32,7 +37,7 @@ TWIN_MARK: Final = (1 << 64) - 1  # nonce of a slot that has two owners
 
 
 class SlotRecord(NamedTuple):
-    """One slot of the peer table; the open filter's 32 words follow at byte 256."""
+    """One slot of the peer table, without the open filter's 32 words at byte 256."""
 
     state: Annotated[int, At(0, "Q", "state word: state, incarnation, counter")]
     heartbeat: Annotated[int, At(8, "Q", "grows while the mount lives; its pace means nothing")]
@@ -46,11 +51,19 @@ class SlotRecord(NamedTuple):
     boot: Annotated[bytes, At(112, "16s", "boot id of the kernel that it runs under")]
     host: Annotated[bytes, At(128, "64s", "host name, zero-padded")]
     joined_ns: Annotated[int, At(192, "q", "when it joined, ns since 1970 by its own clock")]
-    capabilities: Annotated[int, At(200, "Q", "what this peer can do (none defined yet)")]
+    capabilities: Annotated[int, At(200, "Q", "in the repair slot 1: changes the superblock alone")]
     version: Annotated[bytes, At(208, "16s", "version of the program, zero-padded")]
     time_namespace: Annotated[int, At(224, "Q", "inode number of its time namespace, or 0")]
     proofs: Annotated[int, At(232, "Q", "what proves its end: 1 boot, 2 machine, 4 start time")]
     crc: Annotated[int, At(252, "I", "CRC32C of bytes 64 to 251")]
+    # The open filter's 32 words are at 256.  From here on nothing is checked: it only informs.
+    operations: Annotated[int, At(512, "Q", "looks and changes of this incarnation's owner")]
+    bytes_read: Annotated[int, At(520, "Q", "bytes of files that it has read")]
+    bytes_written: Annotated[int, At(528, "Q", "bytes of files that it has written")]
+    retries: Annotated[int, At(536, "Q", "commits that it lost to another peer and planned again")]
+    locks: Annotated[int, At(544, "Q", "locks that its programs hold now")]
+    open_files: Annotated[int, At(552, "Q", "inodes that it holds open now")]
+    mount_point: Annotated[bytes, At(768, "256s", "where it is mounted, zero-padded; or zeros")]
 
 
 SLOT = Layout(SlotRecord, SLOT_SIZE)
@@ -63,7 +76,7 @@ def encode_identity(record: SlotRecord) -> bytes:
 
 
 def identity_valid(raw: Buffer) -> bool:
-    """Return whether the identity in a slot's 512 bytes has the right checksum."""
+    """Return whether the identity in a slot's bytes has the right checksum."""
     crc_at = SLOT.offset("crc")
     stored = int.from_bytes(raw[crc_at : crc_at + 4], "little")
     return crc32c(bytes(raw[IDENTITY_OFFSET:crc_at])) == stored
@@ -91,6 +104,13 @@ class Occupant(NamedTuple):
             return ""
         return shown(self.record.version.rstrip(b"\0"))
 
+    @property
+    def mount_point(self) -> str:
+        """Where the owner says it is mounted; "" if nowhere, or without a valid identity."""
+        if not self.identity_valid:
+            return ""
+        return shown(self.record.mount_point.rstrip(b"\0"))
+
     def describe(self) -> str:
         """Return one phrase for a message.  The slot's contents may be hostile."""
         state = words.STATE_NAMES[self.state] if self.state < len(words.STATE_NAMES) else "?"
@@ -101,7 +121,7 @@ class Occupant(NamedTuple):
 
 
 def occupant(slot: int, raw: Buffer) -> Occupant:
-    """Return the contents of `slot` (from 1), given its 512 bytes."""
+    """Return the contents of `slot` (from 1), given its 1024 bytes."""
     record = SLOT.unpack(raw)
     state, incarnation, counter = words.split_state(record.state)
     valid = identity_valid(raw) and record.incarnation == incarnation

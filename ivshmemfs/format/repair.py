@@ -11,6 +11,8 @@ from ivshmemfs.format import peer
 from ivshmemfs.format.record import At, Layout
 
 SLOT: Final = 0
+#: Bit of `capabilities` in the repair slot: no repair, an amendment of the superblock.
+AMENDS: Final = 1
 FORMER_OFFSET: Final = 256
 
 

@@ -1,12 +1,14 @@
 """The superblock: the format's version, the filesystem's identity, and the geometry.
 
-mkfs writes it; it never changes afterwards.  fsck can restore it from the copy at `COPY_OFFSET`.
+mkfs writes it.  Only an amendment changes it afterwards (`shm/amendment.py`): another label,
+another UUID, a larger region.  fsck can restore it from the copy at `COPY_OFFSET`.
 """
 
 import hashlib
 import uuid as _uuid
 from typing import Annotated, NamedTuple
 
+from ivshmemfs import __version__
 from ivshmemfs.errors import (
     Corrupt,
     ForeignFormat,
@@ -18,11 +20,13 @@ from ivshmemfs.format import open_filter, peer, words
 from ivshmemfs.format.geometry import CONTROL_SIGNATURE, Geometry
 from ivshmemfs.format.record import At, Buffer, Layout
 from ivshmemfs.native import crc32c
+from ivshmemfs.printing import shown
 
 MAGIC = b"IVSHMFS\x01"
 MAJOR = 1
 MINOR = 0
 LABEL_SIZE = 64
+MAKER_SIZE = 16
 
 # Feature bits that this version knows.  It ignores an unknown compat bit, mounts read-only with an
 # unknown ro_compat bit, and refuses an unknown incompat bit.
@@ -30,7 +34,9 @@ LABEL_SIZE = 64
 LOCKS = 1
 KNOWN_COMPAT = 0
 KNOWN_RO_COMPAT = LOCKS
-KNOWN_INCOMPAT = 0
+#: incompat: the tag table lies behind the blocks, because the filesystem was made larger.
+TAGS_BEHIND = 1
+KNOWN_INCOMPAT = TAGS_BEHIND
 
 OFFSET = 0
 COPY_OFFSET = 2048
@@ -58,6 +64,8 @@ class SuperblockRecord(NamedTuple):
     reserve: Annotated[int, At(168, "Q", "blocks that only removals may use")]
     layout_signature: Annotated[int, At(176, "Q", "folds the layout of all that changes in place")]
     created_ns: Annotated[int, At(184, "q", "when it was formatted, ns since 1970 by that clock")]
+    seed: Annotated[bytes, At(192, "16s", "the first UUID, which root blocks and names depend on")]
+    maker: Annotated[bytes, At(208, "16s", "version of the program that made it, zero-padded")]
     crc: Annotated[int, At(508, "I", "CRC32C of bytes 0 to 507")]
 
 
@@ -77,14 +85,15 @@ def layout_signature() -> int:
             CONTROL_SIGNATURE,
             f"tag 8/20/36 commit 36/{words.BLOCK_BITS} filter {open_filter.BITS}",
             f"filter words {open_filter.WORDS} at {peer.FILTER_OFFSET}",
+            f"seed {SUPERBLOCK.offset('seed')}",
         )
     )
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
 
-def fsid_of(uuid: bytes) -> int:
-    """Return the number that every root block repeats: the first eight bytes of the UUID."""
-    return int.from_bytes(uuid[:8], "little")
+def fsid_of(seed: bytes) -> int:
+    """Return the number that every root block repeats: the first eight bytes of the first UUID."""
+    return int.from_bytes(seed[:8], "little")
 
 
 class Superblock(NamedTuple):
@@ -96,25 +105,61 @@ class Superblock(NamedTuple):
     created_ns: int
     read_only: bool  # an unknown ro_compat feature forbids writing
     shares_locks: bool  # every writer knows of the locks of inodes
+    seed: bytes  # the UUID that mkfs gave; root blocks and the hashes of names depend on it
 
     @property
     def fsid(self) -> int:
-        """The first eight bytes of the UUID, which every root block repeats."""
-        return fsid_of(self.uuid)
+        """The first eight bytes of the seed, which every root block repeats."""
+        return fsid_of(self.seed)
+
+    def same_filesystem(self, other: "Superblock") -> bool:
+        """Return whether both are of one filesystem of one size; its names may have changed."""
+        return self == other._replace(uuid=self.uuid, label=self.label)
 
 
-def encode(uuid: bytes, label: str, geometry: Geometry, created_ns: int) -> bytes:
+def encode(
+    uuid: bytes, label: str, geometry: Geometry, created_ns: int, maker: str = __version__
+) -> bytes:
     """Return the 512 bytes of a new superblock; ValueError when the label is too long."""
-    name = label.encode()
-    if len(name) > LABEL_SIZE:
-        raise ValueError(f"a label has at most {LABEL_SIZE} bytes; this one has {len(name)}")
+    name = encode_label(label)
     record = SuperblockRecord(
         MAGIC, MAJOR, MINOR, SUPERBLOCK.size, 0, LOCKS, 0, uuid, name,
         geometry.region_size, geometry.block_size, geometry.peer_count, geometry.block_count,
         geometry.peers_offset, geometry.tags_offset, geometry.data_offset, geometry.reserve,
-        layout_signature(), created_ns, 0,
+        layout_signature(), created_ns, uuid, maker.encode()[:MAKER_SIZE], 0,
     )  # fmt: skip
     return seal(record)
+
+
+def amended(
+    raw: Buffer,
+    *,
+    uuid: bytes | None = None,
+    label: str | None = None,
+    geometry: Geometry | None = None,
+) -> bytes:
+    """Return a superblock with some fields changed; ValueError when the label is too long."""
+    record = SUPERBLOCK.unpack(raw)
+    if uuid is not None:
+        record = record._replace(uuid=uuid)
+    if label is not None:
+        record = record._replace(label=encode_label(label))
+    if geometry is not None:
+        behind = geometry.tags_offset > geometry.data_offset
+        record = record._replace(
+            **geometry._asdict(), incompat=record.incompat | (TAGS_BEHIND if behind else 0)
+        )
+    return seal(record)
+
+
+def encode_label(label: str) -> bytes:
+    """Return the bytes of a label; ValueError when there are too many."""
+    name = label.encode(errors="surrogateescape")
+    if len(name) > LABEL_SIZE:
+        raise ValueError(f"a label has at most {LABEL_SIZE} bytes; this one has {len(name)}")
+    if b"\0" in name:
+        raise ValueError("a label has no NUL byte")
+    return name
 
 
 def seal(record: SuperblockRecord) -> bytes:
@@ -137,22 +182,30 @@ def crc_valid(raw: Buffer) -> bool:
     return crc32c(bytes(raw[:crc_at])) == SUPERBLOCK.unpack(raw).crc
 
 
+def _made_by(record: SuperblockRecord) -> str:
+    """Return which version made the filesystem, as a part of a sentence."""
+    maker = shown(record.maker.rstrip(b"\0"))
+    return f", made by ivshmemfs {maker}" if maker else ", made by another build"
+
+
 def check_version(record: SuperblockRecord) -> None:
     """Raise UnsupportedVersion unless this program can use the filesystem of `record`."""
     if record.major != MAJOR or record.minor > MINOR:
         raise UnsupportedVersion(
-            f"the filesystem has format {record.major}.{record.minor} and this program knows "
-            f"{MAJOR}.{MINOR}: use a matching version of ivshmemfs"
+            f"the filesystem has format {record.major}.{record.minor}{_made_by(record)}, and "
+            f"this is ivshmemfs {__version__}, which knows {MAJOR}.{MINOR}: use a matching "
+            "version of ivshmemfs"
         )
     if unknown := record.incompat & ~KNOWN_INCOMPAT:
         raise UnsupportedVersion(
-            f"the filesystem uses features (incompat {unknown:#x}) that this program does not "
-            "know: use a newer version of ivshmemfs"
+            f"the filesystem uses features (incompat {unknown:#x}) that this ivshmemfs "
+            f"{__version__} does not know{_made_by(record)}: use a newer version of ivshmemfs"
         )
     if record.layout_signature != layout_signature():
         raise UnsupportedVersion(
-            "the filesystem was made by a build whose shared words are laid out differently: "
-            "use the same version of ivshmemfs on all machines"
+            f"the shared words of the filesystem{_made_by(record)}, are laid out differently from "
+            f"those of this ivshmemfs {__version__}: use the same version of ivshmemfs on all "
+            "machines"
         )
 
 
@@ -188,14 +241,17 @@ def decode(raw: Buffer, region_size: int | None = None) -> Superblock:
         raise Corrupt(f"the superblock's geometry is impossible: {problem}")
     if region_size is not None and region_size != geometry.region_size:
         relation = "smaller" if region_size < geometry.region_size else "larger"
+        advice = "run 'ivshmemfs resize' on it, or " if relation == "larger" else ""
         raise GeometryMismatch(
             f"the region has {region_size} bytes, {relation} than the {geometry.region_size} "
-            "bytes it was formatted with: give it its old size"
+            f"bytes of its filesystem: {advice}give it its old size"
         )
     label = record.label.rstrip(b"\0").decode(errors="replace")
     read_only = bool(record.ro_compat & ~KNOWN_RO_COMPAT)
     shares_locks = bool(record.ro_compat & LOCKS)
-    return Superblock(record.uuid, label, geometry, record.created_ns, read_only, shares_locks)
+    return Superblock(
+        record.uuid, label, geometry, record.created_ns, read_only, shares_locks, record.seed
+    )
 
 
 def identify(raw: Buffer) -> tuple[str, str] | None:

@@ -564,7 +564,7 @@ class StrictDirectory:
         self._run.report.test(inv.check_weight, self._place(block), weight, blocks)
 
     def _names(self, leaf: Leaf, place: Place) -> None:
-        report, secret = self._run.report, self._run.image.superblock.uuid
+        report, secret = self._run.report, self._run.image.superblock.seed
         seen: set[bytes] = set()
         for key, both, name in zip(leaf.keys, leaf.inos, names_of(leaf), strict=True):
             report.test(inv.check_name, place, name, key, secret)

@@ -191,6 +191,7 @@ def _serve(
         os.chdir("/")
         if attached.notice:
             log.warning("%s: %s", target, attached.notice)
+        attached.fs.name_mount_point(os.fsencode(target))
         session = session_of(attached.fs, target, attached.source, options)
         lifeline = mountpoint.hold_lifeline(session.device or "")
         if lifeline is not None:

@@ -214,6 +214,13 @@ def current(incarnation: int) -> peer.SlotRecord:
         time_namespace=here.time_namespace,
         proofs=here.proofs,
         crc=0,
+        operations=0,
+        bytes_read=0,
+        bytes_written=0,
+        retries=0,
+        locks=0,
+        open_files=0,
+        mount_point=b"",
     )
 
 

@@ -63,6 +63,8 @@ class Membership:
         self._filter = [0] * open_filter.WORDS
         self._opens = [0] * open_filter.SIZE
         self._intent = 0
+        self._statistics = bytes(peer.STATISTICS_SIZE)  # published last, or to be published
+        self._mount_point = bytes(peer.MOUNT_POINT_SIZE)
         self._waiting: tuple[float, dict[int, tuple[int, int]]] | None = None
         self.must_collect = False
         self.twin_seen = False  # whether another process with this identity was met
@@ -166,6 +168,8 @@ class Membership:
         self._beat = self.table.memory.load(self.table.offset(self.slot, peer.HEARTBEAT_OFFSET))
         self._filter = [open_filter.stamped(word, self.incarnation) for word in self._filter]
         self._store(peer.FILTER_OFFSET, array("Q", self._filter).tobytes())
+        self._store(peer.STATISTICS_OFFSET, self._statistics)
+        self._store(peer.MOUNT_POINT_OFFSET, self._mount_point)
         self._move(IDLE, _first_counter())
 
     def _identify(self, record: peer.SlotRecord) -> None:
@@ -285,6 +289,16 @@ class Membership:
         seen = self.table.memory.cas(at, self._beat, after)
         self._beat = after if seen == self._beat else seen
         self._store(peer.IDENTITY_OFFSET, self._own)
+
+    def publish_statistics(self, *counts: int) -> None:
+        """Store the statistics in the order of `SlotRecord`.  Raises Fenced."""
+        self._statistics = array("Q", [count & _NEVER for count in counts]).tobytes()
+        self._store(peer.STATISTICS_OFFSET, self._statistics)
+
+    def state_mount_point(self, path: bytes) -> None:
+        """Store where this mount is, as far as it fits.  Raises Fenced."""
+        self._mount_point = path[: peer.MOUNT_POINT_SIZE].ljust(peer.MOUNT_POINT_SIZE, b"\0")
+        self._store(peer.MOUNT_POINT_OFFSET, self._mount_point)
 
     # --- two owners of one identity ---
 

@@ -200,7 +200,7 @@ class Store(NodeSource):
                 raise
         if root is not None and self.commit_word.load() != word:
             return None
-        if root is not None and fmt.fsid_bytes(root.data) != self.superblock.uuid[: words.WORD]:
+        if root is not None and fmt.fsid_bytes(root.data) != self.superblock.seed[: words.WORD]:
             raise StaleHandle("the region was formatted anew: unmount it and mount it again")
         return root
 

@@ -61,10 +61,11 @@ def abandoned(memory: Memory) -> bool:
 
 def describe(memory: Memory) -> str:
     """Return the message for a peer that a repair excludes."""
-    who = _named(memory.read(REPAIR_OFFSET, peer.SLOT_SIZE))
+    raw = memory.read(REPAIR_OFFSET, peer.SLOT_SIZE)
+    doing = "given another name or size" if _amends(raw) else "repaired"
     return (
-        f"the region is being repaired{who}: wait for it, or run fsck.ivshmemfs -y again if that "
-        "process is gone"
+        f"the region is being {doing}{_named(raw)}: wait for it, or run fsck.ivshmemfs -y again if "
+        "that process is gone"
     )
 
 
@@ -80,11 +81,17 @@ def _named(raw: bytes) -> str:
     return f" by pid {record.pid} on {host}{since}"
 
 
-class RepairSession:
-    """One repair's exclusive use of a region.  Not thread-safe."""
+def _amends(raw: bytes) -> bool:
+    """Return whether the repair slot names an amendment of the superblock (`shm/amendment.py`)."""
+    return peer.identity_valid(raw) and bool(peer.SLOT.unpack(raw).capabilities & repair.AMENDS)
 
-    def __init__(self, memory: Memory, geometry: Geometry) -> None:
+
+class RepairSession:
+    """One repair's, or one amendment's, exclusive use of a region.  Not thread-safe."""
+
+    def __init__(self, memory: Memory, geometry: Geometry, *, amends: bool = False) -> None:
         self._memory = memory
+        self._amends = amends
         self._commit_word = CommitWord(memory)
         self._geometry = geometry
         self._table = PeerTable(memory, geometry, self._commit_word)
@@ -94,6 +101,7 @@ class RepairSession:
         self.marked = 0  # the commit word with this session's mark
         self.tag = 0  # tag of this session's claims
         self.inherited = False  # whether the mark of another session was there already
+        self.must_end = False  # whether the former state is gone, so that nothing can be given up
 
     @property
     def marks(self) -> bool:
@@ -106,7 +114,13 @@ class RepairSession:
         return self._may_live(self._table.peer(repair.SLOT))
 
     def take(self, *, force: bool) -> None:
-        """Take slot 0 and mark the commit word.  Raises InUse when another repair may be alive."""
+        """Take slot 0 and mark the commit word.  Raises InUse when another repair may be alive.
+
+        An amendment refuses the mark of a repair that died: only a repair may go on from there.
+        """
+        raw = self._memory.read(REPAIR_OFFSET, peer.SLOT_SIZE)
+        if self._amends and self.marks and peer.identity_valid(raw) and not _amends(raw):
+            raise InUse(describe(self._memory))
         self._join(self._table.peer(repair.SLOT), force)
         self._store(peer.IDENTITY_OFFSET, self._identity())
         self._mark()
@@ -147,7 +161,8 @@ class RepairSession:
 
     def _identity(self) -> bytes:
         _, incarnation, _ = words.split_state(self._word)
-        return peer.encode_identity(identity.current(incarnation))
+        does = repair.AMENDS if self._amends else 0
+        return peer.encode_identity(identity.current(incarnation)._replace(capabilities=does))
 
     def _mark(self) -> None:
         """Store the former commit word, then swap the mark in."""

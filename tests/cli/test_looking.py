@@ -96,11 +96,12 @@ def test_peers(formatted: TestRegion) -> None:
     assert shows("peers", formatted.path).startswith("no machine has it mounted for writing")
     fs = formatted.mount()
     lines = shows("peers", formatted.path).splitlines()
-    assert lines[0].split() == ["SLOT", "HOST", "PID", "SINCE", "DOING", "LIFE", "VERSION"]
+    titles = ["SLOT", "HOST", "PID", "SINCE", "DOING", "LIFE", "VERSION", "MOUNTED", "ON"]
+    assert lines[0].split() == titles
     fields = lines[1].split()
     assert fields[0] == "1"
     assert int(fields[2]) == os.getpid()
-    assert fields[-3:] == ["idle", "silent", __version__]  # no test calls tick() here
+    assert fields[-4:] == ["idle", "silent", __version__, "-"]  # no test calls tick() here
     fs.unmount()
 
 
@@ -140,6 +141,29 @@ def test_dump_of_the_parts(formatted: TestRegion) -> None:
     for part in ("superblock at 0", "commit word", "peer slots", "tags at", "next_ino"):
         assert part in whole
     fs.unmount()
+
+
+def test_dump_for_programs(formatted: TestRegion) -> None:
+    fs = formatted.mount()
+    fs.name_mount_point(b"/mnt/\x1b")
+    out = shows("dump", "--json", formatted.path, "all")
+    parts = [json.loads(line) for line in out.splitlines()]
+    names = ["superblock", "commit word", "hint word", "repair slot", "peer table", "slot", "tags"]
+    assert [part["part"] for part in parts] == [*names, "block"]
+    head, word, _, _, table, slot, tags, root = parts
+    assert head["problem"] is None
+    assert {field.name for field in superblock.SUPERBLOCK.fields} == set(head["fields"])
+    assert head["fields"]["region_size"] == 1 << 20
+    assert (table["slots"], slot["state"], slot["slot"]) == (16, "idle", 1)
+    assert slot["fields"]["mount_point"] == "/mnt/\\x1b"
+    assert (tags["claimed"], tags["claims"][0]["blocks"]) == (3, 3)
+    assert (root["block"], root["kind"], root["root"]["used"]) == (word["root_block"], "root", 3)
+    assert [pointer["block"] for pointer in root["pointers"]] == [1, 2]
+    (found,) = shows("dump", "--json", formatted.path, "inode:1").splitlines()
+    assert json.loads(found)["inode"]["nlink"] == 2
+    free = fs.superblock.geometry.block_count - 1
+    (found,) = shows("dump", "--json", formatted.path, f"block:{free}").splitlines()
+    assert json.loads(found)["claim"] is None
 
 
 @pytest.mark.parametrize("what", ["nothing", "block", "block:x", "inode:-1", "frob:1", "block:"])

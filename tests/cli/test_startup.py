@@ -9,6 +9,7 @@ import pytest
 
 from ivshmemfs.cli.main import SUBCOMMANDS
 from ivshmemfs.engine import COMPILED
+from tests.support.regions import new_region
 
 #: What takes long to load: the engine, and packages that only some commands use at some time.
 HEAVY = (
@@ -48,6 +49,21 @@ def test_the_help_of_all_loads_no_subcommand() -> None:
     shown = [line.split(maxsplit=1) for line in text]
     for name, known in SUBCOMMANDS.items():
         assert [name, known.summary] in shown
+    assert loaded == "LOADED"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("label", "{}"), ("label", "{}", "new"), ("uuid", "{}", "random"), ("resize", "{}"),
+        ("resize", "-n", "{}", "2M"), ("peers", "{}"), ("metrics", "{}"),
+        ("top", "-n1", "-d0.1", "{}"), ("dump", "{}"), ("list",),
+    ],
+    ids=" ".join,
+)  # fmt: skip
+def test_what_only_looks_at_tables_loads_no_engine(words: tuple[str, ...]) -> None:
+    with new_region(1 << 20) as made:
+        *_, loaded = output_of(*(word.format(made.path) for word in words))
     assert loaded == "LOADED"
 
 

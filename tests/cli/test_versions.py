@@ -31,7 +31,9 @@ def test_a_mount_tells_which_peers_are_older(formatted: TestRegion, place: Path)
     assert "runs 0.0.9: use one version on all machines" in result.stderr
     assert result.stderr.count("\n") == 1
     lines = ivshmemfs("peers", formatted.path).stdout.splitlines()
-    assert [line.split()[-1] for line in lines] == ["VERSION", "0.0.9", __version__]
+    cells = [line.split()[-2:] for line in lines[1:3]]
+    assert cells == [["0.0.9", "-"], [__version__, str(place)]]
+    assert lines[3] == "readers leave no trace: a read-only mount stores nothing"
     assert ivshmemfs("umount", place).returncode == 0
 
 
@@ -49,6 +51,15 @@ def test_others_are_not_spoken_of(version: bytes, formatted: TestRegion) -> None
     [
         ({"minor": superblock.MINOR + 1}, "use a matching version"),
         ({"layout_signature": 1}, "use the same version of ivshmemfs on all machines"),
+        (
+            {"layout_signature": 1, "maker": b"0.0.7"},
+            f"0.0.7, are laid out differently from those of this ivshmemfs {__version__}",
+        ),
+        ({"layout_signature": 1, "maker": b""}, "made by another build, are laid out differently"),
+        (
+            {"minor": 9, "maker": b"7.1"},
+            f"1.9, made by ivshmemfs 7.1, and this is ivshmemfs {__version__}",
+        ),
     ],
 )
 def test_what_is_incompatible_is_refused(

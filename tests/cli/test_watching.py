@@ -131,7 +131,7 @@ def test_the_time_is_over(region: TestRegion, there: Filesystem) -> None:
 
 def test_waiting_stores_nothing(region: TestRegion, there: Filesystem) -> None:
     waiting = Running("wait", f"{region.path}:/new")
-    assert ivshmemfs("peers", region.path).stdout.count("\n") == 2, "one peer, and the heading"
+    assert ivshmemfs("peers", region.path).stdout.count("\n") == 3, "one peer, heading, readers"
     there.mknod(ROOT_INO, b"new", FILE, 0, ROOT)
     waiting.end(0)
 

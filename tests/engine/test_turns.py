@@ -57,6 +57,7 @@ WHOLE = {"mount", "unmount", "collect", "reap"}
 PARTS = {
     "commit_word",
     "is_open",
+    "name_mount_point",
     "only_own_commits",
     "look",
     "change",

@@ -28,6 +28,7 @@ PARAMETERS = Parameters(
     uid=1000,
     gid=1001,
     now_ns=1_750_000_000_123_456_789,
+    maker="golden",
 )
 GEOMETRY: Geometry = plan(SIZE, 1024, 4)
 SEED = 20250615

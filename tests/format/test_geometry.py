@@ -51,9 +51,9 @@ def test_block_numbers_suffice_for_the_largest_region() -> None:
 
 def test_pinned_plans() -> None:
     assert geo.plan(1 << 20) == geo.Geometry(
-        1 << 20, 1024, 16, 1004, 4096, 12288, 20480, geo.reserve_blocks(1004)
+        1 << 20, 1024, 16, 996, 4096, 20480, 28672, geo.reserve_blocks(996)
     )
-    assert geo.plan(16 << 30).block_count == 4186124
+    assert geo.plan(16 << 30).block_count == 4186122
 
 
 @pytest.mark.parametrize(
@@ -80,5 +80,43 @@ def test_wild_numbers_are_a_problem_or_harmless(field: str, wild: int) -> None:
     wrong = geo.plan(1 << 20)._replace(**{field: wild})
     if wrong.problem() is None:
         assert wrong.data_offset + wrong.block_count * wrong.block_size <= 1 << 20
-        assert wrong.peers_offset + wrong.peer_count * 512 <= wrong.tags_offset
-        assert wrong.tags_offset + 8 * wrong.block_count <= wrong.data_offset
+        assert wrong.peers_offset + wrong.peer_count * 1024 <= wrong.tags_offset
+        assert apart(wrong)
+
+
+def apart(layout: geo.Geometry) -> bool:
+    """Whether tags and blocks do not overlap, and both end within the region."""
+    tags_end = layout.tags_offset + 8 * layout.block_count
+    blocks_end = layout.data_offset + layout.block_count * layout.block_size
+    inside = max(tags_end, blocks_end) <= layout.region_size
+    return inside and (tags_end <= layout.data_offset or blocks_end <= layout.tags_offset)
+
+
+@given(st.integers(1 << 18, 1 << 44), BLOCK_SIZES, st.lists(st.integers(1, 1 << 40), max_size=4))
+def test_a_grown_geometry_keeps_all_blocks(
+    size: int, block_size: int | None, steps: list[int]
+) -> None:
+    try:
+        layout = geo.plan(size, block_size)
+    except ValueError:
+        return
+    for step in steps:
+        try:
+            larger = geo.grown(layout, layout.region_size + step)
+        except ValueError:
+            spare = layout.block_size + 16 * layout.block_count + 1024
+            assert step < spare or layout.block_count == words.MAX_BLOCKS
+            continue
+        assert larger.problem() is None
+        assert apart(larger)
+        assert (larger.data_offset, larger.block_size) == (layout.data_offset, layout.block_size)
+        assert larger.block_count > layout.block_count
+        assert larger.tags_offset >= layout.region_size  # nothing in use is stored over
+        layout = larger
+
+
+def test_nothing_shrinks() -> None:
+    layout = geo.plan(1 << 20)
+    for size in (1 << 20, 1 << 19):
+        with pytest.raises(ValueError, match="has 1048576 bytes already"):
+            geo.grown(layout, size)

@@ -93,7 +93,10 @@ def test_the_tree_is_all_there(tree: TestRegion) -> None:
 
 
 def test_a_region_without_shared_locks(tree: TestRegion) -> None:
-    """The tree was made before them: its other writers may not know of any."""
+    """A region that was made before them: its other writers may not know of any."""
+    memory = tree.region().memory
+    record = superblock.SUPERBLOCK.unpack(memory.read(0, superblock.SUPERBLOCK.size))
+    memory.write(0, superblock.seal(record._replace(ro_compat=0)))
     assert not tree.mount().shares_locks
     with new_region(golden.SIZE) as made:
         assert made.mount().shares_locks

@@ -19,8 +19,8 @@ def test_golden_indices() -> None:
     assert found == GOLDEN
 
 
-def test_the_words_fill_the_slot() -> None:
-    assert peer.FILTER_OFFSET + open_filter.WORDS * WORD == peer.SLOT_SIZE
+def test_the_words_end_where_the_statistics_begin() -> None:
+    assert peer.FILTER_OFFSET + open_filter.WORDS * WORD == peer.STATISTICS_OFFSET
     assert open_filter.SIZE == 1536
 
 

@@ -13,8 +13,8 @@ from ivshmemfs.format.tables import LAYOUTS
 
 SIZES = {
     "superblock": 512,
-    "slot": 512,
-    "repair": 512,
+    "slot": 1024,
+    "repair": 1024,
     "pointer": 16,
     "header": 32,
     "root": 96,
@@ -118,6 +118,8 @@ def test_golden_slot() -> None:
         state=words.make_state(words.IDLE, 3, 9), heartbeat=2, intent=0, nonce=1, incarnation=3,
         pid=4, pid_start=5, pid_namespace=6, machine=b"m" * 16, boot=b"b" * 16, host=b"guest",
         joined_ns=7, capabilities=0, version=b"0.1.0", time_namespace=9, proofs=7, crc=8,
+        operations=10, bytes_read=11, bytes_written=12, retries=13, locks=14, open_files=15,
+        mount_point=b"/mnt/shared",
     )  # fmt: skip
     raw = peer.SLOT.pack(record)
     assert raw[:24].hex() == "090000003000000202000000000000000000000000000000"
@@ -128,7 +130,9 @@ def test_golden_slot() -> None:
     assert raw[208:213] == b"0.1.0"
     assert raw[224:240] == struct.pack("<2Q", 9, 7)
     assert raw[252:256] == struct.pack("<I", 8)
-    assert not any(raw[256:])
+    assert not any(raw[256:512])
+    assert raw[512:560] == struct.pack("<6Q", 10, 11, 12, 13, 14, 15)
+    assert raw[768:1024] == b"/mnt/shared".ljust(256, b"\0")
 
 
 def test_golden_pointer_and_xattr() -> None:
@@ -144,7 +148,7 @@ def test_superblock_offsets_are_pinned() -> None:
         "incompat": 32, "uuid": 40, "label": 56, "region_size": 120, "block_size": 128,
         "peer_count": 132, "block_count": 136, "peers_offset": 144, "tags_offset": 152,
         "data_offset": 160, "reserve": 168, "layout_signature": 176, "created_ns": 184,
-        "crc": 508,
+        "seed": 192, "maker": 208, "crc": 508,
     }  # fmt: skip
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib
+import json
 import os
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -46,6 +48,26 @@ def test_clean_is_0(
     (line,) = capsys.readouterr().out.splitlines()
     assert line.startswith(f"{made.path}: clean; ")
     assert "inodes" in line
+
+
+def test_a_report_for_programs(made: TestRegion, capsys: pytest.CaptureFixture[str]) -> None:
+    def said(code: int, *options: str) -> dict[str, Any]:
+        assert run("--json", *options, made.path) == code
+        found: dict[str, Any] = json.loads(capsys.readouterr().out)
+        return found
+
+    assert said(0)["clean"]
+    damage(made)
+    found = said(4)
+    assert (found["region"], found["clean"], found["errors"]) == (str(made.path), False, 1)
+    assert found["counts"] == {"I24": 1}
+    (finding,) = found["findings"]
+    assert (finding["invariant"], finding["inode"], finding["slot"]) == (24, Names.small, None)
+    assert finding["text"] == "its link count is 9; it should be 171"
+    assert (found["repairs"], found["before"]) == ([], None)
+    found = said(1, "-y")
+    assert (found["clean"], found["findings"], found["before"]["errors"]) == (True, [], 1)
+    assert found["repairs"]
 
 
 def test_damage_is_4_and_stays(made: TestRegion, capsys: pytest.CaptureFixture[str]) -> None:

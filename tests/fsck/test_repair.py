@@ -13,6 +13,7 @@ from ivshmemfs.errors import Interrupted, InUse, NoSpace, UnderRepair
 from ivshmemfs.format import inode, node, words
 from ivshmemfs.format.dirent import name_key
 from ivshmemfs.format.geometry import COMMIT_OFFSET, PEERS_OFFSET
+from ivshmemfs.format.peer import SLOT_SIZE
 from ivshmemfs.fsck.repair.run import _Repair
 from ivshmemfs.fsck.repair.trees import TreeBuilder
 from ivshmemfs.fsck.repair.writer import RepairedTree, RepairWriter
@@ -61,7 +62,7 @@ def lose_a_part_of_the_inode_table(k: Knife) -> None:
 
 
 def lose_the_peer_table(k: Knife) -> None:
-    k.memory.write(k.geometry.peers_offset, os.urandom(16 * 512))
+    k.memory.write(k.geometry.peers_offset, os.urandom(16 * SLOT_SIZE))
 
 
 def lose_a_directory_node(k: Knife) -> None:

@@ -413,6 +413,9 @@ class FakeFilesystem:
     def condition(self) -> Condition:
         return Condition.SOUND
 
+    def name_mount_point(self, path: bytes) -> None:
+        pass
+
     def tick(self) -> bool:
         self.ticks += 1
         # Shown as an attribute of the root, so that a test can see that upkeep goes on.

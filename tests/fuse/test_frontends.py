@@ -363,7 +363,7 @@ HANDLERS = {
 #: Methods that are not operations of a client.
 UNASKED = {"access_list", "groups_of", "is_committing", "keeps_set_id", "locks", "shares_locks"}
 #: What `pages` asks beside requests; its failures are shown in tests/posix/test_mapping.py.
-UNASKED |= {"commit_word", "is_open", "look", "only_own_commits"}
+UNASKED |= {"commit_word", "is_open", "look", "name_mount_point", "only_own_commits"}
 #: How an operation ends on the test double where that is not success.
 ENDS = {"tmpfile": errno.EOPNOTSUPP}
 

@@ -82,8 +82,10 @@ def read_superblock(data: bytes) -> None:
         except (FormatError, Corrupt):
             continue
         layout = found.geometry
-        assert layout.tags_offset + 8 * layout.block_count <= layout.data_offset
-        assert layout.data_offset + layout.block_count * layout.block_size <= layout.region_size
+        tags_end = layout.tags_offset + 8 * layout.block_count
+        blocks_end = layout.data_offset + layout.block_count * layout.block_size
+        assert tags_end <= layout.data_offset or blocks_end <= layout.tags_offset
+        assert max(tags_end, blocks_end) <= layout.region_size
         assert str(superblock.identify(candidate))
 
 

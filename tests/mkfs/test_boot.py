@@ -13,6 +13,8 @@ import pytest
 from ivshmemfs.engine import ROOT_INO
 from ivshmemfs.format import superblock, words
 from ivshmemfs.format.geometry import COMMIT_OFFSET
+from ivshmemfs.region import open_region
+from ivshmemfs.shm.commit import CommitWord
 from mkfs import present
 from mkfs.main import main
 from tests.support.regions import new_region, put
@@ -52,6 +54,14 @@ def test_a_sound_filesystem_is_left_as_it_is(
     )
     assert make("--if-needed", path) == 0  # also without a size
     assert path.read_bytes() == first
+
+
+def test_also_after_a_fence(path: Path) -> None:
+    """It counts the commit sequence on, and keeps the root."""
+    assert make("--size", "1M", path) == 0
+    with open_region(str(path)) as region:
+        CommitWord(region.memory).fence()
+        assert present.problem(region.memory) == ""
 
 
 def test_also_while_it_is_mounted(capsys: pytest.CaptureFixture[str]) -> None:
@@ -154,7 +164,7 @@ def test_a_rehearsal_makes_nothing(path: Path, capsys: pytest.CaptureFixture[str
     assert out[0] == (
         f"{path}: 1 MiB would be made and formatted as ivshmemfs; nothing was changed"
     )
-    assert out[1].startswith("1004 blocks of 1024 bytes")
+    assert out[1].startswith("996 blocks of 1024 bytes")
     assert not path.exists()
 
 

@@ -87,7 +87,7 @@ class Knife:
         self.image = Image(memory, read_superblocks(memory).usable)
         self.geometry = self.image.geometry
         self.block_size = self.geometry.block_size
-        self.uuid = self.image.superblock.uuid
+        self.uuid = self.image.superblock.seed
 
     # --- blocks ---
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import random
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import cast
 
-from ivshmemfs.engine import Attr, Context, Filesystem
+from ivshmemfs.engine import Attr, Context, Filesystem, Handle
+from ivshmemfs.errors import Unfinished
 from ivshmemfs.format import geometry
 from ivshmemfs.region import Region, create_file, open_region
 from mkfs.initial import Parameters
@@ -68,10 +70,20 @@ def put(fs: Filesystem, parent: int, name: bytes, content: bytes) -> Attr:
     try:
         done = 0
         while done < len(content):
-            done += fs.write(handle, done, content[done : done + (1 << 20)])
+            done += _written(fs, handle, done, content[done : done + (1 << 20)])
     finally:
         fs.release(handle)
     return fs.lookup(parent, name)
+
+
+def _written(fs: Filesystem, handle: Handle, at: int, piece: bytes) -> int:
+    """Write a piece, in several turns if space is short."""
+    attempt: Callable[[], int] = lambda: fs.write(handle, at, piece)  # noqa: E731
+    while True:
+        try:
+            return attempt()
+        except Unfinished as turn:
+            attempt = cast("Callable[[], int]", turn.go_on or attempt)
 
 
 def get(fs: Filesystem, parent: int, name: bytes) -> bytes:

@@ -129,7 +129,7 @@ class KeptNames:
         self.survey = survey
         self.inodes = survey.inodes
         self.reader = DirectoryReader(survey)
-        self.secret = survey.image.superblock.uuid
+        self.secret = survey.image.superblock.seed
         self.rewritten: dict[int, list[FoundName]] = {}  # names of directories to store anew
         self.created: list[int] = []  # directories that the repair adds
         self._leaves = survey.search_leaves()
