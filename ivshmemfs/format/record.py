@@ -51,7 +51,7 @@ def _row(field: Field) -> bytes:
     """Return a field's row in the plan of `packed_tuple`: offset, width, kind of value."""
     code = field.code[-1:]
     kind = b"b" if code == "s" else b"s" if code.islower() else b"u"
-    return struct.pack("<HBc", field.offset, field.width, kind)
+    return struct.pack("<HHcx", field.offset, field.width, kind)
 
 
 class Layout(Generic[T]):

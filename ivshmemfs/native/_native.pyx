@@ -1432,8 +1432,9 @@ def is_name(name):
 
 cdef struct column:  # one field of a record: a row of the plan that Layout makes
     uint16_t offset
-    uint8_t width
+    uint16_t width
     char code  # 'u', 's' (signed), 'b' (bytes)
+    char unused
 
 
 cdef int put_field(unsigned char *raw, const column *place, object value) except -1:

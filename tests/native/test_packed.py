@@ -133,7 +133,7 @@ class Sample(NamedTuple):
     raw: bytes
 
 
-PLAN = struct.pack("<HBcHBcHBc", 0, 1, b"u", 2, 2, b"s", 4, 3, b"b")
+PLAN = struct.pack("<HHcxHHcxHHcx", 0, 1, b"u", 2, 2, b"s", 4, 3, b"b")
 
 
 @pytest.mark.parametrize(("signed", "raw"), [(-1, b"abc"), (0x7FFF, b"a"), (-0x8000, b"abcde")])
