@@ -78,7 +78,7 @@ def peers_command(region: str, as_json: bool) -> None:
     elif not present:
         say("no machine has it mounted for writing (a read-only mount leaves no trace in it)")
     else:
-        titles = ("SLOT", "HOST", "PID", "SINCE", "DOING", "LIFE", "VERSION")
+        titles = ("SLOT", "HOST", "PID", "SINCE", "DOING", "LIFE", "MEMORY", "VERSION")
         show([titles, *(_row(peer, life) for peer, life in rows)])
     for machine in watch.machines.shared:
         name = watch.machines.name(machine)
@@ -112,6 +112,7 @@ def _described(peer: Occupant, life: str) -> dict[str, object]:
         "joined_ns": None if record is None else record.joined_ns,
         "state": _doing(peer),
         "life": life,
+        "memory": peer.coherence,
         "version": peer.version or None,
     }
 
@@ -119,10 +120,10 @@ def _described(peer: Occupant, life: str) -> dict[str, object]:
 def _row(peer: Occupant, life: str) -> tuple[str, ...]:
     doing = _doing(peer)
     if not peer.identity_valid:
-        return str(peer.slot), "?", "?", "?", doing, life, "?"
+        return str(peer.slot), "?", "?", "?", doing, life, peer.coherence, "?"
     host = shown(peer.record.host.rstrip(b"\0"))
     who = str(peer.slot), host, str(peer.record.pid), _since(peer)
-    return *who, doing, life, peer.version or "?"
+    return *who, doing, life, peer.coherence, peer.version or "?"
 
 
 def _since(peer: Occupant) -> str:

@@ -8,7 +8,7 @@ it joins, and changes the open filter (`open_filter`) when it opens and closes f
 from collections.abc import Iterator
 from typing import Annotated, Final, NamedTuple
 
-from ivshmemfs.format import words
+from ivshmemfs.format import coherence, words
 from ivshmemfs.format.record import At, Buffer, Layout
 from ivshmemfs.native import crc32c
 from ivshmemfs.printing import shown
@@ -46,7 +46,7 @@ class SlotRecord(NamedTuple):
     boot: Annotated[bytes, At(112, "16s", "boot id of the kernel that it runs under")]
     host: Annotated[bytes, At(128, "64s", "host name, zero-padded")]
     joined_ns: Annotated[int, At(192, "q", "when it joined, ns since 1970 by its own clock")]
-    capabilities: Annotated[int, At(200, "Q", "what this peer can do (none defined yet)")]
+    capabilities: Annotated[int, At(200, "Q", "what this peer can do: 2 answers challenges")]
     version: Annotated[bytes, At(208, "16s", "version of the program, zero-padded")]
     time_namespace: Annotated[int, At(224, "Q", "inode number of its time namespace, or 0")]
     proofs: Annotated[int, At(232, "Q", "what proves its end: 1 boot, 2 machine, 4 start time")]
@@ -78,6 +78,7 @@ class Occupant(NamedTuple):
     counter: int
     record: SlotRecord
     identity_valid: bool  # whole, and of the present incarnation
+    coherence: str  # what the owner found: unknown, agrees, or differs from a slot
 
     @property
     def word(self) -> int:
@@ -105,7 +106,9 @@ def occupant(slot: int, raw: Buffer) -> Occupant:
     record = SLOT.unpack(raw)
     state, incarnation, counter = words.split_state(record.state)
     valid = identity_valid(raw) and record.incarnation == incarnation
-    return Occupant(slot, state, incarnation, counter, record, valid)
+    checks = valid and record.capabilities & coherence.CHECKS
+    found = coherence.describe(raw) if checks else "unknown"
+    return Occupant(slot, state, incarnation, counter, record, valid, found)
 
 
 def occupants(table: Buffer, count: int) -> Iterator[Occupant]:

@@ -96,11 +96,20 @@ def test_peers(formatted: TestRegion) -> None:
     assert shows("peers", formatted.path).startswith("no machine has it mounted for writing")
     fs = formatted.mount()
     lines = shows("peers", formatted.path).splitlines()
-    assert lines[0].split() == ["SLOT", "HOST", "PID", "SINCE", "DOING", "LIFE", "VERSION"]
+    assert lines[0].split() == [
+        "SLOT",
+        "HOST",
+        "PID",
+        "SINCE",
+        "DOING",
+        "LIFE",
+        "MEMORY",
+        "VERSION",
+    ]
     fields = lines[1].split()
     assert fields[0] == "1"
     assert int(fields[2]) == os.getpid()
-    assert fields[-3:] == ["idle", "silent", __version__]  # no test calls tick() here
+    assert fields[-4:] == ["idle", "silent", "unknown", __version__]  # no test calls tick() here
     fs.unmount()
 
 

@@ -14,6 +14,7 @@ from ivshmemfs.format.tables import LAYOUTS
 SIZES = {
     "superblock": 512,
     "slot": 512,
+    "coherence": 24,
     "repair": 512,
     "pointer": 16,
     "header": 32,
