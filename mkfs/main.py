@@ -45,7 +45,15 @@ from mkfs.writer import (
     refuse_used,
 )
 
-NOT_FILES = ("pci", "mem:", "label=", "uuid=", "LABEL=", "UUID=")  # what --size cannot create
+NOT_FILES = (
+    "pci",
+    "vfio:",
+    "mem:",
+    "label=",
+    "uuid=",
+    "LABEL=",
+    "UUID=",
+)  # what --size cannot create
 FAILURE = 1  # the one exit code for everything that went wrong, wrong usage included
 EXITS = shared.Exits(usage=FAILURE, system=FAILURE, interrupted=FAILURE, internal=FAILURE)
 

@@ -41,6 +41,7 @@ DONE = (
     "ivshmemfs/api",
     "ivshmemfs/cli",
     "ivshmemfs/command.py",
+    "ivshmemfs/doorbell",
     "ivshmemfs/engine",
     "ivshmemfs/errors.py",
     "ivshmemfs/format",

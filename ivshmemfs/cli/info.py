@@ -26,6 +26,7 @@ from ivshmemfs.region import (
     open_region,
     probe,
     readable_size,
+    uncached,
 )
 from ivshmemfs.region.roots import HERE
 from ivshmemfs.shm.repair import repairing
@@ -137,7 +138,7 @@ def info_command(region: str, as_json: bool) -> None:
         fs = enter(opened, readonly=True)
         stats, word = fs.statfs(), fs.view().word
         peers = sum(1 for _peer in fs.table.peers())
-        measured = probe(opened.memory)
+        measured, warning = probe(opened.memory), uncached(opened)
     geometry = checked.geometry
     size = stats.block_size
     used, free = (stats.blocks - stats.blocks_free) * size, stats.blocks_avail * size
@@ -154,7 +155,7 @@ def info_command(region: str, as_json: bool) -> None:
                 "created_ns": checked.created_ns, "size": opened.size, "block_size": size,
                 "blocks": geometry.block_count, "reserve": geometry.reserve, "used": used,
                 "available": free, "inodes": inodes, "commit": sequence, "root_block": root,
-                "peers": peers, "peers_max": geometry.peer_count, "warning": measured.warning(),
+                "peers": peers, "peers_max": geometry.peer_count, "warning": warning,
             }
         )  # fmt: skip
         return
@@ -173,7 +174,7 @@ def info_command(region: str, as_json: bool) -> None:
         ("mapping", measured.describe()),
     ]
     show(rows)
-    if warning := measured.warning():
+    if warning:
         say(f"ivshmemfs: {warning}", err=True)
 
 

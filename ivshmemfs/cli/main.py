@@ -59,6 +59,7 @@ SUBCOMMANDS = {
     "mkdir": Subcommand("files.change", "Make directories in a region."),
     "mv": Subcommand("files.change", "Move files within a region."),
     "rm": Subcommand("files.change", "Remove files from a region."),
+    "server": Subcommand("server", "Serve REGION to QEMU's doorbell devices."),
     "doctor": Subcommand("doctor.commands", "Check a region and this machine; say what to type."),
 }
 MANUAL = Manual(

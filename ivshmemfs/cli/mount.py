@@ -140,13 +140,13 @@ def _attach(spec: str | None, options: MountOptions) -> daemon.Attach:
         # Imported here: the parent of a daemon ends sooner without them.
         from ivshmemfs.cli.attach.peer import enter, older_peers
         from ivshmemfs.format.superblock import identify
-        from ivshmemfs.region import open_region, probe
+        from ivshmemfs.region import open_region, uncached
 
         found = the_one_device() if spec is None else spec
         with open_region(found, readonly=options.readonly, identify=identify) as region:
             fs = enter(region, readonly=options.readonly)
             try:
-                notices = (probe(region.memory).warning(), older_peers(fs.table.peers()))
+                notices = (uncached(region), older_peers(fs.table.peers()))
                 yield daemon.Attached(fs, region.spec, "; ".join(filter(None, notices)))
             finally:
                 fs.unmount()

@@ -79,7 +79,9 @@ def peers_command(region: str, as_json: bool) -> None:
     elif not present:
         say("no machine has it mounted for writing")
     else:
-        titles = ("SLOT", "HOST", "PID", "SINCE", "DOING", "LIFE", "VERSION", "MOUNTED ON")
+        titles = (
+            "SLOT", "HOST", "PID", "SINCE", "DOING", "LIFE", "MEMORY", "VERSION", "MOUNTED ON"
+        )  # fmt: skip
         show([titles, *(_row(peer, life) for peer, life in rows)])
     if not as_json:
         _tell_readers(region)
@@ -122,6 +124,7 @@ def _described(peer: Occupant, life: str) -> dict[str, object]:
         "joined_ns": None if record is None else record.joined_ns,
         "state": _doing(peer),
         "life": life,
+        "memory": peer.coherence,
         "version": peer.version or None,
         "mount_point": peer.mount_point or None,
     }
@@ -130,10 +133,10 @@ def _described(peer: Occupant, life: str) -> dict[str, object]:
 def _row(peer: Occupant, life: str) -> tuple[str, ...]:
     doing = _doing(peer)
     if not peer.identity_valid:
-        return str(peer.slot), "?", "?", "?", doing, life, "?", "?"
+        return str(peer.slot), "?", "?", "?", doing, life, peer.coherence, "?", "?"
     host = shown(peer.record.host.rstrip(b"\0"))
     who = str(peer.slot), host, str(peer.record.pid), _since(peer)
-    return *who, doing, life, peer.version or "?", peer.mount_point or "-"
+    return *who, doing, life, peer.coherence, peer.version or "?", peer.mount_point or "-"
 
 
 def _since(peer: Occupant) -> str:

@@ -5,6 +5,7 @@ Each `tick`, about once a second, does in this order:
     unpin        some expired pins
     beat         a new heartbeat and nonce, and statistics; rejoin if another peer retired this one
     watch        look at the slots of all peers
+    check        ask another peer whether it sees the same memory, and answer
     decide       at every RETIRE_TICKS-th tick, or when space is short: begin to judge silent peers
     work         one piece, as below
 
@@ -30,6 +31,7 @@ from ivshmemfs.engine.openfiles import OpenFiles
 from ivshmemfs.engine.orphans import Orphans
 from ivshmemfs.engine.volume import DAMAGE, Volume
 from ivshmemfs.errors import Busy, Fenced, FsError, IvshmemfsError, UnderRepair
+from ivshmemfs.shm.coherence import Coherence
 from ivshmemfs.shm.membership import Membership
 from ivshmemfs.shm.peers import Retirement
 
@@ -55,6 +57,7 @@ class Upkeep:
         self._orphans: Final = orphans
         self._lifetimes: Final = lifetimes
         self._retirement: Final = Retirement(volume.table)
+        self._coherence: Coherence | None = None
         self.ticks = 0
         self._shut_out = False  # whether the log says that a repair shuts this mount out
 
@@ -79,7 +82,7 @@ class Upkeep:
     def work(self) -> bool:
         """Do one piece of work; whether there is more.  Raises as `tick` does."""
         volume, member = self._volume, self._volume.member
-        if member is None:
+        if member is None or member.unfit:
             return False
         try:
             self._work_piece(member)
@@ -121,12 +124,23 @@ class Upkeep:
         except Fenced:
             self._volume.rejoin(member)
         self._watch_others(member)
+        self._check_coherence(member)
         if self.ticks % RETIRE_TICKS == 0 or self._garbage.suspects_death:
             self._retirement.begin(member.slot)
             self._garbage.suspects_death = False
         supply = self._volume.supply
         member.must_collect |= supply.owed
         supply.owed = False
+
+    def _check_coherence(self, member: Membership) -> None:
+        """Go on with the checks of the memory; log the first disagreement."""
+        if self._coherence is None:
+            self._coherence = Coherence(self._volume.table, member)
+        before = member.unfit
+        with suppress(Fenced):  # the next beat joins again
+            self._coherence.turn()
+        if member.unfit and not before:
+            log.error("%s", member.unfit)
 
     def _watch_others(self, member: Membership) -> None:
         """Look at all slots; log machines that share a hardware UUID, and distrust that UUID."""

@@ -9,7 +9,7 @@ of life it stores its statistics and its mount point; nothing but `peers` and `t
 from collections.abc import Iterator
 from typing import Annotated, Final, NamedTuple
 
-from ivshmemfs.format import words
+from ivshmemfs.format import coherence, words
 from ivshmemfs.format.record import At, Buffer, Layout
 from ivshmemfs.native import crc32c
 from ivshmemfs.printing import shown
@@ -51,7 +51,9 @@ class SlotRecord(NamedTuple):
     boot: Annotated[bytes, At(112, "16s", "boot id of the kernel that it runs under")]
     host: Annotated[bytes, At(128, "64s", "host name, zero-padded")]
     joined_ns: Annotated[int, At(192, "q", "when it joined, ns since 1970 by its own clock")]
-    capabilities: Annotated[int, At(200, "Q", "in the repair slot 1: changes the superblock alone")]
+    capabilities: Annotated[
+        int, At(200, "Q", "1 changes only the superblock, 2 answers challenges")
+    ]
     version: Annotated[bytes, At(208, "16s", "version of the program, zero-padded")]
     time_namespace: Annotated[int, At(224, "Q", "inode number of its time namespace, or 0")]
     proofs: Annotated[int, At(232, "Q", "what proves its end: 1 boot, 2 machine, 4 start time")]
@@ -91,6 +93,7 @@ class Occupant(NamedTuple):
     counter: int
     record: SlotRecord
     identity_valid: bool  # whole, and of the present incarnation
+    coherence: str  # what the owner found: unknown, agrees, or differs from a slot
 
     @property
     def word(self) -> int:
@@ -125,7 +128,9 @@ def occupant(slot: int, raw: Buffer) -> Occupant:
     record = SLOT.unpack(raw)
     state, incarnation, counter = words.split_state(record.state)
     valid = identity_valid(raw) and record.incarnation == incarnation
-    return Occupant(slot, state, incarnation, counter, record, valid)
+    checks = valid and record.capabilities & coherence.CHECKS
+    found = coherence.describe(raw) if checks else "unknown"
+    return Occupant(slot, state, incarnation, counter, record, valid, found)
 
 
 def occupants(table: Buffer, count: int) -> Iterator[Occupant]:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from ivshmemfs.format import inode, lock, node, peer, repair, superblock, words, xattr
+from ivshmemfs.format import coherence, inode, lock, node, peer, repair, superblock, words, xattr
 from ivshmemfs.format.record import Layout
 
 LAYOUTS: dict[str, Layout[Any]] = {
     "superblock": superblock.SUPERBLOCK,
     "slot": peer.SLOT,
+    "coherence": coherence.COHERENCE,
     "repair": repair.REPAIR,
     "pointer": words.POINTER_LAYOUT,
     "header": node.HEADER,

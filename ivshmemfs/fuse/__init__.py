@@ -1,6 +1,7 @@
 """The translation between the kernel (FUSE, through pyfuse3 or without it) and the engine.
 
-No filesystem semantics live here, and nothing outside this package knows pyfuse3 or trio:
+No filesystem semantics live here, and nothing outside this package knows pyfuse3.  The
+doorbell's server is the only other that knows trio:
 
 - ``operations``: every operation in the kernel's terms, the only caller of the engine, with
   ``nodeids``, ``walks``, ``rights`` (and ``callers``), ``ownership`` and ``retry``

@@ -19,6 +19,7 @@ from ivshmemfs.region.locate import (
     open_region,
 )
 from ivshmemfs.region.mapped import Region, refuse_hung
+from ivshmemfs.region.memory_type import uncached
 from ivshmemfs.region.pci import no_device
 from ivshmemfs.region.probe import Probe, Scratch, probe, refuse_unfit
 from ivshmemfs.region.roots import Roots
@@ -55,4 +56,5 @@ __all__ = [
     "refuse_tight",
     "refuse_unfit",
     "reserve",
+    "uncached",
 ]

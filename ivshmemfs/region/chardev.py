@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from ivshmemfs.errors import RegionError, RegionSize
 from ivshmemfs.native import DEVICE, NORMAL, WRITE_COMBINING
+from ivshmemfs.region.devdax import is_devdax, number_in, refuse_unaligned
 from ivshmemfs.region.driver import DriverSurvey, shared_map, survey, sysfs_directory, uio_maps
 from ivshmemfs.region.mapped import Region, look_at, map_descriptor, open_descriptor, shown
 from ivshmemfs.region.roots import HERE, Roots
@@ -28,13 +29,6 @@ class Extent(NamedTuple):
 
     offset: int
     size: int
-
-
-def _value(path: Path) -> int:
-    try:
-        return int(path.read_text(encoding="ascii").strip(), 0)
-    except (OSError, ValueError):
-        return 0
 
 
 def _uio_extent(path: Path, directory: Path, found: DriverSurvey) -> Extent | None:
@@ -68,7 +62,7 @@ def _known_extent(path: Path, number: str, roots: Roots) -> Extent | None:
     if (directory / "maps").is_dir():
         return _uio_extent(path, directory, found)
     sizes = {device.size for device in found.behind(number)}
-    size = sizes.pop() if len(sizes) == 1 else _value(directory / "size")
+    size = sizes.pop() if len(sizes) == 1 else number_in(directory / "size")
     return Extent(0, size) if size else None
 
 
@@ -100,7 +94,7 @@ def _find_extent(descriptor: int, path: Path, number: str, roots: Roots) -> Exte
 
 def _access(name: str, roots: Roots) -> int:
     """Return the kind of access: device-dax is cached memory; assume the worst of other drivers."""
-    if name.startswith("dax"):
+    if is_devdax(name):
         return NORMAL
     return WRITE_COMBINING if roots.x86 else DEVICE
 
@@ -139,6 +133,8 @@ def open_chardev(
             extent = _narrowed(_known_extent(path, number, roots), size, path)
         else:
             extent = Extent(offset, size)
+        if is_devdax(path.name):
+            refuse_unaligned(path, sysfs_directory(number, roots), *extent)
     except RegionError:
         os.close(descriptor)
         raise
@@ -152,7 +148,8 @@ def open_chardev(
         access=_access(path.name, roots),
     )
     spec = _spec(whole, offset, size)
-    return Region(memory=memory, spec=spec, path=whole, kind="device", anchor=anchor)
+    kind = "device-dax" if is_devdax(path.name) else "device"
+    return Region(memory=memory, spec=spec, path=whole, kind=kind, anchor=anchor)
 
 
 def _spec(path: Path, offset: int | None, size: int | None) -> str:

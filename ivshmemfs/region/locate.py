@@ -21,6 +21,7 @@ from ivshmemfs.errors import (
 )
 from ivshmemfs.native import NORMAL
 from ivshmemfs.region.chardev import open_chardev
+from ivshmemfs.region.devdax import find_dax
 from ivshmemfs.region.devmem import open_devmem
 from ivshmemfs.region.driver import DriverNode, DriverSurvey, Holding, named_nodes, survey
 from ivshmemfs.region.file import open_file
@@ -35,6 +36,8 @@ from ivshmemfs.region.pci import (
 )
 from ivshmemfs.region.roots import HERE, Roots
 from ivshmemfs.region.sizes import parse_number, parse_size, readable_size
+from ivshmemfs.region.vfio import DRIVER as VFIO_DRIVER
+from ivshmemfs.region.vfio import open_vfio
 
 Identify = Callable[[bytes], tuple[str, str] | None]
 FIRST_PAGE = 4096  # bytes that an Identify gets
@@ -106,12 +109,18 @@ def _file_candidates(roots: Roots) -> Iterator[Candidate]:
                     yield Candidate(entry.path, f"file, {readable_size(size)}", size)
 
 
+def _dax_candidates(roots: Roots) -> Iterator[Candidate]:
+    for found in find_dax(roots):
+        what = f"device-dax, {readable_size(found.size)}"
+        yield Candidate(str(found.path), what, found.size, str(found.path))
+
+
 def discover(roots: Roots = HERE) -> list[Candidate]:
-    """Return the candidates here: ivshmem devices, nodes of their drivers, files in /dev/shm.
+    """Return the candidates: ivshmem devices, nodes of their drivers, device-dax, /dev/shm.
 
     It does not open them, so it needs no permission.
     """
-    return [*_device_candidates(survey(roots)), *_file_candidates(roots)]
+    return [*_device_candidates(survey(roots)), *_dax_candidates(roots), *_file_candidates(roots)]
 
 
 # --- finding one by what it carries ---------------------------------------------------------
@@ -262,6 +271,14 @@ def _through_driver(
     held: Holding, unclear: list[DriverNode], refused: RegionError, readonly: bool, roots: Roots
 ) -> Region:
     failed: RegionError | None = None
+    if held.driver == VFIO_DRIVER:
+        try:
+            region = open_vfio(held.device.address, readonly=readonly, roots=roots)
+            return replace(region, spec=held.device.spec)
+        except RegionMissing:
+            pass  # no IOMMU here: the text below says how to release the device
+        except RegionError as error:
+            failed = error
     for node in held.nodes:
         try:
             region = _open_node(node, readonly, roots)
@@ -296,6 +313,8 @@ def _open_node(node: DriverNode, readonly: bool, roots: Roots) -> Region:
 def _open_named(spec: str, readonly: bool, roots: Roots) -> Region:
     if spec.startswith("pci:"):
         return _open_pci(spec[4:], readonly, roots)
+    if spec.startswith("vfio:"):
+        return open_vfio(spec[5:], readonly=readonly, roots=roots)
     if spec.startswith("mem:"):
         return open_devmem(spec[4:], readonly=readonly, roots=roots)
     return _open_path(spec, readonly, roots)
@@ -314,6 +333,7 @@ def open_region(
                                   `resource2_wc` in sysfs
         PATH:SIZE                 a character device, or PATH:OFFSET:SIZE
         pci, pci:0000:00:04.0     an ivshmem device
+        vfio:0000:00:04.0         the same, through VFIO only
         mem:ADDRESS:SIZE          physical memory
         label=L, uuid=U           the filesystem with that label or UUID; also LABEL=, UUID=
         file:PATH                 as PATH; systemd does not take it for a device

@@ -33,6 +33,7 @@ from typing import Final, NamedTuple
 
 from ivshmemfs import __version__
 from ivshmemfs.format import peer
+from ivshmemfs.format.coherence import CHECKS
 from ivshmemfs.format.peer import BOOT_PROVES, MACHINE_PROVES, START_PROVES
 
 _UNKNOWN = bytes(16)
@@ -209,7 +210,7 @@ def current(incarnation: int) -> peer.SlotRecord:
         boot=here.boot,
         host=os.fsencode(socket.gethostname())[: peer.HOST_SIZE],
         joined_ns=time.time_ns(),
-        capabilities=0,
+        capabilities=CHECKS,
         version=__version__.encode()[:16],
         time_namespace=here.time_namespace,
         proofs=here.proofs,

@@ -14,6 +14,7 @@ it fails with `Fenced` after another peer has changed the slot.  The caller then
 
 from __future__ import annotations
 
+import errno
 import math
 import os
 import time
@@ -21,7 +22,7 @@ from array import array
 from contextlib import suppress
 from typing import Final
 
-from ivshmemfs.errors import Busy, Fenced, TooManyPeers
+from ivshmemfs.errors import Busy, Fenced, FsError, TooManyPeers
 from ivshmemfs.format import open_filter, peer, words
 from ivshmemfs.format.words import ACTIVE, FREE, IDLE, JOINING
 from ivshmemfs.shm import identity, watch
@@ -67,6 +68,7 @@ class Membership:
         self._mount_point = bytes(peer.MOUNT_POINT_SIZE)
         self._waiting: tuple[float, dict[int, tuple[int, int]]] | None = None
         self.must_collect = False
+        self.unfit = ""  # why this mount may not write (`shm/coherence.py`)
         self.twin_seen = False  # whether another process with this identity was met
 
     # --- joining and leaving ---
@@ -204,6 +206,10 @@ class Membership:
             if seen == before:
                 return
 
+    def store_word(self, field: int, word: int) -> None:
+        """Store one word at byte `field` of the own slot.  Raises Fenced if the slot is taken."""
+        self._store(field, word.to_bytes(words.WORD, "little"))
+
     def leave(self) -> None:
         """Give the slot back; harmless after another peer has taken it."""
         if self.slot:
@@ -221,7 +227,9 @@ class Membership:
         self._word, self.counter = new, counter
 
     def begin(self) -> int:
-        """Begin a transaction; return the tag for its claims.  Raises Fenced, Busy."""
+        """Begin a transaction; return the tag for its claims.  Raises Fenced, Busy, EROFS."""
+        if self.unfit:
+            raise FsError(errno.EROFS, self.unfit)
         if self.counter >= words.COUNTER_MASK - 1:
             self._renew()
         self._move(ACTIVE, self.counter + 1)

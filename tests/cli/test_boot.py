@@ -99,7 +99,7 @@ def verified(*units: str, path: Path) -> str:
 @needs_systemd
 @needs_namespace
 def test_the_units_are_sound(tmp_path: Path) -> None:
-    units = ["ivshmemfs-region@hello.service", "ivshmemfs@hello.service"]
+    units = [f"ivshmemfs{kind}@hello.service" for kind in ("-region", "", "-server")]
     assert verified(*units, path=UNITS) == ""
     shutil.copytree(UNITS, tmp_path / "wrong")
     for unit in (tmp_path / "wrong").iterdir():  # so that silence shows something

@@ -96,12 +96,18 @@ def test_peers(formatted: TestRegion) -> None:
     assert shows("peers", formatted.path).startswith("no machine has it mounted for writing")
     fs = formatted.mount()
     lines = shows("peers", formatted.path).splitlines()
-    titles = ["SLOT", "HOST", "PID", "SINCE", "DOING", "LIFE", "VERSION", "MOUNTED", "ON"]
+    titles = ["SLOT", "HOST", "PID", "SINCE", "DOING", "LIFE", "MEMORY", "VERSION", "MOUNTED", "ON"]
     assert lines[0].split() == titles
     fields = lines[1].split()
     assert fields[0] == "1"
     assert int(fields[2]) == os.getpid()
-    assert fields[-4:] == ["idle", "silent", __version__, "-"]  # no test calls tick() here
+    assert fields[-5:] == [
+        "idle",
+        "silent",
+        "unknown",
+        __version__,
+        "-",
+    ]  # no test calls tick() here
     fs.unmount()
 
 

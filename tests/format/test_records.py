@@ -14,6 +14,7 @@ from ivshmemfs.format.tables import LAYOUTS
 SIZES = {
     "superblock": 512,
     "slot": 1024,
+    "coherence": 24,
     "repair": 1024,
     "pointer": 16,
     "header": 32,

@@ -331,7 +331,7 @@ class Guest:
         assert self._qemu is not None
         os.kill(self._qemu.pid, number)
 
-    def qmp(self, command: str, **arguments: str) -> dict[str, Any]:
+    def qmp(self, command: str, **arguments: Any) -> dict[str, Any]:
         """Run one QMP command, such as "stop" and "cont", and return its answer."""
         with self._connect("qmp") as client, client.makefile("rw") as stream:
             client.settimeout(30)

@@ -26,6 +26,7 @@ from ivshmemfs.region import (
     open_region,
     probe,
     refuse_unfit,
+    uncached,
 )
 from tests.region.conftest import BLOCK, COUNT, DATA, SIZE, TAGS
 from tests.region.contract import BlocksContract, MemoryContract
@@ -97,7 +98,7 @@ def test_the_write_combining_mapping_bears_anything() -> None:
         assert found.unaligned_ok
         assert found.cas_ok
         refuse_unfit(found, region.spec)
-        print(region.description, found.describe(), found.warning())
+        print(region.description, found.describe(), uncached(region))
 
 
 def test_all_routes_lead_to_the_same_words() -> None:

@@ -47,6 +47,7 @@ class FakeMachine:
         size: int = SIZE,
         flags: int = 0x14220C,
         kind: int = 0x1110,
+        revision: int = 1,
         behind: str = "",
     ) -> Path:
         """A PCI device with its memory; `behind` is the bridge above it, if there is one."""
@@ -60,7 +61,7 @@ class FakeMachine:
         (self._bus / "devices" / address).symlink_to(directory)
         (directory / "vendor").write_text("0x1af4\n")
         (directory / "device").write_text(f"{kind:#06x}\n")
-        (directory / "revision").write_text("0x01\n")
+        (directory / "revision").write_text(f"{revision:#04x}\n")
         (directory / "enable").write_text("1\n")
         config = bytearray(64)
         config[0x18:0x1C] = (start & 0xFFFFFFF0 | 0xC).to_bytes(4, "little")

@@ -14,7 +14,7 @@ from ivshmemfs.fuse.mountpoint import MountEntry
 from ivshmemfs.region import refuse_hung
 
 #: Prefixes of regions that are not named by a path.
-PREFIXES = ("pci:", "mem:", "file:", "label=", "uuid=", "LABEL=", "UUID=")
+PREFIXES = ("pci:", "vfio:", "mem:", "file:", "label=", "uuid=", "LABEL=", "UUID=")
 
 
 def mount_at(argument: str) -> MountEntry | None:

@@ -62,7 +62,7 @@ def check_region(facts: Facts, machine: Machine) -> list[Finding]:
     found += [_mapping(facts), _alignment(facts), _format(facts)]
     if not facts.unformatted:
         checks: tuple[Callable[[Facts], Finding], ...] = (
-            _cas, _repair, _versions, _peers, _clocks, _mounts,
+            _cas, _coherence, _repair, _versions, _peers, _clocks, _mounts,
         )  # fmt: skip
         found += [check(facts) for check in checks]
     return found
@@ -128,10 +128,9 @@ def _reserved(file: File, size: int) -> Finding:
 
 
 def _mapping(facts: Facts) -> Finding:
-    warning = facts.probe.warning()
-    if warning is None:
+    if not facts.uncached:
         return Finding("mapping", OK, f"{facts.access}, reads {facts.probe.read_mbps:.0f} MB/s")
-    why, _, do = warning.partition("; ")
+    why, _, do = facts.uncached.partition("; ")
     return Finding("mapping", WARN, why, do)
 
 
@@ -169,6 +168,17 @@ def _repair(facts: Facts) -> Finding:
     if facts.repair:
         return Finding("repair", FAIL, facts.repair, f"fsck.ivshmemfs -y {shlex.quote(facts.spec)}")
     return Finding("repair", OK, "no repair is under way")
+
+
+def _coherence(facts: Facts) -> Finding:
+    """Judge by what the mounts have found out; a mount without others has checked nothing."""
+    apart = [peer for peer in facts.peers if peer.memory.startswith("differs")]
+    if apart:
+        told = "; ".join(f"{peer.shown} {peer.memory}" for peer in apart)
+        do = "map the device cached there (a kernel driver), or mount it with -o ro"
+        return Finding("coherence", FAIL, f"machines do not see the same memory: {told}", do)
+    agree = sum(peer.memory == "agrees" for peer in facts.peers)
+    return Finding("coherence", OK, f"{agree} of {len(facts.peers)} mounts checked it with others")
 
 
 def _versions(facts: Facts) -> Finding:

@@ -26,7 +26,7 @@ from ivshmemfs.format import superblock
 from ivshmemfs.format.words import under_repair
 from ivshmemfs.fuse import mountpoint
 from ivshmemfs.printing import shown
-from ivshmemfs.region import Probe, Region, open_region, probe
+from ivshmemfs.region import Probe, Region, open_region, probe, uncached
 from ivshmemfs.region.mapped import ACCESS_NAMES
 from ivshmemfs.shm.commit import CommitWord
 from ivshmemfs.shm.peers import PeerTable
@@ -74,6 +74,7 @@ class Peer(NamedTuple):
     version: str
     life: str
     joined_ns: int
+    memory: str = "unknown"  # whether it sees the same memory as the others
 
 
 class Facts(NamedTuple):
@@ -94,6 +95,7 @@ class Facts(NamedTuple):
     instead: str = ""  # the command that helps, without the region; "": the text above says it
     file: File | None = None
     probe: Probe = Probe(True, None, 1e4, None)
+    uncached: str = ""
     cas: bool | None = True
     unwritable: str = ""
     peers: tuple[Peer, ...] = ()
@@ -179,6 +181,7 @@ def _of(region: Region) -> Facts:
     found = Facts(
         region.spec, kind=region.kind, access=ACCESS_NAMES[region.memory.access],
         size=region.size, file=_file(region), probe=probe(region.memory),
+        uncached=uncached(region) or "",
     )  # fmt: skip
     try:
         checked = superblock.decode(raw, region.size)
@@ -203,7 +206,7 @@ def _peers(table: PeerTable) -> tuple[Peer, ...]:
     for peer in present:
         life = "alive" if peer.slot in alive else "gone" if watch.absent(peer) else "silent"
         joined = peer.record.joined_ns if peer.identity_valid else 0
-        found.append(Peer(peer.slot, peer.describe(), peer.version, life, joined))
+        found.append(Peer(peer.slot, peer.describe(), peer.version, life, joined, peer.coherence))
     return tuple(found)
 
 
