@@ -48,6 +48,7 @@ A REGION is one of:
   file:PATH          the same file, for fstab
   pci                the one ivshmem device of this machine
   pci:ADDRESS        the ivshmem device at ADDRESS, such as 0000:00:04.0
+  vfio:ADDRESS       the same through VFIO, if vfio-pci holds the device
   mem:ADDRESS:SIZE   physical memory, through /dev/mem
   /dev/NAME          a character device that maps the memory
   PATH:SIZE          the same, with its size

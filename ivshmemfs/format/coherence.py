@@ -1,8 +1,8 @@
 """The words of a slot by which two peers check that they see the same memory.
 
-They are in the slot's first cache line, behind the nonce.  Peers of earlier versions neither store
-nor read them, so they are no part of the layout signature; `CHECKS` in the capabilities tells a
-peer that answers.  `shm/coherence.py` says when each word is stored.
+They are in the slot's first cache line, behind the nonce.  Peers of earlier versions leave
+them alone, so the layout signature leaves them out.  `CHECKS` in the capabilities tells that a peer
+answers.  `shm/coherence.py` says when each word is stored.
 """
 
 from typing import Annotated, Final, NamedTuple

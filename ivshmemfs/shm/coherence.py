@@ -10,9 +10,9 @@ So each peer asks every living peer in turn:
     4. The asker sees 2 * `PART`, and adds `PART` once more.
     5. At its next beat it sees 3 * `PART`: both AGREE.
 
-The other's heartbeat in its own slot shows meanwhile that it is awake.  If it has beaten `PATIENCE`
-times, as the asker sees it, and the tally is not what it must be, the memories DIFFER: a store of
-one side did not arrive, or an addition was lost.  A peer that is silent, that leaves, or that is of
+The other's heartbeat in its own slot shows meanwhile that it is awake.  The asker counts
+its beats.  After `PATIENCE` beats without the right tally the memories DIFFER: a store of one side
+did not arrive, or an addition was lost.  A peer that is silent, that leaves, or that is of
 an earlier version stays UNKNOWN.
 
 States of the asker, for one peer at a time:
@@ -136,7 +136,7 @@ class Coherence:
         self._patience = PATIENCE + in_use // ANSWERS
         self._challenge = coherence.make_challenge(slot, incarnation, round_)
         self._member.store_word(coherence.TALLY_OFFSET, coherence.make_tally(self._challenge, 0))
-        self._table.memory.fence()  # whoever sees the challenge sees its tally
+        self._table.memory.fence()  # a peer that sees the challenge sees its tally
         self._member.store_word(coherence.CHALLENGE_OFFSET, self._challenge)
         self._add(self._own[0], self._challenge, PART)
 

@@ -162,7 +162,7 @@ def gone(kernel: FakeVfio) -> None:
         (not_mappable, RegionError, "not let its memory be mapped"),
         (used_elsewhere, RegionHeld, "another process"),
         (forbidden, RegionDenied, "permission denied"),
-        (gone, RegionError, ""),
+        (gone, RegionError, "dev"),
     ],
 )
 def test_what_goes_wrong_is_told_and_nothing_stays_open(
