@@ -277,7 +277,7 @@ def _refuse_size(region: Region, options: Options) -> None:
     if region.kind != "file" or not options.force:
         raise RegionSize(
             f"{options.spec} exists and has {region.size} bytes, not {options.size}: leave out "
-            "--size, or make it larger with --force"
+            "--size; 'ivshmemfs resize' makes it larger and keeps its files, --force loses them"
         )
 
 

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -76,8 +77,10 @@ CASES = [
      ["2 s ahead"], ["chrony"]),
     ("mounts", FAIL, GOOD._replace(troubles=("/mnt/x: daemon dead",)),
      ["/mnt/x: daemon dead"], ["umount"]),
-    ("format", FAIL, GOOD._replace(unformatted="no filesystem; format it"),
+    ("format", FAIL, GOOD._replace(unformatted="no filesystem: format it"),
      ["no filesystem"], ["format it"]),
+    ("format", FAIL, GOOD._replace(unformatted="too large", instead="ivshmemfs resize"),
+     ["too large"], ["ivshmemfs resize /dev/shm/hello"]),
     ("region", FAIL, Facts("/dev/shm/none", unusable="no such file"), ["no such file"], ["list"]),
 ]  # fmt: skip
 
@@ -293,3 +296,21 @@ def test_without_a_region_it_checks_all_that_carry_a_filesystem(
     monkeypatch.setattr("ivshmemfs.cli.doctor.commands.discover", list)
     doctor_command.main([], standalone_mode=False)
     assert "no region with a filesystem" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("spoil", "command"),
+    [
+        (lambda path: os.truncate(path, 2 << 20), "ivshmemfs resize"),
+        (lambda path: path.write_bytes(bytes(1 << 20)), "mkfs.ivshmemfs"),
+        (lambda path: path.write_bytes(path.read_bytes()[:500] + bytes(1 << 20)), "fsck.ivshmemfs"),
+        (lambda path: path.write_bytes(b"something else" + bytes(1 << 20)), "is it the right file"),
+    ],
+)
+def test_no_advice_loses_files(
+    spoil: Callable[[Path], object], command: str, formatted: TestRegion
+) -> None:
+    spoil(formatted.path)
+    lines = ivshmemfs("doctor", formatted.path).stdout.splitlines()
+    (line,) = [line for line in lines if line.startswith("fail  format")]
+    assert command in line.partition(" -> ")[2]

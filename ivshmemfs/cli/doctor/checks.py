@@ -144,11 +144,11 @@ def _alignment(facts: Facts) -> Finding:
 
 def _format(facts: Facts) -> Finding:
     if facts.unformatted:
-        why, _, do = facts.unformatted.partition("; ")
-        quoted = shlex.quote(facts.spec)
-        return Finding(
-            "format", FAIL, why, do or f"mkfs.ivshmemfs {quoted}, or fsck.ivshmemfs {quoted}"
-        )
+        if facts.instead:
+            do = f"{facts.instead} {shlex.quote(facts.spec)}"
+            return Finding("format", FAIL, facts.unformatted, do)
+        why, _, do = facts.unformatted.rpartition(": ")
+        return Finding("format", FAIL, why or do, do)
     label = f"label {facts.label}, " if facts.label else ""
     return Finding("format", OK, f"{label}UUID {facts.uuid}")
 

@@ -14,7 +14,14 @@ from typing import NamedTuple
 from ivshmemfs.cli.attach.names import mounts_of, region_of
 from ivshmemfs.cli.attach.peer import enter
 from ivshmemfs.cli.peers import watched_alive
-from ivshmemfs.errors import IvshmemfsError, MountError, RegionUnfit
+from ivshmemfs.errors import (
+    Corrupt,
+    GeometryMismatch,
+    IvshmemfsError,
+    MountError,
+    NotFormatted,
+    RegionUnfit,
+)
 from ivshmemfs.format import superblock
 from ivshmemfs.format.words import under_repair
 from ivshmemfs.fuse import mountpoint
@@ -83,7 +90,8 @@ class Facts(NamedTuple):
     size: int = 0
     label: str = ""
     uuid: str = ""
-    unformatted: str = ""
+    unformatted: str = ""  # why there is no filesystem that can be used
+    instead: str = ""  # the command that helps, without the region; "": the text above says it
     file: File | None = None
     probe: Probe = Probe(True, None, 1e4, None)
     cas: bool | None = True
@@ -154,6 +162,18 @@ def facts(spec: str) -> Facts:
     return found._replace(cas=cas, unwritable=unwritable, troubles=_troubles(region.spec))
 
 
+def _instead(error: IvshmemfsError, raw: bytes, size: int) -> str:
+    """Return the command that helps against `error`; never one that loses files."""
+    if isinstance(error, NotFormatted):
+        return "mkfs.ivshmemfs"
+    if isinstance(error, Corrupt):
+        return "fsck.ivshmemfs -y"
+    if isinstance(error, GeometryMismatch):
+        smaller = superblock.SUPERBLOCK.unpack(raw).region_size < size
+        return "ivshmemfs resize" if smaller else ""
+    return ""
+
+
 def _of(region: Region) -> Facts:
     raw = region.memory.read(0, superblock.SUPERBLOCK.size)
     found = Facts(
@@ -163,7 +183,7 @@ def _of(region: Region) -> Facts:
     try:
         checked = superblock.decode(raw, region.size)
     except IvshmemfsError as error:
-        return found._replace(unformatted=str(error))
+        return found._replace(unformatted=str(error), instead=_instead(error, raw, region.size))
     names = superblock.identify(raw) or ("", "")
     table = PeerTable(region.memory, checked.geometry, CommitWord(region.memory))
     repair = describe(table.memory) if under_repair(table.commit_word.load()) else ""
