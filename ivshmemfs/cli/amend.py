@@ -130,10 +130,11 @@ def resize_command(
         spec, has, kind = opened.spec, opened.size, opened.kind
         wanted = has if size is None else parse_size(size)
         _refuse_size(spec, has, wanted, kind)
-        if not any_size and kind == "file":
-            _refuse_odd(spec, wanted)
         raw = opened.memory.read(superblock.OFFSET, superblock.SUPERBLOCK.size)
         before = superblock.decode(raw).geometry if superblock.crc_valid(raw) else None
+        unchanged = before is not None and before.region_size == wanted
+        if not any_size and kind == "file" and not unchanged:
+            _refuse_odd(spec, wanted)
         if wanted != has or dry_run:
             if before is not None and before.region_size == wanted == has:
                 say(_unchanged(spec, has))

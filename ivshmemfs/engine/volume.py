@@ -243,7 +243,9 @@ class Volume:
         try:
             raw = self.store.memory.read(0, superblock.SUPERBLOCK.size)
             if raw != self._raw and not superblock.decode(raw).same_filesystem(self.superblock):
-                raise StaleHandle("the region was formatted anew: unmount it and mount it again")
+                raise StaleHandle(
+                    "the region was formatted anew, or made larger: unmount it and mount it again"
+                )
         except (FormatError, Corrupt):
             raise StaleHandle("the region no longer carries this filesystem") from None
         except OSError as error:

@@ -153,8 +153,11 @@ def amended(
 
 
 def encode_label(label: str) -> bytes:
-    """Return the bytes of a label; ValueError when there are too many."""
-    name = label.encode(errors="surrogateescape")
+    """Return the bytes of a label; ValueError when it is too long, or not UTF-8 text."""
+    try:
+        name = label.encode()
+    except UnicodeEncodeError:
+        raise ValueError("a label is UTF-8 text") from None
     if len(name) > LABEL_SIZE:
         raise ValueError(f"a label has at most {LABEL_SIZE} bytes; this one has {len(name)}")
     if b"\0" in name:

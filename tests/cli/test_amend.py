@@ -38,6 +38,7 @@ def test_names_are_printed_and_changed(formatted: TestRegion) -> None:
     ("words", "says"),
     [
         (("label", "{}", "x" * 65), "at most 64 bytes; this one has 65"),
+        (("label", "{}", "\udcff"), "a label is UTF-8 text"),
         (("uuid", "{}", "one"), "'one' is not a UUID, nor the word random"),
         (("resize", "{}", "512K"), "nothing becomes smaller"),
         (("resize", "{}", "3M"), "QEMU refuses a device of 3 MiB; use 4M, or --any-size"),

@@ -228,6 +228,11 @@ def rename(memory: Memory) -> None:
     amendment.rename(memory, label="neu", uuid=NEW_UUID)
 
 
+def enlarge_again(memory: Memory) -> None:
+    """For a region that was made larger before: its former tag table is behind the blocks."""
+    amendment.enlarge(memory)
+
+
 def by_running_again(path: Path, act: Callable[[Memory], object]) -> None:
     with open_region(str(path)) as region:
         act(region.memory)
@@ -242,7 +247,7 @@ def by_fsck(path: Path, act: Callable[[Memory], object]) -> None:
             act(region.memory)
 
 
-@pytest.mark.parametrize("act", [rename, amendment.enlarge])
+@pytest.mark.parametrize("act", [rename, amendment.enlarge, enlarge_again])
 @pytest.mark.parametrize("recover", [by_running_again, by_fsck])
 def test_a_death_before_any_store(
     recover: Callable[[Path, Callable[[Memory], object]], None],
@@ -250,9 +255,11 @@ def test_a_death_before_any_store(
     made: TestRegion,
     figures: Figures,
 ) -> None:
-    """Also one more death of the process that goes on, and in the tree that grew before."""
+    """Also one more death of the process that goes on."""
+    if act is enlarge_again:
+        grow(made.path, MIB)
     expected = whole(made)
-    larger = act is amendment.enlarge
+    larger = act is not rename
     before = made.path.read_bytes() + bytes(MIB if larger else 0)
     points = 0
     for after in range(10_000):
