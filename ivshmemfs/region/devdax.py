@@ -1,7 +1,7 @@
 """Device-dax nodes, `/dev/daxX.Y`: persistent or CXL memory that is mapped as it is, cached.
 
 sysfs tells the size, and the alignment: the kernel maps whole units of 4 KiB, 2 MiB or 1 GiB.  Any
-other offset or size is EINVAL.  A device that is bound to the driver kmem is the kernel's own memory.
+other offset or size is EINVAL.  A device that the driver kmem holds is the kernel's own memory.
 """
 
 from __future__ import annotations

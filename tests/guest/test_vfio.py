@@ -77,7 +77,8 @@ def test_guests_exchange_files_through_vfio(
         )
         assert "vfio-pci" in guest.run(IVSHMEMFS, "list").check().out
     try:
-        for mount, source in zip(mounts, (region, *["vfio:0000:00:10.0"] * 2), strict=True):
+        sources = [str(region), *["vfio:0000:00:10.0"] * 2]
+        for mount, source in zip(mounts, sources, strict=True):
             mount.machine.run("/bin/mkdir", "-p", mount.place).check()
             mount.machine.run(IVSHMEMFS, "mount", source, mount.place).check()
         busy = others[0].run(IVSHMEMFS, "info", "vfio:0000:00:10.0")
