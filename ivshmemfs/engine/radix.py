@@ -262,8 +262,6 @@ def fit(space: Workspace, tree: RadixTree, owner: int, last: int, capacity: int)
     The tree has at most `capacity` top slots.  Raises NoSpace, ValueError beyond MAX_HEIGHT.
     """
     height, slots = tree.height, tree.slots
-    if last < capacity * span_of(space.fanout, height) and len(slots) <= capacity * SIZE:
-        return tree
     while last >= capacity * span_of(space.fanout, height) or len(slots) > capacity * SIZE:
         if height >= MAX_HEIGHT:
             raise ValueError("the tree cannot grow any higher")
@@ -271,7 +269,7 @@ def fit(space: Workspace, tree: RadixTree, owner: int, last: int, capacity: int)
         pieces = [slots[at : at + step] for at in range(0, len(slots), step)]
         slots = b"".join(_node(space, height, owner, piece) for piece in pieces)
         height += 1
-    return RadixTree(height, slots)
+    return tree if height == tree.height else RadixTree(height, slots)
 
 
 def _node(space: Workspace, level: int, owner: int, slots: bytes) -> bytes:
