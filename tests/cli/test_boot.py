@@ -146,6 +146,19 @@ def test_what_the_units_run() -> None:
     assert done.stdout.endswith("\nkept\n")
 
 
+@needs_namespace
+def test_what_the_servers_unit_runs() -> None:
+    (server,) = commands("ivshmemfs-server@.service", GROUP="daemon", VECTORS="2")
+    region = "; ".join(commands("ivshmemfs-region@.service", SIZE="1M"))
+    done = run_beside(
+        f"mkdir -p /run/ivshmemfs; {region}; {server} & "
+        "for n in $(seq 200); do [ -S /run/ivshmemfs/hello.sock ] && break; sleep 0.1; done; "
+        "stat -c '%a %G %F' /run/ivshmemfs/hello.sock; sleep 0.5; kill $!; wait $!; echo ended $?"
+    )
+    assert "660 daemon socket\nended 0\n" in done.stdout, done.stderr
+    assert "serving /dev/shm/hello, 1 MiB, vectors=2" in done.stderr
+
+
 @needs_systemd
 @needs_namespace
 def test_directories_are_made(tmp_path: Path) -> None:

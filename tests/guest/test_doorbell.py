@@ -56,7 +56,7 @@ def served(
 ) -> Iterator[tuple[Path, Client, list[str]]]:
     """The file of a region, the host's client, and the device's address in each guest.
 
-    The devices stay plugged in, because QEMU may die of removing one.  What they have is erased.
+    The devices stay plugged in until their guests end.  What they have is erased.
     """
     region, path = Path(f"{regions[0]}-bell"), workplace / "bell"
     host.run(MKFS, "--size", str(SIZE), "--label", "bell", region).check()
