@@ -58,8 +58,8 @@ class Invalidation(NamedTuple):
     """What the kernel is told about one file."""
 
     node: int
-    grown_to: int  # bytes; 0 if the file did not grow
-    last: bytes  # the last byte of a file that grew
+    size: int  # bytes
+    last: bytes  # the last byte; empty in an empty file
 
 
 class Pages:
@@ -141,9 +141,8 @@ class Pages:
                 continue
             self._watched[ino] = now
             if tell:
-                grown_to = now.size if now.size > before.size else 0
-                last = self._last_byte(ino, grown_to) if grown_to else b""
-                told += [Invalidation(node, grown_to, last) for node in self._nodes_of(ino)]
+                last = self._last_byte(ino, now.size) if now.size else b""
+                told += [Invalidation(node, now.size, last) for node in self._nodes_of(ino)]
         if told:
             self._invalidate(told)
 
@@ -188,10 +187,7 @@ class Invalidator:
     def tell(self, invalidations: list[Invalidation]) -> None:
         """Hand *invalidations* over to the thread; never blocks for long."""
         with self._changed:
-            for told in invalidations:
-                before = self._waiting.get(told.node)
-                if before is None or told.grown_to >= before.grown_to:
-                    self._waiting[told.node] = told
+            self._waiting.update((told.node, told) for told in invalidations)
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="pages", daemon=True)
                 self._thread.start()
@@ -212,10 +208,13 @@ class Invalidator:
                     self._changed.wait()
                 if self._ending:
                     return
-                node, grown_to, last = self._waiting.pop(next(iter(self._waiting)))
+                node, size, last = self._waiting.pop(next(iter(self._waiting)))
             try:
-                if last:  # the size grows in the kernel, which a page fault relies on
-                    self._send(protocol.store(node, grown_to - 1, last))
+                # A page fault beyond the size that the kernel knows ends in SIGBUS.  The kernel may
+                # know a smaller one than the last look found.  It ignores the size in the answer to
+                # a GETATTR that crosses the invalidation.
+                if last:
+                    self._send(protocol.store(node, size - 1, last))
                 self._send(protocol.inval_inode(node))
             except OSError as error:
                 if error.errno in protocol.ENDED:

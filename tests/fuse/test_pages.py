@@ -80,13 +80,21 @@ def test_own_changes_are_not_told(mounts: tuple[Mounted, Mounted]) -> None:
     assert here.told_nodes() == [ino], "an own change on top hides nothing"
 
 
-def test_a_file_that_grew_is_told_with_its_last_byte(mounts: tuple[Mounted, Mounted]) -> None:
+def test_a_file_is_told_with_its_size_and_last_byte(mounts: tuple[Mounted, Mounted]) -> None:
+    """Also one that grew after it was cut, which is smaller than at the last look here."""
     here, there = mounts
     ino = _watched(here)
     there.write(b"a", 5000, b"end")
     assert here.told_nodes() == [ino]
     assert here.told == [Invalidation(ino, 5003, b"d")]
     there.fs.setattr(ino, ROOT, size=10)
+    assert here.told_nodes() == [ino]
+    assert here.told == [Invalidation(ino, 10, b"x")]
+    there.fs.setattr(ino, ROOT, size=2)
+    there.write(b"a", 7, b"new")
+    assert here.told_nodes() == [ino]
+    assert here.told == [Invalidation(ino, 10, b"w")]
+    there.fs.setattr(ino, ROOT, size=0)
     assert here.told_nodes() == [ino]
     assert here.told == [Invalidation(ino, 0, b"")]
 
