@@ -138,11 +138,11 @@ def test_an_overflow_is_told_and_it_goes_on(
 ) -> None:
     fs.mkdir("/in")
     watch = fs.watch("/in")
-    real = diff.Watcher.changes
-    lost = [diff.Change(diff.Kind.OVERFLOW, 1, b"", 1, True)]
-    monkeypatch.setattr(diff.Watcher, "changes", lambda _self: lost)
-    assert seen(watch) == [("overflow", "/in")]
-    monkeypatch.setattr(diff.Watcher, "changes", real)
+    with monkeypatch.context() as patch:
+        patch.setattr(diff, "NAMES_MAX", 3)
+        for number in range(6):
+            other.write_bytes(f"/in/{number}", b"")
+        assert seen(watch) == [("overflow", "/in")]
     assert watch.poll() == []
     other.write_bytes("/in/after", b"")
     assert seen(watch) == [("created", "/in/after")]
