@@ -35,6 +35,7 @@ DONE = (
     "docs/setup.md",
     "docs/testing.md",
     "docs/troubleshooting.md",
+    "docs/uses",
     "bench",
     "ivshmemfs/__init__.py",
     "ivshmemfs/__main__.py",
