@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from bench import build, guest, machine, peers, report, requests, special
+from bench.notify import notify
 from bench.peers import Peer
 from bench.runner import LocalClient, Table, interleave
 from bench.values import values
@@ -22,7 +23,7 @@ from bench.workloads import MEMCPY, QUICK, Scale, Workloads
 
 SPECIAL = (
     "visibility", "commits", "transfer", "directories", "sizes", "start", "idle", "memory",
-    "values", "requests",
+    "values", "requests", "notify",
 )  # fmt: skip
 IN_A_GUEST = "guest"
 GROUPS = ("look", "names", "random", "sequential", "readdir", "cp", "tree")
@@ -144,6 +145,8 @@ class Bench:
             found = special.start(shm, work, rounds=rounds, size=size)
         elif name == "requests":
             found = self._requests(200 if quick else 1000)
+        elif name == "notify":
+            found = notify(shm, work, rounds=rounds, seconds=0.5 if quick else 3)
         elif name == "values":
             found = values(shm, work, rounds=rounds, count=1000 if quick else 10_000)
         elif name == "idle":
