@@ -214,11 +214,9 @@ def wait_for_change(folder: Path, seen: dict[str, bytes] | None = None) -> dict[
 
 def silent_slots(host: Host, region: Path) -> list[tuple[str, str]]:
     """The slots of peers that show no life, and what they were doing."""
-    shown = host.run(IVSHMEMFS, "peers", region).check().out.splitlines()
-    columns = shown[0].split()
-    doing, life = (columns.index(name) - len(columns) for name in ("DOING", "LIFE"))
-    rows = [line.split() for line in shown[1:]]
-    return [(row[0], row[doing]) for row in rows if row[life] != "alive"]
+    lines = host.run(IVSHMEMFS, "peers", "--json", region).check().out.splitlines()
+    peers = [json.loads(line) for line in lines]
+    return [(str(peer["slot"]), peer["state"]) for peer in peers if peer["life"] != "alive"]
 
 
 def stop_between_changes(worker: Worker, host: Host, region: Path) -> str:
