@@ -44,6 +44,7 @@ ACTS: list[tuple[Condition, Callable[[Path], object], bool]] = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("condition", "act", "readonly"),
     ACTS,
@@ -106,6 +107,7 @@ def test_a_daemon_that_is_stopped_or_dead_is_shown(formatted: TestRegion, place:
     ivshmemfs("umount", place)
 
 
+@pytest.mark.slow
 def test_many_looks_do_not_hide_the_daemon(formatted: TestRegion, place: Path) -> None:
     from ivshmemfs.fuse import mountpoint
 

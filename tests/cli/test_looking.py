@@ -111,6 +111,7 @@ def test_peers(formatted: TestRegion) -> None:
     fs.unmount()
 
 
+@pytest.mark.slow
 def test_evict(formatted: TestRegion) -> None:
     fs = formatted.mount()
     assert "slot 1 is free" in shows("evict", formatted.path, 1)

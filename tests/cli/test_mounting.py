@@ -212,6 +212,7 @@ def pid_of_the_daemon(region: Path) -> int:
     return int(ivshmemfs("peers", region).stdout.splitlines()[1].split()[2])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lazy", [False, True])
 def test_every_command_ends_while_the_daemon_is_stopped(
     formatted: TestRegion, places: list[Path], tmp_path: Path, lazy: bool
@@ -245,6 +246,7 @@ def test_every_command_ends_while_the_daemon_is_stopped(
     assert eventually(lambda: not Path(f"/proc/{pid}").exists())
 
 
+@pytest.mark.slow
 def test_no_region_or_file_is_looked_at_on_a_mount_that_hangs(
     formatted: TestRegion, place: Path
 ) -> None:
@@ -454,6 +456,7 @@ def test_a_full_region(formatted: TestRegion, place: Path) -> None:
     unmounted(place)
 
 
+@pytest.mark.slow
 def test_too_many_peers(places: list[Path]) -> None:
     with new_region(1 << 20, peer_count=1) as region:
         mounted(region.path, places[0])

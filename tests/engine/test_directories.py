@@ -171,6 +171,7 @@ LISTINGS: list[Callable[[Filesystem, int], Iterator[bytes]]] = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("listed", LISTINGS, ids=["readdir", "entries"])
 def test_readdir_while_another_mount_changes_it(
     roomy: TestRegion, listed: Callable[[Filesystem, int], Iterator[bytes]]

@@ -384,6 +384,7 @@ def run(examples: int, steps: int, derandomize: bool) -> None:
     run_state_machine_as_test(Machine, settings=limits)
 
 
+@pytest.mark.slow
 def test_mounts_match_a_dictionary(long_run: bool) -> None:
     if long_run:
         run(2000, 80, derandomize=False)

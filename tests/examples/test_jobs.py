@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
+
 from tests.support.lab import needs_fuse, new_lab
 from tests.support.mounts import ENVIRONMENT, PATIENCE, TOP
 
@@ -43,6 +45,7 @@ def sent(*words: object) -> None:
     assert (process.returncode, said[1]) == (0, "")
 
 
+@pytest.mark.slow
 def test_each_job_is_done_once(tmp_path: Path) -> None:
     count = 30
     for number in range(count):

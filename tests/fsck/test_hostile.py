@@ -181,6 +181,7 @@ def survives(region: Region, seed: int) -> str:
     return "clean" if before.clean else "repaired"
 
 
+@pytest.mark.slow
 def test_seeded_attacks(region: Region, long_run: bool, figures: Figures) -> None:
     count = LONG if long_run else SHORT
     ends: dict[str, int] = {}

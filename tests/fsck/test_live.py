@@ -154,6 +154,7 @@ def test_a_check_stores_nothing(made: TestRegion) -> None:
     assert made.path.read_bytes() == before
 
 
+@pytest.mark.slow
 def test_a_worker_that_is_killed_leaves_no_damage(made: TestRegion) -> None:
     region = made.region(readonly=True)
     for turn in range(5):

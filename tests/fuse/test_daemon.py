@@ -404,6 +404,7 @@ def test_an_engine_that_cannot_leave(mnt: FakeMount) -> None:
 # --- upkeep and idleness ----------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loop", ["poll", "trio"])
 def test_upkeep_goes_on_also_under_load(mount: MountFactory, loop: str) -> None:
     one = mount("-o", f"loop={loop}")
@@ -429,6 +430,7 @@ def test_upkeep_that_fails_is_tried_again(mnt: FakeMount) -> None:
     assert mnt.alive
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loop", ["poll", "trio"])
 def test_an_idle_mount_uses_next_to_no_time(mount: MountFactory, loop: str) -> None:
     one = mount("-o", f"loop={loop}")

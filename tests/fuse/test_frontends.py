@@ -509,6 +509,7 @@ def test_busy_is_tried_again(
     assert "ERROR" not in shared.log_text()[logged:]
 
 
+@pytest.mark.slow
 def test_a_busy_operation_does_not_stop_others(mnt: FakeMount) -> None:
     populate(mnt.path)
     mnt.fail("readlink", "Busy", 400)

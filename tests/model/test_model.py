@@ -28,6 +28,8 @@ import pytest
 from tests.support.figures import Figures
 from tests.support.programs import find
 
+pytestmark = pytest.mark.slow
+
 HERE = Path(__file__).parent
 SOURCES = ("commit", "mark", "openlist", "slots", "twins")
 MEMORY_MB = 6000

@@ -169,6 +169,7 @@ def test_a_fifo_that_another_machine_removes(here: Path, there: Path) -> None:
     fails(errno.ENOENT, os.stat, here / "fifo")
 
 
+@pytest.mark.slow
 def test_directories_that_everybody_moves(places: list[Path], long_run: bool) -> None:
     """Only what rename(2) says, never ESTALE, and no directory is lost or below itself."""
     rounds = 2000 if long_run else 200
@@ -261,6 +262,7 @@ def _renamed_alike(path: Path) -> bool:
     return True
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("take", [_exclusive, _made, _linked, _renamed, _renamed_alike])
 def test_exactly_one_gets_a_lock(
     places: list[Path], take: Callable[[Path], bool], long_run: bool
@@ -680,6 +682,7 @@ def mortal() -> Iterator[Lab]:
         yield lab
 
 
+@pytest.mark.slow
 def test_a_file_that_is_open_on_a_machine_that_dies(mortal: Lab) -> None:
     """Unlinked there or here, it goes when no living peer holds it, and its room comes back."""
     one, two, three = mortal.paths

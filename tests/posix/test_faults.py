@@ -21,7 +21,7 @@ from tests.support.figures import Figures
 from tests.support.lab import ENVIRONMENT, PATIENCE, Lab, needs_fuse, needs_root, new_lab
 from tests.support.scribbles import AREAS, scribbled
 
-pytestmark = [needs_fuse, needs_root]
+pytestmark = [needs_fuse, needs_root, pytest.mark.slow]
 
 #: What a program may be told when the region is gone or damaged.
 GONE = {errno.EIO, errno.ESTALE, errno.ENOENT, errno.ENOTCONN}

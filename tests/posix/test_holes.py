@@ -209,6 +209,7 @@ def test_what_was_removed_does_not_come_back(here: Path) -> None:
     os.close(fd)
 
 
+@pytest.mark.slow
 def test_a_file_without_a_name_on_a_machine_that_dies() -> None:
     with new_lab(16 << 20, 2) as lab:
         before = os.statvfs(lab.paths[1]).f_bfree

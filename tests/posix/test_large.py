@@ -8,10 +8,12 @@ import shutil
 import time
 from pathlib import Path
 
+import pytest
+
 from tests.support.figures import Figures
 from tests.support.lab import needs_fuse, needs_root, new_lab
 
-pytestmark = [needs_fuse, needs_root]
+pytestmark = [needs_fuse, needs_root, pytest.mark.slow]
 
 MIB, GIB = 1 << 20, 1 << 30
 

@@ -108,6 +108,7 @@ def test_the_holders_death_frees_it_and_ends_the_command(
     eventually(lambda: not Path(f"/proc/{pid}").exists())
 
 
+@pytest.mark.slow
 def test_a_holder_that_sleeps_too_long_loses_it(here: Path, there: Path, start: Start) -> None:
     holder = start(here / "file", "--", "sh", "-c", f"touch {here}/held; exec sleep 60")
     eventually((here / "held").exists)

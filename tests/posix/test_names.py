@@ -375,6 +375,7 @@ def test_types_and_numbers_in_a_listing(here: Path, there: Path) -> None:
             assert entry.is_file(follow_symlinks=False) == stat.S_ISREG(status.st_mode)
 
 
+@pytest.mark.slow
 def test_listing_while_names_come_and_go(here: Path, there: Path) -> None:
     """What is there throughout appears exactly once."""
     stay = {f"stay{number}" for number in range(1500)}

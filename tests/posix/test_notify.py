@@ -198,6 +198,7 @@ def _compared(events: list[Event]) -> set[str]:
     return {f"{e.kind} {e.place}{'/' if e.name else ''}{e.name}" for e in found}
 
 
+@pytest.mark.slow
 def test_the_same_events_as_on_a_tmpfs(lab: Lab) -> None:
     name = f"table{next(_numbers)}"
     there, here = (path / name for path in lab.paths)
@@ -730,6 +731,7 @@ def test_without_the_option_there_is_no_replayer() -> None:
             assert [event for event in watch.read() if event.kind == "CREATE"] == []
 
 
+@pytest.mark.slow
 def test_many_changes_are_told_as_one() -> None:
     """A stopped replayer: the queue is bounded, and the watchers are told to list again."""
     with new_lab(64 << 20, 2, WAYS["all"]) as lab:

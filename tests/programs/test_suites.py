@@ -13,7 +13,7 @@ from tests.programs.programs import run
 from tests.support.lab import SHARED_MAPPINGS, needs_fuse, needs_root
 from tests.support.programs import find
 
-pytestmark = [needs_fuse, needs_root]
+pytestmark = [needs_fuse, needs_root, pytest.mark.slow]
 NOBODY = 65534
 
 

@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 from ivshmemfs.region import Blocks, Memory, crc32c
 from tests.region.conftest import BLOCK, COUNT, DATA, PATIENT, TAGS, Place
 
+pytestmark = pytest.mark.slow
+
 EXPECTED = (ValueError, TypeError, BufferError, OSError, MemoryError, OverflowError)
 
 numbers = st.one_of(

@@ -78,6 +78,7 @@ def test_names_change_and_nothing_else(made: TestRegion) -> None:
     assert fsck.check(made.region().memory).clean
 
 
+@pytest.mark.slow
 def test_a_region_grows_again_and_again(made: TestRegion) -> None:
     before = whole(made)
     content: dict[bytes, bytes] = {}
@@ -247,6 +248,7 @@ def by_fsck(path: Path, act: Callable[[Memory], object]) -> None:
             act(region.memory)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("act", [rename, amendment.enlarge, enlarge_again])
 @pytest.mark.parametrize("recover", [by_running_again, by_fsck])
 def test_a_death_before_any_store(
