@@ -13,13 +13,16 @@ if TYPE_CHECKING:
     from ivshmemfs.api import FileLock as FileLock
     from ivshmemfs.api import Item as Item
     from ivshmemfs.api import KeyValue as KeyValue
+    from ivshmemfs.api import MappedFile as MappedFile
     from ivshmemfs.api import Watch as Watch
     from ivshmemfs.api import open as open
 
 #: The one place of the version: pyproject.toml reads it here.
 __version__ = "0.1.0"
 
-_API = ("Change", "Client", "DirEntry", "FileLock", "Item", "KeyValue", "Watch", "open")
+_API = (
+    "Change", "Client", "DirEntry", "FileLock", "Item", "KeyValue", "MappedFile", "Watch", "open",
+)  # fmt: skip
 
 
 def __getattr__(name: str) -> object:

@@ -67,6 +67,7 @@ def _directory(ino: int, permissions: int, tag: int, parameters: Parameters) -> 
         payload=inode.EMPTY,
         height=0,
         xattr_height=0,
+        fixed=0,
         payload_size=0,
         xattr_size=0,
         xattr_inline=0,

@@ -24,10 +24,11 @@ from ivshmemfs.api import walk
 from ivshmemfs.api.file import RegionFile
 from ivshmemfs.api.kv import KeyValue
 from ivshmemfs.api.locks import FileLock
+from ivshmemfs.api.mapped_file import MappedFile
 from ivshmemfs.api.session import Session
 from ivshmemfs.api.walk import Path, text_of
 from ivshmemfs.api.watching import Watch
-from ivshmemfs.engine import contents
+from ivshmemfs.engine import contents, fixed
 from ivshmemfs.engine.filesystem import NOW
 from ivshmemfs.engine.inode import Context
 from ivshmemfs.engine.names import RENAME_EXCHANGE, RENAME_NOREPLACE
@@ -606,6 +607,30 @@ class Client:
         Raises OSError: ENOENT, EOVERFLOW for a directory with too many names.
         """
         return Watch(self, text_of(path), recursive=recursive)
+
+    def map(self, path: Path, create: int | None = None) -> MappedFile:
+        """Return the fixed file at `path` as memory: bytes that all machines change in place.
+
+        With `create`, a size in bytes, it is made of zeros if there is no file; a multiple of 4096
+        is taken.  Such a file keeps its place and size until `release`, and cannot be removed.
+        Raises OSError: ENOENT, EINVAL for an ordinary file, EEXIST for one of another size, ENOSPC
+        when no so long row of blocks is free, EOPNOTSUPP on a filesystem of an older version.
+        """
+        return MappedFile(self, text_of(path), create)
+
+    def release(self, path: Path, *, force: bool = False) -> bool:
+        """Make a fixed file an ordinary one, which can be removed; whether it was fixed.
+
+        The contents stay.  First end all programs that store to it.  Raises OSError EBUSY while a
+        peer has it open, unless `force`.
+        """
+        name = text_of(path)
+
+        def let_go(fs: Filesystem) -> bool:
+            ino = walk.existing(fs, name).ino
+            return fs.change(lambda tx: fixed.release(tx, ino, force=force))
+
+        return self.session.call(let_go, name)
 
     def kv(self, path: Path) -> KeyValue:
         """Return the directory at `path`, made if need be, as a store of values by key."""

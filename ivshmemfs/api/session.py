@@ -89,7 +89,7 @@ class Session:
     """One peer of a region.  Thread-safe."""
 
     def __init__(self, region: Region, fs: Filesystem) -> None:
-        self._region = region
+        self.region = region
         self._fs = fs
         self._lock = threading.Lock()
         self._owner = 0  # the thread that holds the lock
@@ -124,7 +124,7 @@ class Session:
         except (IvshmemfsError, OSError) as error:
             path = path() if callable(path) else path
             if isinstance(error, OSError) and not isinstance(error.__cause__, IvshmemfsError):
-                short = self._region.shortage()
+                short = self.region.shortage()
                 if short:
                     raise OSError(errno.ENOSPC, short, path) from error
             raise os_error(error, path) from error
@@ -205,7 +205,7 @@ class Session:
                     return
                 if str(error) != told:
                     told = str(error)
-                    log.error("upkeep of %s: %s", self._region.spec, told or type(error).__name__)
+                    log.error("upkeep of %s: %s", self.region.spec, told or type(error).__name__)
 
     def _upkeep(self, step: Callable[[Filesystem], bool]) -> bool:
         def run() -> bool:
@@ -255,7 +255,7 @@ class Session:
                 return  # a call hangs: others take the slot back when this process has ended
             try:
                 self._fs.unmount()
-                self._region.close()
+                self.region.close()
             finally:
                 self._lock.release()
 

@@ -4,6 +4,8 @@
     INLINE  all bytes are in the inode block; the payload is as long as the file
     MAP     a radix tree of data blocks; missing blocks are holes
 
+Fixed files (`engine/fixed.py`) are MAP; their blocks are changed in place.
+
 Bytes of the last block behind the end of the file are zero, so a longer file reads zeros there.
 """
 
@@ -15,7 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Final
 
-from ivshmemfs.engine import radix
+from ivshmemfs.engine import fixed, radix
 from ivshmemfs.engine.inode import Inode
 from ivshmemfs.engine.radix import NULL, SIZE, RadixTree
 from ivshmemfs.engine.transaction import BlockCount, Transaction, View
@@ -101,6 +103,8 @@ def write(tx: Transaction, inode: Inode, offset: int, data: Buffer) -> Inode:
     if end > fmt.MAX_FILE_SIZE:
         raise FsError(errno.EFBIG)
     record = inode.record
+    if record.fixed:
+        return fixed.write(tx, inode, offset, data)
     size = max(record.size, end)
     small = record.payload == fmt.INLINE or (record.payload == fmt.EMPTY and not record.size)
     if small and size <= _capacity(tx, inode):
@@ -131,7 +135,12 @@ def write_from(
     end, record = offset + length, inode.record
     if end > fmt.MAX_FILE_SIZE:
         raise FsError(errno.EFBIG)
-    if offset % tx.block_size or offset < record.size or end <= _capacity(tx, inode):
+    if (
+        record.fixed
+        or offset % tx.block_size
+        or offset < record.size
+        or end <= _capacity(tx, inode)
+    ):
         with _about_file():
             content = os.pread(file, length, offset)
         return write(tx, inode, offset, content) if content else inode, len(content)
@@ -212,6 +221,7 @@ def truncate(tx: Transaction, inode: Inode, size: int) -> Inode:
     if size > fmt.MAX_FILE_SIZE:
         raise FsError(errno.EFBIG)
     record = inode.record
+    fixed.keep_size(inode, size)
     now = tx.modified(record.mtime_ns)
     times: dict[str, Any] = {"mtime_ns": now, "ctime_ns": now, "size": size}
     count = BlockCount(tx.space, inode)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import errno
 
-from ivshmemfs.engine import data, radix
+from ivshmemfs.engine import data, fixed, radix
 from ivshmemfs.engine.inode import Inode
 from ivshmemfs.engine.radix import NULL, RadixTree
 from ivshmemfs.engine.transaction import BlockCount, Transaction, View
@@ -57,8 +57,9 @@ def next_hole(view: View, inode: Inode, offset: int) -> int:
 def punch(tx: Transaction, inode: Inode, offset: int, length: int) -> Inode:
     """Return the file with zeros in place of `length` bytes; whole blocks become holes.
 
-    The caller sets the times of the file.
+    The caller sets the times of the file.  Raises ETXTBSY for a fixed file.
     """
+    fixed.keep_blocks(inode)
     size, block = inode.record.size, tx.block_size
     end = min(offset + length, size)
     if offset >= end or inode.record.payload == fmt.EMPTY:

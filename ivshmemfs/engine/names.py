@@ -19,7 +19,7 @@ import os
 import stat
 from typing import Final
 
-from ivshmemfs.engine import acl, data, directory
+from ivshmemfs.engine import acl, data, directory, fixed
 from ivshmemfs.engine.directory import Dirent, LeafPosition
 from ivshmemfs.engine.inode import TARGET_MAX, Context, Inode
 from ivshmemfs.engine.privileges import SET_ID_BITS
@@ -193,6 +193,22 @@ def make(
     return inode
 
 
+def make_fixed(
+    tx: Transaction, parent: int, name: bytes, mode: int, size: int, ctx: Context
+) -> tuple[int, bool]:
+    """Make a fixed file of `size` bytes, whole pages, unless the name leads to something.
+
+    Returns (the inode's number, whether it was made).  Raises what `fixed.make` raises.
+    """
+    folder = parent_of(tx, parent, name)
+    position = directory.locate(tx, folder, name)
+    if position.entry is not None:
+        return target(tx, position.entry).ino, False
+    inode = new_inode(tx, folder, stat.S_IFREG | stat.S_IMODE(mode), ctx)
+    add(tx, folder, position, tx.put(fixed.make(tx, inode, size)))
+    return inode.ino, True
+
+
 def mkdir(tx: Transaction, parent: int, name: bytes, mode: int, ctx: Context) -> Inode:
     """Return a new directory; raises EEXIST, NoSpace."""
     keep = stat.S_IMODE(mode) & ~SET_ID_BITS
@@ -298,11 +314,16 @@ def _forget_orphan(tx: Transaction, ino: int) -> None:
 
 
 def _unlinked(tx: Transaction, inode: Inode) -> None:
-    """Take one link from `inode`; without links it becomes an orphan or is removed."""
+    """Take one link from `inode`; without links it becomes an orphan or is removed.
+
+    Raises EPERM for the last link of a fixed file.
+    """
     left = inode.record.nlink - 1
     if left > 0:
         tx.put(inode.evolve(nlink=left, ctime_ns=tx.now))
-    elif not tx.in_use(inode.ino):
+        return
+    fixed.refuse(inode)
+    if not tx.in_use(inode.ino):
         tx.remove(inode)
     else:
         tx.put(inode.evolve(nlink=0, ctime_ns=tx.now))

@@ -13,6 +13,10 @@ Field `payload` says what the payload is:
     dirtree  the top of the directory tree
 
 So one block holds a whole small file, symlink or small directory.
+
+A *fixed* file is shared memory of programs.  Its payload is a map.  Its data blocks follow each
+other in the region, without holes, and fill it up to its size.  They keep their places and tags,
+and are changed in place, until the file becomes an ordinary one.
 """
 
 import stat
@@ -67,6 +71,7 @@ class InodeRecord(NamedTuple):
     payload: Annotated[int, At(88, "B", "0 empty, 1 inline, 2 map, 3 dirleaf, 4 dirtree")]
     height: Annotated[int, At(89, "B", "levels below the payload's pointers")]
     xattr_height: Annotated[int, At(90, "B", "levels below the extended attributes' pointer")]
+    fixed: Annotated[int, At(91, "B", "1: a fixed file; its blocks are one row, changed in place")]
     payload_size: Annotated[int, At(92, "I", "bytes of payload at byte 192")]
     xattr_size: Annotated[int, At(96, "I", "bytes of all extended attributes as one string")]
     xattr_inline: Annotated[int, At(100, "I", "the same if they are in this block, else 0")]

@@ -32,8 +32,10 @@ MAKER_SIZE = 16
 # unknown ro_compat bit, and refuses an unknown incompat bit.
 #: ro_compat: writers keep each other's locks (`format/lock.py`).  Older programs may only read.
 LOCKS = 1
+#: ro_compat: writers change the data of fixed files in place, and never move it.
+FIXED = 2
 KNOWN_COMPAT = 0
-KNOWN_RO_COMPAT = LOCKS
+KNOWN_RO_COMPAT = LOCKS | FIXED
 #: incompat: the tag table lies behind the blocks, because the filesystem was made larger.
 TAGS_BEHIND = 1
 KNOWN_INCOMPAT = TAGS_BEHIND
@@ -105,6 +107,7 @@ class Superblock(NamedTuple):
     created_ns: int
     read_only: bool  # an unknown ro_compat feature forbids writing
     shares_locks: bool  # every writer knows of the locks of inodes
+    keeps_fixed: bool  # every writer knows of fixed files
     seed: bytes  # the UUID that mkfs gave; root blocks and the hashes of names depend on it
 
     @property
@@ -123,7 +126,7 @@ def encode(
     """Return the 512 bytes of a new superblock; ValueError when the label is too long."""
     name = encode_label(label)
     record = SuperblockRecord(
-        MAGIC, MAJOR, MINOR, SUPERBLOCK.size, 0, LOCKS, 0, uuid, name,
+        MAGIC, MAJOR, MINOR, SUPERBLOCK.size, 0, LOCKS | FIXED, 0, uuid, name,
         geometry.region_size, geometry.block_size, geometry.peer_count, geometry.block_count,
         geometry.peers_offset, geometry.tags_offset, geometry.data_offset, geometry.reserve,
         layout_signature(), created_ns, uuid, maker.encode()[:MAKER_SIZE], 0,
@@ -251,10 +254,12 @@ def decode(raw: Buffer, region_size: int | None = None) -> Superblock:
         )
     label = record.label.rstrip(b"\0").decode(errors="replace")
     read_only = bool(record.ro_compat & ~KNOWN_RO_COMPAT)
-    shares_locks = bool(record.ro_compat & LOCKS)
     return Superblock(
-        record.uuid, label, geometry, record.created_ns, read_only, shares_locks, record.seed
-    )
+        record.uuid, label, geometry, record.created_ns, read_only,
+        shares_locks=bool(record.ro_compat & LOCKS),
+        keeps_fixed=bool(record.ro_compat & FIXED),
+        seed=record.seed,
+    )  # fmt: skip
 
 
 def identify(raw: Buffer) -> tuple[str, str] | None:

@@ -128,6 +128,8 @@ cdef extern from "native.h" nogil:
                        bint nulls, uint64_t *at)
     int blocks_gather(const blocks *blocks, const unsigned char *pointers, uint64_t count,
                       uint64_t skip, uint64_t length, unsigned char *into)
+    int blocks_overwrite(const blocks *blocks, uint64_t block, uint64_t skip,
+                         const unsigned char *data, uint64_t length)
     int blocks_scatter(const blocks *blocks, const unsigned char *pointers, uint64_t count,
                        const unsigned char *source, uint64_t length)
     int blocks_fill(const blocks *blocks, const unsigned char *pointers, uint64_t count, int file,

@@ -800,6 +800,27 @@ are free. Returns a list of pointers to them."""
             view_drop(&taken)
         return self.unless_stale(status)
 
+    def overwrite(self, block, skip, buffer):
+        """Store a buffer from byte skip of a block on, over it and those that follow it in the region;
+all other bytes stay. False when the guard changed: then only bytes before that were stored."""
+        cdef uint64_t at, start
+        cdef int status
+        cdef view source
+        self.take_block(block, &at)
+        take(skip, "skip", &start)
+        view_take(&source, buffer)
+        try:
+            status = mapping_use_for_stores(self.table.mapping)
+            if status == STATUS_OK:
+                status = blocks_overwrite(&self.table, at, start, source.data, source.size)
+                mapping_unuse(self.table.mapping)
+            size = source.size
+        finally:
+            view_drop(&source)
+        if status == STATUS_RANGE:
+            raise ValueError(f"{size} bytes from byte {skip!r} of block {block!r} on leave the region")
+        return self.unless_stale(status)
+
     def scatter(self, pointers, buffer):
         """Store a buffer over the blocks in order; zeros fill the last one used.
 False when the guard changed: then only blocks before that were filled."""

@@ -208,6 +208,25 @@ int store_guarded(const struct blocks *blocks, unsigned char *to, const unsigned
     return bulk_run(&bulk);
 }
 
+/* The mapping's part of a block keeps its other bytes: programs may store to them meanwhile. */
+int blocks_overwrite(const struct blocks *blocks, uint64_t block, uint64_t skip,
+                     const unsigned char *from, uint64_t length)
+{
+    uint64_t available = blocks->block_count * blocks->block_size;
+    uint64_t start = block * blocks->block_size + skip;
+    struct bulk bulk = {.mapping = blocks->mapping,
+                        .guarding = blocks,
+                        .chunk = CHUNK,
+                        .from = from,
+                        .left = length};
+
+    if (block >= blocks->block_count || skip > available || start > available ||
+        length > available - start)
+        return STATUS_RANGE;
+    bulk.to = block_address(blocks, 0) + start;
+    return bulk_run(&bulk);
+}
+
 int store_zeros(struct mapping *mapping, unsigned char *to, uint64_t length)
 {
     struct half half = {.piece = {.to = to, .size = length}, .access = mapping->access};

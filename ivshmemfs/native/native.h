@@ -167,6 +167,9 @@ int pointers_check(const struct blocks *blocks, const unsigned char *pointers, u
 /* Copy bytes [skip, skip + length) of the blocks in a row; STATUS_STALE when one is stale. */
 int blocks_gather(const struct blocks *blocks, const unsigned char *pointers, uint64_t count,
                   uint64_t skip, uint64_t length, unsigned char *into);
+/* Store from byte `skip` of a block on, over it and those behind it.  STATUS_STALE as below. */
+int blocks_overwrite(const struct blocks *blocks, uint64_t block, uint64_t skip,
+                     const unsigned char *from, uint64_t length);
 /* Store over the blocks in order; zeros fill the last.  STATUS_STALE when the guard changed. */
 int blocks_scatter(const struct blocks *blocks, const unsigned char *pointers, uint64_t count,
                    const unsigned char *from, uint64_t length);

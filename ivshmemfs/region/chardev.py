@@ -149,7 +149,9 @@ def open_chardev(
     )
     spec = _spec(whole, offset, size)
     kind = "device-dax" if is_devdax(path.name) else "device"
-    return Region(memory=memory, spec=spec, path=whole, kind=kind, anchor=anchor)
+    return Region(
+        memory=memory, spec=spec, path=whole, kind=kind, anchor=anchor, start=extent.offset
+    )
 
 
 def _spec(path: Path, offset: int | None, size: int | None) -> str:

@@ -119,7 +119,7 @@ def open_devmem(place: str, *, readonly: bool = False, roots: Roots = HERE) -> R
         raise _cannot_map(error, spec, held) from None
     finally:
         os.close(descriptor)
-    return Region(memory=memory, spec=spec, path=path, kind="physical memory")
+    return Region(memory=memory, spec=spec, path=path, kind="physical memory", start=address)
 
 
 def _cannot_map(error: OSError, spec: str, held: Holding | None) -> RegionError:

@@ -39,6 +39,7 @@ class Region:
     path: Path  # the file or device that is mapped
     kind: str  # as messages name it: file, PCI device, ...
     anchor: Anchor | None = None  # the mapped file or device, if it has a path of its own
+    start: int | None = 0  # where mmap(2) of `path` finds the region, in bytes; None: nowhere
 
     @property
     def size(self) -> int:

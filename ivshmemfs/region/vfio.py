@@ -90,7 +90,11 @@ def open_vfio(address: str, *, readonly: bool = False, roots: Roots = HERE) -> R
         )
     anchor.close()  # it is a descriptor of the device, not of the node
     return Region(
-        memory=memory, spec=f"vfio:{address}", path=node, kind=f"PCI device, {node} of {DRIVER}"
+        memory=memory,
+        spec=f"vfio:{address}",
+        path=node,
+        kind=f"PCI device, {node} of {DRIVER}",
+        start=None,
     )
 
 

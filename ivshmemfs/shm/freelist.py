@@ -10,6 +10,7 @@ A count of free blocks has these states.  Only `FreeList.free` and `FreeList.lac
 from __future__ import annotations
 
 import time
+from array import array
 from contextlib import suppress
 from typing import Final
 
@@ -20,6 +21,7 @@ from ivshmemfs.native import split_pointers
 from ivshmemfs.shm.published import Store
 
 SIZE: Final = words.POINTER_SIZE
+WORD: Final = words.WORD
 BULK: Final = 8  # smallest claim, in blocks, that is kept packed and together
 COUNTED_ALWAYS: Final = 1 << 16  # largest region, in blocks, that is counted each time: 0.2 ms
 COUNTED_AT_ONCE: Final = 1 << 16  # blocks that one turn counts
@@ -29,6 +31,14 @@ RECOUNT: Final = 0.5  # longest age, in seconds, of a count that shows enough fr
 FRESH: Final = 0.05  # longest age, in seconds, of a count that shows too few
 FEW_KEPT = 4096  # most single released blocks that are remembered
 BULK_KEPT = 16384  # most blocks of bulk releases that are remembered
+
+
+def row(first: int, count: int, tag: int) -> bytes:
+    """Return packed pointers to `count` blocks that follow each other, all with one tag."""
+    pointers = array("Q", bytes(count * SIZE))
+    pointers[0::2] = array("Q", range(first | 1 << 32, (first | 1 << 32) + count))
+    pointers[1::2] = array("Q", [tag]) * count
+    return pointers.tobytes()
 
 
 class FreeList:
@@ -96,6 +106,24 @@ class FreeList:
         last = known[-most:]
         del known[-most:]
         return self._store.blocks.reclaim(last, tag)
+
+    def claim_row(self, count: int, step: int, first: int, tag: int) -> bytes:
+        """Claim `count` blocks that follow each other; return packed pointers, b"" without a row.
+
+        The row begins at block `first` or a multiple of `step` blocks behind it.
+        """
+        blocks, geometry = self._store.blocks, self._store.geometry
+        while first + count <= geometry.block_count:
+            at = geometry.tags_offset + first * WORD
+            taken = len(self._store.memory.read(at, count * WORD).rstrip(b"\0"))
+            if taken:
+                first += -(-taken // (WORD * step)) * step  # behind the last that is taken
+                continue
+            got = blocks.reclaim(row(first, count, tag), tag)
+            if len(got) == count * SIZE:
+                return got
+            blocks.release(got)  # another peer came first
+        return b""
 
     def free(self, used: int, age: float = FRESH) -> int:
         """Return about how many blocks are free under a root that uses `used`.

@@ -19,6 +19,7 @@ published, by what it did before.  So the native layer checks the state word bef
 from __future__ import annotations
 
 import errno
+from collections.abc import Sequence
 from typing import Any, Final
 
 from ivshmemfs.errors import Fenced, FsError, NoSpace
@@ -33,6 +34,7 @@ _FREE: Final = bytes(WORD)
 _ONE: Final = (1).to_bytes(TAG_AT - WEIGHT_AT, "little")
 FIRST_CLAIM: Final = 6  # blocks that an ordinary transaction needs
 SMALL_CLAIM: Final = 4  # blocks of each later claim of that transaction
+_ZEROED: Final = 256  # blocks of a row that are filled with zeros at once
 _NOT_OURS = "another peer declared this mount gone in the middle of a transaction"
 
 
@@ -53,6 +55,8 @@ class Workspace(NodeSource):
         self._nodes: dict[bytes, Node] = {}
         self._bulk = b""  # bulk claims in use, one after another
         self._spare = b""  # bulk claims not in use, one after another
+        self._row = b""  # claims that follow each other in the region, in use
+        self._spare_row = b""  # the same, not in use; they hold zeros
         self._replaced: list[bytes] = []
         self.dropped: list[tuple[bytes, int, int, int]] = []
         self._replaced_bulk = bytearray()
@@ -98,6 +102,30 @@ class Workspace(NodeSource):
         if len(got) < count * SIZE:
             raise NoSpace("no free blocks are left on the region")
         return got
+
+    def claim_row(self, count: int, steps: Sequence[tuple[int, int]]) -> bytes:
+        """Return pointers to `count` fresh blocks that follow each other and hold zeros.
+
+        A step (first, blocks) names the places where the row may begin: block `first`, and each
+        multiple of `blocks` behind it.  Earlier steps are preferred.  A plan has one row.  Raises
+        NoSpace, Fenced.
+        """
+        if len(self._spare_row) != count * SIZE:
+            free_list = self._free_list
+            free_list.release(self._spare_row, bulk=True)
+            self._spare_row = b""
+            self._watch_room(count)
+            for first, blocks in steps:
+                self._spare_row = free_list.claim_row(count, blocks, first, self._tag)
+                if self._spare_row:
+                    break
+            else:
+                raise NoSpace(f"no {count} free blocks follow each other on the region")
+            for at in range(0, len(self._spare_row), _ZEROED * SIZE):
+                pointers = self._spare_row[at : at + _ZEROED * SIZE]
+                self.fill(pointers, bytes(len(pointers) // SIZE * self._store.block_size))
+        self._row, self._spare_row = self._spare_row, b""
+        return self._row
 
     def _take(self) -> bytes:
         if not self._pool:
@@ -174,10 +202,13 @@ class Workspace(NodeSource):
         claim = pointer[:WEIGHT_AT] + _ONE + self._mark
         if claim in self._claims:
             return True
-        at = self._bulk.find(claim)
-        while at >= 0 and at % SIZE:
-            at = self._bulk.find(claim, at + 1)
-        return at >= 0
+        for claims in (self._bulk, self._row):
+            at = claims.find(claim)
+            while at >= 0 and at % SIZE:
+                at = claims.find(claim, at + 1)
+            if at >= 0:
+                return True
+        return False
 
     def drop(self, pointer: bytes, kind: int, level: int, owner: int) -> None:
         """Note that the new root does not reach this subtree, for release after the commit."""
@@ -200,12 +231,20 @@ class Workspace(NodeSource):
     @property
     def balance(self) -> int:
         """The number by which blocks in use grow at the commit; negative if they become fewer."""
-        claimed = len(self._claims) + len(self._bulk) // SIZE
+        claimed = len(self._claims) + (len(self._bulk) + len(self._row)) // SIZE
         return claimed - len(self._pool) - self.replaced_count
 
     def fill(self, pointers: bytes, content: bytes | bytearray | memoryview) -> None:
         """Store `content` into claimed blocks, zeros after it in the last.  Raises Fenced."""
         if not self._store.blocks.scatter(pointers, content):
+            raise Fenced(_NOT_OURS)
+
+    def overwrite(self, block: int, skip: int, content: bytes | bytearray | memoryview) -> None:
+        """Store `content` from byte `skip` of a block on, over published blocks of a fixed file.
+
+        Raises Fenced.
+        """
+        if not self._store.blocks.overwrite(block, skip, content):
             raise Fenced(_NOT_OURS)
 
     def fill_from(self, pointers: bytes, file: int, at: int, length: int) -> int:
@@ -252,6 +291,8 @@ class Workspace(NodeSource):
         """Drop the plan and keep the claims: all used blocks return to the pool."""
         self._pool = list(self._claims)
         self._spare, self._bulk = self._spare + self._bulk, b""
+        if self._row:
+            self._spare_row, self._row = self._row, b""
         self._nodes.clear()
         self._replaced.clear()
         self._replaced_bulk.clear()
@@ -269,13 +310,13 @@ class Workspace(NodeSource):
         few = b"".join(self._pool + self._replaced if ended else self._replaced)
         if few:
             self._free_list.release(few)
-        if self._replaced_bulk or self._spare:
+        if self._replaced_bulk or self._spare or self._spare_row:
             bulk = bytes(self._replaced_bulk)
             if ended:
-                bulk = self._spare + bulk
+                bulk = self._spare + self._spare_row + bulk
             if bulk:
                 self._free_list.release(bulk, bulk=True)
-            self._spare = b""
+            self._spare = self._spare_row = b""
             self._replaced_bulk.clear()
         self._pool.clear()
         self._replaced.clear()

@@ -106,11 +106,12 @@ def test_golden_inode() -> None:
     record = inode.InodeRecord(
         mode=0o100644, nlink=1, uid=1000, gid=1001, size=5, blocks=1, atime_ns=1, mtime_ns=2,
         ctime_ns=3, btime_ns=4, rdev=0, parent=0, entries=0, payload=inode.INLINE, height=0,
-        xattr_height=1, payload_size=5, xattr_size=9, xattr_inline=0, xattr_pointer=pointer,
+        xattr_height=1, fixed=1, payload_size=5, xattr_size=9, xattr_inline=0,
+        xattr_pointer=pointer,
     )  # fmt: skip
     expected = struct.pack("<4I", 0o100644, 1, 1000, 1001)
     expected += struct.pack("<2Q4q3Q", 5, 1, 1, 2, 3, 4, 0, 0, 0)
-    expected += struct.pack("<BBBxIII", inode.INLINE, 0, 1, 5, 9, 0) + pointer
+    expected += struct.pack("<BBBBIII", inode.INLINE, 0, 1, 1, 5, 9, 0) + pointer
     assert inode.INODE.pack(record) == expected + bytes(160 - len(expected))
 
 

@@ -31,7 +31,7 @@ def changed(**fields: int | bytes) -> bytes:
 def test_round_trip() -> None:
     found = sb.decode(GOOD, SIZE)
     assert found == sb.Superblock(
-        UUID, "a label", plan(SIZE), 1_700_000_000_000_000_000, False, True, UUID
+        UUID, "a label", plan(SIZE), 1_700_000_000_000_000_000, False, True, True, UUID
     )
     assert found.fsid == 0x7766554433221100
     assert sb.identify(GOOD) == ("a label", str(uuid.UUID(bytes=UUID)))

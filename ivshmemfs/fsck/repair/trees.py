@@ -253,8 +253,8 @@ class TreeBuilder:
         record = InodeRecord(
             mode=DIRECTORY << 12 | 0o700, nlink=2, uid=0, gid=0, size=0, blocks=1,
             atime_ns=now, mtime_ns=now, ctime_ns=now, btime_ns=now, rdev=0, parent=0, entries=0,
-            payload=ino_format.EMPTY, height=0, xattr_height=0, payload_size=0, xattr_size=0,
-            xattr_inline=0, xattr_pointer=words.NULL,
+            payload=ino_format.EMPTY, height=0, xattr_height=0, fixed=0, payload_size=0,
+            xattr_size=0, xattr_inline=0, xattr_pointer=words.NULL,
         )  # fmt: skip
         return SoundInode(record, b"", b"", ())
 

@@ -1,0 +1,180 @@
+"""`Client.map`: a fixed file as memory of this process (see `engine/fixed.py`).
+
+    OPEN     `load`, `store`, `cas`, `read`, `write` reach the file's bytes in the region at once,
+             without a commit; the file is listed as open, so no peer releases it
+    CLOSED   after `close`, or the end of the client: each of them raises ValueError
+
+All machines see the same bytes.  Words of 64 bits are loaded, stored and swapped whole.  Everything
+else is not atomic, and nothing tells the kernel or other programs of a change: programs agree among
+themselves.  All calls work on ARM64 device memory as well.
+"""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+import stat
+from types import TracebackType
+from typing import TYPE_CHECKING, Final, Self
+
+from ivshmemfs.api import walk
+from ivshmemfs.engine import fixed, names
+from ivshmemfs.errors import FsError
+
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer
+
+    from ivshmemfs.api.client import Client
+    from ivshmemfs.engine import Filesystem, Handle
+    from ivshmemfs.engine.transaction import Transaction
+
+WORD: Final = 8  # bytes
+NAP: Final = 50_000  # ns between two looks of `wait`; the kernel adds about as much
+_SECOND: Final = 10**9
+
+
+class MappedFile:
+    """A fixed file of a region; a context manager.  Thread-safe.
+
+    `offset` is its place in the region (so in the BAR), `size` its size.  Both are in bytes, and
+    multiples of 4096.  `made` tells whether this call made the file; it then holds zeros.
+    """
+
+    def __init__(self, client: Client, path: str, create: int | None) -> None:
+        self._session = client.session
+        self._memory = client.session.region.memory
+        self.path: Final = path
+        handle, made = self._session.call(lambda fs: _opened(client, fs, path, create), path)
+        self.made: Final[bool] = made
+        self._handle: Handle | None = handle
+        try:
+            place = self._session.call(
+                lambda fs: fs.look(lambda view: fixed.extent(view, handle.ino)), path
+            )
+            if create is not None and place.size != fixed.whole_pages(create):
+                text = f"it is there already, and has {place.size} bytes"
+                raise FileExistsError(errno.EEXIST, text, path)
+        except BaseException:
+            self.close()
+            raise
+        self.offset: Final[int] = place.offset
+        self.size: Final[int] = place.size
+
+    def __repr__(self) -> str:
+        return f"<MappedFile {self.path!r}: {self.size} bytes at {self.offset:#x}>"
+
+    @property
+    def closed(self) -> bool:
+        """Whether `close` was called."""
+        return self._handle is None
+
+    def close(self) -> None:
+        """Let go of the file; once.  The memory that `mmap` returned stays mapped."""
+        handle, self._handle = self._handle, None
+        if handle is not None:
+            self._session.release(handle)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        _kind: type[BaseException] | None,
+        _error: BaseException | None,
+        _trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _at(self, at: int, length: int) -> int:
+        """Return the place of `length` bytes in the region; raises ValueError outside the file."""
+        if self._handle is None:
+            raise ValueError("the mapped file is closed")
+        if not 0 <= at <= self.size - length:
+            raise ValueError(f"{length} bytes at {at} are not within the file's {self.size}")
+        return self.offset + at
+
+    # --- words ----------------------------------------------------------------------------------
+
+    def load(self, at: int) -> int:
+        """Return the word of 64 bits at byte `at`, a multiple of 8 (acquire).
+
+        All methods raise ValueError for a place outside the file, and OSError when the region is
+        gone.  Those that store raise OSError EROFS if the client only reads.
+        """
+        return self._memory.load(self._at(at, WORD))
+
+    def store(self, at: int, value: int) -> None:
+        """Store a word; all that this thread stored before is visible before it (release)."""
+        self._memory.store(self._at(at, WORD), value)
+
+    def cas(self, at: int, expected: int, new: int) -> int:
+        """Store `new` if the word is `expected`; returns the word as it was before."""
+        return self._memory.cas(self._at(at, WORD), expected, new)
+
+    def fence(self) -> None:
+        """Order all loads and stores before it and after it."""
+        self._memory.fence()
+
+    def wait(self, at: int, value: int, timeout: float | None = None) -> int:
+        """Return the word once it is not `value`, or `value` after `timeout` seconds.
+
+        None waits for ever.  It sleeps between looks, and wakes about 0.1 ms late.
+        """
+        place = self._at(at, WORD)
+        left = None if timeout is None else max(int(timeout * _SECOND) // NAP, 0)
+        while True:
+            naps = _SECOND // NAP if left is None else min(left, _SECOND // NAP)
+            word = self._memory.await_change(place, value, NAP, naps)
+            if word != value or left == naps:
+                return word
+            left = None if left is None else left - naps
+
+    # --- bytes ----------------------------------------------------------------------------------
+
+    def read(self, at: int = 0, length: int | None = None) -> bytes:
+        """Return `length` bytes from byte `at` on; by default all that follow."""
+        length = self.size - at if length is None else length
+        return self._memory.read(self._at(at, length), length)
+
+    def write(self, at: int, data: ReadableBuffer) -> None:
+        """Store bytes from byte `at` on."""
+        content = memoryview(data).cast("B")
+        self._memory.write(self._at(at, len(content)), content)
+
+    def mmap(self) -> mmap.mmap:
+        """Return the file as memory of the module mmap, for numpy and the like.
+
+        It stays mapped until its own `close`.  Use it for memory that is cached: on ARM64 device
+        memory unaligned copies end the process.  Raises OSError.
+        """
+        self._at(0, 0)
+        region = self._session.region
+        if region.start is None:
+            text = "a device behind vfio has no file to map; use the methods of the mapped file"
+            raise OSError(errno.ENODEV, text, self.path)
+        flags = os.O_RDONLY if region.readonly else os.O_RDWR
+        access = mmap.ACCESS_READ if region.readonly else mmap.ACCESS_WRITE
+        fd = os.open(region.path, flags | os.O_CLOEXEC)
+        try:
+            return mmap.mmap(fd, self.size, access=access, offset=region.start + self.offset)
+        finally:
+            os.close(fd)
+
+
+def _opened(client: Client, fs: Filesystem, path: str, create: int | None) -> tuple[Handle, bool]:
+    """Open the file at `path`, which is made if need be; returns (handle, whether it was made)."""
+    place, made = walk.place_of(fs, path), False
+    ino = 0 if place.attr is None else place.attr.ino
+    if place.attr is None:
+        if create is None:
+            raise FsError(errno.ENOENT)
+        size, mode = fixed.whole_pages(create), client.creation_mode(0o666)
+
+        def plan(tx: Transaction) -> tuple[int, bool]:
+            return names.make_fixed(tx, place.parent, place.name, mode, size, client.context)
+
+        ino, made = fs.change(plan)
+    elif not stat.S_ISREG(place.attr.mode):
+        raise FsError(errno.EISDIR if stat.S_ISDIR(place.attr.mode) else errno.EINVAL)
+    return fs.open(ino, os.O_RDONLY if client.readonly else os.O_RDWR), made
