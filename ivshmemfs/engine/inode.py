@@ -145,6 +145,8 @@ def _problem(record: InodeRecord) -> str | None:
         return "an empty payload with bytes"
     if record.payload == fmt.MAP and record.payload_size % words.POINTER_SIZE:
         return "half a pointer in the block map"
+    if record.fixed and (record.payload != fmt.MAP or not stat.S_ISREG(record.mode)):
+        return "it is marked as fixed, but has no block map"
     if record.payload == fmt.DIRTREE and not record.height:
         return "a directory tree without levels"
     if record.size > fmt.MAX_FILE_SIZE or not 0 < record.blocks < _MOST_BLOCKS:

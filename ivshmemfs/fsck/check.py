@@ -253,7 +253,7 @@ class StrictRun:
             self.lost += 1
             return
         record = INODE.unpack(data, HEADER_SIZE)
-        self.report.test(inv.check_fixed_inodes, place, ino, record.mode >> 12)
+        self.report.test(inv.check_reserved_inodes, place, ino, record.mode >> 12)
         if self.report.test(inv.check_inode, place, record, len(data)):
             self._map(ino, record, data, place)
         self._xattr(ino, record, data, place)
@@ -266,9 +266,13 @@ class StrictRun:
         slots = data[PAYLOAD_OFFSET : PAYLOAD_OFFSET + record.payload_size]
         size = self.image.block_size
         data_leaves = DataLeaves(record.size // size)
-        tree = StrictRadix(self, ino, -(-record.size // size), data_leaves)
+        row = RowLeaves(data_leaves)
+        count = -(-record.size // size)
+        tree = StrictRadix(self, ino, count, row if record.fixed else data_leaves)
         tree.walk(slots, record.height, place, may_be_empty=True)
         self.report.test(inv.check_map, place, tree.beyond)
+        if record.fixed:
+            self.report.test(inv.check_row, place, count, row.found, row.strays)
         if record.size % size and data_leaves.last_block >= 0:
             tail = self.image.block(data_leaves.last_block)[record.size % size :]
             self.report.test(inv.check_tail, place, tail)
@@ -330,7 +334,7 @@ class StrictRun:
         inodes = self.inodes
         for ino in _FIXED:
             if inodes.index(ino) < 0:
-                self.report.test(inv.check_fixed_inodes, Place(ino=ino), ino, None)
+                self.report.test(inv.check_reserved_inodes, Place(ino=ino), ino, None)
         connected = self._connected()
         for row, ino in enumerate(inodes.numbers):
             if ino in _FIXED:
@@ -499,6 +503,26 @@ class DataLeaves:
             own = block < image.block_count and tree.run.owners[block] == tree.owner + 1
             if own and tag and image.tags[block] == tag:
                 self.last_block = block
+
+
+class RowLeaves:
+    """Takes the data blocks of a fixed file, and notes which do not follow each other."""
+
+    def __init__(self, leaves: DataLeaves) -> None:
+        self._leaves = leaves
+        self._origin = 0  # the block of leaf 0, if the first leaf found is in its place
+        self.found = 0  # leaves
+        self.strays = 0  # leaves out of the row
+
+    def __call__(self, tree: StrictRadix, slots: bytes, first: int) -> None:
+        """Take the leaves in `slots`."""
+        self._leaves(tree, slots, first)
+        for index, (block, _, tag) in enumerate(pointers_in(slots), first):
+            if tag and index < tree.limit:
+                if not self.found:
+                    self._origin = block - index
+                self.found += 1
+                self.strays += block != self._origin + index
 
 
 class StrictDirectory:

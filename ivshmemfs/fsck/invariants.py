@@ -188,7 +188,7 @@ def check_counters(
 
 
 @_invariant(12)
-def check_fixed_inodes(ino: int, kind: int | None) -> Iterator[str]:
+def check_reserved_inodes(ino: int, kind: int | None) -> Iterator[str]:
     """Inode 1, the root directory, and inode 2, the list of inodes without links, exist and are
     directories.  No inode has number 0 or one above the largest."""
     if ino in (ino_format.ROOT_INO, ino_format.ORPHANS_INO):
@@ -228,6 +228,10 @@ def check_inode(record: InodeRecord, used: int) -> Iterator[str]:
         yield f"device number {record.rdev:#x}, but it is not a device"
     elif record.rdev >> 32:
         yield f"device number {record.rdev:#x}, of more than 32 bits"
+    if record.fixed and (kind != stat.S_IFREG or record.payload != ino_format.MAP):
+        yield "it is marked as fixed, but has no block map"
+    elif record.fixed > 1:
+        yield f"a mark of fixed files of {record.fixed}"
     if kind != stat.S_IFDIR and (record.parent or record.entries):
         yield f"parent {record.parent} and {record.entries} entries, but it is not a directory"
 
@@ -438,3 +442,15 @@ def check_locks(blob: bytes) -> Iterator[str]:
     for name in (lock.LOCKS, lock.WAITS):
         if problem := lock.problem(name, attributes.get(name, b"")):
             yield problem
+
+
+# --- fixed files ----------------------------------------------------------------------------
+
+
+@_invariant(32)
+def check_row(wanted: int, found: int, strays: int) -> Iterator[str]:
+    """The data blocks of a fixed file follow each other, without holes, up to its end."""
+    if found != wanted:
+        yield f"a fixed file has {found} of {wanted} blocks"
+    if strays:
+        yield f"{strays} blocks of a fixed file are not where the row has them"

@@ -542,6 +542,35 @@ def locks_that_cannot_be(k: Knife) -> None:
     k.resize(block, inode.PAYLOAD_OFFSET + record.payload_size, raw)
 
 
+# --- I32: fixed files -------------------------------------------------------------------------
+
+
+@violates(32)
+def row_with_a_hole(k: Knife) -> None:
+    k.edit_payload(Names.fixed, 16, bytes(16))
+
+
+@violates(32)
+def row_out_of_order(k: Knife) -> None:
+    raw = k.payload(Names.fixed)
+    k.edit_payload(Names.fixed, 0, raw[16:32] + raw[:16])
+
+
+@violates(32)
+def row_that_ends_early(k: Knife) -> None:
+    k.edit_inode(Names.fixed, size=k.record(Names.fixed).size + 4096)
+
+
+@violates(13)
+def fixed_without_blocks(k: Knife) -> None:
+    k.edit_inode(Names.small, fixed=1)
+
+
+@violates(13)
+def fixed_twice(k: Knife) -> None:
+    k.edit_inode(Names.fixed, fixed=2)
+
+
 def test_what_a_repair_of_locks_keeps(made: TestRegion) -> None:
     region = made.region()
     locks_that_cannot_be(Knife(region.memory))

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from functools import cache
 
 from ivshmemfs.engine import Filesystem
+from ivshmemfs.engine.names import make_fixed
 from ivshmemfs.format import inode, node, peer, superblock, words
 from ivshmemfs.format.dirent import name_key
 from ivshmemfs.format.geometry import COMMIT_OFFSET
@@ -27,7 +28,7 @@ LONG_NAMES = [b"%03d-" % at + b"n" * 200 for at in range(170)]  # a directory tr
 class Names:
     """Inode numbers of the sample."""
 
-    folder = inner = crowd = small = big = sparse = near = far = link = device = orphan = 0
+    folder = inner = crowd = small = big = sparse = near = far = link = device = orphan = fixed = 0
 
 
 def fill(fs: Filesystem, names: type[Names]) -> None:
@@ -51,6 +52,7 @@ def fill(fs: Filesystem, names: type[Names]) -> None:
         fs.link(names.small, names.crowd, name, ROOT)
     for at in range(70):
         put(fs, names.folder, b"file%02d" % at, b"%d" % at)
+    names.fixed, _ = fs.change(lambda tx: make_fixed(tx, 1, b"fixed", 0o600, 8192, ROOT))
 
 
 def keep_an_orphan(made: TestRegion, names: type[Names]) -> None:

@@ -76,6 +76,10 @@ def _mend_payload_kind(draft: _Draft) -> None:
 def _mend_type(draft: _Draft) -> None:
     """Make the mode follow the payload, which has a structure that shows what it is."""
     record = draft.record
+    if record.fixed and record.payload != ino_format.MAP:
+        draft.set("it was marked as fixed, but has no block map", fixed=0)
+    else:
+        draft.set("its mark of fixed files was impossible", fixed=min(record.fixed, 1))
     draft.set("it had impossible mode bits", mode=record.mode & MODE_MASK)
     kind = stat.S_IFMT(draft.record.mode)
     if record.payload in ino_format.ALLOWED_PAYLOADS.get(kind, ()):

@@ -122,6 +122,12 @@ class _RebuiltRadix:
         self.last_block = -1
         self.lost_count = 0
         self.new_nodes = 0
+        self._origins = set[int]()  # where leaf 0 would be if each leaf began the row: two are kept
+        self._kept = 0  # leaves that are kept
+
+    def is_row(self, count: int) -> bool:
+        """Return whether `count` leaves were kept, and their blocks follow each other."""
+        return self._kept == count > 0 and len(self._origins) == 1
 
     def leaves(self, slots: bytes, first: int) -> bytes:
         kept = []
@@ -131,6 +137,9 @@ class _RebuiltRadix:
                 if self._reader.claim(block, tag, self._owner):
                     new = self._blocks.keep_data(block, tag)
                     self.last_index, self.last_block = index, block
+                    self._kept += 1
+                    if len(self._origins) < 2:
+                        self._origins.add(block - index)
                 else:
                     self.lost_count += 1
             kept.append(new)
@@ -271,8 +280,8 @@ class TreeBuilder:
         else:
             record = record._replace(nlink=inodes.links[row])
             if record.payload == ino_format.MAP:
-                payload, size = self._map(ino, record, payload)
-                record, below = record._replace(size=size), weigh(payload)
+                payload, record = self._map(ino, record, payload)
+                below = weigh(payload)
         pointer, beside = self._xattr(ino, record)
         if pointer != record.xattr_pointer:
             record = record._replace(xattr_pointer=pointer)
@@ -288,8 +297,11 @@ class TreeBuilder:
         keeper = _RebuiltRadix(self._blocks, self._slots, reader, owner, limit)
         return LenientRadix(reader, owner, limit, keeper).walk(slots, height), keeper
 
-    def _map(self, ino: int, record: InodeRecord, slots: bytes) -> tuple[bytes, int]:
-        """Return (block map, size in bytes) of a file."""
+    def _map(self, ino: int, record: InodeRecord, slots: bytes) -> tuple[bytes, InodeRecord]:
+        """Return (block map, record with the true size) of a file.
+
+        A fixed file whose blocks are not a row becomes an ordinary one.
+        """
         size = self._image.block_size
         unknown = record.size == UNKNOWN_SIZE
         limit = 1 << 64 if unknown else -(-record.size // size)
@@ -306,7 +318,10 @@ class TreeBuilder:
             self._log.add(f"inode {ino}: its size was impossible; now {length}")
         if length % size and rebuilt.last_index == length // size:
             self._tail(ino, rebuilt.last_block, length % size)
-        return new, length
+        if record.fixed and not rebuilt.is_row(-(-length // size)):
+            self._log.add(f"inode {ino}: its blocks are not a row, so it is an ordinary file now")
+            record = record._replace(fixed=0)
+        return new, record._replace(size=length)
 
     def _tail(self, ino: int, block: int, kept: int) -> None:
         if any(self._image.block(block)[kept:]):
