@@ -24,6 +24,8 @@ from ivshmemfs.engine import (
     Handle,
     acl,
     contents,
+    fixed,
+    names,
 )
 from ivshmemfs.engine.lock_table import Lock
 from ivshmemfs.engine.locks import QUEUE_AFTER, Guard, Wait
@@ -152,6 +154,7 @@ def build_world(fs: Filesystem) -> None:
     fs.link(h, ROOT_INO, b"h2", ROOT)
     fs.setattr(put(fs, ROOT_INO, b"hole", b"").ino, ROOT, size=5000)
     fs.setattr(put(fs, ROOT_INO, b"suid", pattern(1100, 9)).ino, ROOT, mode=0o6755)
+    fs.change(lambda tx: names.make_fixed(tx, ROOT_INO, b"fixed", 0o640, 8192, USER))
     _note_inos(fs, ROOT_INO, b"")
 
 
@@ -202,6 +205,14 @@ workload(
         (b"a", b"1", b""), (b"new", pattern(5000), b"n"), (b"c", b"3", b""), (b"also", b"", b"")
     ),
 )
+
+workload(
+    "fixed-make",
+    lambda fs: fs.change(lambda tx: names.make_fixed(tx, ROOT_INO, b"new", 0o640, 20480, USER)),
+)
+workload("fixed-release", lambda fs: fs.change(lambda tx: fixed.release(tx, ino(fs, b"fixed"))))
+workload("fixed-unlink", lambda fs: fs.unlink(ROOT_INO, b"fixed", ROOT))  # refused
+workload("fixed-chmod", lambda fs: fs.setattr(ino(fs, b"fixed"), ROOT, mode=0o600))
 
 workload("unlink-inline", lambda fs: fs.unlink(ROOT_INO, b"a", ROOT))
 workload("unlink-map", lambda fs: fs.unlink(ROOT_INO, b"b", ROOT))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import sysconfig
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 
 from tests.guest.conftest import Shared
 from tests.guest.harness import Guest, arm_parts
-from tests.guest.machines import Host, Mount, manifest
+from tests.guest.machines import IVSHMEMFS, Host, Mount, manifest
 
 pytestmark = pytest.mark.guest
 
@@ -147,3 +148,40 @@ def test_appending_from_all_sides_loses_and_tears_no_line(
         mine = [line for line in lines if line.startswith(name)]
         assert mine == [f"{name} {number}" for number in range(200)]
     assert len(lines) == 400
+
+
+#: Stores a word, waits until the other one has changed it, and prints what it found.
+SHARE = """
+import json, mmap, subprocess, sys, time
+ivshmemfs, file, mine, theirs = sys.argv[1:]
+place = json.loads(subprocess.check_output([ivshmemfs, "map", "--json", file]))
+with open(place["file"], "r+b") as region:
+    memory = mmap.mmap(region.fileno(), place["size"], offset=place["offset"])
+words = memoryview(memory).cast("Q")
+words[int(mine)] = 1000 + int(mine)
+end = time.monotonic() + 60
+while words[int(theirs)] != 1000 + int(theirs) and time.monotonic() < end:
+    time.sleep(0.01)
+print(place["region_offset"], words[int(theirs)])
+"""
+
+
+def test_programs_share_the_bytes_of_a_mapped_file(host_mount: Mount, guest_mount: Mount) -> None:
+    """The host maps the region's file, the guest BAR 2 of the device; both find one extent."""
+    host_mount.sh(f"{IVSHMEMFS} map --create 128K $M/words")
+    running = [
+        mount.begin(
+            f'/usr/bin/python3 -c "$SHARE" {IVSHMEMFS} $M/words {mine} {1 - mine}'.replace(
+                '"$SHARE"', shlex.quote(SHARE)
+            )
+        )
+        for mine, mount in enumerate((host_mount, guest_mount))
+    ]
+    host, guest = (command.wait().check().out.split() for command in running)
+    assert host[0] == guest[0]
+    assert (host[1], guest[1]) == ("1001", "1000")
+    words = guest_mount.sh("od -An -tu8 -N16 $M/words").split()
+    assert words == ["1000", "1001"]
+    assert guest_mount.machine.run("/bin/rm", f"{guest_mount.place}/words").exit == 1
+    guest_mount.sh(f"{IVSHMEMFS} map --release $M/words; rm $M/words")
+    host_mount.sh("test ! -e $M/words")

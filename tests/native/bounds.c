@@ -91,6 +91,10 @@ static void pointers(struct mapping *mapping)
     check(blocks_gather(&blocks, two, 2, 2 * BLOCK, 1, into) == STATUS_RANGE);
     check(blocks_gather(&blocks, two, 2, 1, UINT64_MAX, into) == STATUS_RANGE);
     check(blocks_scatter(&blocks, two, 0, into, 1) == STATUS_RANGE);
+    check(blocks_overwrite(&blocks, COUNT, 0, into, 1) == STATUS_RANGE);
+    check(blocks_overwrite(&blocks, COUNT - 1, 1, into, BLOCK) == STATUS_RANGE);
+    check(blocks_overwrite(&blocks, 0, UINT64_MAX, into, 2) == STATUS_RANGE);
+    check(blocks_overwrite(&blocks, 0, 1, into, UINT64_MAX) == STATUS_RANGE);
     check(tags_read(&blocks, COUNT, &found) == STATUS_RANGE);
     check(node_read_header(&read) == STATUS_RANGE);
     check(node_write(&blocks, COUNT, into, 32) == STATUS_RANGE);

@@ -117,6 +117,7 @@ def test_pointers_that_lead_outside_are_refused_by_value(blocks: Blocks, block: 
         lambda: blocks.tag(block),
         lambda: blocks.read_node(block, 1),
         lambda: blocks.write_node(block, make_node(1, b"")),
+        lambda: blocks.overwrite(block, 0, b"x"),
     ):
         with pytest.raises(ValueError, match=f"block {block} is outside"):
             call()
@@ -143,6 +144,49 @@ def test_null_pointers_may_hold_any_block_number(blocks: Blocks) -> None:
     assert blocks.release(odd) == 0
     assert blocks.gather(odd, 0, BLOCK, into)
     assert into == bytes(BLOCK)
+
+
+# --- changes in place -----------------------------------------------------------------------
+
+
+def test_an_overwrite_changes_its_bytes_and_no_others(blocks: Blocks) -> None:
+    everything = (bytes(range(1, 256)) * (COUNT * BLOCK))[: COUNT * BLOCK]
+    blocks.claim(COUNT, TAG, 0)
+    whole = b"".join(pointer(at, TAG) for at in range(COUNT))
+    for skip, length in ((0, 1), (3, 2), (7, BLOCK), (BLOCK - 1, 2), (1, 5 * BLOCK), (0, 0)):
+        for at in range(COUNT):
+            blocks.overwrite(at, 0, everything[at * BLOCK : (at + 1) * BLOCK])
+        start, new = 2 * BLOCK + skip, b"\0" * length
+        assert blocks.overwrite(2, skip, new)
+        got = bytearray(COUNT * BLOCK)
+        assert blocks.gather(whole, 0, len(got), got)
+        assert got == everything[:start] + new + everything[start + length :]
+
+
+@pytest.mark.parametrize(
+    ("block", "skip", "length"),
+    [
+        (COUNT - 1, 0, BLOCK + 1),
+        (COUNT - 1, BLOCK, 1),
+        (0, COUNT * BLOCK, 1),
+        (0, COUNT * BLOCK + 1, 0),
+        (COUNT - 1, 2**64 - BLOCK, BLOCK),
+    ],
+)
+def test_an_overwrite_beyond_the_last_block_is_refused(
+    blocks: Blocks, block: int, skip: int, length: int
+) -> None:
+    with pytest.raises(ValueError, match="leave the region"):
+        blocks.overwrite(block, skip, bytes(length))
+    assert blocks.memory.is_zero(0, SIZE)
+
+
+def test_an_overwrite_stops_when_the_guard_changes(blocks: Blocks) -> None:
+    blocks.guard(0, 7)
+    assert not blocks.overwrite(0, 0, b"stale")
+    blocks.memory.store(0, 7)
+    assert blocks.overwrite(0, 0, b"good")
+    blocks.guard(0, 0)
 
 
 # --- gather and scatter ---------------------------------------------------------------------
