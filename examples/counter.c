@@ -1,9 +1,12 @@
 /* A counter that programs on all machines share.
  *
- *   ivshmemfs map --create 4096 label=hello:/counter        once, on any machine
- *   ivshmemfs map --c label=hello:/counter >counter.h       on each machine
+ *   ivshmemfs map --create 4096 label=hello:/counter
+ *   ivshmemfs map --c label=hello:/counter >counter.h
  *   cc -O2 -o counter counter.c
- *   ./counter 1000                                          adds 1000, prints the sum
+ *   ./counter 1000
+ *
+ * The first line is for one machine, the others are for each.  The last one adds 1000, and prints
+ * the sum.
  *
  * It maps the file's bytes where `counter.h` says they are: in the region's file on the host, in the
  * device's BAR 2 in a guest.  No part of ivshmemfs runs meanwhile.

@@ -613,8 +613,9 @@ class Client:
 
         With `create`, a size in bytes, it is made of zeros if there is no file; a multiple of 4096
         is taken.  Such a file keeps its place and size until `release`, and cannot be removed.
-        Raises OSError: ENOENT, EINVAL for an ordinary file, EEXIST for one of another size, ENOSPC
-        when no so long row of blocks is free, EOPNOTSUPP on a filesystem of an older version.
+        Raises OSError: ENOENT, EINVAL for an ordinary file, EEXIST for one of another size.  ENOSPC
+        means that no so long row of blocks is free, EOPNOTSUPP that an older version made the
+        filesystem.
         """
         return MappedFile(self, text_of(path), create)
 

@@ -50,7 +50,7 @@ SUBCOMMANDS = {
     "lock": Subcommand("lock", "Run COMMAND under a lock between all machines."),
     "wait": Subcommand("wait", "Wait for a file to appear, go or change."),
     "watch": Subcommand("watch", "Print changes of files as they happen."),
-    "map": Subcommand("map", "Share a file as memory of programs."),
+    "map": Subcommand("map", "Print where programs find a file as memory."),
     "get": Subcommand("transfer.commands", "Copy files from REGION, without a mount."),
     "put": Subcommand("transfer.commands", "Copy local files to REGION, without a mount."),
     "ls": Subcommand("files.show", "List files in a region, without a mount."),

@@ -32,8 +32,8 @@ MANUAL = Manual(
         ),
         Example("ivshmemfs map label=hello:/counters", "Print where it is, without a mount."),
         Example(
-            "ivshmemfs map --c /mnt/shared/counters >counters.h",
-            "The same as a header for C programs on this machine.",
+            "ivshmemfs map --c /mnt/shared/counters",
+            "Print the same as a header for C programs on this machine.",
         ),
         Example(
             "ivshmemfs map --release /mnt/shared/counters && rm /mnt/shared/counters",

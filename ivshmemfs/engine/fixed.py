@@ -6,7 +6,7 @@
 
 A program may map the blocks of a fixed file and store to them at any time, unseen by all peers.  So
 the blocks keep their places and tags while the file is fixed.  Its last name cannot be removed, and
-its size stays: only `release` ends that, as `swapoff` does for a swap file.  Nothing but a program
+its size stays: only `release` ends that, as swapoff(8) does for a swap file.  Nothing but a program
 that goes on after the release can harm other files.
 
 A write through a mount stores in place and commits new times.  It is not atomic.  A peer that was

@@ -32,11 +32,12 @@ def test_the_code_runs(made: TestRegion, tmp_path: Path, monkeypatch: pytest.Mon
         IvshmemFileSystem.clear_instance_cache()
 
 
-def test_the_data_set_of_its_page(made: TestRegion) -> None:
-    page = (TOP / "docs" / "uses" / "data-set.md").read_text()
+@pytest.mark.parametrize("name", ["data-set.md", "shared-memory.md"])
+def test_the_pages_on_uses(made: TestRegion, name: str) -> None:
+    page = (TOP / "docs" / "uses" / name).read_text()
     blocks = re.findall(r"^```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
     assert len(blocks) == 1
-    exec(compile(blocks[0].replace("/dev/shm/hello", str(made.path)), "data-set.md", "exec"), {})
+    exec(compile(blocks[0].replace("/dev/shm/hello", str(made.path)), name, "exec"), {})
 
 
 def test_the_methods_that_it_names_exist() -> None:

@@ -15,6 +15,7 @@ import uuid
 from pathlib import Path
 
 from ivshmemfs.engine import Context, Filesystem
+from ivshmemfs.engine.names import make_fixed
 from ivshmemfs.format.geometry import Geometry, plan
 from mkfs.initial import Parameters
 from mkfs.writer import format_region
@@ -34,6 +35,7 @@ GEOMETRY: Geometry = plan(SIZE, 1024, 4)
 SEED = 20250615
 
 INLINE = b"a small file\n"
+FIXED = b"in place"
 MAPPED = bytes(range(256)) * 12
 ATTRIBUTE = b"value" * 300
 NAMES = [b"a rather long name to fill some leaves %02d" % at for at in range(60)]
@@ -66,6 +68,10 @@ def fill(fs: Filesystem) -> None:
     fs.symlink(folder.ino, b"to nowhere", b"n" * 1500, me)
     fs.mknod(1, b"pipe", 0o010644, 0, me)
     fs.mknod(1, b"device", 0o020600, 0x103, me)
+    fixed, _ = fs.change(lambda tx: make_fixed(tx, 1, b"fixed", 0o100600, 4096, me))
+    handle = fs.open(fixed, os.O_RDWR, me)
+    fs.write(handle, 0, FIXED)
+    fs.release(handle)
 
 
 def make(tree: bool) -> bytes:

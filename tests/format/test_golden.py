@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 from ivshmemfs import fsck
-from ivshmemfs.engine import Context
+from ivshmemfs.engine import Context, fixed
 from ivshmemfs.format import inode, node, superblock, words
 from ivshmemfs.format.geometry import COMMIT_OFFSET
 from tests.format import golden
@@ -76,6 +76,9 @@ def test_the_tree_is_all_there(tree: TestRegion) -> None:
     fs = tree.mount(readonly=True)
     assert get(fs, 1, b"inline") == golden.INLINE
     assert get(fs, 1, b"mapped") == golden.MAPPED
+    assert get(fs, 1, b"fixed") == golden.FIXED.ljust(4096, b"\0")
+    place = fs.look(lambda view: fixed.extent(view, fs.lookup(1, b"fixed").ino))
+    assert fs.region.memory.read(place.offset, len(golden.FIXED)) == golden.FIXED
     assert get(fs, 1, b"sparse") == bytes(golden.FAR) + b"end"
     attr = fs.lookup(1, b"inline")
     assert (attr.mode, attr.uid, attr.gid) == (0o100640, 1000, 1001)
