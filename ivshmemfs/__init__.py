@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from ivshmemfs.api import Item as Item
     from ivshmemfs.api import KeyValue as KeyValue
     from ivshmemfs.api import MappedFile as MappedFile
+    from ivshmemfs.api import Queue as Queue
     from ivshmemfs.api import Watch as Watch
     from ivshmemfs.api import open as open
 
@@ -21,7 +22,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _API = (
-    "Change", "Client", "DirEntry", "FileLock", "Item", "KeyValue", "MappedFile", "Watch", "open",
+    "Change", "Client", "DirEntry", "FileLock", "Item", "KeyValue", "MappedFile", "Queue", "Watch",
+    "open",
 )  # fmt: skip
 
 

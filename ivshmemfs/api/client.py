@@ -25,6 +25,7 @@ from ivshmemfs.api.file import RegionFile
 from ivshmemfs.api.kv import KeyValue
 from ivshmemfs.api.locks import FileLock
 from ivshmemfs.api.mapped_file import MappedFile
+from ivshmemfs.api.messages import RECORD_SIZE, RECORDS, Queue
 from ivshmemfs.api.session import Session
 from ivshmemfs.api.walk import Path, text_of
 from ivshmemfs.api.watching import Watch
@@ -632,6 +633,23 @@ class Client:
             return fs.change(lambda tx: fixed.release(tx, ino, force=force))
 
         return self.session.call(let_go, name)
+
+    def queue(
+        self,
+        path: Path,
+        *,
+        records: int = RECORDS,
+        record_size: int = RECORD_SIZE,
+        broadcast: bool | None = None,
+        replay: bool = False,
+    ) -> Queue:
+        """Return the queue at `path`; made, if there is none, for so many records of so many bytes.
+
+        Each record goes to one reader, or with `broadcast` to all.  A reader of a broadcast begins
+        with what is put from now on; with `replay`, with the oldest record that is there.  Raises
+        OSError: EINVAL for a file that is no queue, EEXIST for a queue of the other kind.
+        """
+        return Queue(self, text_of(path), records, record_size, broadcast, replay)
 
     def kv(self, path: Path) -> KeyValue:
         """Return the directory at `path`, made if need be, as a store of values by key."""

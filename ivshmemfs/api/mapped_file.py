@@ -41,23 +41,36 @@ class MappedFile:
     multiples of 4096.  `made` tells whether this call made the file; it then holds zeros.
     """
 
-    def __init__(self, client: Client, path: str, create: int | None) -> None:
+    def __init__(
+        self,
+        client: Client,
+        path: str,
+        create: int | None,
+        *,
+        head: bytes = b"",
+        any_size: bool = False,
+    ) -> None:
+        """Open the file, or make it with `create` bytes that begin with `head`.
+
+        With `any_size` one that is there may have another size.
+        """
         self._session = client.session
         self._memory = client.session.region.memory
         self.path: Final = path
-        handle, made = self._session.call(lambda fs: _opened(client, fs, path, create), path)
+        handle, made = self._session.call(lambda fs: _opened(client, fs, path, create, head), path)
         self.made: Final[bool] = made
         self._handle: Handle | None = handle
         try:
             place = self._session.call(
                 lambda fs: fs.look(lambda view: fixed.extent(view, handle.ino)), path
             )
-            if create is not None and place.size != fixed.whole_pages(create):
+            if create is not None and not any_size and place.size != fixed.whole_pages(create):
                 text = f"it is there already, and has {place.size} bytes"
                 raise FileExistsError(errno.EEXIST, text, path)
         except BaseException:
             self.close()
             raise
+        self.place: Final = place
         self.offset: Final[int] = place.offset
         self.size: Final[int] = place.size
 
@@ -162,7 +175,9 @@ class MappedFile:
             os.close(fd)
 
 
-def _opened(client: Client, fs: Filesystem, path: str, create: int | None) -> tuple[Handle, bool]:
+def _opened(
+    client: Client, fs: Filesystem, path: str, create: int | None, head: bytes
+) -> tuple[Handle, bool]:
     """Open the file at `path`, which is made if need be; returns (handle, whether it was made)."""
     place, made = walk.place_of(fs, path), False
     ino = 0 if place.attr is None else place.attr.ino
@@ -172,7 +187,7 @@ def _opened(client: Client, fs: Filesystem, path: str, create: int | None) -> tu
         size, mode = fixed.whole_pages(create), client.creation_mode(0o666)
 
         def plan(tx: Transaction) -> tuple[int, bool]:
-            return names.make_fixed(tx, place.parent, place.name, mode, size, client.context)
+            return names.make_fixed(tx, place.parent, place.name, mode, size, client.context, head)
 
         ino, made = fs.change(plan)
     elif not stat.S_ISREG(place.attr.mode):

@@ -23,7 +23,7 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
 
-from ivshmemfs.engine import acl, data, directory, holes, names, privileges, xattr
+from ivshmemfs.engine import acl, data, directory, fixed, holes, names, privileges, xattr
 from ivshmemfs.engine.committer import Committer
 from ivshmemfs.engine.credentials import Credentials
 from ivshmemfs.engine.directory import Dirent
@@ -32,6 +32,7 @@ from ivshmemfs.engine.handle import Handle
 from ivshmemfs.engine.inode import MAX_RDEV, TARGET_MAX, Attr, Context, Inode, StatFs, attributes
 from ivshmemfs.engine.lifetimes import Lifetimes
 from ivshmemfs.engine.locks import Guard, Locks
+from ivshmemfs.engine.messages import Messages
 from ivshmemfs.engine.names import RENAME_EXCHANGE, RENAME_NOREPLACE, RENAME_WHITEOUT
 from ivshmemfs.engine.openfiles import OpenFiles
 from ivshmemfs.engine.orphans import Orphans
@@ -130,6 +131,10 @@ class Filesystem:
     def shares_locks(self) -> bool:
         """Whether locks that are taken here hold on all mounts."""
         return self.superblock.shares_locks and not self.readonly
+
+    def messages(self, place: fixed.Extent) -> Messages:
+        """Return the queue in a fixed file at `place`; raises EINVAL if it is none, EIO."""
+        return Messages(self._volume, place.offset, place.size)
 
     def commit_word(self) -> int:
         """The commit word; while it does not change, no peer has changed anything.  One load."""

@@ -59,8 +59,10 @@ def whole_pages(size: int) -> int:
     return -(-size // PAGE) * PAGE
 
 
-def make(tx: Transaction, inode: Inode, size: int) -> Inode:
-    """Return an empty new file as a fixed one of `size` bytes, a multiple of PAGE; all zeros.
+def make(tx: Transaction, inode: Inode, size: int, head: bytes = b"") -> Inode:
+    """Return an empty new file as a fixed one of `size` bytes, a multiple of PAGE.
+
+    It begins with `head`, of at most a block; zeros follow.
 
     Raises NoSpace when so many blocks are not free, or do not follow each other; EOPNOTSUPP on a
     filesystem that older programs may write.
@@ -77,6 +79,8 @@ def make(tx: Transaction, inode: Inode, size: int) -> Inode:
         raise NoSpace(f"the region has no room for {size} more bytes")
     blocks = BlockCount(tx.space, inode)
     pointers = tx.space.claim_row(count, _steps(geometry, size))
+    if head:
+        tx.space.fill(pointers[:SIZE], head)
     room = fmt.payload_capacity(tx.block_size) // SIZE
     tree = radix.store(tx.space, RadixTree(0, b""), inode.ino, 0, pointers, room)
     values = (size, blocks.total(), fmt.MAP, tree.height, len(tree.slots), 1)

@@ -194,9 +194,17 @@ def make(
 
 
 def make_fixed(
-    tx: Transaction, parent: int, name: bytes, mode: int, size: int, ctx: Context
+    tx: Transaction,
+    parent: int,
+    name: bytes,
+    mode: int,
+    size: int,
+    ctx: Context,
+    head: bytes = b"",
 ) -> tuple[int, bool]:
     """Make a fixed file of `size` bytes, whole pages, unless the name leads to something.
+
+    It begins with `head`; all other bytes are zero.
 
     Returns (the inode's number, whether it was made).  Raises what `fixed.make` raises.
     """
@@ -205,7 +213,7 @@ def make_fixed(
     if position.entry is not None:
         return target(tx, position.entry).ino, False
     inode = new_inode(tx, folder, stat.S_IFREG | stat.S_IMODE(mode), ctx)
-    add(tx, folder, position, tx.put(fixed.make(tx, inode, size)))
+    add(tx, folder, position, tx.put(fixed.make(tx, inode, size, head)))
     return inode.ino, True
 
 

@@ -338,7 +338,8 @@ file or device no longer backs raises OSError(EIO)."""
     def await_change(self, offset, value, nanoseconds, naps):
         """The word at offset, once it is not `value` or after so many naps; signals are handled.
 
-        It sleeps without the interpreter's lock, so a nap costs one system call and one load."""
+        It sleeps without the interpreter's lock, so a nap costs one system call and one load. Naps
+        of 0 ns only let other threads of this processor run: the caller stays awake."""
         cdef uint64_t at, unlike, nap, count, found = 0
         cdef int status
         take(offset, "offset", &at)

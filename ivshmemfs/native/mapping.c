@@ -1,4 +1,5 @@
 /* Mappings: their life, their words, and how the files of this layer touch them. */
+#include <sched.h>
 #include <errno.h>
 #include <stdlib.h>
 #include <sys/mman.h>
@@ -161,7 +162,7 @@ int word_await(struct mapping *mapping, uint64_t offset, uint64_t value, uint64_
 
     while (status == STATUS_OK && *found == value && naps-- > 0) {
         void *left = mapping->host.leave != NULL ? mapping->host.leave() : NULL;
-        bool cut_short = nanosleep(&nap, NULL) != 0;
+        bool cut_short = nanoseconds == 0 ? sched_yield() != 0 : nanosleep(&nap, NULL) != 0;
 
         if (mapping->host.enter != NULL)
             mapping->host.enter(left);

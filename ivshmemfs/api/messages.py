@@ -1,0 +1,228 @@
+"""`Client.queue`: records between programs on all machines (see `shm/queue.py`).
+
+A work queue gives each record to exactly one reader, oldest first.  A broadcast shows each record
+to all readers; one that is slower than the writers loses the oldest, and is told how many.
+
+While a call waits, it is in one of these states, by the time since it began:
+
+    awake    SPIN seconds: it looks without a pause, and lets other threads run
+    drowsy   naps that become longer, up to NAPS' last
+"""
+
+from __future__ import annotations
+
+import errno
+import queue
+import threading
+import time
+from collections.abc import Iterator
+from types import TracebackType
+from typing import TYPE_CHECKING, Final, Self
+
+from ivshmemfs.api.mapped_file import MappedFile
+from ivshmemfs.errors import FsError
+from ivshmemfs.format import queue as fmt
+
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer
+
+    from ivshmemfs.api.client import Client
+    from ivshmemfs.engine import Filesystem
+    from ivshmemfs.engine.messages import Messages
+
+#: Records of a new queue, and the most bytes of one.
+RECORDS: Final = 256
+RECORD_SIZE: Final = 4096
+#: Looks without a pause; each takes about half a microsecond.
+SPINS: Final = 400
+#: (seconds of waiting up to which a nap lasts so long, seconds of the nap).
+NAPS: Final = ((0.02, 0.00005), (1.0, 0.0005), (10.0, 0.002), (float("inf"), 0.003))
+#: Seconds between two looks at whether the region still is what was opened.
+CONDITION_SECONDS: Final = 1.0
+_BILLION: Final = 10**9
+
+
+class Queue:
+    """A queue in a file; a context manager.  Thread-safe.
+
+    `put` and `get` raise `queue.Full` and `queue.Empty` of the standard library when their time is
+    over.  Both raise OSError: EUCLEAN for a damaged queue, ESTALE when the region was replaced.
+    """
+
+    def __init__(
+        self,
+        client: Client,
+        path: str,
+        records: int,
+        record_size: int,
+        broadcast: bool | None,
+        replay: bool,
+    ) -> None:
+        self._session = client.session
+        self._memory = client.session.region.memory
+        self.path: Final = path
+        kind = fmt.BROADCAST if broadcast else fmt.WORK
+        plan = fmt.plan(kind, record_size, records)
+        # A reader makes nothing.
+        size = None if client.readonly else plan.size
+        self._file = MappedFile(client, path, size, head=fmt.encode(plan), any_size=True)
+        try:
+            messages = self._session.call(self._open, path)
+            if broadcast is not None and messages.ring.is_broadcast != broadcast:
+                found = "a broadcast" if messages.ring.is_broadcast else "a work queue"
+                raise FileExistsError(errno.EEXIST, f"it is there already, as {found}", path)
+        except BaseException:
+            self._file.close()
+            raise
+        self._messages = messages
+        self._ring = messages.ring
+        self.broadcast: Final = messages.ring.is_broadcast
+        self.records: Final = messages.ring.geometry.cells
+        self.record_size: Final = messages.ring.geometry.record
+        #: Records of a broadcast that this reader missed, because it was too slow.
+        self.lost = 0
+        self._turn = threading.Lock()  # around `_next`
+        tail = self._ring.tail
+        self._next = max(tail - self.records, 0) if replay else tail
+
+    def _open(self, fs: Filesystem) -> Messages:
+        return fs.messages(self._file.place)
+
+    def __repr__(self) -> str:
+        kind = "broadcast" if self.broadcast else "work"
+        return f"<Queue {self.path!r}: {kind}, {self.records} records of {self.record_size} bytes>"
+
+    def close(self) -> None:
+        """Let go of the file; once."""
+        self._file.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        _kind: type[BaseException] | None,
+        _error: BaseException | None,
+        _trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    # --- putting and getting ----------------------------------------------------------------------
+
+    def put(self, record: ReadableBuffer, timeout: float | None = None) -> None:
+        """Put a record; when it has returned, every reader on every machine can get it.
+
+        Waits while a work queue is full: for ever, or up to `timeout` seconds, then it raises
+        queue.Full.  A broadcast never waits for readers.  Raises OSError EMSGSIZE for a record that
+        is too long, and EROFS if the client only reads.
+        """
+        content = bytes(record)
+        if self._insert(content):
+            return
+        end = _end_of(timeout)
+        waiting = _Waiting(self)
+        while True:
+            at = self._ring.cell_at(self._ring.tail)
+            word = self._memory.load(at)
+            if self._insert(content):
+                return
+            if not waiting.wait(at, word, end):
+                raise queue.Full
+
+    def _insert(self, content: bytes) -> bool:
+        self._check_open()
+        return self._session.call(lambda _fs: self._messages.put(content), self.path)
+
+    def get(self, timeout: float | None = None) -> bytes:
+        """Return the next record: of a work queue the oldest, which no other reader gets.
+
+        Of a broadcast it is the first that was put after this object was made, then the one after
+        it.  Waits for ever, or up to `timeout` seconds, then it raises queue.Empty.
+        """
+        record = self._next_record()
+        if record is not None:
+            return record
+        end = _end_of(timeout)
+        waiting = _Waiting(self)
+        while True:
+            number = self._next if self.broadcast else self._ring.head
+            at = self._ring.cell_at(number)
+            word = self._memory.load(at)
+            record = self._next_record()
+            if record is not None:
+                return record
+            if not waiting.wait(at, word, end):
+                raise queue.Empty
+
+    def __iter__(self) -> Iterator[bytes]:
+        """Get records for ever."""
+        while True:
+            yield self.get()
+
+    def _next_record(self) -> bytes | None:
+        self._check_open()
+        if not self.broadcast:
+            return self._session.call(lambda _fs: self._messages.take(), self.path)
+        with self._turn:
+            try:
+                record, number = self._session.call(
+                    lambda _fs: self._messages.peek(self._next), self.path
+                )
+            except OSError as error:
+                if error.errno == errno.EUCLEAN:  # the next call goes on behind it
+                    self._next += 1
+                raise
+            self.lost += number - self._next
+            self._next = number if record is None else number + 1
+            return record
+
+    def _check_open(self) -> None:
+        if self._file.closed:
+            raise ValueError("the queue is closed")
+
+    def check(self) -> None:
+        """Raise OSError ESTALE unless the region is the one that was opened."""
+        from ivshmemfs.region import Condition
+
+        def look(fs: Filesystem) -> None:
+            found = fs.condition()
+            if found not in (Condition.SOUND, Condition.RENAMED):
+                raise FsError(errno.ESTALE, found.explained)
+
+        self._session.call(look, self.path)
+
+
+class _Waiting:
+    """One call that waits."""
+
+    def __init__(self, owner: Queue) -> None:
+        self._queue = owner
+        self._memory = owner._memory
+        self._began = time.monotonic()
+        self._next_check = self._began + CONDITION_SECONDS
+        self._spun = False
+
+    def wait(self, at: int, word: int, end: float) -> bool:
+        """Wait until the word at `at` is not `word`, or for a while; False when `end` has come."""
+        if not self._spun:
+            self._spun = True
+            self._memory.await_change(at, word, 0, SPINS)
+            return True
+        now = time.monotonic()
+        if now >= end:
+            return False
+        if now >= self._next_check:
+            self._queue.check()
+            self._next_check = now + CONDITION_SECONDS
+        for last, nap in NAPS:
+            if now - self._began < last:
+                until = min(self._began + last, end, self._next_check)
+                self._memory.await_change(
+                    at, word, int(nap * _BILLION), max(int((until - now) / nap), 1)
+                )
+                break
+        return True
+
+
+def _end_of(timeout: float | None) -> float:
+    return float("inf") if timeout is None else time.monotonic() + timeout

@@ -1,0 +1,240 @@
+"""A queue of records that many peers put and many take, in the memory of a fixed file.
+
+States of a cell (`format/queue.py`), each changed by one compare-and-swap:
+
+    EMPTY(lap)  -> FULL(lap, buffer)       `put`: the record is there, whole, for everybody
+    FULL(lap)   -> EMPTY(lap + 1)          work: the reader that wins has taken the record
+    FULL(lap)   -> FULL(lap + 1, buffer)   broadcast: `put`, over the oldest record
+
+States of a buffer, as its tag says:
+
+    free       0
+    claimed    `put` took it, under the tag of its peer's transaction; private
+    published  a cell names it; nobody stores to it
+    free       the peer whose swap replaced the cell released it, or `collect` did
+
+So a peer that dies or pauses at any instant holds up no other, and a peer that wakes up tears no
+record: it stores only to a buffer that it claimed, and such a buffer is in quarantine as a block
+is (docs/protocol.md, section 8).  What a death leaves claimed is found by `collect`, as garbage
+among blocks is: first the limits of settled claims, then the cells, then the tags.
+
+`tail` and `head` are hints: whoever finds the cell there filled or taken moves them on.
+
+The caller begins and ends the transaction around `put` and `collect` (`engine/messages.py`).  To
+take and to look needs none.
+"""
+
+from __future__ import annotations
+
+import mmap
+from array import array
+from typing import Final
+
+from ivshmemfs.errors import Busy, Corrupt, Fenced
+from ivshmemfs.format import queue as fmt
+from ivshmemfs.format.queue import BUFFER_MASK, FULL, QueueGeometry, empty, full, laps_ahead
+from ivshmemfs.format.words import POINTER, WORD
+from ivshmemfs.native import Blocks, Memory
+
+ATTEMPTS: Final = 256  # looks at a place that other peers change meanwhile
+_CLAIM: Final = 1  # buffers of one `put`
+_FENCED: Final = "another peer declared this one gone in the middle of a message"
+
+
+class Ring:
+    """The queue in the memory of one fixed file, at `offset` of the region.  Thread-safe.
+
+    Every method raises Corrupt when the memory contradicts itself, Busy when other peers are faster
+    for a long time, and OSError when the region is gone.
+    """
+
+    def __init__(self, memory: Memory, offset: int, size: int) -> None:
+        """Read the header; raises ValueError when it is none of a queue."""
+        raw = memory.read(offset, fmt.QUEUE.size)
+        self.geometry: Final[QueueGeometry] = fmt.decode(raw, size)
+        self._memory: Final = memory
+        self._tail_at: Final = offset + fmt.TAIL_OFFSET
+        self._head_at: Final = offset + fmt.HEAD_OFFSET
+        self._cells_at: Final = offset + fmt.CELLS_OFFSET
+        self._tags_at: Final = offset + self.geometry.tags_offset
+        self._data_at: Final = offset + self.geometry.data_offset
+        self._cells: Final = self.geometry.cells
+        self._stride: Final = self.geometry.stride
+        self.is_broadcast: Final = self.geometry.kind == fmt.BROADCAST
+        self._blocks: Final = Blocks(
+            memory, self._tags_at, self._data_at, self._stride, self.geometry.buffers
+        )
+        self._cursor = 0  # the buffer where the next search for a free one begins
+
+    def cell_at(self, number: int) -> int:
+        """Return the place in the region of the cell of a record."""
+        return self._cells_at + number % self._cells * WORD
+
+    # --- putting ------------------------------------------------------------------------------
+
+    def has_room(self) -> bool:
+        """Whether the next record fits; in a broadcast it always does."""
+        if self.is_broadcast:
+            return True
+        for _ in range(ATTEMPTS):
+            number = self._memory.load(self._tail_at)
+            lap = number // self._cells
+            cell = self._memory.load(self.cell_at(number))
+            if cell == empty(lap):
+                return True
+            if laps_ahead(cell, lap) < 0:
+                return False
+            self._help(self._tail_at, number)
+        raise Busy("other peers put records faster than this one can look")
+
+    def claim(self, tag: int) -> int:
+        """Claim a buffer under `tag`; returns its number, or -1 when none is free."""
+        got, self._cursor = self._blocks.claim(_CLAIM, tag, self._cursor)
+        if not got:
+            return -1
+        block: int = POINTER.unpack(got)[0]
+        return block
+
+    def fill(self, buffer: int, parts: bytes, guard: tuple[int, int]) -> None:
+        """Store a record, its length before it, into a claimed buffer; raises Fenced.
+
+        `guard` is the place and value of the own state word while the claim is ours.
+        """
+        self._blocks.guard(*guard)
+        if not self._blocks.overwrite(buffer, 0, parts):
+            raise Fenced(_FENCED)
+
+    def publish(self, buffer: int) -> bool:
+        """Put a filled buffer into the next cell; False when the queue is full."""
+        memory = self._memory
+        for _ in range(ATTEMPTS):
+            number = memory.load(self._tail_at)
+            lap, at = number // self._cells, self.cell_at(number)
+            cell = memory.load(at)
+            ahead = laps_ahead(cell, lap)
+            if (ahead == 0 and not cell & FULL) or (
+                ahead == -1 and cell & FULL and self.is_broadcast
+            ):
+                tag = self._tag_of(cell) if cell & FULL else 0
+                if memory.cas(at, cell, full(lap, buffer)) == cell:
+                    self._help(self._tail_at, number)
+                    self._release(cell & BUFFER_MASK, tag)
+                    return True
+            elif ahead == -1 and cell & FULL:
+                return False
+            elif ahead >= 0:
+                self._help(self._tail_at, number)
+            elif memory.load(self._tail_at) == number:
+                raise self._damaged(f"cell {number % self._cells} is of lap {lap + ahead}")
+        raise Busy("other peers put records faster than this one")
+
+    def give_back(self, buffer: int, tag: int) -> None:
+        """Release a buffer that was claimed under `tag` and not published."""
+        self._release(buffer, tag)
+
+    # --- taking -------------------------------------------------------------------------------
+
+    def take(self) -> bytes | None:
+        """Take the oldest record of a work queue; None when it is empty."""
+        memory = self._memory
+        for _ in range(ATTEMPTS):
+            number = memory.load(self._head_at)
+            lap, at = number // self._cells, self.cell_at(number)
+            cell = memory.load(at)
+            ahead = laps_ahead(cell, lap)
+            if ahead == 0 and not cell & FULL:
+                return None
+            if ahead == 0:
+                tag, record = self._tag_of(cell), self._copy(cell)
+                if memory.cas(at, cell, empty(lap + 1)) != cell:
+                    continue
+                self._help(self._head_at, number)
+                self._release(cell & BUFFER_MASK, tag)
+                if record is None:
+                    raise self._damaged(f"record {number} was impossible, and was dropped")
+                return record
+            if ahead > 0:
+                self._help(self._head_at, number)
+            elif memory.load(self._head_at) == number:
+                raise self._damaged(f"cell {number % self._cells} is of lap {lap + ahead}")
+        raise Busy("other peers take records faster than this one")
+
+    @property
+    def head(self) -> int:
+        """The number of the next record to take; work queues only."""
+        return self._memory.load(self._head_at)
+
+    @property
+    def tail(self) -> int:
+        """The number of the next record that a peer puts."""
+        return self._memory.load(self._tail_at)
+
+    def peek(self, number: int) -> tuple[bytes | None, int]:
+        """Look at a record of a broadcast; returns (the record, its number).
+
+        The record is None while it is not there yet.  The number is a later one when the record
+        and those before it were replaced already.
+        """
+        memory = self._memory
+        for _ in range(ATTEMPTS):
+            lap, at = number // self._cells, self.cell_at(number)
+            cell = memory.load(at)
+            ahead = laps_ahead(cell, lap)
+            if ahead < 0 or not cell & FULL:
+                return None, number
+            if ahead > 0:
+                latest = number + ahead * self._cells  # this cell has it
+                # Leave out some records that exist still: writers go on meanwhile.
+                number = min(latest - self._cells + 1 + self._cells // 4, latest)
+                continue
+            record = self._copy(cell)
+            if memory.load(at) == cell:
+                if record is None:
+                    raise self._damaged(f"record {number} is impossible")
+                return record, number
+        raise Busy("other peers put records faster than this one can read")
+
+    def _copy(self, cell: int) -> bytes | None:
+        """Copy the record of a cell; None for an impossible one.  The caller checks the cell."""
+        buffer = cell & BUFFER_MASK
+        if buffer >= self.geometry.buffers:
+            return None
+        start = self._data_at + buffer * self._stride
+        length = self._memory.load(start)
+        if length > self.geometry.record:
+            return None
+        return self._memory.read(start + WORD, length)
+
+    # --- buffers and hints --------------------------------------------------------------------
+
+    def _tag_of(self, cell: int) -> int:
+        """Return the tag of the buffer that a cell names; 0 if there is no such buffer."""
+        buffer = cell & BUFFER_MASK
+        if buffer >= self.geometry.buffers:
+            return 0
+        return self._memory.load(self._tags_at + buffer * WORD)
+
+    def _release(self, buffer: int, tag: int) -> None:
+        if tag:
+            self._memory.cas(self._tags_at + buffer * WORD, tag, 0)
+
+    def _help(self, at: int, number: int) -> None:
+        """Move a hint on from `number`, unless another peer has done so."""
+        self._memory.cas(at, number, number + 1)
+
+    def collect(self, limits: array[int]) -> int:
+        """Release buffers with settled claims that no cell names; returns how many.
+
+        `limits` are those of the peer table, loaded before this call.
+        """
+        self._memory.fence()
+        count = self.geometry.buffers
+        marks = memoryview(mmap.mmap(-1, count * WORD)).cast("Q")
+        for at in range(self._cells):
+            cell = self._memory.load(self._cells_at + at * WORD)
+            if cell & FULL and cell & BUFFER_MASK < count:
+                marks[cell & BUFFER_MASK] = self._tag_of(cell)
+        return self._blocks.release(self._blocks.sweep(marks, limits, 0, count))
+
+    def _damaged(self, why: str) -> Corrupt:
+        return Corrupt(f"the queue is damaged: {why}")
