@@ -27,7 +27,10 @@ TAIL_OFFSET: Final = 128
 HEAD_OFFSET: Final = 256
 MAX_CELLS: Final = 1 << 20
 MAX_RECORD: Final = 64 << 20  # bytes
-SPARE: Final = 32  # buffers beside those in the cells: claims under way, and what deaths lost
+#: Buffers beside those in the cells, for claims under way and for what deaths leave claimed: so
+#: many, or fewer if they take more than SPARE_BYTES, but 4.
+SPARE: Final = 32
+SPARE_BYTES: Final = 1 << 20
 LINE: Final = 64  # bytes; tags and buffers begin at a cache line
 
 _BUFFER_BITS: Final = 24
@@ -105,7 +108,8 @@ def plan(kind: int, record: int, cells: int) -> QueueGeometry:
         raise ValueError(f"a record has 1 to {MAX_RECORD} bytes at most, not {record}")
     if not 1 <= cells <= MAX_CELLS:
         raise ValueError(f"a queue holds 1 to {MAX_CELLS} records, not {cells}")
-    return QueueGeometry(kind, record, cells, cells + SPARE)
+    spare = max(min(SPARE, SPARE_BYTES // _line(WORD + record)), 4)
+    return QueueGeometry(kind, record, cells, cells + spare)
 
 
 def encode(geometry: QueueGeometry) -> bytes:

@@ -80,11 +80,12 @@ class Ring:
             number = self._memory.load(self._tail_at)
             lap = number // self._cells
             cell = self._memory.load(self.cell_at(number))
+            ahead = laps_ahead(cell, lap)
+            if ahead < 0:
+                return False
             if cell == empty(lap):
                 return True
-            if laps_ahead(cell, lap) < 0:
-                return False
-            self._help(self._tail_at, number)
+            self._pass(self._tail_at, number, ahead)
         raise Busy("other peers put records faster than this one can look")
 
     def claim(self, tag: int) -> int:
@@ -122,10 +123,8 @@ class Ring:
                     return True
             elif ahead == -1 and cell & FULL:
                 return False
-            elif ahead >= 0:
-                self._help(self._tail_at, number)
-            elif memory.load(self._tail_at) == number:
-                raise self._damaged(f"cell {number % self._cells} is of lap {lap + ahead}")
+            else:
+                self._pass(self._tail_at, number, ahead)
         raise Busy("other peers put records faster than this one")
 
     def give_back(self, buffer: int, tag: int) -> None:
@@ -153,10 +152,7 @@ class Ring:
                 if record is None:
                     raise self._damaged(f"record {number} was impossible, and was dropped")
                 return record
-            if ahead > 0:
-                self._help(self._head_at, number)
-            elif memory.load(self._head_at) == number:
-                raise self._damaged(f"cell {number % self._cells} is of lap {lap + ahead}")
+            self._pass(self._head_at, number, ahead)
         raise Busy("other peers take records faster than this one")
 
     @property
@@ -221,6 +217,17 @@ class Ring:
     def _help(self, at: int, number: int) -> None:
         """Move a hint on from `number`, unless another peer has done so."""
         self._memory.cas(at, number, number + 1)
+
+    def _pass(self, at: int, number: int, ahead: int) -> None:
+        """Move a hint on from `number`, whose cell is `ahead` laps further.
+
+        A cell is never more than one lap ahead of a hint, or behind it by more: others would have
+        moved the hint first.  Raises Corrupt when the hint stands there all the same.
+        """
+        if 0 <= ahead <= 1:
+            self._help(at, number)
+        elif self._memory.load(at) == number:
+            raise self._damaged(f"cell {number % self._cells} is {ahead} laps from its number")
 
     def collect(self, limits: array[int]) -> int:
         """Release buffers with settled claims that no cell names; returns how many.
