@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from bench import build, guest, machine, peers, report, requests, special
+from bench.messages import messages
 from bench.notify import notify
 from bench.peers import Peer
 from bench.runner import LocalClient, Table, interleave
@@ -23,7 +24,7 @@ from bench.workloads import MEMCPY, QUICK, Scale, Workloads
 
 SPECIAL = (
     "visibility", "commits", "transfer", "directories", "sizes", "start", "idle", "memory",
-    "values", "requests", "notify",
+    "values", "requests", "notify", "messages",
 )  # fmt: skip
 IN_A_GUEST = "guest"
 GROUPS = ("look", "names", "random", "sequential", "readdir", "cp", "tree")
@@ -147,6 +148,8 @@ class Bench:
             found = self._requests(200 if quick else 1000)
         elif name == "notify":
             found = notify(shm, work, rounds=rounds, seconds=0.5 if quick else 3)
+        elif name == "messages":
+            found = messages(shm, rounds=rounds, count=300 if quick else 5_000)
         elif name == "values":
             found = values(shm, work, rounds=rounds, count=1000 if quick else 10_000)
         elif name == "idle":
