@@ -4,7 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
-from ivshmemfs.format import coherence, inode, lock, node, peer, repair, superblock, words, xattr
+from ivshmemfs.format import (
+    coherence,
+    inode,
+    lock,
+    node,
+    peer,
+    queue,
+    repair,
+    superblock,
+    words,
+    xattr,
+)
 from ivshmemfs.format.record import Layout
 
 LAYOUTS: dict[str, Layout[Any]] = {
@@ -20,6 +31,7 @@ LAYOUTS: dict[str, Layout[Any]] = {
     "lock": lock.LOCK,
     "wait": lock.WAIT,
     "lock_header": lock.HEADER,
+    "queue": queue.QUEUE,
 }
 
 _SIGNED = "qih"

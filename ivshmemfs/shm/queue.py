@@ -13,12 +13,12 @@ States of a buffer, as its tag says:
     published  a cell names it; nobody stores to it
     free       the peer whose swap replaced the cell released it, or `collect` did
 
-So a peer that dies or pauses at any instant holds up no other, and a peer that wakes up tears no
-record: it stores only to a buffer that it claimed, and such a buffer is in quarantine as a block
-is (docs/protocol.md, section 8).  What a death leaves claimed is found by `collect`, as garbage
-among blocks is: first the limits of settled claims, then the cells, then the tags.
+So a peer that dies or pauses at any instant holds up no other.  A peer that wakes up tears no
+record: it stores only to a buffer that it claimed.  Such a buffer is in quarantine, as a block is
+(docs/protocol.md, section 8).  `collect` finds what a death left claimed, as a collection finds
+garbage.  It reads first the limits of settled claims, then the cells, then the tags.
 
-`tail` and `head` are hints: whoever finds the cell there filled or taken moves them on.
+`tail` and `head` are hints: each peer that finds the cell there filled or taken moves them on.
 
 The caller begins and ends the transaction around `put` and `collect` (`engine/messages.py`).  To
 take and to look needs none.
@@ -44,8 +44,8 @@ _FENCED: Final = "another peer declared this one gone in the middle of a message
 class Ring:
     """The queue in the memory of one fixed file, at `offset` of the region.  Thread-safe.
 
-    Every method raises Corrupt when the memory contradicts itself, Busy when other peers are faster
-    for a long time, and OSError when the region is gone.
+    Every method raises Corrupt when the memory contradicts itself.  It raises Busy when other peers
+    are faster for a long time, and OSError when the region is gone.
     """
 
     def __init__(self, memory: Memory, offset: int, size: int) -> None:
@@ -222,7 +222,7 @@ class Ring:
         """Move a hint on from `number`, whose cell is `ahead` laps further.
 
         A cell is never more than one lap ahead of a hint, or behind it by more: others would have
-        moved the hint first.  Raises Corrupt when the hint stands there all the same.
+        moved the hint first.  Raises Corrupt when the hint is still there.
         """
         if 0 <= ahead <= 1:
             self._help(at, number)

@@ -32,7 +32,7 @@ def test_the_code_runs(made: TestRegion, tmp_path: Path, monkeypatch: pytest.Mon
         IvshmemFileSystem.clear_instance_cache()
 
 
-@pytest.mark.parametrize("name", ["data-set.md", "shared-memory.md"])
+@pytest.mark.parametrize("name", ["data-set.md", "messages.md", "shared-memory.md"])
 def test_the_pages_on_uses(made: TestRegion, name: str) -> None:
     page = (TOP / "docs" / "uses" / name).read_text()
     blocks = re.findall(r"^```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)

@@ -197,7 +197,7 @@ def test_a_death_holds_up_nobody(laboratory: Laboratory, name: str) -> None:
 @pytest.mark.parametrize("loads", [False, True], ids=["stores", "loads"])
 @pytest.mark.parametrize("name", SCENES)
 def test_a_sleeper_tears_nothing(laboratory: Laboratory, name: str, loads: bool) -> None:
-    """It is paused, others use every buffer, and it goes on where it stood."""
+    """It is paused, others use every buffer, and it goes on."""
     world, scene = laboratory.save(), SCENES[name]
     step = 1 if not loads else 3
     for event in range(0, events(laboratory, world, scene, loads=loads), step):
@@ -234,7 +234,7 @@ def test_a_sleeper_tears_nothing(laboratory: Laboratory, name: str, loads: bool)
 def test_a_buffer_of_a_silent_peer_is_kept_until_it_is_evicted(
     laboratory: Laboratory, kind: str
 ) -> None:
-    """A writer sleeps with a claimed buffer; nobody gets that buffer before it is surely gone."""
+    """A writer sleeps with a claimed buffer; no other peer gets it meanwhile."""
     victim, other = sides(laboratory, laboratory.save(), kind)
     taken = list[int]()
 

@@ -24,6 +24,7 @@ SIZES = {
     "lock": 48,
     "wait": 32,
     "lock_header": 8,
+    "queue": 512,
 }
 
 
