@@ -130,7 +130,13 @@ class Pretence:
         """Return the handler of a request of the replayer; *usual* is that of other callers."""
         if opcode in self._usual:
             return usual
-        return self._handlers.get(opcode, self._refuse)
+        answer = self._handlers.get(opcode, self._refuse)
+
+        def unattended(node: int, ctx: Context, request: Buffer, end: int) -> Answer:
+            return self._fs.unattended(lambda: answer(node, ctx, request, end))
+
+        unattended.__name__ = answer.__name__  # for the log
+        return unattended
 
     # --- the queue --------------------------------------------------------------------------
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 
 import pytest
 
@@ -140,6 +140,25 @@ def test_a_removal_changes_nothing(played: Played) -> None:
     found = played.fs.find(ROOT_INO, b"name")
     assert found is not None
     assert found.ino == kept
+
+
+def test_what_is_gone_for_the_replayer_makes_no_look_up_careful(played: Played) -> None:
+    """A careful look-up lists the file as open in the region; each one costs more for 5 s."""
+    kept = played.fs.mknod(ROOT_INO, b"kept", FILE, 0, ROOT).ino
+    for what in (replayer.UNLINK, replayer.RENAME, replayer.CREATE):
+        to = (ROOT_INO, b"to") if what == replayer.RENAME else (0, b"")
+        played.pretence.add(Action(what, ROOT_INO, b"name", 4000, False, *to))
+        played.next()
+        with suppress(FsError):
+            played.ask(protocol.LOOKUP, b"name\0")
+        with suppress(FsError):
+            played.ask(protocol.GETATTR, b"", 4000)
+    assert played.fs.find(ROOT_INO, b"kept") is not None
+    assert not played.fs.is_open(kept)
+    with pytest.raises(FsError):  # as a caller finds it gone
+        played.fs.getattr(4000)
+    assert played.fs.find(ROOT_INO, b"kept") is not None
+    assert played.fs.is_open(kept)
 
 
 def test_a_creation_shows_the_true_inode(played: Played) -> None:
