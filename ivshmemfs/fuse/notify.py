@@ -34,7 +34,7 @@ import trio
 
 from ivshmemfs.engine.diff import Change, Kind, Watcher
 from ivshmemfs.errors import Busy, FsError, IvshmemfsError
-from ivshmemfs.fuse import replayer
+from ivshmemfs.fuse import mountpoint, replayer
 from ivshmemfs.fuse.operations import OwnChanges
 from ivshmemfs.fuse.pretence import Action, Pretence
 
@@ -58,6 +58,8 @@ COMPARED_AT_ONCE: Final = 200
 FOLDERS_AT_ONCE: Final = 10
 #: Seconds that watched directories rest after they had too many names to remember.
 REST_SECONDS: Final = 10.0
+#: Seconds of work after which the replayer may be stopped; then it must not outlive the mount.
+STOPPED_SECONDS: Final = 1.0
 #: Seconds that an unmount waits for the end of the replayer.
 END_SECONDS: Final = 0.5
 _MESSAGE: Final = 1 << 16  # bytes; the replayer sends less
@@ -84,6 +86,8 @@ class Notifier:
         self._process: subprocess.Popen[bytes] | None = None
         self._ending = False
         self._deaths = 0
+        self._device = ""
+        self._stopped_at = 0.0  # the replayer that works from now until then may be stopped
         self._channel: socket.socket | None = None
         self._any = trio.Event()  # set while programs watch
         self._coming: list[int] = []  # nodes of a list that is not complete
@@ -111,6 +115,7 @@ class Notifier:
         if device is None or self.front is None or not sys.executable:
             log.warning("%s: notify is off: the replayer cannot be started", self._path)
             return
+        self._device = device
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._look_on)
             while await self._run_once(device):
@@ -223,6 +228,17 @@ class Notifier:
             with suppress(OSError):  # it died; `run` notices
                 self._channel.send(b"!")
                 self.pretence.awake = True
+                self._stopped_at = trio.current_time() + STOPPED_SECONDS
+
+    def _end_with_mount(self, now: float) -> None:
+        """End a replayer that may be stopped, if the mount has ended: its copy keeps it alive."""
+        if not self.pretence.awake or now < self._stopped_at:
+            return
+        self._stopped_at = now + STOPPED_SECONDS
+        mounts = mountpoint.mounted()
+        if all(entry.device != self._device for entry in mounts) and self._process is not None:
+            self._ending = True
+            self._process.kill()
 
     # --- what is watched --------------------------------------------------------------------
 
@@ -287,6 +303,7 @@ class Notifier:
             await self._any.wait()
             await trio.sleep(LOOK_SECONDS)
             try:
+                self._end_with_mount(trio.current_time())
                 if self._listed is not None:
                     self._adopt(self._listed)
                     if not self._nodes:

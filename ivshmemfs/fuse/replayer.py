@@ -12,6 +12,10 @@ sends the nodes that programs watch:
     replaying  the current directory is the root of the mount; it asks for one record after another
                by getxattr(2), and acts on each
 
+It replays in a private copy of the mount, which has no place in the tree of names.  The
+mount is not busy, so umount(8) works meanwhile.  The copy ends with its descriptor, and the file
+system ends with its last mount.  Without the right to copy it replays in the mount itself.
+
 It ends when the socket closes or the daemon dies.
 """
 
@@ -61,7 +65,11 @@ _PR_SET_NO_NEW_PRIVS: Final = 38
 _CAPABILITIES_VERSION: Final = 0x20080522
 #: Capabilities that stay: CHOWN, DAC_OVERRIDE, DAC_READ_SEARCH, FOWNER, SYS_PTRACE.
 _CAPABILITIES: Final = 1 << 0 | 1 << 1 | 1 << 2 | 1 << 3 | 1 << 19
+_SYS_ADMIN: Final = 1 << 21  # in effect during open_tree(2) only
 _AT_FDCWD: Final = -100
+_OPEN_TREE: Final = 428  # its number on all machines but Alpha
+#: OPEN_TREE_CLONE, OPEN_TREE_CLOEXEC, AT_SYMLINK_NOFOLLOW, AT_NO_AUTOMOUNT.
+_COPY: Final = 1 | os.O_CLOEXEC | 0x100 | 0x800
 
 
 class Record(NamedTuple):
@@ -182,7 +190,7 @@ class Replayer:
         None if the mount cannot be reached.
         """
         try:
-            root = os.open(self._path, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW)
+            root = self._enter()
         except OSError:
             return None
         try:
@@ -195,6 +203,14 @@ class Replayer:
         finally:
             os.chdir("/")
             os.close(root)
+
+    def _enter(self) -> int:
+        """Return a descriptor of the root of a copy of the mount, or else of the mount itself."""
+        path = os.fsencode(self._path)
+        _have(self._libc, _CAPABILITIES | _SYS_ADMIN)
+        fd: int = self._libc.syscall(_OPEN_TREE, _AT_FDCWD, path, _COPY)
+        _have(self._libc, _CAPABILITIES)
+        return fd if fd >= 0 else os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW)
 
     def _act_on_all(self, root: int) -> bool:
         for _ in range(RECORDS_AT_ONCE):
@@ -283,13 +299,17 @@ def _reduce() -> None:
     """Give up the capabilities that the replayer does not need; an ordinary user has none."""
     libc = ctypes.CDLL(None, use_errno=True)
     libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+    _have(libc, _CAPABILITIES, keep=_CAPABILITIES | _SYS_ADMIN)
+
+
+def _have(libc: ctypes.CDLL, effective: int, keep: int = ~0) -> None:
+    """Let the permitted capabilities in *effective* be in effect; give up those not in *keep*."""
     header = (ctypes.c_uint32 * 2)(_CAPABILITIES_VERSION, 0)
-    sets = (ctypes.c_uint32 * 6)()
+    sets = (ctypes.c_uint32 * 6)()  # effective, permitted, inheritable; then the upper halves
     if libc.capget(header, sets) == 0:
-        for at in (0, 1):
-            sets[at] &= _CAPABILITIES
-        for at in (2, 3, 4, 5):
-            sets[at] = 0
+        sets[1] &= keep
+        sets[0] = sets[1] & effective
+        sets[2] = sets[3] = sets[4] = sets[5] = 0
         libc.capset(header, sets)
 
 

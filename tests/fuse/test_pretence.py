@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 from collections.abc import Iterator
 from contextlib import closing, suppress
+from pathlib import Path
 
 import pytest
 
@@ -191,6 +192,24 @@ def test_actions_that_lead_nowhere_are_skipped_in_turns(played: Played) -> None:
         played.next()
     assert caught.value.errno == errno.ENODATA
     assert not played.pretence.awake
+
+
+# --- the replayer's way in ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("call", [replayer._OPEN_TREE, 9999])
+def test_the_replayer_enters_with_and_without_a_copy(
+    call: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An old kernel does not know the call; an ordinary user may not use it."""
+    monkeypatch.setattr(replayer, "_OPEN_TREE", call)
+    monkeypatch.setattr(replayer, "_have", lambda *_: None)  # this process keeps its rights
+    device = tmp_path.stat().st_dev
+    assert replayer.Replayer(str(tmp_path), device).replay() is False  # there are no records
+    assert replayer.Replayer(str(tmp_path), device + 1).replay() is None
+    assert replayer.Replayer(str(tmp_path / "missing"), device).replay() is None
+    (tmp_path / "link").symlink_to(tmp_path)
+    assert replayer.Replayer(str(tmp_path / "link"), device).replay() is None
 
 
 # --- marks ------------------------------------------------------------------------------------
