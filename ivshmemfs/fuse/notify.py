@@ -8,7 +8,8 @@ States of the notifier:
     off        it was not started, or a reason against it was logged
     waiting    the replayer runs; no program watches; nothing is polled here
     looking    programs watch: every LOOK_SECONDS the commit word is compared.  After a commit the
-               watched directories and inodes are compared, and differences are queued
+               watched directories and inodes are compared, and differences are queued.  On a busy
+               mount looks and records wait for their credit (`pacing`)
 
 The replayer sends the list of watched nodes (`_take_marks`); only that changes waiting to looking
 and back.  The replayer may die in each state.  `run` then starts another one, at most one a second;
@@ -27,6 +28,7 @@ import socket
 import stat
 import subprocess
 import sys
+import time
 from contextlib import suppress
 from typing import TYPE_CHECKING, Final, NamedTuple
 
@@ -36,6 +38,7 @@ from ivshmemfs.engine.diff import Change, Kind, Watcher
 from ivshmemfs.errors import Busy, FsError, IvshmemfsError
 from ivshmemfs.fuse import mountpoint, replayer
 from ivshmemfs.fuse.operations import OwnChanges
+from ivshmemfs.fuse.pacing import Pacer
 from ivshmemfs.fuse.pretence import Action, Pretence
 
 if TYPE_CHECKING:
@@ -62,6 +65,8 @@ REST_SECONDS: Final = 10.0
 STOPPED_SECONDS: Final = 1.0
 #: Seconds that an unmount waits for the end of the replayer.
 END_SECONDS: Final = 0.5
+#: The part of a clock's number for the CPU time of a process; the rest is its pid.
+_CPU_OF_PROCESS: Final = 2
 _MESSAGE: Final = 1 << 16  # bytes; the replayer sends less
 
 
@@ -72,6 +77,16 @@ class _Details(NamedTuple):
     owners: tuple[int, int]
     contents: tuple[int, int]  # mtime in ns, size; 0, 0 for a directory
     gone: bool
+
+
+class _Used(NamedTuple):
+    """What was used up to a moment."""
+
+    clock: float  # in seconds, as the rest
+    looks: float  # CPU of looks
+    replayer: float  # CPU of the replayer
+    daemon: float  # CPU of the daemon
+    records: int
 
 
 class Notifier:
@@ -103,6 +118,9 @@ class Notifier:
         self._round_from = 0  # and of the round before it
         self._told: set[tuple[int, Kind]] = set()  # what got an event by a name in this round
         self._rests_until = 0.0
+        self._pacer = Pacer()
+        self._looked = 0.0  # CPU seconds of all looks
+        self._used = _Used(0.0, 0.0, 0.0, 0.0, 0)
 
     def _mode_of(self, ino: int) -> int | None:
         details = self._details.get(ino)
@@ -224,7 +242,8 @@ class Notifier:
 
     def _wake(self) -> None:
         """Tell the replayer that there are records."""
-        if self.pretence.has_work and not self.pretence.awake and self._channel is not None:
+        has_work = self.pretence.has_work and self.pretence.allowed
+        if has_work and not self.pretence.awake and self._channel is not None:
             with suppress(OSError):  # it died; `run` notices
                 self._channel.send(b"!")
                 self.pretence.awake = True
@@ -302,18 +321,43 @@ class Notifier:
         while True:
             await self._any.wait()
             await trio.sleep(LOOK_SECONDS)
+            self._account()
+            if not self._pacer.may_look:
+                continue
+            started = time.thread_time()
             try:
                 self._end_with_mount(trio.current_time())
                 if self._listed is not None:
                     self._adopt(self._listed)
                     if not self._nodes:
                         self._any = trio.Event()
+                        self.pretence.clear()
                         continue
                 self._look(trio.current_time())
             except Busy:
                 continue  # next time
             except (IvshmemfsError, OSError) as error:
                 log.debug("watched directories are not compared: %s", error)
+            finally:
+                self._looked += time.thread_time() - started
+
+    def _account(self) -> None:
+        """Tell the pacer what was used since the last call; let the replayer go on."""
+        process, replayer_cpu = self._process, 0.0
+        if process is not None:
+            with suppress(OSError):  # it died
+                replayer_cpu = time.clock_gettime(~process.pid << 3 | _CPU_OF_PROCESS)
+        before, clock, records = self._used, trio.current_time(), self.pretence.records
+        now = self._used = _Used(clock, self._looked, replayer_cpu, time.process_time(), records)
+        self._pacer.account(
+            elapsed=now.clock - before.clock,
+            looks=now.looks - before.looks,
+            replayer=max(now.replayer - before.replayer, 0.0),  # another one starts at 0
+            daemon=now.daemon - before.daemon,
+            records=now.records - before.records,
+        )
+        self.pretence.allowed = self._pacer.records
+        self._wake()
 
     def _look(self, now: float) -> None:
         """Compare what is watched, and queue what other machines changed.  Raises Busy."""

@@ -14,7 +14,8 @@ sends the nodes that programs watch:
 
 It replays in a private copy of the mount, which has no place in the tree of names.  The
 mount is not busy, so umount(8) works meanwhile.  The copy ends with its descriptor, and the file
-system ends with its last mount.  Without the right to copy it replays in the mount itself.
+system ends with its last mount.  It replays in the mount itself without the right to copy, and
+while fanotify marks it: the kernel shows the place of a change to fanotify, and a copy has none.
 
 It ends when the socket closes or the daemon dies.
 """
@@ -139,6 +140,7 @@ class Scanner:
 
     def __init__(self, device: int) -> None:
         self._device = device
+        self.fanotify = False  # whether the last scan found marks of fanotify
         self._watching: list[str] = []  # processes with a descriptor of inotify or fanotify
         self._next_full = 0.0
 
@@ -149,6 +151,7 @@ class Scanner:
         processes = [name for name in os.listdir("/proc") if name.isdigit()] if full else None
         found: set[int] = set()
         watching = []
+        self.fanotify = False
         for process in processes if processes is not None else self._watching:
             with suppress(OSError):
                 if self._scan_process(process, found):
@@ -167,8 +170,10 @@ class Scanner:
                 if link in ("anon_inode:inotify", "anon_inode:[fanotify]"):
                     watches = True
                     with open(f"/proc/{process}/fdinfo/{number}", encoding="ascii") as lines:
-                        nodes = (marked_node(line, self._device) for line in lines)
-                        found.update(node for node in nodes if node is not None)
+                        marked = (marked_node(line, self._device) for line in lines)
+                        nodes = [node for node in marked if node is not None]
+                    found.update(nodes)
+                    self.fanotify |= bool(nodes) and link == "anon_inode:[fanotify]"
         return watches
 
 
@@ -184,13 +189,13 @@ class Replayer:
         self._libc = ctypes.CDLL(None, use_errno=True)
         self._number = 0  # of the last record
 
-    def replay(self) -> bool | None:
+    def replay(self, *, in_copy: bool = True) -> bool | None:
         """Act on up to RECORDS_AT_ONCE records; return whether there may be more.
 
-        None if the mount cannot be reached.
+        None if the mount cannot be reached.  With *in_copy* it acts in a copy, if it may copy.
         """
         try:
-            root = self._enter()
+            root = self._enter(in_copy=in_copy)
         except OSError:
             return None
         try:
@@ -204,12 +209,13 @@ class Replayer:
             os.chdir("/")
             os.close(root)
 
-    def _enter(self) -> int:
+    def _enter(self, *, in_copy: bool) -> int:
         """Return a descriptor of the root of a copy of the mount, or else of the mount itself."""
-        path = os.fsencode(self._path)
-        _have(self._libc, _CAPABILITIES | _SYS_ADMIN)
-        fd: int = self._libc.syscall(_OPEN_TREE, _AT_FDCWD, path, _COPY)
-        _have(self._libc, _CAPABILITIES)
+        path, fd = os.fsencode(self._path), -1
+        if in_copy:
+            _have(self._libc, _CAPABILITIES | _SYS_ADMIN)
+            fd = self._libc.syscall(_OPEN_TREE, _AT_FDCWD, path, _COPY)
+            _have(self._libc, _CAPABILITIES)
         return fd if fd >= 0 else os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW)
 
     def _act_on_all(self, root: int) -> bool:
@@ -345,7 +351,7 @@ def _serve(channel: socket.socket, scanner: Scanner, replayer: Replayer) -> None
                 return
             more = True
         if more:
-            state = replayer.replay()
+            state = replayer.replay(in_copy=not scanner.fanotify)
             if state is None:
                 channel.send(GIVEN_UP)
             more = bool(state)

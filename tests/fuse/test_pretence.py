@@ -43,6 +43,7 @@ class Played:
         self.fs = fs
         self.pretence = Pretence(fs, Operations(fs, _no_pause), lambda _ino: None)
         attr = lambda attr: _entry(attr.ino, attr)  # noqa: E731  # the shape is that of `Parts`
+        self.pretence.allowed = 1 << 20
         self.pretence.use(Parts(_entry, attr, lambda value, _: value, _usual, ABSENT))
         self.number = 0
 
@@ -181,6 +182,21 @@ def test_the_queue_is_bounded(played: Played) -> None:
     for number in range(pretence.QUEUE_MAX):
         assert played.pretence.add(Action(replayer.CREATE, ROOT_INO, b"%d" % number, number))
     assert not played.pretence.add(Action(replayer.CREATE, ROOT_INO, b"one more", 1))
+
+
+def test_the_replayer_gets_as_many_records_as_are_allowed(played: Played) -> None:
+    for number in range(3):
+        played.pretence.add(Action(replayer.CREATE, ROOT_INO, b"%d" % number, number))
+    played.pretence.allowed, played.pretence.awake = 2, True
+    assert [played.next().name, played.next().name] == [b"0", b"1"]
+    with pytest.raises(FsError) as caught:
+        played.next()
+    assert caught.value.errno == errno.ENODATA
+    assert not played.pretence.awake
+    assert played.pretence.has_work
+    played.pretence.allowed = 1
+    played.number -= 1  # that one was not given
+    assert played.next().name == b"2"
 
 
 def test_actions_that_lead_nowhere_are_skipped_in_turns(played: Played) -> None:
