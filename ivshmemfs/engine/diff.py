@@ -198,13 +198,14 @@ class Watcher:
             for entry in kept.all_names():
                 self._forget_name(folder, entry)
 
-    def _unwatch_tree(self, folder: int) -> None:
-        kept = self._folders.get(folder)
-        if kept is not None:
-            below = [entry.ino for entry in kept.all_names() if entry.kind == _DIRECTORY]
-            self.unwatch(folder)
-            for ino in below:
-                self._unwatch_tree(ino)
+    def _unwatch_tree(self, top: int) -> None:
+        todo = [top]
+        while todo:  # a hostile tree may be of any depth
+            ino = todo.pop()
+            kept = self._folders.get(ino)
+            if kept is not None:
+                todo += [entry.ino for entry in kept.all_names() if entry.kind == _DIRECTORY]
+                self.unwatch(ino)
 
     def _unwatch_departed(self) -> None:
         """Forget directories that have left the watched ones, once all names are compared."""
