@@ -2,10 +2,11 @@
 
 A look costs CPU in the daemon.  A replayed record costs CPU in the replayer and in the daemon that
 answers it.  Under load from another machine both would take what the mount's programs need.  So
-they have a credit in CPU seconds.  It grows by BUSY_SHARE per second, up to BURST_SECONDS:
+they have a credit in CPU seconds, BURST_SECONDS at most:
 
-    idle    the daemon serves few other requests: nothing waits, and nothing is taken off
-    busy    what looks and records use is taken off.  Below zero there is no look and no record
+    idle    the daemon serves few other requests: nothing waits.  The credit grows with the time
+    busy    the credit grows by BUSY_SHARE of what other requests use; what looks and records use
+            is taken off.  Below zero there is no look and no record
 
 What other machines change meanwhile comes as a sum with the next look.
 
@@ -16,10 +17,12 @@ from __future__ import annotations
 
 from typing import Final
 
-#: Share of a CPU that looks and replays may take while the daemon is busy.
-BUSY_SHARE: Final = 0.05
-#: CPU seconds that may be used at once after a time with few changes.
+#: CPU seconds of looks and replays for each CPU second of other requests in a busy daemon.  Their
+#: programs use the CPU, too, so those lose less than this share of their rate.
+BUSY_SHARE: Final = 0.08
+#: CPU seconds that may be used at once after an idle time, and their growth in a second of it.
 BURST_SECONDS: Final = 0.2
+IDLE_GROWTH: Final = 0.05
 #: Share of a CPU that other requests take in a busy daemon.
 BUSY_FROM: Final = 0.1
 #: Seconds over which that share is measured.
@@ -56,15 +59,17 @@ class Pacer:
         if records:
             self._cost += WEIGHT * ((replayer + answers) / records - self._cost)
             self._cost = max(self._cost, LEAST_COST)
-        self._served += max(daemon - looks - answers, 0.0)
+        served = max(daemon - looks - answers, 0.0)
+        self._served += served
         self._elapsed += elapsed
         if self._elapsed >= MEASURED_SECONDS:
             self.busy = self._served > BUSY_FROM * self._elapsed
             self._served = self._elapsed = 0.0
         if self.busy:
-            self._credit -= looks + replayer + answers
-        present = min(elapsed, MEASURED_SECONDS)  # a daemon that was stopped gets no more credit
-        self._credit = min(self._credit + BUSY_SHARE * present, BURST_SECONDS)
+            credit = self._credit + BUSY_SHARE * served - looks - replayer - answers
+        else:
+            credit = self._credit + IDLE_GROWTH * min(elapsed, MEASURED_SECONDS)
+        self._credit = min(credit, BURST_SECONDS)
 
     @property
     def may_look(self) -> bool:
