@@ -97,6 +97,8 @@ class Record(NamedTuple):
 def unpacked(raw: bytes) -> Record:
     """Return the record in *raw*; raises ValueError."""
     action, node, path, name, to_node, to_path, to_name, number = raw.split(b"\0")
+    if any(b"/" in one or one in (b".", b"..") for one in (name, to_name)):
+        raise ValueError("a name of a record leads elsewhere")
     return Record(
         action, int(node), path, name, int(to_node), to_path, to_name, int(number)
     )  # fmt: skip
@@ -291,6 +293,8 @@ def _act_on_inode(inode: int, record: Record) -> None:
     link = f"/proc/self/fd/{inode}"
     if record.action == CHMOD:
         os.chmod(link, record.number)
+        return
+    if not stat.S_ISREG(os.fstat(inode).st_mode):  # it is a device by now: leave it alone
         return
     if record.action == MODIFY:
         os.truncate(link, record.number)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import os
+import select
 from collections.abc import Iterator
 from contextlib import closing, suppress
 from pathlib import Path
@@ -226,6 +228,35 @@ def test_the_replayer_enters_with_and_without_a_copy(
     assert replayer.Replayer(str(tmp_path / "missing"), device).replay() is None
     (tmp_path / "link").symlink_to(tmp_path)
     assert replayer.Replayer(str(tmp_path / "link"), device).replay() is None
+
+
+@pytest.mark.parametrize("name", [b"..", b".", b"../etc", b"a/b", b"/"])
+def test_a_name_that_leads_out_of_the_mount_is_refused(name: bytes) -> None:
+    """The region may say anything; the engine refuses such names, and the replayer does too."""
+    for record in (
+        replayer.Record(replayer.CREATE, 1, b"", name),
+        replayer.Record(replayer.RENAME, 1, b"", b"name", 1, b"", name),
+    ):
+        with pytest.raises(ValueError, match="leads elsewhere"):
+            replayer.unpacked(record.packed())
+
+
+@pytest.mark.parametrize("action", [replayer.MODIFY, replayer.CLOSE])
+def test_only_regular_files_are_opened(action: bytes, tmp_path: Path) -> None:
+    """A hostile machine may put a device in a file's place after the daemon made the record."""
+    os.mkfifo(tmp_path / "fifo")
+    reader = os.open(tmp_path / "fifo", os.O_RDONLY | os.O_NONBLOCK)
+    inode = os.open(tmp_path / "fifo", os.O_PATH)
+    try:
+        replayer._act_on_inode(inode, replayer.Record(action, 1, b"", b"fifo"))
+        poll = select.poll()
+        poll.register(reader, select.POLLIN)
+        assert poll.poll(0) == []  # a writer that came and went shows as POLLHUP
+        os.close(os.open(tmp_path / "fifo", os.O_WRONLY | os.O_NONBLOCK))
+        assert poll.poll(0) != []
+    finally:
+        os.close(inode)
+        os.close(reader)
 
 
 # --- marks ------------------------------------------------------------------------------------
