@@ -107,6 +107,7 @@ class Notifier:
         self._any = trio.Event()  # set while programs watch
         self._coming: list[int] = []  # nodes of a list that is not complete
         self._listed: set[int] | None = None  # the last list, until `_adopt` takes it
+        self._unread: list[int] | None = None  # inodes of it whose details are still to be read
         self._nodes: dict[int, set[int]] = {}  # watched nodes, by inode
         self._details: dict[int, _Details] = {}  # by inode
         self._watcher = Watcher(fs)
@@ -268,28 +269,36 @@ class Notifier:
         if len(self._coming) > MARKS_MAX:
             log.warning("%s: more than %d watches; some get no events", self._path, MARKS_MAX)
         self._listed, self._coming = set(self._coming[:MARKS_MAX]), []
+        self._unread = None
         if self._listed or self._nodes:
             self._any.set()
 
-    def _adopt(self, listed: set[int]) -> None:
-        """Watch the inodes of the listed nodes, and no others.  Raises Busy."""
+    def _adopt(self, listed: set[int]) -> bool:
+        """Watch the inodes of the listed nodes, and no others; return whether that is done.
+
+        Reads COMPARED_AT_ONCE inodes: other requests run before the next call.  Raises Busy.
+        """
         nodes: dict[int, set[int]] = {}
         for node in listed:
             with suppress(FsError):
                 nodes.setdefault(self._operations.inode_of(node), set()).add(node)
-        fresh = [ino for ino in nodes if ino not in self._details]
-        for start in range(0, len(fresh), COMPARED_AT_ONCE):
-            self._details.update(self._details_of(fresh[start : start + COMPARED_AT_ONCE]))
+        if self._unread is None:
+            self._unread = [ino for ino in nodes if ino not in self._details]
+            if nodes and self._operations.own is None:
+                self._operations.own = OwnChanges()  # from the first inode that is read
+                self._word = self._round_word = self._fs.commit_word()
+        self._details.update(self._details_of(self._unread[:COMPARED_AT_ONCE]))
+        del self._unread[:COMPARED_AT_ONCE]
+        if self._unread:
+            return False
         self._details = {ino: kept for ino, kept in self._details.items() if ino in nodes}
         self._nodes, self._listed = nodes, None
         for folder in self._watcher.folders - self._details.keys():
             self._watcher.unwatch(folder)
         self._watch_folders()
-        if nodes and self._operations.own is None:
-            self._operations.own = OwnChanges()
-            self._word = self._round_word = self._fs.commit_word()
-        elif not nodes:
+        if not nodes:
             self._operations.own = None
+        return True
 
     def _watch_folders(self) -> None:
         watched = self._watcher.folders
@@ -328,7 +337,8 @@ class Notifier:
             try:
                 self._end_with_mount(trio.current_time())
                 if self._listed is not None:
-                    self._adopt(self._listed)
+                    if not self._adopt(self._listed):
+                        continue
                     if not self._nodes:
                         self._any = trio.Event()
                         self.pretence.clear()

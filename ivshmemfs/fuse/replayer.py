@@ -14,8 +14,9 @@ sends the nodes that programs watch:
 
 It replays in a private copy of the mount, which has no place in the tree of names.  The
 mount is not busy, so umount(8) works meanwhile.  The copy ends with its descriptor, and the file
-system ends with its last mount.  It replays in the mount itself without the right to copy, and
-while fanotify marks it: the kernel shows the place of a change to fanotify, and a copy has none.
+system ends with its last mount.  Without the right to copy it replays in the mount
+itself.  So it does while fanotify marks the mount: fanotify gets the path of a change, and a copy
+has none.
 
 It ends when the socket closes or the daemon dies.
 """
