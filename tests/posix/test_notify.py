@@ -42,6 +42,7 @@ IGNORED = ("OPEN", "ACCESS", "CLOSE_NOWRITE")
 FAN_NONBLOCK, FAN_MARK_ADD, FAN_CLOSE_WRITE, FAN_EVENT_ON_CHILD = 2, 1, 8, 0x08000000
 FAN_EVENT = struct.Struct("=IBBHQii")
 AT_FDCWD = -100
+MNT_DETACH = 2
 
 _numbers = itertools.count()
 
@@ -715,14 +716,15 @@ def _stopped_inside(replayer: int, device: int) -> None:
     assert eventually(is_inside)
 
 
-def _umount(path: Path) -> int:
+def _umount(path: Path, flags: int = 0) -> int:
     """Call umount2(2) once; return the errno, 0 for success."""
     libc = ctypes.CDLL(None, use_errno=True)
-    return ctypes.get_errno() if libc.umount2(os.fsencode(path), 0) else 0
+    return ctypes.get_errno() if libc.umount2(os.fsencode(path), flags) else 0
 
 
+@pytest.mark.parametrize("flags", [0, MNT_DETACH], ids=["plain", "lazy"])
 @pytest.mark.parametrize("goes_on", [True, False])
-def test_a_replayer_at_work_makes_no_mount_busy(goes_on: bool) -> None:
+def test_a_replayer_at_work_makes_no_mount_busy(goes_on: bool, flags: int) -> None:
     with new_lab(16 << 20, 2, WAYS["all"]) as lab:
         there, here = lab.paths
         with Inotify(here) as watch:
@@ -731,7 +733,7 @@ def test_a_replayer_at_work_makes_no_mount_busy(goes_on: bool) -> None:
             (replayer,) = _replayers(lab.mounts[1])
             with _changes(there):
                 _stopped_inside(replayer, device)
-                assert _umount(here) == 0
+                assert _umount(here, flags) == 0
                 if goes_on:
                     os.kill(replayer, signal.SIGCONT)
                 mount = lab.mounts.pop()
