@@ -11,9 +11,12 @@ from collections.abc import Callable, Iterable
 from typing import Final
 
 from ivshmemfs.engine.lock_table import Lock, conflicts, is_ticket, owner_of
-from ivshmemfs.format.lock import HELD, LockRecord, WaitRecord
+from ivshmemfs.format.lock import HELD, MOST, LockRecord, WaitRecord
 
-LONGEST: Final = 16  # waiting requests that are followed, so tables that are read
+LONGEST: Final = 16  # waiting requests that are followed
+#: Records in the tables that are read for them; a hostile region fills each table, with records
+#: that do not even count.
+MOST_RECORDS: Final = 4 * MOST
 
 Owner = tuple[int, int, int]  # slot, incarnation, number
 
@@ -23,16 +26,18 @@ def closes_ring(
     lock: Lock,
     me: Owner,
     waits: Iterable[WaitRecord],
-    table_of: Callable[[int], list[LockRecord]],
+    table_of: Callable[[int], tuple[list[LockRecord], int]],
 ) -> bool:
     """Whether an owner that blocks `lock` of inode `ino` waits, over any others, for `me`.
 
-    `table_of` gives the records of an inode that count.
+    `table_of` gives the records of an inode that count, and how many its table has.  False where
+    the answer takes more than LONGEST requests or MOST_RECORDS records.
     """
     by_owner: dict[Owner, list[WaitRecord]] = {}
     for one in waits:
         by_owner.setdefault((one.slot, one.incarnation, one.owner), []).append(one)
-    tables: dict[int, list[LockRecord]] = {ino: table_of(ino)}
+    records, read = table_of(ino)
+    tables = {ino: records}
     todo: list[tuple[int, Lock | LockRecord, Owner]] = [(ino, lock, me)]
     followed = 0
     while todo:
@@ -45,10 +50,11 @@ def closes_ring(
                 return True
             for one in by_owner.pop(who, ()):  # each owner once
                 followed += 1
-                if followed > LONGEST:
+                if followed > LONGEST or read > MOST_RECORDS:
                     return False
                 if one.ino not in tables:
-                    tables[one.ino] = table_of(one.ino)
+                    tables[one.ino], count = table_of(one.ino)
+                    read += count
                 for it in tables[one.ino]:
                     if is_ticket(it, one.ticket, who[:2]):
                         todo.append((one.ino, it, who))

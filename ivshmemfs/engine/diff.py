@@ -107,12 +107,20 @@ class _Names:
         self.gone: dict[tuple[int, bytes], Dirent] = {}
 
     def add(self, later: _Names) -> None:
-        """Add what came and went after this."""
+        """Add what came and went after this.
+
+        A name that went and came back for the same inode is left out: its leaf is another one.
+        """
         for place, entry in later.gone.items():
             before = self.come.pop(place, None)
             if before is None or before.ino != entry.ino:
                 self.gone.setdefault(place, entry)
-        self.come.update(later.come)
+        for place, entry in later.come.items():
+            before = self.gone.get(place)
+            if before is not None and before.ino == entry.ino:
+                del self.gone[place]
+            else:
+                self.come[place] = entry
 
     def cancel(self) -> None:
         """Leave out names that went and came back for the same inode: their leaf is another one."""
@@ -198,13 +206,14 @@ class Watcher:
             for entry in kept.all_names():
                 self._forget_name(folder, entry)
 
-    def _unwatch_tree(self, folder: int) -> None:
-        kept = self._folders.get(folder)
-        if kept is not None:
-            below = [entry.ino for entry in kept.all_names() if entry.kind == _DIRECTORY]
-            self.unwatch(folder)
-            for ino in below:
-                self._unwatch_tree(ino)
+    def _unwatch_tree(self, top: int) -> None:
+        todo = [top]
+        while todo:  # a hostile tree may be of any depth
+            ino = todo.pop()
+            kept = self._folders.get(ino)
+            if kept is not None:
+                todo += [entry.ino for entry in kept.all_names() if entry.kind == _DIRECTORY]
+                self.unwatch(ino)
 
     def _unwatch_departed(self) -> None:
         """Forget directories that have left the watched ones, once all names are compared."""
@@ -421,7 +430,6 @@ class Watcher:
         self._note(found)
         if now is not None and not now.whole and ino in self._folders:
             raise Unfinished("a part of the directory's names is still to be read")
-        folder.pieces.cancel()
         names.gone.update(folder.pieces.gone)
         names.come.update(folder.pieces.come)
         if now is not None:

@@ -250,6 +250,17 @@ class Filesystem:
             inode = self._lifetimes.pinned(inode, lambda: self._volume.look(read))
         return None if inode is None else self._found(inode)
 
+    def unattended(self, call: Callable[[], T]) -> T:
+        """Return what `call` returns; what it finds gone did not vanish under a caller.
+
+        For calls that repeat what happened elsewhere, and expect to find things gone.
+        """
+        self._lifetimes.unattended = True
+        try:
+            return call()
+        finally:
+            self._lifetimes.unattended = False
+
     def names_lead_to(self, ino: int, places: Collection[tuple[int, bytes]]) -> bool:
         """Whether one snapshot has inode `ino` under all `places`: (inode of a directory, name)."""
 

@@ -9,6 +9,8 @@ may remove it.  Two things bridge that time:
   after a file vanished under a caller (ESTALE).  The kernel then walks the path again, and the
   second walk cannot fail in the same way.
 
+Calls on behalf of no caller (`unattended`) make and need no pins.
+
 The states of an inode other than a regular file:
 
     unknown      no look-up of this mount has found it
@@ -63,12 +65,14 @@ class Lifetimes:
         self.pins: Final[dict[int, tuple[float, int]]] = {}
         self._pinned_blocks = 0
         self.careful_until = 0.0  # 0.0: look-ups pin nothing
+        self.unattended = False  # whether the present call has no caller
 
     # --- ghosts -------------------------------------------------------------------------------
 
     def vanished(self, stale: StaleHandle) -> StaleHandle:
         """Return `stale`, and make look-ups careful: an inode vanished under a caller."""
-        self.careful_until = time.monotonic() + CAREFUL
+        if not self.unattended:
+            self.careful_until = time.monotonic() + CAREFUL
         return stale
 
     def ghost(self, ino: int, stale: StaleHandle) -> Inode:
@@ -112,8 +116,11 @@ class Lifetimes:
     def pinned(self, found: Inode, look_again: Callable[[], Inode | None]) -> Inode | None:
         """Return what was looked up, pinned for the next call; None when the name is gone.
 
-        Raises Busy when other peers replace the name faster than `look_again` finds it.
+        Pins nothing for a call without a caller.  Raises Busy when other peers replace the name
+        faster than `look_again` finds it.
         """
+        if self.unattended:
+            return found
         now = time.monotonic()
         self.unpin(now)
         if now > self.careful_until:

@@ -68,6 +68,7 @@ from ivshmemfs.format.lock import (
     END,
     FLOCK,
     HELD,
+    LOCK,
     MAX_RECORDS,
     MAX_WAITS,
     WAITING,
@@ -502,13 +503,14 @@ class Locks:
         me = (*self._volume.peer_id, wait.lock.owner)
         return closes_ring(wait.guard.ino, wait.lock, me, waits, lambda ino: self._table(tx, ino))
 
-    def _table(self, tx: Transaction, ino: int) -> list[LockRecord]:
-        """The records of any inode that count; none of one that is gone or damaged."""
+    def _table(self, tx: Transaction, ino: int) -> tuple[list[LockRecord], int]:
+        """The records of any inode that count, and how many it has; none if gone or damaged."""
         with suppress(Corrupt):
             inode = tx.find_inode(ino)
             if inode is not None:
-                return self._living(records_of(tx, inode))
-        return []
+                records = records_of(tx, inode)
+                return self._living(records), len(value_of(tx, inode)) // LOCK.size
+        return [], 0
 
     # --- giving back ------------------------------------------------------------------------
 

@@ -17,6 +17,9 @@ from ivshmemfs.engine.diff import NAMES_MAX, Change, Kind, Watcher
 from ivshmemfs.engine.filesystem import Filesystem
 from ivshmemfs.errors import FsError
 
+PATH_MAX: Final = 4096  # bytes of a path above a name; no system call takes a longer one
+PATHS_MAX: Final = 4096  # paths that are remembered
+
 
 class PathChange(NamedTuple):
     """One change; paths are below the watched directory, or the directory of the watched file."""
@@ -90,11 +93,21 @@ class WatchedPath:
         return above + b"/" + name if above else name
 
     def _folder_path(self, folder: int) -> bytes:
-        known = self._paths.get(folder)
-        if known is None:
-            places = sorted(self._watcher.names_of(folder))
-            if not places:
-                return b"?"  # it was removed in the same moment
-            known = self._path(places[0][0], places[0][1])
-            self._paths[folder] = known
-        return known
+        """The path of a directory; "?" for what was removed in the same moment, or is too deep."""
+        below: list[bytes] = []
+        at, length = folder, 0
+        while (above := self._paths.get(at)) is None:
+            places = sorted(self._watcher.names_of(at))
+            if length > PATH_MAX:  # a damaged region may have a ring of directories
+                below.clear()
+            if not places or length > PATH_MAX:
+                above = b"?"
+                break
+            at, name = places[0]
+            below.append(name)
+            length += len(name) + 1
+        path = b"/".join([*([above] if above else []), *reversed(below)])
+        if len(self._paths) > PATHS_MAX:
+            self._paths = {self._base: b""}
+        self._paths[folder] = path
+        return path

@@ -267,7 +267,7 @@ def _ours(path: str) -> mountpoint.MountEntry:
 
 
 def _unmount(path: str, *, lazy: bool) -> None:
-    """Unmount; retry if the mount is in use: a replayer of `-o notify` uses it for milliseconds."""
+    """Unmount; retry if the mount is in use: a user's replayer (`-o notify`) uses it briefly."""
     for _ in range(BUSY_RETRIES):
         try:
             mountpoint.unmount(path, lazy=lazy)

@@ -8,7 +8,8 @@ States of the notifier:
     off        it was not started, or a reason against it was logged
     waiting    the replayer runs; no program watches; nothing is polled here
     looking    programs watch: every LOOK_SECONDS the commit word is compared.  After a commit the
-               watched directories and inodes are compared, and differences are queued
+               watched directories and inodes are compared, and differences are queued.  On a busy
+               mount looks and records wait for their credit (`pacing`)
 
 The replayer sends the list of watched nodes (`_take_marks`); only that changes waiting to looking
 and back.  The replayer may die in each state.  `run` then starts another one, at most one a second;
@@ -27,6 +28,7 @@ import socket
 import stat
 import subprocess
 import sys
+import time
 from contextlib import suppress
 from typing import TYPE_CHECKING, Final, NamedTuple
 
@@ -34,8 +36,9 @@ import trio
 
 from ivshmemfs.engine.diff import Change, Kind, Watcher
 from ivshmemfs.errors import Busy, FsError, IvshmemfsError
-from ivshmemfs.fuse import replayer
+from ivshmemfs.fuse import mountpoint, replayer
 from ivshmemfs.fuse.operations import OwnChanges
+from ivshmemfs.fuse.pacing import Pacer
 from ivshmemfs.fuse.pretence import Action, Pretence
 
 if TYPE_CHECKING:
@@ -58,8 +61,12 @@ COMPARED_AT_ONCE: Final = 200
 FOLDERS_AT_ONCE: Final = 10
 #: Seconds that watched directories rest after they had too many names to remember.
 REST_SECONDS: Final = 10.0
+#: Seconds of work after which the replayer may be stopped; then it must not outlive the mount.
+STOPPED_SECONDS: Final = 1.0
 #: Seconds that an unmount waits for the end of the replayer.
 END_SECONDS: Final = 0.5
+#: The part of a clock's number for the CPU time of a process; the rest is its pid.
+_CPU_OF_PROCESS: Final = 2
 _MESSAGE: Final = 1 << 16  # bytes; the replayer sends less
 
 
@@ -70,6 +77,16 @@ class _Details(NamedTuple):
     owners: tuple[int, int]
     contents: tuple[int, int]  # mtime in ns, size; 0, 0 for a directory
     gone: bool
+
+
+class _Used(NamedTuple):
+    """What was used up to a moment."""
+
+    clock: float  # in seconds, as the rest
+    looks: float  # CPU of looks
+    replayer: float  # CPU of the replayer
+    daemon: float  # CPU of the daemon
+    records: int
 
 
 class Notifier:
@@ -84,10 +101,13 @@ class Notifier:
         self._process: subprocess.Popen[bytes] | None = None
         self._ending = False
         self._deaths = 0
+        self._device = ""
+        self._stopped_at = 0.0  # the replayer that works from now until then may be stopped
         self._channel: socket.socket | None = None
         self._any = trio.Event()  # set while programs watch
         self._coming: list[int] = []  # nodes of a list that is not complete
         self._listed: set[int] | None = None  # the last list, until `_adopt` takes it
+        self._unread: list[int] | None = None  # inodes of it whose details are still to be read
         self._nodes: dict[int, set[int]] = {}  # watched nodes, by inode
         self._details: dict[int, _Details] = {}  # by inode
         self._watcher = Watcher(fs)
@@ -99,6 +119,9 @@ class Notifier:
         self._round_from = 0  # and of the round before it
         self._told: set[tuple[int, Kind]] = set()  # what got an event by a name in this round
         self._rests_until = 0.0
+        self._pacer = Pacer()
+        self._looked = 0.0  # CPU seconds of all looks
+        self._used = _Used(0.0, 0.0, 0.0, 0.0, 0)
 
     def _mode_of(self, ino: int) -> int | None:
         details = self._details.get(ino)
@@ -111,12 +134,14 @@ class Notifier:
         if device is None or self.front is None or not sys.executable:
             log.warning("%s: notify is off: the replayer cannot be started", self._path)
             return
+        self._device = device
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._look_on)
             while await self._run_once(device):
                 if self._deaths == 1:
                     log.warning("%s: the replayer died; it is started again", self._path)
             nursery.cancel_scope.cancel()
+        self._operations.own = None  # nobody takes what it would note
 
     async def _run_once(self, device: str) -> bool:
         """Start a replayer and serve it until it ends; return whether to start another one."""
@@ -219,10 +244,22 @@ class Notifier:
 
     def _wake(self) -> None:
         """Tell the replayer that there are records."""
-        if self.pretence.has_work and not self.pretence.awake and self._channel is not None:
+        has_work = self.pretence.has_work and self.pretence.allowed
+        if has_work and not self.pretence.awake and self._channel is not None:
             with suppress(OSError):  # it died; `run` notices
                 self._channel.send(b"!")
                 self.pretence.awake = True
+                self._stopped_at = trio.current_time() + STOPPED_SECONDS
+
+    def _end_with_mount(self, now: float) -> None:
+        """End a replayer that may be stopped, if the mount has ended: its copy keeps it alive."""
+        if not self.pretence.awake or now < self._stopped_at:
+            return
+        self._stopped_at = now + STOPPED_SECONDS
+        mounts = mountpoint.mounted()
+        if all(entry.device != self._device for entry in mounts) and self._process is not None:
+            self._ending = True
+            self._process.kill()
 
     # --- what is watched --------------------------------------------------------------------
 
@@ -233,28 +270,36 @@ class Notifier:
         if len(self._coming) > MARKS_MAX:
             log.warning("%s: more than %d watches; some get no events", self._path, MARKS_MAX)
         self._listed, self._coming = set(self._coming[:MARKS_MAX]), []
+        self._unread = None
         if self._listed or self._nodes:
             self._any.set()
 
-    def _adopt(self, listed: set[int]) -> None:
-        """Watch the inodes of the listed nodes, and no others.  Raises Busy."""
+    def _adopt(self, listed: set[int]) -> bool:
+        """Watch the inodes of the listed nodes, and no others; return whether that is done.
+
+        Reads COMPARED_AT_ONCE inodes: other requests run before the next call.  Raises Busy.
+        """
         nodes: dict[int, set[int]] = {}
         for node in listed:
             with suppress(FsError):
                 nodes.setdefault(self._operations.inode_of(node), set()).add(node)
-        fresh = [ino for ino in nodes if ino not in self._details]
-        for start in range(0, len(fresh), COMPARED_AT_ONCE):
-            self._details.update(self._details_of(fresh[start : start + COMPARED_AT_ONCE]))
+        if self._unread is None:
+            self._unread = [ino for ino in nodes if ino not in self._details]
+            if nodes and self._operations.own is None:
+                self._operations.own = OwnChanges()  # from the first inode that is read
+                self._word = self._round_word = self._fs.commit_word()
+        self._details.update(self._details_of(self._unread[:COMPARED_AT_ONCE]))
+        del self._unread[:COMPARED_AT_ONCE]
+        if self._unread:
+            return False
         self._details = {ino: kept for ino, kept in self._details.items() if ino in nodes}
         self._nodes, self._listed = nodes, None
         for folder in self._watcher.folders - self._details.keys():
             self._watcher.unwatch(folder)
         self._watch_folders()
-        if nodes and self._operations.own is None:
-            self._operations.own = OwnChanges()
-            self._word = self._round_word = self._fs.commit_word()
-        elif not nodes:
+        if not nodes:
             self._operations.own = None
+        return True
 
     def _watch_folders(self) -> None:
         watched = self._watcher.folders
@@ -286,17 +331,44 @@ class Notifier:
         while True:
             await self._any.wait()
             await trio.sleep(LOOK_SECONDS)
+            self._account()
+            if not self._pacer.may_look:
+                continue
+            started = time.thread_time()
             try:
+                self._end_with_mount(trio.current_time())
                 if self._listed is not None:
-                    self._adopt(self._listed)
+                    if not self._adopt(self._listed):
+                        continue
                     if not self._nodes:
                         self._any = trio.Event()
+                        self.pretence.clear()
                         continue
                 self._look(trio.current_time())
             except Busy:
                 continue  # next time
             except (IvshmemfsError, OSError) as error:
                 log.debug("watched directories are not compared: %s", error)
+            finally:
+                self._looked += time.thread_time() - started
+
+    def _account(self) -> None:
+        """Tell the pacer what was used since the last call; let the replayer go on."""
+        process, replayer_cpu = self._process, 0.0
+        if process is not None:
+            with suppress(OSError):  # it died
+                replayer_cpu = time.clock_gettime(~process.pid << 3 | _CPU_OF_PROCESS)
+        before, clock, records = self._used, trio.current_time(), self.pretence.records
+        now = self._used = _Used(clock, self._looked, replayer_cpu, time.process_time(), records)
+        self._pacer.account(
+            elapsed=now.clock - before.clock,
+            looks=now.looks - before.looks,
+            replayer=max(now.replayer - before.replayer, 0.0),  # another one starts at 0
+            daemon=now.daemon - before.daemon,
+            records=now.records - before.records,
+        )
+        self.pretence.allowed = self._pacer.records
+        self._wake()
 
     def _look(self, now: float) -> None:
         """Compare what is watched, and queue what other machines changed.  Raises Busy."""

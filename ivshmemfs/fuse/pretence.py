@@ -8,7 +8,7 @@ kernel does not give that of the replayer to another process before `notify` has
 States of an action:
 
     queued     `add` took it
-    current    the replayer asked for it, and got a record
+    current    the replayer asked for it, and got a record; `notify` allows a number of them
     done       the replayer asked for the next one, or `clear` dropped it
 
 Only requests that the current action needs are answered.  All others of the replayer get EACCES.
@@ -96,6 +96,9 @@ class Pretence:
         self._phantoms = itertools.count(_FIRST_PHANTOM)
         #: Whether the replayer asks for records.
         self.awake = False
+        #: How many records it may still get; `notify` sets it.
+        self.allowed = 0
+        self.records = 0  # that it got, in all
         self._record_number = 0
         self._record = b""
         self._action: Action | None = None
@@ -130,7 +133,13 @@ class Pretence:
         """Return the handler of a request of the replayer; *usual* is that of other callers."""
         if opcode in self._usual:
             return usual
-        return self._handlers.get(opcode, self._refuse)
+        answer = self._handlers.get(opcode, self._refuse)
+
+        def unattended(node: int, ctx: Context, request: Buffer, end: int) -> Answer:
+            return self._fs.unattended(lambda: answer(node, ctx, request, end))
+
+        unattended.__name__ = answer.__name__  # for the log
+        return unattended
 
     # --- the queue --------------------------------------------------------------------------
 
@@ -164,7 +173,7 @@ class Pretence:
         """Make the next action current; return its record.  Raises ENODATA at the end."""
         record: replayer.Record | None = None
         skipped = 0
-        while record is None and self._queue:
+        while record is None and self._queue and self.allowed > 0:
             self._action = action = self._queue[0]
             self._target = 0 if action.name else action.folder
             self._made_up.clear()
@@ -180,6 +189,8 @@ class Pretence:
         if record is None:
             self._action, self.awake = None, False
             raise FsError(errno.ENODATA)
+        self.allowed -= 1
+        self.records += 1
         self._record_number += 1
         self._record = record.packed()
         return self._record

@@ -12,6 +12,12 @@ sends the nodes that programs watch:
     replaying  the current directory is the root of the mount; it asks for one record after another
                by getxattr(2), and acts on each
 
+It replays in a private copy of the mount, which has no place in the tree of names.  The
+mount is not busy, so umount(8) works meanwhile.  The copy ends with its descriptor, and the file
+system ends with its last mount.  Without the right to copy it replays in the mount
+itself.  So it does while fanotify marks the mount: fanotify gets the path of a change, and a copy
+has none.
+
 It ends when the socket closes or the daemon dies.
 """
 
@@ -61,7 +67,11 @@ _PR_SET_NO_NEW_PRIVS: Final = 38
 _CAPABILITIES_VERSION: Final = 0x20080522
 #: Capabilities that stay: CHOWN, DAC_OVERRIDE, DAC_READ_SEARCH, FOWNER, SYS_PTRACE.
 _CAPABILITIES: Final = 1 << 0 | 1 << 1 | 1 << 2 | 1 << 3 | 1 << 19
+_SYS_ADMIN: Final = 1 << 21  # in effect during open_tree(2) only
 _AT_FDCWD: Final = -100
+_OPEN_TREE: Final = 428  # its number on all machines but Alpha
+#: OPEN_TREE_CLONE, OPEN_TREE_CLOEXEC, AT_SYMLINK_NOFOLLOW, AT_NO_AUTOMOUNT.
+_COPY: Final = 1 | os.O_CLOEXEC | 0x100 | 0x800
 
 
 class Record(NamedTuple):
@@ -88,6 +98,8 @@ class Record(NamedTuple):
 def unpacked(raw: bytes) -> Record:
     """Return the record in *raw*; raises ValueError."""
     action, node, path, name, to_node, to_path, to_name, number = raw.split(b"\0")
+    if any(b"/" in one or one in (b".", b"..") for one in (name, to_name)):
+        raise ValueError("a name of a record leads elsewhere")
     return Record(
         action, int(node), path, name, int(to_node), to_path, to_name, int(number)
     )  # fmt: skip
@@ -131,6 +143,7 @@ class Scanner:
 
     def __init__(self, device: int) -> None:
         self._device = device
+        self.fanotify = False  # whether the last scan found marks of fanotify
         self._watching: list[str] = []  # processes with a descriptor of inotify or fanotify
         self._next_full = 0.0
 
@@ -141,6 +154,7 @@ class Scanner:
         processes = [name for name in os.listdir("/proc") if name.isdigit()] if full else None
         found: set[int] = set()
         watching = []
+        self.fanotify = False
         for process in processes if processes is not None else self._watching:
             with suppress(OSError):
                 if self._scan_process(process, found):
@@ -159,8 +173,10 @@ class Scanner:
                 if link in ("anon_inode:inotify", "anon_inode:[fanotify]"):
                     watches = True
                     with open(f"/proc/{process}/fdinfo/{number}", encoding="ascii") as lines:
-                        nodes = (marked_node(line, self._device) for line in lines)
-                        found.update(node for node in nodes if node is not None)
+                        marked = (marked_node(line, self._device) for line in lines)
+                        nodes = [node for node in marked if node is not None]
+                    found.update(nodes)
+                    self.fanotify |= bool(nodes) and link == "anon_inode:[fanotify]"
         return watches
 
 
@@ -176,13 +192,13 @@ class Replayer:
         self._libc = ctypes.CDLL(None, use_errno=True)
         self._number = 0  # of the last record
 
-    def replay(self) -> bool | None:
+    def replay(self, *, in_copy: bool = True) -> bool | None:
         """Act on up to RECORDS_AT_ONCE records; return whether there may be more.
 
-        None if the mount cannot be reached.
+        None if the mount cannot be reached.  With *in_copy* it acts in a copy, if it may copy.
         """
         try:
-            root = os.open(self._path, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW)
+            root = self._enter(in_copy=in_copy)
         except OSError:
             return None
         try:
@@ -195,6 +211,15 @@ class Replayer:
         finally:
             os.chdir("/")
             os.close(root)
+
+    def _enter(self, *, in_copy: bool) -> int:
+        """Return a descriptor of the root of a copy of the mount, or else of the mount itself."""
+        path, fd = os.fsencode(self._path), -1
+        if in_copy:
+            _have(self._libc, _CAPABILITIES | _SYS_ADMIN)
+            fd = self._libc.syscall(_OPEN_TREE, _AT_FDCWD, path, _COPY)
+            _have(self._libc, _CAPABILITIES)
+        return fd if fd >= 0 else os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW)
 
     def _act_on_all(self, root: int) -> bool:
         for _ in range(RECORDS_AT_ONCE):
@@ -270,6 +295,8 @@ def _act_on_inode(inode: int, record: Record) -> None:
     if record.action == CHMOD:
         os.chmod(link, record.number)
         return
+    if not stat.S_ISREG(os.fstat(inode).st_mode):  # it is a device by now: leave it alone
+        return
     if record.action == MODIFY:
         os.truncate(link, record.number)
     if record.action in (MODIFY, CLOSE):
@@ -283,13 +310,17 @@ def _reduce() -> None:
     """Give up the capabilities that the replayer does not need; an ordinary user has none."""
     libc = ctypes.CDLL(None, use_errno=True)
     libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+    _have(libc, _CAPABILITIES, keep=_CAPABILITIES | _SYS_ADMIN)
+
+
+def _have(libc: ctypes.CDLL, effective: int, keep: int = ~0) -> None:
+    """Let the permitted capabilities in *effective* be in effect; give up those not in *keep*."""
     header = (ctypes.c_uint32 * 2)(_CAPABILITIES_VERSION, 0)
-    sets = (ctypes.c_uint32 * 6)()
+    sets = (ctypes.c_uint32 * 6)()  # effective, permitted, inheritable; then the upper halves
     if libc.capget(header, sets) == 0:
-        for at in (0, 1):
-            sets[at] &= _CAPABILITIES
-        for at in (2, 3, 4, 5):
-            sets[at] = 0
+        sets[1] &= keep
+        sets[0] = sets[1] & effective
+        sets[2] = sets[3] = sets[4] = sets[5] = 0
         libc.capset(header, sets)
 
 
@@ -325,7 +356,7 @@ def _serve(channel: socket.socket, scanner: Scanner, replayer: Replayer) -> None
                 return
             more = True
         if more:
-            state = replayer.replay()
+            state = replayer.replay(in_copy=not scanner.fanotify)
             if state is None:
                 channel.send(GIVEN_UP)
             more = bool(state)

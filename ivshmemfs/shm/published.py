@@ -215,7 +215,8 @@ class Store(NodeSource):
         try:
             data = self.blocks.read_node(block, tag)
         except ValueError as error:
-            raise Corrupt(f"block {block}: {error}") from None
+            told = str(error)  # most of them name the block
+            raise Corrupt(told if told.startswith("block ") else f"block {block}: {told}") from None
         if data is None:
             return None
         header = _unpack_header(data)

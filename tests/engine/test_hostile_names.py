@@ -106,6 +106,19 @@ def test_a_leaf_tells_which_name_is_none(name: bytes) -> None:
         assert decode_leaf(raw, 4).unfit() == (b"" if is_name(name) else name)
 
 
+def test_a_damaged_block_is_named_once(region: TestRegion) -> None:
+    fs = region.mount()
+    crowd = fs.lookup(1, b"crowd").ino
+    fs.unmount()
+    knife = Knife(region.region().memory)
+    block = knife.leaf_of(crowd)
+    knife.flip(block, node.HEADER_SIZE, seal=False)
+    reader = region.mount(readonly=True)
+    with pytest.raises(Corrupt) as caught:
+        list(reader.readdir(reader.opendir(crowd), 2))
+    assert str(caught.value).count(f"block {block}") == 1
+
+
 @pytest.mark.parametrize("target", [b"", b"\0", b"a\0b", b"../a\0"])
 def test_a_link_target_that_cannot_be(region: TestRegion, target: bytes) -> None:
     fs = region.mount()

@@ -14,6 +14,7 @@ import pytest
 
 from ivshmemfs import fsck
 from ivshmemfs.engine import ROOT_INO, Filesystem, Handle, locks, xattr
+from ivshmemfs.engine.deadlock import MOST_RECORDS, closes_ring
 from ivshmemfs.engine.filesystem import KEEP_SIZE, PUNCH_HOLE
 from ivshmemfs.engine.lock_table import Lock, Range, changed_ranges
 from ivshmemfs.engine.locks import Guard, Wait
@@ -802,6 +803,21 @@ def test_a_ring_of_waiters(
     for mount in mounts:
         mount.locks.leave()
     assert waits(fs) == []
+
+
+def test_a_hostile_ring_is_not_read_for_ever() -> None:
+    """One owner that waits for many files, whose tables are full; the caller gets no deadlock."""
+    place = (1, 5)
+    held = [LockRecord(FCNTL, WRITE, fmt.HELD, *place, 9, 0, END, 0, 0)]
+    listed = [fmt.WaitRecord(9, at, 1, place[1], place[0]) for at in range(2, 2 + fmt.MAX_WAITS)]
+    asked: list[int] = []
+
+    def table_of(ino: int) -> tuple[list[LockRecord], int]:
+        asked.append(ino)
+        return (held if ino == 1 else []), fmt.MOST
+
+    assert not closes_ring(1, exclusive(7), (2, 2, 7), listed, table_of)
+    assert len(asked) * fmt.MOST <= MOST_RECORDS + fmt.MOST
 
 
 def test_a_ring_within_one_file(fs: Filesystem, other: Filesystem, ino: int, clock: Time) -> None:

@@ -64,6 +64,7 @@ PARTS = {
     "view",
     "peer_id",
     "is_committing",
+    "unattended",
 }
 
 

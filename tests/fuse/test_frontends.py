@@ -364,6 +364,8 @@ HANDLERS = {
 UNASKED = {"access_list", "groups_of", "is_committing", "keeps_set_id", "locks", "shares_locks"}
 #: What `pages` asks beside requests; its failures are shown in tests/posix/test_mapping.py.
 UNASKED |= {"commit_word", "is_open", "look", "name_mount_point", "only_own_commits"}
+#: What `pretence` asks for the replayer; see tests/fuse/test_pretence.py.
+UNASKED |= {"unattended"}
 #: How an operation ends on the test double where that is not success.
 ENDS = {"tmpfile": errno.EOPNOTSUPP}
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import errno
+import os
+import select
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, suppress
+from pathlib import Path
 
 import pytest
 
@@ -42,6 +45,7 @@ class Played:
         self.fs = fs
         self.pretence = Pretence(fs, Operations(fs, _no_pause), lambda _ino: None)
         attr = lambda attr: _entry(attr.ino, attr)  # noqa: E731  # the shape is that of `Parts`
+        self.pretence.allowed = 1 << 20
         self.pretence.use(Parts(_entry, attr, lambda value, _: value, _usual, ABSENT))
         self.number = 0
 
@@ -142,6 +146,25 @@ def test_a_removal_changes_nothing(played: Played) -> None:
     assert found.ino == kept
 
 
+def test_what_is_gone_for_the_replayer_makes_no_look_up_careful(played: Played) -> None:
+    """A careful look-up lists the file as open in the region; each one costs more for 5 s."""
+    kept = played.fs.mknod(ROOT_INO, b"kept", FILE, 0, ROOT).ino
+    for what in (replayer.UNLINK, replayer.RENAME, replayer.CREATE):
+        to = (ROOT_INO, b"to") if what == replayer.RENAME else (0, b"")
+        played.pretence.add(Action(what, ROOT_INO, b"name", 4000, False, *to))
+        played.next()
+        with suppress(FsError):
+            played.ask(protocol.LOOKUP, b"name\0")
+        with suppress(FsError):
+            played.ask(protocol.GETATTR, b"", 4000)
+    assert played.fs.find(ROOT_INO, b"kept") is not None
+    assert not played.fs.is_open(kept)
+    with pytest.raises(FsError):  # as a caller finds it gone
+        played.fs.getattr(4000)
+    assert played.fs.find(ROOT_INO, b"kept") is not None
+    assert played.fs.is_open(kept)
+
+
 def test_a_creation_shows_the_true_inode(played: Played) -> None:
     made = played.fs.mknod(ROOT_INO, b"name", FILE, 0, ROOT).ino
     played.pretence.add(Action(replayer.CREATE, ROOT_INO, b"name", made))
@@ -163,6 +186,21 @@ def test_the_queue_is_bounded(played: Played) -> None:
     assert not played.pretence.add(Action(replayer.CREATE, ROOT_INO, b"one more", 1))
 
 
+def test_the_replayer_gets_as_many_records_as_are_allowed(played: Played) -> None:
+    for number in range(3):
+        played.pretence.add(Action(replayer.CREATE, ROOT_INO, b"%d" % number, number))
+    played.pretence.allowed, played.pretence.awake = 2, True
+    assert [played.next().name, played.next().name] == [b"0", b"1"]
+    with pytest.raises(FsError) as caught:
+        played.next()
+    assert caught.value.errno == errno.ENODATA
+    assert not played.pretence.awake
+    assert played.pretence.has_work
+    played.pretence.allowed = 1
+    played.number -= 1  # that one was not given
+    assert played.next().name == b"2"
+
+
 def test_actions_that_lead_nowhere_are_skipped_in_turns(played: Played) -> None:
     for number in range(pretence.SKIPPED_AT_ONCE + 1):
         played.pretence.add(Action(replayer.CHMOD, ROOT_INO, b"%d" % number, 4000))
@@ -172,6 +210,53 @@ def test_actions_that_lead_nowhere_are_skipped_in_turns(played: Played) -> None:
         played.next()
     assert caught.value.errno == errno.ENODATA
     assert not played.pretence.awake
+
+
+# --- the replayer's way in ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("call", [replayer._OPEN_TREE, 9999])
+def test_the_replayer_enters_with_and_without_a_copy(
+    call: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An old kernel does not know the call; an ordinary user may not use it."""
+    monkeypatch.setattr(replayer, "_OPEN_TREE", call)
+    monkeypatch.setattr(replayer, "_have", lambda *_: None)  # this process keeps its rights
+    device = tmp_path.stat().st_dev
+    assert replayer.Replayer(str(tmp_path), device).replay() is False  # there are no records
+    assert replayer.Replayer(str(tmp_path), device + 1).replay() is None
+    assert replayer.Replayer(str(tmp_path / "missing"), device).replay() is None
+    (tmp_path / "link").symlink_to(tmp_path)
+    assert replayer.Replayer(str(tmp_path / "link"), device).replay() is None
+
+
+@pytest.mark.parametrize("name", [b"..", b".", b"../etc", b"a/b", b"/"])
+def test_a_name_that_leads_out_of_the_mount_is_refused(name: bytes) -> None:
+    """The region may say anything; the engine refuses such names, and the replayer does too."""
+    for record in (
+        replayer.Record(replayer.CREATE, 1, b"", name),
+        replayer.Record(replayer.RENAME, 1, b"", b"name", 1, b"", name),
+    ):
+        with pytest.raises(ValueError, match="leads elsewhere"):
+            replayer.unpacked(record.packed())
+
+
+@pytest.mark.parametrize("action", [replayer.MODIFY, replayer.CLOSE])
+def test_only_regular_files_are_opened(action: bytes, tmp_path: Path) -> None:
+    """A hostile machine may put a device in a file's place after the daemon made the record."""
+    os.mkfifo(tmp_path / "fifo")
+    reader = os.open(tmp_path / "fifo", os.O_RDONLY | os.O_NONBLOCK)
+    inode = os.open(tmp_path / "fifo", os.O_PATH)
+    try:
+        replayer._act_on_inode(inode, replayer.Record(action, 1, b"", b"fifo"))
+        poll = select.poll()
+        poll.register(reader, select.POLLIN)
+        assert poll.poll(0) == []  # a writer that came and went shows as POLLHUP
+        os.close(os.open(tmp_path / "fifo", os.O_WRONLY | os.O_NONBLOCK))
+        assert poll.poll(0) != []
+    finally:
+        os.close(inode)
+        os.close(reader)
 
 
 # --- marks ------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -42,6 +42,7 @@ IGNORED = ("OPEN", "ACCESS", "CLOSE_NOWRITE")
 FAN_NONBLOCK, FAN_MARK_ADD, FAN_CLOSE_WRITE, FAN_EVENT_ON_CHILD = 2, 1, 8, 0x08000000
 FAN_EVENT = struct.Struct("=IBBHQii")
 AT_FDCWD = -100
+MNT_DETACH = 2
 
 _numbers = itertools.count()
 
@@ -303,7 +304,7 @@ def test_a_burst_while_the_mount_works(lab: Lab) -> None:
         try:
             for number in range(2000):
                 (there / f"{number}").touch()
-            events = watch.until(("CREATE", "1999"), seconds=60)
+            events = watch.until(("CREATE", "1999"), seconds=120)  # it is paced
         finally:
             done.set()
             thread.join()
@@ -674,12 +675,83 @@ def test_an_unmount_at_rest_is_not_busy() -> None:
             _heard(watch, there)
             (there / "last").touch()
             watch.until(("CLOSE_WRITE", "last"))
+            device = here.stat().st_dev
             (replayer,) = _replayers(lab.mounts[1])
-            assert eventually(lambda: os.readlink(f"/proc/{replayer}/cwd") == "/")
+            assert eventually(lambda: os.stat(f"/proc/{replayer}/cwd").st_dev != device)
             subprocess.run(["umount", str(here)], check=True, timeout=PATIENCE)
             lab.mounts[1].process.wait(PATIENCE)
         assert not Path(f"/proc/{replayer}").exists()
         lab.mounts.pop()
+
+
+@contextmanager
+def _changes(there: Path, pause: float = 0.002) -> Iterator[None]:
+    """Another machine makes and removes a file all the time."""
+    done = threading.Event()
+
+    def change() -> None:
+        while not done.wait(pause):
+            (there / "file").touch()
+            (there / "file").unlink()
+
+    thread = threading.Thread(target=change)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+def _stopped_inside(replayer: int, device: int) -> None:
+    """Stop the replayer at a moment when its current directory is the mount."""
+
+    def is_inside() -> bool:
+        os.kill(replayer, signal.SIGSTOP)
+        if os.stat(f"/proc/{replayer}/cwd").st_dev == device:
+            return True
+        os.kill(replayer, signal.SIGCONT)
+        return False
+
+    assert eventually(is_inside)
+
+
+def _umount(path: Path, flags: int = 0) -> int:
+    """Call umount2(2) once; return the errno, 0 for success."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    return ctypes.get_errno() if libc.umount2(os.fsencode(path), flags) else 0
+
+
+@pytest.mark.parametrize("flags", [0, MNT_DETACH], ids=["plain", "lazy"])
+@pytest.mark.parametrize("goes_on", [True, False])
+def test_a_replayer_at_work_makes_no_mount_busy(goes_on: bool, flags: int) -> None:
+    with new_lab(16 << 20, 2, WAYS["all"]) as lab:
+        there, here = lab.paths
+        with Inotify(here) as watch:
+            _heard(watch, there)
+            device = here.stat().st_dev
+            (replayer,) = _replayers(lab.mounts[1])
+            with _changes(there):
+                _stopped_inside(replayer, device)
+                assert _umount(here, flags) == 0
+                if goes_on:
+                    os.kill(replayer, signal.SIGCONT)
+                mount = lab.mounts.pop()
+                assert mount.process.wait(PATIENCE) == 0
+        assert not Path(f"/proc/{replayer}").exists()
+
+
+def test_a_mount_is_unmounted_at_once_while_changes_come() -> None:
+    """Two attempts: the kernel counts the system call that copies the mount as a use of it."""
+    with new_lab(16 << 20, 1, WAYS["all"]) as lab, _changes(lab.paths[0], 0.0005):
+        for _ in range(8):
+            mount = lab.add(WAYS["all"])
+            with Inotify(mount.path) as watch:
+                watch.until(("CREATE", "file"))
+                assert _umount(mount.path) == 0 or _umount(mount.path) == 0
+                assert mount.process.wait(PATIENCE) == 0
+            lab.mounts.pop()
+            mount.path.rmdir()
 
 
 @pytest.mark.parametrize("way", ["command", "signal"])
@@ -688,16 +760,7 @@ def test_an_unmount_while_changes_come(way: str) -> None:
         there, here = lab.paths
         with Inotify(here) as watch:
             _heard(watch, there)
-            done = threading.Event()
-
-            def change() -> None:
-                while not done.wait(0.005):
-                    (there / "file").touch()
-                    (there / "file").unlink()
-
-            thread = threading.Thread(target=change)
-            thread.start()
-            try:
+            with _changes(there, 0.005):
                 watch.until(("CREATE", "file"))
                 mount = lab.mounts.pop()
                 if way == "signal":
@@ -706,9 +769,6 @@ def test_an_unmount_while_changes_come(way: str) -> None:
                     words = [sys.executable, "-m", "ivshmemfs.cli", "umount", str(here)]
                     subprocess.run(words, check=True, timeout=PATIENCE)
                 assert mount.process.wait(PATIENCE) == 0
-            finally:
-                done.set()
-                thread.join()
         assert "in use" not in mount.log_text()
 
 
