@@ -325,6 +325,25 @@ def test_a_stopped_daemon_can_be_unmounted(mnt: FakeMount) -> None:
     assert left(mnt.faults)
 
 
+def test_an_automounter_s_own_helper_may_mount_over_autofs(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """tests/test_systemd.py has systemd do it."""
+    for group, allowed in ((os.getpgrp(), True), (os.getpgrp() + 1, False)):
+        (tmp_path / "mountinfo").write_text(
+            f"40 1 0:45 / {tmp_path} rw - autofs systemd-1 rw,fd=51,pgrp={group},timeout=0\n"
+        )
+        entries = mountpoint.mounted(str(tmp_path / "mountinfo"))
+        monkeypatch.setattr(mountpoint, "mounted", lambda entries=entries: entries)
+        assert mountpoint.is_asked_for(str(tmp_path)) is allowed
+        if allowed:
+            assert mountpoint.check(str(tmp_path)) == str(tmp_path)
+        else:
+            with pytest.raises(MountError, match="is an automount point: use a file there"):
+                mountpoint.check(str(tmp_path))
+        monkeypatch.undo()
+
+
 def test_nothing_looks_at_a_mount_whose_daemon_is_stopped(mnt: FakeMount, tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(mnt.path)
     stop(mnt.process.pid)

@@ -5,10 +5,12 @@ Nothing that a command in such a root mounts is seen outside of it, and nothing 
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 from tests.support.programs import find
@@ -49,29 +51,39 @@ def missing() -> str:
 
 
 def run_in(
-    root: Path, script: str, *files: Path, timeout: float = 120
+    root: Path,
+    script: str,
+    *files: Path,
+    timeout: float = 120,
+    env: Mapping[str, str] | None = None,
 ) -> subprocess.CompletedProcess[str]:
-    """Run shell text in a root; `files` are in its /tmp."""
+    """Run shell text in a root; `files` are in its /tmp, `env` adds to its environment."""
     return subprocess.run(
         ["unshare", "-m", "-f", "-p", "--kill-child", "--propagation", "private", "sh", "-c", ENTER,
          "sh", root, *files, "--", "sh", "-euc", script],
         capture_output=True, text=True, timeout=timeout, check=False, stdin=subprocess.DEVNULL,
-        env={"PATH": PATH, "HOME": "/root"},
+        env={"PATH": PATH, "HOME": "/root", **(env or {})},
     )  # fmt: skip
 
 
-def debian_root(suite: str) -> Path:
-    """A root of a Debian release, made once and kept; skips the test without debootstrap."""
+def debian_root(suite: str, *packages: str) -> Path:
+    """A root of a Debian release, made once and kept; skips the test without debootstrap.
+
+    It has the packages without which nothing runs, and *packages*.
+    """
     program = find("debootstrap")
-    root = CACHE / "roots" / suite
-    if not (root / "complete").exists():
-        shutil.rmtree(root, ignore_errors=True)
-        root.parent.mkdir(parents=True, exist_ok=True)
-        subprocess.run(
-            [program, "--variant=minbase", suite, root], check=True, timeout=1200,
-            capture_output=True,
-        )  # fmt: skip
-        (root / "complete").touch()
+    root = CACHE / "roots" / "-".join((suite, *packages))
+    root.parent.mkdir(parents=True, exist_ok=True)
+    with open(f"{root}.lock", "w") as lock:  # several processes of a test run want the same root
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (root / "complete").exists():
+            shutil.rmtree(root, ignore_errors=True)
+            included = [f"--include={','.join(packages)}"] if packages else []
+            subprocess.run(
+                [program, "--variant=minbase", *included, suite, root], check=True, timeout=1200,
+                capture_output=True,
+            )  # fmt: skip
+            (root / "complete").touch()
     return root
 
 
