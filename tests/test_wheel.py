@@ -1,6 +1,6 @@
 """Wheels: one for each Python of Debian 12 and 13, built there, installed where no compiler is.
 
-pip builds the project and whatever of its requirements has no wheel for that Python.  Then a root
+pip builds the project, and each requirement that has no wheel for that Python.  Then a root
 with Python, pip and fuse3 alone installs all of it without a network, and mounts.
 """
 

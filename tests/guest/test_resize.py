@@ -67,7 +67,7 @@ def test_a_region_grows_between_two_boots(
         _before(guest, mounts, by_host, host)
         _old_device(guest, mounts[0], by_host, host, there)
         guest.close()
-        with by_guest.open("r+b") as file:  # as a user does who gives QEMU another size
+        with by_guest.open("r+b") as file:  # as a user does that gives QEMU another size
             file.truncate(LARGE)
         ready(guest)
         _larger_device(guest, mounts, there)
