@@ -410,6 +410,11 @@ def _failure(stderr: str) -> MountError:
     text = lines[-1] if lines else "fusermount3 failed without a message"
     if "busy" in text:
         return BusyMount(text)
+    if "/etc/mtab" in text and not os.path.exists("/etc/mtab"):
+        return MountError(
+            "fusermount3 needs /etc/mtab, which is missing: 'ln -s /proc/self/mounts /etc/mtab' as "
+            "root makes it"
+        )
     return MountError(text)
 
 

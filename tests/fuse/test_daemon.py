@@ -344,6 +344,24 @@ def test_an_automounter_s_own_helper_may_mount_over_autofs(
         monkeypatch.undo()
 
 
+def test_a_small_image_without_mtab_is_told_from_a_failure(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """In a root as debootstrap makes it, fusermount3 does not unmount for a user."""
+    helper = tmp_path / "fusermount3"
+    helper.write_text(
+        "#!/bin/sh\necho 'fusermount3: failed to open /etc/mtab: No such file or directory' >&2\n"
+        "exit 1\n"
+    )
+    helper.chmod(0o755)
+    monkeypatch.setattr(mountpoint, "helper", lambda: str(helper))
+    monkeypatch.setattr(mountpoint, "_umount2", lambda path, lazy: False)
+    exists = os.path.exists
+    monkeypatch.setattr(os.path, "exists", lambda path: path != "/etc/mtab" and exists(path))
+    with pytest.raises(MountError, match="ln -s /proc/self/mounts /etc/mtab"):
+        mountpoint.unmount("/mnt/none")
+
+
 def test_nothing_looks_at_a_mount_whose_daemon_is_stopped(mnt: FakeMount, tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(mnt.path)
     stop(mnt.process.pid)

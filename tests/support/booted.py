@@ -47,7 +47,8 @@ mkdir dev/shm
 mount --bind "$shm" dev/shm
 touch dev/console
 mount --bind "$console" dev/console
-exec env -i container=lxc PATH="$PATH" chroot . /sbin/init --show-status=0 --log-target=null
+exec env -i container=lxc PATH="$PATH" setpriv --bounding-set=-sys_module,-sys_time \\
+    chroot . /sbin/init --show-status=0 --log-target=null
 ' sh "$@"
 """
 _SERVICE = """[Unit]
