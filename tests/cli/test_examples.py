@@ -12,6 +12,7 @@ from collections.abc import Mapping
 import pytest
 
 from tests.cli.manuals import NAMES, manual
+from tests.support.mounts import TOP
 from tests.support.roots import missing_beside, run_beside
 
 pytestmark = [
@@ -95,3 +96,34 @@ def test_an_example_does_what_it_says(name: str, line: str) -> None:
         assert REFUSED[refused] in done.stderr
         assert len(done.stderr.splitlines()) == 1
     assert "Traceback" not in done.stderr
+
+
+def block(page: str, heading: str) -> str:
+    """The first block of shell text below a heading."""
+    text = (TOP / page).read_text().split(f"\n{heading}\n", 1)[1]
+    return re.findall(r"^```sh\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)[0]
+
+
+def test_the_readme_s_commands_for_a_host_work() -> None:
+    host = block("README.md", "### On the host")
+    doctor = block("README.md", "### When something does not work")
+    script = host.replace("ivshmemfs umount", doctor + "ivshmemfs umount")
+    done = run_beside(f"{FILES}{script}\nls /dev/shm")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert not re.search(r"^fail ", done.stdout, re.MULTILINE)
+    assert "<shmem name=" in done.stdout
+    assert done.stdout.splitlines()[-1] != "hello"
+
+
+def test_setup_s_commands_for_mounting_work() -> None:
+    made = block("docs/setup.md", "## 2. The region, on the host")
+    mounts = block("docs/setup.md", "## 4. Mount").splitlines()
+    there = [line for line in mounts if "label=" in line]
+    assert len(there) == 2
+    for line in there:
+        done = run_beside(
+            f"mkdir -p /mnt/shared\n{made}{line}\necho text >/mnt/shared/f; "
+            "ivshmemfs cat label=hello:/f; ivshmemfs umount /mnt/shared"
+        )
+        assert (done.returncode, done.stderr) == (0, "")
+        assert done.stdout.endswith("text\n")
