@@ -130,6 +130,18 @@ def _name_output_errors() -> None:
         )
 
 
+def tell_systemd() -> None:
+    """Say that the service is ready, if systemd started it as Type=notify (sd_notify(3))."""
+    address = os.environ.get("NOTIFY_SOCKET", "")
+    if not address.startswith(("/", "@")):
+        return
+    import socket
+
+    with suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify:
+        notify.connect(address.replace("@", "\0", 1) if address[0] == "@" else address)
+        notify.send(b"READY=1")
+
+
 # --- the end --------------------------------------------------------------------------------
 
 

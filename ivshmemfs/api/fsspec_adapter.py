@@ -2,7 +2,7 @@
 
 The package's entry point registers the class, so pandas, dask and other users of fsspec find it:
 
-    fsspec.open("ivshmemfs:///a/b", region="label=exchange")
+    fsspec.open("ivshmemfs:///a/b", region="label=hello")
 
 Instances with the same options are one peer.  Listings are not cached, so a change of another
 machine is seen at once.  fsspec's transactions are refused: each file of one would need a name of

@@ -142,6 +142,8 @@ def main(arguments: list[str] | None = None, prog_name: str | None = None) -> No
 def _as_mount_helper(name: str, words: list[str]) -> list[str]:
     """The same arguments with the subcommand that a mount helper means."""
     if name.startswith("mount."):
+        if words in (["-V"], ["--version"]):
+            return ["--version"]
         return ["mount", "--as-helper", *words]
     if len(words) >= 2 and not words[0].startswith("-") and words[0] not in SUBCOMMANDS:
         second = words[1]

@@ -12,6 +12,7 @@ import click
 from ivshmemfs.cli.attach.complete import complete_mount
 from ivshmemfs.cli.attach.names import looks_like_region, mount_point_of
 from ivshmemfs.cli.exits import exits
+from ivshmemfs.command import tell_systemd
 from ivshmemfs.completion import complete_region
 from ivshmemfs.errors import (
     RegionAmbiguous,
@@ -121,7 +122,9 @@ def mount_command(
     if chosen.remount:
         daemon.remount(target, chosen)
         return
-    notice = daemon.mount(_attach(region, chosen), target, chosen, foreground=foreground)
+    notice = daemon.mount(
+        _attach(region, chosen), target, chosen, foreground=foreground, on_ready=tell_systemd
+    )
     if notice:
         say(f"ivshmemfs: {notice}", err=True)
 

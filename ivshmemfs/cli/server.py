@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import os
-import socket
 from pathlib import Path
 
 import click
 
 from ivshmemfs.cli.attach.names import region_of
 from ivshmemfs.cli.exits import exits
-from ivshmemfs.command import complain
+from ivshmemfs.command import complain, tell_systemd
 from ivshmemfs.doorbell.messages import MOST_VECTORS
 from ivshmemfs.errors import RegionSize, UsageError
 from ivshmemfs.manual import Command, Example, Manual
@@ -78,7 +77,7 @@ def server_command(
 
         def ready() -> None:
             note(f"{path}: serving {what}, vectors={vectors}")
-            _tell_systemd()
+            tell_systemd()
 
         trio.run(Server(memory, vectors, note).run, listener, ready)
     return 0
@@ -102,13 +101,3 @@ def _opened(region: str) -> tuple[int, str]:
             )
         what = f"{opened.spec}, {readable_size(opened.size)}"
         return os.open(opened.path, os.O_RDWR | os.O_CLOEXEC), what
-
-
-def _tell_systemd() -> None:
-    """Say that clients may connect, if systemd started this as Type=notify (sd_notify(3))."""
-    address = os.environ.get("NOTIFY_SOCKET", "")
-    if not address.startswith(("/", "@")):
-        return
-    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify:
-        notify.connect(address.replace("@", "\0", 1) if address[0] == "@" else address)
-        notify.send(b"READY=1")

@@ -68,9 +68,11 @@ def mount(
     options: MountOptions,
     *,
     foreground: bool = False,
+    on_ready: Callable[[], None] = lambda: None,
 ) -> str:
     """Mount on *path*; return when the mount can be used, or with *foreground* after its end.
 
+    With *foreground*, *on_ready* is called when the mount can be used.
     Returns a notice for the user, or "".  Raises IvshmemfsError.
     """
     target = mountpoint.check(path)
@@ -80,7 +82,7 @@ def mount(
     if foreground:
         logs.configure(options.log, foreground=True)
         try:
-            _serve(attach, target, options, lambda _notice: None)
+            _serve(attach, target, options, lambda _notice: on_ready())
         except IvshmemfsError:
             raise
         except Exception as error:
@@ -152,9 +154,19 @@ def _be_daemon(attach: Attach, target: str, options: MountOptions, pipe: int) ->
 
     code = 0
     try:
+        # An automounter's process group must not change before the mount is there.
+        asked_for = mountpoint.is_asked_for(target)
+        if not asked_for:
+            os.setsid()
         _detach(pipe)
         logs.configure(options.log, foreground=False)
-        _serve(attach, target, options, lambda notice: report(0, notice))
+
+        def ready(notice: str) -> None:
+            if asked_for:
+                os.setsid()
+            report(0, notice)
+
+        _serve(attach, target, options, ready)
     except IvshmemfsError as error:
         code = error.exit_code
         log.error("%s: %s", target, error)
@@ -172,8 +184,7 @@ def _be_daemon(attach: Attach, target: str, options: MountOptions, pipe: int) ->
 
 
 def _detach(pipe: int) -> None:
-    """Leave the terminal, and close all inherited descriptors but *pipe*."""
-    os.setsid()
+    """Leave the standard streams, and close all inherited descriptors but *pipe*."""
     null = os.open(os.devnull, os.O_RDWR)
     for stream in (0, 1, 2):
         os.dup2(null, stream)

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from ivshmemfs.region import Condition
 
 FSTYPE = "fuse.ivshmemfs"
+AUTOFS = "autofs"
 FUSE_DEVICE = "/dev/fuse"
 #: Time limit of fusermount3, in seconds; an unmount writes back modified mapped pages.
 HELPER_SECONDS = 30.0
@@ -55,6 +56,7 @@ class MountEntry(NamedTuple):
     options: str
     fstype: str
     source: str
+    data: str = ""  # options of the file system
 
 
 class BusyMount(MountError):
@@ -86,6 +88,7 @@ def _parse(line: bytes) -> MountEntry:
         options=fields[5].decode(),
         fstype=rest[0].decode(),
         source=_unescape(rest[1]),
+        data=os.fsdecode(b" ".join(rest[2:])),
     )
 
 
@@ -193,7 +196,7 @@ def check(path: str) -> str:
     """Return the resolved *path* if it can be a mount point; raise MountError if not."""
     target = resolve(path)
     entry = find(target)
-    if entry is not None:
+    if entry is not None and not _is_asked_for(entry):
         raise MountError(_occupied(path, entry))
     if (around := enclosing(target)) is not None:
         refuse_hung(around)
@@ -209,7 +212,25 @@ def check(path: str) -> str:
     return target
 
 
+def is_asked_for(path: str) -> bool:
+    """Return whether an automounter waits for this process to mount on *path* (resolved)."""
+    entry = find(path)
+    return entry is not None and _is_asked_for(entry)
+
+
+def _is_asked_for(entry: MountEntry) -> bool:
+    """Return whether a mount is an autofs of this process group.
+
+    The kernel lets that group alone pass without waiting for the automounter.  systemd mounts in
+    its own group.
+    """
+    group = re.search(r"(?:^|,)pgrp=(\d+)", entry.data)
+    return entry.fstype == AUTOFS and group is not None and int(group[1]) == os.getpgrp()
+
+
 def _occupied(path: str, entry: MountEntry) -> str:
+    if entry.fstype == AUTOFS:
+        return f"{path} is an automount point: use a file there, and it is mounted"
     if entry.fstype != FSTYPE:
         return f"mount point {path} is busy: {entry.fstype} is mounted there; choose another one"
     return (
@@ -389,6 +410,11 @@ def _failure(stderr: str) -> MountError:
     text = lines[-1] if lines else "fusermount3 failed without a message"
     if "busy" in text:
         return BusyMount(text)
+    if "/etc/mtab" in text and not os.path.exists("/etc/mtab"):
+        return MountError(
+            "fusermount3 needs /etc/mtab, which is missing: 'ln -s /proc/self/mounts /etc/mtab' as "
+            "root makes it"
+        )
     return MountError(text)
 
 

@@ -245,7 +245,8 @@ def test_wrong_use(formatted: TestRegion) -> None:
 def test_the_lines_of_a_plain_region() -> None:
     text = "\n".join(lines(GOOD._replace(size=64 * MIB)))
     assert "mem-path=/dev/shm/hello,size=64M" in text
-    assert "file:/dev/shm/hello  /mnt/hello  ivshmemfs  nofail  0 0" in text
+    after = "x-systemd.after=ivshmemfs-region@hello.service"
+    assert f"file:/dev/shm/hello  /mnt/hello  ivshmemfs  nofail,{after}  0 0" in text
     assert "label=hello  /mnt/hello  ivshmemfs  nofail  0 0" in text
     assert 'ATTR{device}=="0x1110"' in text
     xml = ElementTree.fromstring(text[text.index("<shmem") : text.index("</shmem>") + 8])

@@ -193,7 +193,7 @@ def test_regions_that_are_none(command: str, tmp_path: Path) -> None:
         complains(ivshmemfs(command, zeros), 32, "no filesystem")
     assert ivshmemfs(command, small).returncode in (1, 32)
     complains(ivshmemfs(command, tmp_path / "none"), 32, "no such file")
-    complains(ivshmemfs(command, tmp_path), 32)
+    complains(ivshmemfs(command, tmp_path), 32, "is a directory, and no ivshmemfs is mounted on it")
 
 
 def test_a_hostile_region_cannot_write_to_the_terminal(formatted: TestRegion) -> None:

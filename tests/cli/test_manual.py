@@ -15,32 +15,12 @@ import pytest
 from ivshmemfs import __version__
 from ivshmemfs.cli.main import SUBCOMMANDS, cli
 from ivshmemfs.engine import COMPILED
-from ivshmemfs.fsck.main import command as fsck
-from ivshmemfs.manual import Manual
-from mkfs.main import command as mkfs
+from tests.cli.manuals import NAMES, command_of, manual
 from tests.support.mounts import TOP, run
 from tests.support.programs import find
 
 PAGES = sorted((TOP / "docs" / "man").iterdir())
 SHELL = {"&&", "|", ";"}  # words that end a command
-
-
-def command_of(name: str) -> click.Command:
-    """A command by the name that a shell knows, or a subcommand by its own."""
-    context = click.Context(cli)
-    found = {"mkfs.ivshmemfs": mkfs, "fsck.ivshmemfs": fsck, "ivshmemfs": cli}.get(name)
-    found = found or cli.get_command(context, name)
-    assert found is not None
-    return found
-
-
-NAMES = ["ivshmemfs", "mkfs.ivshmemfs", "fsck.ivshmemfs", *SUBCOMMANDS]
-
-
-def manual(name: str) -> Manual:
-    declared = command_of(name).manual  # type: ignore[attr-defined]
-    assert isinstance(declared, Manual)
-    return declared
 
 
 def ours(line: str) -> list[list[str]]:

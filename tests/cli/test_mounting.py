@@ -163,6 +163,8 @@ def test_under_the_name_of_a_mount_helper(
     assert (result.returncode, result.stderr) == (0, "")
     unmounted(place)
     complains(run(helper, formatted.path), 1, "region and a mount point")
+    for word in ("-V", "--version"):
+        assert __version__ in run(helper, word).stdout
 
 
 def test_foreground(formatted: TestRegion, place: Path) -> None:
@@ -484,6 +486,10 @@ def test_too_many_peers(places: list[Path]) -> None:
         (["info", ""], "no name"),
         (["mount", "a", "b", "c"], "unexpected extra argument"),
         (["umount"], "Missing argument"),
+        (["get", "/dev/shm/x", "/f"], "/f is one path, and two are needed, from and to"),
+        (["put", "/dev/shm/x", "/f"], "ivshmemfs put REGION FILE... DESTINATION"),
+        (["mv", "/dev/shm/x:/f"], "ivshmemfs mv SOURCE... DESTINATION"),
+        (["get", "/dev/shm/x"], "Missing argument 'DESTINATION'"),
         (["frobnicate"], "frobnicate"),
         (["frobnicate", "it"], "frobnicate"),
         (["--bogus"], "--bogus"),

@@ -18,7 +18,7 @@ from ivshmemfs.engine.xattr import ACCESS_LIST
 from ivshmemfs.errors import Busy
 from tests.cli.conftest import complains, ivshmemfs
 from tests.support.checks import assert_sound, unreachable
-from tests.support.mounts import eventually, needs_fuse
+from tests.support.mounts import eventually, needs_fuse, run
 from tests.support.regions import ROOT, TestRegion, new_region, put, tree
 
 MIB = 1 << 20
@@ -213,6 +213,12 @@ def test_standard_input_and_output(region: TestRegion) -> None:
             )
             assert (ran.returncode, ran.stderr) == (0, b"")
         assert ran.stdout == given
+    subprocess.run(
+        [*command, "put", "--force", str(region.path), "-", "/f"], input=content, check=True
+    )
+    words = [*command, "get", region.path, "/f", "-"]
+    full = run("sh", "-c", '"$@" >/dev/full', "sh", *words)
+    complains(full, 2, "write error: standard output: No space left on device")
     complains(ivshmemfs("put", region.path, "-", "/"), 1, "no name")
     complains(ivshmemfs("get", region.path, "/", "-"), 1, "is a directory")
     assert not Path("-").exists()

@@ -325,6 +325,43 @@ def test_a_stopped_daemon_can_be_unmounted(mnt: FakeMount) -> None:
     assert left(mnt.faults)
 
 
+def test_an_automounter_s_own_helper_may_mount_over_autofs(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """tests/test_systemd.py has systemd do it."""
+    for group, allowed in ((os.getpgrp(), True), (os.getpgrp() + 1, False)):
+        (tmp_path / "mountinfo").write_text(
+            f"40 1 0:45 / {tmp_path} rw - autofs systemd-1 rw,fd=51,pgrp={group},timeout=0\n"
+        )
+        entries = mountpoint.mounted(str(tmp_path / "mountinfo"))
+        monkeypatch.setattr(mountpoint, "mounted", lambda entries=entries: entries)
+        assert mountpoint.is_asked_for(str(tmp_path)) is allowed
+        if allowed:
+            assert mountpoint.check(str(tmp_path)) == str(tmp_path)
+        else:
+            with pytest.raises(MountError, match="is an automount point: use a file there"):
+                mountpoint.check(str(tmp_path))
+        monkeypatch.undo()
+
+
+def test_a_small_image_without_mtab_is_told_from_a_failure(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """In a root as debootstrap makes it, fusermount3 does not unmount for a user."""
+    helper = tmp_path / "fusermount3"
+    helper.write_text(
+        "#!/bin/sh\necho 'fusermount3: failed to open /etc/mtab: No such file or directory' >&2\n"
+        "exit 1\n"
+    )
+    helper.chmod(0o755)
+    monkeypatch.setattr(mountpoint, "helper", lambda: str(helper))
+    monkeypatch.setattr(mountpoint, "_umount2", lambda path, lazy: False)
+    exists = os.path.exists
+    monkeypatch.setattr(os.path, "exists", lambda path: path != "/etc/mtab" and exists(path))
+    with pytest.raises(MountError, match="ln -s /proc/self/mounts /etc/mtab"):
+        mountpoint.unmount("/mnt/none")
+
+
 def test_nothing_looks_at_a_mount_whose_daemon_is_stopped(mnt: FakeMount, tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(mnt.path)
     stop(mnt.process.pid)

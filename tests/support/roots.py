@@ -5,10 +5,12 @@ Nothing that a command in such a root mounts is seen outside of it, and nothing 
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 from tests.support.programs import find
@@ -32,6 +34,8 @@ mount -t tmpfs tmp tmp
 for file; do shift; [ "$file" != -- ] || break; cp "$file" tmp/; done
 exec chroot . "$@"
 """
+_INSTALL = """export DEBIAN_FRONTEND=noninteractive
+apt-get -q update; apt-get -q install -y --no-install-recommends"""
 #: The same on every distribution.
 PATH = "/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
@@ -49,28 +53,45 @@ def missing() -> str:
 
 
 def run_in(
-    root: Path, script: str, *files: Path, timeout: float = 120
+    root: Path,
+    script: str,
+    *files: Path,
+    timeout: float = 120,
+    env: Mapping[str, str] | None = None,
 ) -> subprocess.CompletedProcess[str]:
-    """Run shell text in a root; `files` are in its /tmp."""
+    """Run shell text in a root; `files` are in its /tmp, `env` adds to its environment."""
     return subprocess.run(
         ["unshare", "-m", "-f", "-p", "--kill-child", "--propagation", "private", "sh", "-c", ENTER,
          "sh", root, *files, "--", "sh", "-euc", script],
         capture_output=True, text=True, timeout=timeout, check=False, stdin=subprocess.DEVNULL,
-        env={"PATH": PATH, "HOME": "/root"},
+        env={"PATH": PATH, "HOME": "/root", **(env or {})},
     )  # fmt: skip
 
 
-def debian_root(suite: str) -> Path:
-    """A root of a Debian release, made once and kept; skips the test without debootstrap."""
-    program = find("debootstrap")
-    root = CACHE / "roots" / suite
-    if not (root / "complete").exists():
+def debian_root(suite: str, *packages: str) -> Path:
+    """A root of a Debian release, made once and kept; skips the test without debootstrap.
+
+    It has the packages without which nothing runs, then *packages* and what they need.
+    """
+    find("debootstrap")
+    root = CACHE / "roots" / "-".join((suite, *packages))
+    root.parent.mkdir(parents=True, exist_ok=True)
+    base = debian_root(suite) if packages else None
+    with open(f"{root}.lock", "w") as lock:  # several processes of a test run want the same root
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if (root / "complete").exists():
+            return root
         shutil.rmtree(root, ignore_errors=True)
-        root.parent.mkdir(parents=True, exist_ok=True)
-        subprocess.run(
-            [program, "--variant=minbase", suite, root], check=True, timeout=1200,
-            capture_output=True,
-        )  # fmt: skip
+        if base is None:
+            made = subprocess.run(
+                ["debootstrap", "--variant=minbase", suite, root],
+                capture_output=True, text=True, check=False, timeout=1200,
+            )  # fmt: skip
+        else:
+            subprocess.run(["cp", "-a", base, root], check=True, timeout=300)
+            (root / "complete").unlink()
+            made = run_in(root, f"{_INSTALL} {' '.join(packages)}", timeout=1200)
+        assert made.returncode == 0, made.stdout[-2000:] + made.stderr[-2000:]
         (root / "complete").touch()
     return root
 
@@ -108,6 +129,9 @@ def missing_beside() -> str:
 BESIDE = """set -eu
 place=$1
 mount --make-rprivate /
+for at in $(sed -n 's/^[^ ]* \\([^ ]*\\) fuse\\.ivshmemfs .*/\\1/p' /proc/mounts); do
+    umount -l "$at" || true  # of other tests
+done
 mount -t tmpfs none /mnt
 mount -t tmpfs none /dev/shm
 mkdir /mnt/commands

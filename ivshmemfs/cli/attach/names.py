@@ -44,7 +44,18 @@ def region_of(argument: str) -> str:
             f"{region}: is not there any more, but is still mounted on {listed}: "
             "unmount it, or give the file its name back"
         )
+    if entry is None and region and not is_named(region) and _is_directory(region):
+        raise RegionMissing(
+            f"{region} is a directory, and no ivshmemfs is mounted on it: name a region or a mount "
+            "point ('ivshmemfs list' shows them)"
+        )
     return region
+
+
+def _is_directory(path: str) -> bool:
+    """Return whether a path that does not hang leads to a directory."""
+    refuse_hung(path)
+    return os.path.isdir(path)
 
 
 def mounts_of(region: str) -> list[MountEntry]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from itertools import islice
 from typing import TYPE_CHECKING, NamedTuple
@@ -111,6 +111,13 @@ def about(path: Callable[[], bytes], local: Callable[[], bytes] | None = None) -
     except OSError as error:
         text = error.strerror or str(error)
         raise OSError(error.errno or errno.EIO, text, os.fsdecode((local or path)())) from None
+
+
+def needed(sources: Sequence[object], destination: bytes | str, usage: str) -> None:
+    """Raise UsageError for a single path, which may be the source or the destination."""
+    if not sources:
+        only = os.fsdecode(destination)
+        raise UsageError(f"{only} is one path, and two are needed, from and to: {usage}")
 
 
 def attributes(fs: Filesystem, target: Target) -> Attr:

@@ -21,7 +21,7 @@ def lines(facts: Facts) -> list[str]:
         parts += [
             "# QEMU: add to its command line", *_qemu(path, facts.size), "",
             "# libvirt: add inside <devices> ('virsh edit GUEST')", *_libvirt(path, facts.size), "",
-            "# /etc/fstab on this host", _fstab(f"file:{path}", facts), "",
+            "# /etc/fstab on this host", _fstab(f"file:{path}", facts, _after(path)), "",
         ]  # fmt: skip
     return [
         *parts,
@@ -61,10 +61,18 @@ def _guest_spec(facts: Facts) -> str:
     return f"uuid={facts.uuid}" if facts.uuid else "pci"
 
 
-def _fstab(spec: str, facts: Facts) -> str:
+def _after(path: str) -> str:
+    """Return the option with which systemd mounts after the unit that may make the region."""
+    name = path.removeprefix(_SHM)
+    if not path.startswith(_SHM) or not re.fullmatch(r"[A-Za-z0-9:_.][A-Za-z0-9:_.-]*", name):
+        return ""
+    return f",x-systemd.after=ivshmemfs-region@{name}.service"
+
+
+def _fstab(spec: str, facts: Facts, more: str = "") -> str:
     name = facts.label or (os.path.basename(facts.file.path) if facts.file else "shared")
     place = "/mnt/" + (re.sub(r"[^\w.-]", "-", name, flags=re.ASCII).lstrip(".") or "shared")
-    return f"{_fstab_field(spec)}  {place}  ivshmemfs  nofail  0 0"
+    return f"{_fstab_field(spec)}  {place}  ivshmemfs  nofail{more}  0 0"
 
 
 def _fstab_field(text: str) -> str:

@@ -17,6 +17,7 @@ from ivshmemfs.cli.attach.paths import (
     about,
     child,
     found,
+    needed,
     place_of,
     reached,
     target_of,
@@ -124,9 +125,7 @@ def _make(fs: Filesystem, place: Place, mode: int | None) -> None:
 
 
 @click.command("mv", cls=Command, manual=MV)
-@click.argument(
-    "sources", nargs=-1, required=True, metavar="SOURCE...", shell_complete=complete_path
-)
+@click.argument("sources", nargs=-1, metavar="SOURCE...", shell_complete=complete_path)
 @click.argument("destination", shell_complete=complete_path)
 @click.option("-f", "--force", is_flag=True, help="Replace a file that exists.")
 def mv_command(sources: tuple[str, ...], destination: str, force: bool) -> None:
@@ -137,6 +136,7 @@ def mv_command(sources: tuple[str, ...], destination: str, force: bool) -> None:
     """
     from ivshmemfs.engine import RENAME_NOREPLACE
 
+    needed(sources, destination, "ivshmemfs mv SOURCE... DESTINATION")
     into, moved = target_of(destination), [target_of(source) for source in sources]
     for source in moved:
         if source.region != into.region and canonical(source.region) != canonical(into.region):

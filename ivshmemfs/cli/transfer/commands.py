@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import click
 
 from ivshmemfs.cli.attach.complete import complete_any_region, complete_inside
-from ivshmemfs.cli.attach.paths import Place, found, resolve
+from ivshmemfs.cli.attach.paths import Place, found, needed, resolve
 from ivshmemfs.cli.attach.peer import attached
 from ivshmemfs.cli.exits import EXIT_PARTLY, PARTLY, exits
 from ivshmemfs.cli.transfer.meter import metered
@@ -45,7 +45,11 @@ def _options(command: Callable[..., int]) -> Callable[..., int]:
         click.option("-r", "-R", "--recursive", is_flag=True, help="Copy directories as well."),
         click.argument("destination", callback=_path, shell_complete=complete_inside),
         click.argument(
-            "sources", nargs=-1, required=True, callback=_paths, shell_complete=complete_inside
+            "sources",
+            nargs=-1,
+            metavar="SOURCES...",
+            callback=_paths,
+            shell_complete=complete_inside,
         ),
         click.argument("region", shell_complete=complete_any_region),
     ):
@@ -127,6 +131,7 @@ def put_command(
     from ivshmemfs.cli.transfer.put import Putter
 
     usage = "ivshmemfs put REGION FILE... DESTINATION"
+    needed(sources, destination, usage)
     with _opened(region, usage, sources, readonly=False) as fs, metered(quiet=quiet) as meter:
         putter = Putter(fs, meter, recursive=recursive, force=force)
         into = found(fs, destination)
@@ -184,6 +189,7 @@ def get_command(
     from ivshmemfs.cli.transfer.local import Folder
 
     usage = "ivshmemfs get REGION FILE... DESTINATION"
+    needed(sources, destination, usage)
     with _opened(region, usage, (destination,), readonly=True) as fs, metered(quiet=quiet) as meter:
         getter = Getter(fs, meter, Wishes(recursive, force, devices, special))
         if destination == STREAM:

@@ -25,7 +25,7 @@ from ivshmemfs.cli.transfer.local import (
     publish,
     unfinished,
 )
-from ivshmemfs.errors import Corrupt, FsError, StaleHandle, UsageError
+from ivshmemfs.errors import Corrupt, FsError, OutputError, StaleHandle, UsageError
 
 if TYPE_CHECKING:
     from ivshmemfs.cli.transfer.meter import Meter
@@ -312,9 +312,24 @@ class Getter:
         """Write the contents of a file to a descriptor that may be a pipe."""
         if not stat.S_ISREG(attr.mode):
             raise UsageError(f"{os.fsdecode(path)} is {kind_name(attr.mode)}, not a file")
-        for piece in contents(self._fs, attr.ino):
+        pieces = contents(self._fs, attr.ino)
+        while True:
+            with about(lambda: path):
+                piece = next(pieces, None)
+            if piece is None:
+                return
             while piece:
-                piece = piece[os.write(fd, piece) :]
+                piece = piece[_write_output(fd, piece) :]
+
+
+def _write_output(fd: int, piece: memoryview) -> int:
+    """Write to standard output; return how many bytes it took."""
+    try:
+        return os.write(fd, piece)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise OutputError(f"write error: standard output: {error.strerror}") from None
 
 
 def _mknod(name: bytes, mode: int, rdev: int, at: int) -> None:
