@@ -39,6 +39,7 @@ class Region:
     path: Path  # the file or device that is mapped
     kind: str  # as messages name it: file, PCI device, ...
     anchor: Anchor | None = None  # the mapped file or device, if it has a path of its own
+    device: int | None = None  # descriptor of a VFIO device, which one process may open once
 
     @property
     def size(self) -> int:
@@ -83,9 +84,12 @@ class Region:
 
     def close(self) -> None:
         """Unmap; closing twice is harmless."""
+        closed = self.memory.closed
         self.memory.close()
         if self.anchor is not None:
             self.anchor.close()
+        if self.device is not None and not closed:
+            os.close(self.device)
 
     def __enter__(self) -> Region:
         return self
