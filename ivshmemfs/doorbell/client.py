@@ -23,8 +23,8 @@ from ivshmemfs.doorbell.messages import LARGEST_ID, MEMORY, NUMBER, VERSION
 from ivshmemfs.errors import IvshmemfsError, RegionDenied, RegionMissing, RegionUnfit, UsageError
 from ivshmemfs.printing import printable
 
-ANSWER_SECONDS = 5.0  # longest wait for a message while it joins
-MOST_CLIENTS = 1024  # others whose eventfds are kept, one descriptor each
+ANSWER_SECONDS = 1.0  # longest wait for a message while it joins
+MOST_CLIENTS = 256  # others whose eventfds are kept, one descriptor each; a region has 255 peers
 MOST_MESSAGES = 1 << 17  # in one row: more than any server has to say at once
 _EVENTFD = "anon_inode:[eventfd]"
 

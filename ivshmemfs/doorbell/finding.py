@@ -6,12 +6,20 @@
                            may use its registers
 
 Nothing has to be switched on in a guest.  Without a doorbell everything works: waiters poll.
+
+A server tells all its clients of each new one.  So a short command connects only when it has
+somebody to ring, or waits itself (`OnDemand`).  Its states:
+
+    idle      nothing was needed; the socket was there
+    made      `ServerBell` connected
+    failed    it could not; this process rings nobody, and has no number
 """
 
 from __future__ import annotations
 
 import os
 import stat
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 
@@ -26,7 +34,54 @@ from ivshmemfs.region.roots import HERE, Roots
 SOCKETS = Path("/run/ivshmemfs")
 OFF = "off"  # in place of a socket's path
 
-Bell = ServerBell | DeviceBell
+
+class OnDemand:
+    """A doorbell that `connect` makes at the first ring, or when its number is asked for."""
+
+    def __init__(self, connect: Callable[[], ServerBell]) -> None:
+        self._connect: Callable[[], ServerBell] | None = connect
+        self._bell: ServerBell | None = None
+
+    def _made(self) -> ServerBell | None:
+        connect, self._connect = self._connect, None
+        if connect is not None:
+            with suppress(IvshmemfsError, OSError):
+                self._bell = connect()
+        return self._bell
+
+    @property
+    def number(self) -> int:
+        """The number by which others ring it, or -1."""
+        bell = self._made()
+        return -1 if bell is None else bell.number
+
+    def keep(self) -> bool:
+        """Return whether it reaches the others, as far as it knows."""
+        return self._connect is not None or (self._bell is not None and self._bell.keep())
+
+    def ring(self, numbers: Iterable[int]) -> None:
+        """Ring these numbers."""
+        bell = self._made()
+        if bell is not None:
+            bell.ring(numbers)
+
+    def fileno(self) -> int:
+        """Return the own eventfd, -1 before there is one."""
+        return -1 if self._bell is None else self._bell.fileno()
+
+    def quiet(self) -> None:
+        """Forget the rings so far."""
+        if self._bell is not None:
+            self._bell.quiet()
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._connect = None
+        if self._bell is not None:
+            self._bell.close()
+
+
+Bell = ServerBell | DeviceBell | OnDemand
 
 
 def usual_socket(region: Region, sockets: Path = SOCKETS) -> Path:
@@ -35,12 +90,18 @@ def usual_socket(region: Region, sockets: Path = SOCKETS) -> Path:
 
 
 def doorbell_of(
-    region: Region, socket: str | None = None, *, roots: Roots = HERE, sockets: Path = SOCKETS
+    region: Region,
+    socket: str | None = None,
+    *,
+    at_once: bool = False,
+    roots: Roots = HERE,
+    sockets: Path = SOCKETS,
 ) -> Bell | None:
     """Return the doorbell for `region`, or None; the caller closes it, before the region.
 
-    `socket` is a server's, `OFF` for none, or None to look for one.  Raises UsageError, RegionError
-    for a socket that is named and cannot be used.
+    `socket` is a server's, `OFF` for none, or None to look for one.  With `at_once` it connects
+    now, for a process that lives long.  Raises UsageError, RegionError for a socket that is named
+    and cannot be used.
     """
     if socket == OFF:
         return None
@@ -50,7 +111,8 @@ def doorbell_of(
         path = usual_socket(region, sockets)
         with suppress(IvshmemfsError, OSError):
             if stat.S_ISSOCK(os.stat(path).st_mode):
-                return _served(region, path)
+                made = OnDemand(lambda: _served(region, path))
+                return made if not at_once or made.number >= 0 else None
         return None
     if socket is not None:
         raise UsageError(
