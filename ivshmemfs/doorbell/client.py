@@ -132,11 +132,12 @@ class ServerBell:
             if number != self._number:
                 self._drop(self._peers.pop(number, -1))
             return
-        known = self._own >= 0 if number == self._number else number in self._peers
-        full = len(self._peers) >= MOST_CLIENTS
+        mine = number == self._number
+        known = self._own >= 0 if mine else number in self._peers
+        full = not mine and len(self._peers) >= MOST_CLIENTS
         if known or full or not 0 <= number <= LARGEST_ID or not _is_eventfd(descriptor):
             self._drop(descriptor)
-        elif number == self._number:
+        elif mine:
             self._own = descriptor
         else:
             self._peers[number] = descriptor
