@@ -54,22 +54,33 @@ class Registers(Protocol):
 
 
 class MappedRegisters:
-    """Registers in a mapping, of 32 bits each; `descriptor` stays the caller's.  Raises OSError."""
+    """Registers in a mapping of `path`, `inside` bytes behind `offset`.  Raises OSError.
 
-    def __init__(self, descriptor: int, offset: int = 0) -> None:
-        self._memory = Memory(descriptor, REGISTERS, offset, writable=True, access=DEVICE)
+    A BAR of 256 bytes may start inside a page, and the kernel maps whole pages.
+    """
+
+    def __init__(self, path: Path, offset: int, inside: int = 0) -> None:
+        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        try:
+            length = inside + REGISTERS
+            self._memory = Memory(descriptor, length, offset, writable=True, access=DEVICE)
+        except ValueError as error:
+            raise OSError(errno.EINVAL, str(error)) from None
+        finally:
+            os.close(descriptor)
+        self._inside = inside
 
     def load(self, at: int) -> int:
         """Return a register."""
         with suppress(OSError, ValueError):
-            (value,) = _REGISTER.unpack(self._memory.read(at, _REGISTER.size))
+            (value,) = _REGISTER.unpack(self._memory.read(self._inside + at, _REGISTER.size))
             return int(value)
         return 0xFFFFFFFF
 
     def store(self, at: int, value: int) -> None:
         """Store to a register."""
         with suppress(OSError, ValueError):
-            self._memory.write(at, _REGISTER.pack(value))
+            self._memory.write(self._inside + at, _REGISTER.pack(value))
 
     def close(self) -> None:
         """Unmap."""
@@ -258,7 +269,8 @@ def bell_of_device(directory: Path, roots: Roots = HERE) -> DeviceBell | None:
             interrupts = interrupts or UioInterrupts(node)
     if registers is None:
         with suppress(OSError):
-            registers = _opened(directory / f"resource{REGISTER_BAR}", 0)
+            inside = bar_extent(directory, REGISTER_BAR)[0] % _PAGE
+            registers = MappedRegisters(directory / f"resource{REGISTER_BAR}", 0, inside)
     if registers is None:
         if interrupts is not None:
             interrupts.close()
@@ -271,18 +283,8 @@ def _uio_registers(node: Path, place: Path, directory: Path) -> MappedRegisters 
     start, _size = bar_extent(directory, REGISTER_BAR)
     for number, address, size in uio_maps(place):
         if start and address == start and size >= REGISTERS:
-            return _opened(node, number * _PAGE)
+            return MappedRegisters(node, number * _PAGE)
     return None
-
-
-def _opened(path: Path, offset: int) -> MappedRegisters:
-    descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-    try:
-        return MappedRegisters(descriptor, offset)
-    except ValueError as error:
-        raise OSError(errno.EINVAL, str(error)) from None
-    finally:
-        os.close(descriptor)
 
 
 def bell_of_vfio(device: int) -> DeviceBell | None:
