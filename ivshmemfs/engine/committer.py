@@ -40,6 +40,7 @@ from ivshmemfs.errors import (
     Unfinished,
 )
 from ivshmemfs.format import repair
+from ivshmemfs.format.bell import BELLS_OFFSET
 from ivshmemfs.shm.commit import Hint
 from ivshmemfs.shm.membership import Membership
 from ivshmemfs.shm.workspace import Workspace
@@ -59,6 +60,8 @@ class Committer:
         self.hint: Final = Hint(volume.region.memory)
         # The repair slot's state word at the last transaction.
         self._repairs = volume.table.state(repair.SLOT)
+        self._rings: Final = volume.bells is not None
+        self._load: Final = volume.region.memory.load
         self._unrung = False  # a commit of this peer is not told to waiters yet
 
     def change(self, plan: Callable[[Transaction], T], *, removal: bool = False) -> T:
@@ -83,7 +86,9 @@ class Committer:
                 member.withdraw()
                 self.hint.give()
                 if self._unrung:
-                    self._ring()
+                    self._unrung = False
+                    if self._load(BELLS_OFFSET):
+                        self._ring()
         except Fenced as error:
             self._volume.rejoin(member)
             raise Busy(str(error)) from error
@@ -96,7 +101,6 @@ class Committer:
 
     def _ring(self) -> None:
         """Ring those that wait; a fault of the region here is told by the next operation."""
-        self._unrung = False
         if self._volume.bells is not None:
             with suppress(OSError, ValueError):
                 self._volume.bells.ring()
@@ -144,7 +148,7 @@ class Committer:
                     space.store_nodes()
                     if new_word := space.publish(word, new_root):
                         published = True
-                        self._unrung = self._volume.bells is not None
+                        self._unrung = self._rings
                         volume.note_commit(word, new_word)
                         volume.latest = View(store, new_word, new_root, tx.hand_over())
                         if space.dropped:

@@ -81,14 +81,17 @@ class Bells:
     # --- the committer ------------------------------------------------------------------------
 
     def ring(self) -> None:
-        """Ring all that have announced themselves; call it after each commit."""
-        if self._memory.load(bell.BELLS_OFFSET):
-            found: list[int] = []
-            for at in bell.BELL_OFFSETS:
-                word = self._take(at)
-                found += bell.numbers(word)
-                if not bell.is_full(word):
-                    break
+        """Ring all that have announced themselves.
+
+        Call it after a commit if the first bell word is not 0.
+        """
+        found: list[int] = []
+        for at in bell.BELL_OFFSETS:
+            word = self._take(at)
+            found += bell.numbers(word)
+            if not bell.is_full(word):
+                break
+        if found:
             self.rung += len(found)
             self.doorbell.ring(found)
 
