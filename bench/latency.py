@@ -1,7 +1,7 @@
 """How long `wait` and `watch` take to notice a commit, and what they cost while nothing happens.
 
 Once by polling, and once by the doorbell of `ivshmemfs server`.  Besides, what a commit costs with
-a doorbell and without one, while nobody waits.
+a doorbell and without one, without waiters.
 
 python -m bench.latency [ROUNDS]
 """

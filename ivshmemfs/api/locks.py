@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 #: Seconds between two looks at a lock that another holds: the first, and at most.
 FIRST_WAIT, LONGEST_WAIT = 0.002, 0.05
-#: Seconds of a sleep until a ring: a holder that dies rings nobody.
+#: Seconds of a sleep until a ring: a holder that dies does not ring.
 LIVENESS = 0.5
 
 

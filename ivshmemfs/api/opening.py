@@ -23,8 +23,8 @@ def open(
     mount point of ivshmemfs, which means its region.  A writing client is a peer: a thread of
     it beats.  With `readonly` it stores nothing in the region, and needs no thread.
 
-    A writing client has a doorbell, so that its waits sleep: a guest's device has its own, and for
-    a file `doorbell` is the socket of `ivshmemfs server`.  By default that is the one in
+    The waits of a writing client sleep if it has a doorbell.  A guest's device has its own.  For a
+    file, `doorbell` is the socket of `ivshmemfs server`.  It defaults to the one in
     /run/ivshmemfs, if it is there; "off" means none.
 
     Raises FileNotFoundError, PermissionError, and OSError EINVAL for a region without a filesystem.

@@ -6,7 +6,7 @@
                 eventfd.  Without either the device can ring, and cannot be rung
 
 QEMU ignores a number that no machine has.  A device without MSI-X, ivshmem-plain, has no doorbell:
-its BAR0 rings nobody.  A device that is unplugged reads as ones, and stores to it are lost.
+its BAR0 does not ring.  A device that is unplugged reads as ones, and stores to it are lost.
 """
 
 from __future__ import annotations

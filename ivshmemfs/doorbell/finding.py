@@ -7,12 +7,12 @@
 
 Nothing has to be switched on in a guest.  Without a doorbell everything works: waiters poll.
 
-A server tells all its clients of each new one.  So a short command connects only when it has
-somebody to ring, or waits itself (`OnDemand`).  Its states:
+A server tells all its clients of each new one.  So a short command connects only when it finds
+a waiter to ring, or waits itself (`OnDemand`).  Its states:
 
     idle      nothing was needed; the socket was there
     made      `ServerBell` connected
-    failed    it could not; this process rings nobody, and has no number
+    failed    it could not; this process does not ring, and has no number
 """
 
 from __future__ import annotations

@@ -40,8 +40,8 @@ LONGEST_DELAY = 0.004
 NEAR = 8
 #: Those whose delay starts again when the table has changed.
 NEXT = 2
-#: Seconds of a sleep until a ring: for a waiter that only holders block, which may die; and for one
-#: behind earlier tickets, whose owners may be paused.
+#: Maximum seconds of a sleep until a ring.  Holders that block the first waiter may die.  The owner
+#: of an earlier ticket may be paused.
 LONG_SLEEP, SHORT_SLEEP = 0.5, 0.05
 _F_OFD_SETLKW = 38
 

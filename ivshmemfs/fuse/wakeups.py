@@ -17,7 +17,7 @@ import trio
 if TYPE_CHECKING:
     from ivshmemfs.engine import Filesystem
 
-#: Seconds of rest after a ring without a commit: whoever rings so costs no more than polling.
+#: Seconds of rest after a ring without a commit: such rings cost no more than polling.
 REST: Final = 0.004
 
 

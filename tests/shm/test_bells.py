@@ -1,4 +1,4 @@
-"""Bells with doorbells that note who was rung: announcing, ringing, and all that is wrong."""
+"""Bells with doorbells that note what they ring: announcing, ringing, and all that is wrong."""
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@
  * ivshmem-plain devices have no MSI-X and stay without this driver.
  *
  * A device is registered with uio from probe to remove; the PCI core calls these one after the
- * other.  The interrupt handler keeps nothing: the uio core counts and wakes up who waits.
+ * other.  The interrupt handler keeps nothing: the uio core counts and wakes up waiters.
  */
 #include <linux/interrupt.h>
 #include <linux/module.h>
