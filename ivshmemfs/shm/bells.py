@@ -14,8 +14,8 @@ committer: swap the commit word, load the bell word.  Swaps are full fences.  So
 new commit word, or the committer sees the announcement.
 
 A ring may be lost: the committer dies before it rings, or a server was started anew.  So no sleep
-takes longer than `SAFETY`.  A peer without a doorbell cannot ring.  So no waiter sleeps while the peer
-table has one: each owner states in its slot whether it rings.
+takes longer than `SAFETY`.  A peer without a doorbell cannot ring.  So no waiter sleeps while the
+peer table has one: each owner states in its slot whether it rings.
 
 The words may hold anything.  A commit rings at most `BELL_WORDS * LANES` numbers, each of which the
 device or the server's list knows; it ignores all others.  A ring without a commit costs a waiter no

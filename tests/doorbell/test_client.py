@@ -7,7 +7,7 @@ import socket
 import struct
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import pytest
@@ -134,9 +134,10 @@ def server(tmp_path: Path) -> Iterator[Callable[[list[Message]], Path]]:
                 connection, _ = listener.accept()
                 if stays:
                     stack.callback(connection.close)
-                for number, descriptor in messages:
-                    held = [descriptor] if descriptor >= 0 else []
-                    socket.send_fds(connection, [struct.pack("<q", number)], held)
+                with suppress(OSError):  # the client has closed it
+                    for number, descriptor in messages:
+                        held = [descriptor] if descriptor >= 0 else []
+                        socket.send_fds(connection, [struct.pack("<q", number)], held)
                 if not stays:
                     connection.close()
 
