@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import time
 from pathlib import Path
 
 from ivshmemfs.format import bell
 from tests.guest.harness import Guest, GuestError
+from tests.guest.machines import Running
 
 WATCHED_SECONDS = 3.0
 #: Switches of a sleeper meanwhile; one that polls every 8 ms has 375, also under emulation.
@@ -14,16 +16,15 @@ MOST = 30
 _ANNOUNCE_SECONDS = 240.0  # Python starts slowly without KVM
 
 
-def announced(region: Path) -> None:
+def announced(region: Path, waiting: Running) -> None:
     """Wait until a waiter has announced its doorbell in the region's file."""
     deadline = time.monotonic() + _ANNOUNCE_SECONDS
-    with region.open("rb") as file:
-        while time.monotonic() < deadline:
-            file.seek(bell.BELLS_OFFSET)
-            if any(file.read(8)):
+    with region.open("rb", buffering=0) as file:  # a buffer would keep what was there
+        while time.monotonic() < deadline and not waiting.done():
+            if any(os.pread(file.fileno(), 8, bell.BELLS_OFFSET)):
                 return
             time.sleep(0.05)
-    raise GuestError("no waiter has announced itself")
+    raise GuestError(f"the waiter has not announced itself: {waiting.done() and waiting.wait()}")
 
 
 def switches(guest: Guest, words: str) -> int:

@@ -144,7 +144,7 @@ def test_a_waiter_in_a_guest_sleeps_until_another_machine_commits(
     for name in ("from-guest", "from-host"):
         before = interrupts(first)
         waiting = first.begin(IVSHMEMFS, "wait", f"pci:{addresses[0]}:/{name}")
-        announced(region)
+        announced(region, waiting)
         assert asleep(first, f"wait pci:{addresses[0]}") <= MOST
         if name == "from-guest":
             source = f"pci:{addresses[1]}"

@@ -122,7 +122,7 @@ def test_a_waiter_sleeps_until_a_vfio_interrupt(
     first, second = others
     spec = f"vfio:{BELL_ADDRESS}"
     waiting = first.begin(IVSHMEMFS, "wait", f"{spec}:/new")
-    announced(bell_region)
+    announced(bell_region, waiting)
     assert asleep(first, f"wait {spec}") <= MOST
     assert interrupts(first) == 0
     second.run(IVSHMEMFS, "put", spec, "/etc/hostname", "/new").check()
