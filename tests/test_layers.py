@@ -16,9 +16,9 @@ TOP = Path(__file__).resolve().parent.parent
 LAYERS = ("cli", "fuse", "engine", "shm", "format", "region", "native", "printing", "errors")
 SIDES = {
     "__main__": ("cli", "mkfs", "fsck", "command", "errors"),
-    "api": LAYERS[1:],
+    "api": ("doorbell", *LAYERS[1:]),
     "cli": ("command", "completion", "manual", "doorbell", *LAYERS[1:]),
-    "doorbell": ("native", "printing", "errors"),
+    "doorbell": ("region", "native", "printing", "errors"),
     "completion": ("format", "region", "native", "printing", "errors"),
     "mkfs": ("command", "completion", "manual", *LAYERS[3:]),
     "fsck": ("command", "completion", "manual", *LAYERS[3:]),

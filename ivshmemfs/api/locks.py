@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 #: Seconds between two looks at a lock that another holds: the first, and at most.
 FIRST_WAIT, LONGEST_WAIT = 0.002, 0.05
+#: Seconds of a sleep until a ring: a holder that dies does not ring.
+LIVENESS = 0.5
 
 
 class FileLock:
@@ -75,12 +77,19 @@ class FileLock:
             lock = EngineLock(fs, fs.locks, ino)
             return lock if lock.acquire() else None
 
-        while (lock := self._session.call(attempt, self._path)) is None:
-            if end is not None and time.monotonic() >= end:
+        while True:
+            word = self._session.call(lambda fs: fs.commit_word())
+            if (lock := self._session.call(attempt, self._path)) is not None:
+                return lock
+            left = LIVENESS if end is None else min(end - time.monotonic(), LIVENESS)
+            if left <= 0:
                 return None
+            if pause == LONGEST_WAIT and self._session.sleep(word, left):
+                if self._session.call(lambda fs: fs.commit_word()) != word:
+                    pause = FIRST_WAIT  # commits come in rows
+                continue
             time.sleep(pause)
             pause = min(pause * 1.5, LONGEST_WAIT)
-        return lock
 
     def check(self) -> None:
         """Raise OSError EIO unless the lock is still held; call it before what must not race."""

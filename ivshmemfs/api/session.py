@@ -36,6 +36,7 @@ from ivshmemfs.errors import (
 if TYPE_CHECKING:
     from ivshmemfs.engine import Filesystem, Handle
     from ivshmemfs.region import Region
+    from ivshmemfs.shm.bells import Doorbell
 
 log = logging.getLogger(__name__)
 
@@ -64,7 +65,7 @@ def os_error(error: IvshmemfsError | OSError, path: str | None) -> OSError:
     return OSError(code, text or os.strerror(code), path)
 
 
-def join(region: Region, *, readonly: bool) -> Filesystem:
+def join(region: Region, *, readonly: bool, doorbell: Doorbell | None = None) -> Filesystem:
     """Mount `region`; waits up to REPAIR_SECONDS for the end of a repair.
 
     Raises UnderRepair, and what `Filesystem.mount` raises.
@@ -74,7 +75,7 @@ def join(region: Region, *, readonly: bool) -> Filesystem:
     end = time.monotonic() + REPAIR_SECONDS
     while True:
         try:
-            return Filesystem.mount(region, readonly=readonly)
+            return Filesystem.mount(region, readonly=readonly, doorbell=doorbell)
         except OSError as error:
             if short := region.shortage():
                 raise RegionError(short) from error
@@ -92,6 +93,7 @@ class Session:
         self.region = region
         self._fs = fs
         self._lock = threading.Lock()
+        self._sleeping = threading.Lock()  # of the one thread that a ring wakes; others nap
         self._owner = 0  # the thread that holds the lock
         self._pid = os.getpid()
         self._ended = threading.Event()
@@ -176,6 +178,24 @@ class Session:
 
         return deferred(run)
 
+    def sleep(self, word: int, seconds: float) -> bool:
+        """Sleep until a commit rings, for `seconds` at most, while the commit word is `word`.
+
+        Returns False at once where the caller has to nap.  See `Bells.sleep`.
+        """
+        bells = self._fs.bells
+        if bells is None or not self._sleeping.acquire(blocking=False):
+            return False
+        try:
+            if not self.call(lambda _fs: bells.prepare()):
+                return False
+            if self.call(lambda fs: fs.commit_word()) == word:
+                rang = bells.await_ring(seconds)
+                self.call(lambda _fs: bells.judge(word, rang))
+            return True
+        finally:
+            self._sleeping.release()
+
     def release(self, handle: Handle) -> None:
         """Close an open file of the engine; after the session's end there is nothing to close."""
         if self._ended.is_set() or self._pid != os.getpid():
@@ -255,6 +275,8 @@ class Session:
                 return  # a call hangs: others take the slot back when this process has ended
             try:
                 self._fs.unmount()
+                if self._fs.bells is not None:
+                    self._fs.bells.doorbell.close()
                 self.region.close()
             finally:
                 self._lock.release()

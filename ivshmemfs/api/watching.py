@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 #: Seconds between two loads of the commit word: until DROWSY seconds after a commit, and later.
 #: A change is told half as late at the median.
 NAP, LONG_NAP, DROWSY = 0.003, 0.008, 10.0
+#: Seconds after a commit before it sleeps until a ring, if there are bells: commits come in rows.
+AWAKE = 0.02
 #: Seconds between two looks at whether the region still is what was opened.
 CONDITION_SECONDS = 1.0
 
@@ -94,8 +96,9 @@ class Watch:
         word = self._session.call(lambda fs: fs.commit_word(), self._path)
         until = min(end, self._next_check)
         while (now := time.monotonic()) < until:
-            nap = NAP if now - self._changed < DROWSY else LONG_NAP
-            time.sleep(min(nap, until - now))
+            quiet = now - self._changed
+            if quiet < AWAKE or not self._session.sleep(word, until - now):
+                time.sleep(min(NAP if quiet < DROWSY else LONG_NAP, until - now))
             if self._session.call(lambda fs: fs.commit_word(), self._path) != word:
                 self._changed = now
                 return True

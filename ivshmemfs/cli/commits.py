@@ -4,6 +4,8 @@
     awake      AWAKE seconds after a commit: naps of 0.5 ms, since commits come in rows
     drowsy     DROWSY seconds after a commit, or after the start: naps of 3 ms
     asleep     later: naps of 8 ms
+    in bed     in place of drowsy and asleep, where bells work (`shm/bells.py`): until a commit
+               rings, SAFETY at most
 
 Each nap ends in one load of the commit word.  A commit comes at any instant of a nap, so the
 latency is half a nap at the median.  A nap costs a CPU 20 µs where the timer of a virtual machine
@@ -21,6 +23,11 @@ from ivshmemfs.errors import RegionMissing
 if TYPE_CHECKING:
     from ivshmemfs.engine import Filesystem
 
+#: Of the option that `wait`, `watch` and `lock` share.
+DOORBELL_HELP = (
+    "Sleep until the server at SOCKET rings; 'off' to poll.  By default a device's own doorbell, "
+    "or /run/ivshmemfs/NAME.sock for a file NAME."
+)
 #: Seconds after a commit until which a state lasts.
 AWAKE, DROWSY = 0.02, 10.0
 #: Seconds of a nap in each state.
@@ -36,7 +43,7 @@ def commits(fs: Filesystem, end: float = float("inf")) -> Iterator[None]:
     """
     from ivshmemfs.region import Condition
 
-    commit_word, clock = fs.store.commit_word, time.monotonic
+    commit_word, bells, clock = fs.store.commit_word, fs.bells, time.monotonic
     word, changed, next_check = -1, clock(), 0.0
     while True:
         now = clock()
@@ -51,7 +58,10 @@ def commits(fs: Filesystem, end: float = float("inf")) -> Iterator[None]:
             yield
         elif now >= end:
             return
-        nap, until = _state(now - changed)
+        quiet = now - changed
+        if quiet >= AWAKE and bells is not None and bells.sleep(word, min(next_check, end) - now):
+            continue
+        nap, until = _state(quiet)
         until = min(changed + until, next_check, end)
         commit_word.await_other(word, nap, max(int((until - now) / nap), 1))
 

@@ -20,6 +20,7 @@ import click
 
 from ivshmemfs.cli.attach.complete import complete_path
 from ivshmemfs.cli.attach.peer import patiently, peer
+from ivshmemfs.cli.commits import DOORBELL_HELP
 from ivshmemfs.cli.exits import exits
 from ivshmemfs.errors import Busy, LockLost, RegionMissing, UnsupportedVersion, UsageError
 from ivshmemfs.fuse.mountpoint import FSTYPE, enclosing, mounted, refuse_hung
@@ -27,7 +28,7 @@ from ivshmemfs.manual import Command, Example, Manual
 from ivshmemfs.shm.watch import LOOK, SILENCE
 
 if TYPE_CHECKING:
-    from ivshmemfs.engine import FileLock
+    from ivshmemfs.engine import FileLock, Filesystem
     from ivshmemfs.region import Region
 
 #: Seconds between two looks while waiting: at first, and at most.
@@ -71,12 +72,18 @@ MANUAL = Manual(
 @click.option(
     "-w", "--wait", "seconds", type=float, metavar="SECONDS", help="Wait at most so many seconds."
 )
+@click.option("--doorbell", metavar="SOCKET", help=DOORBELL_HELP)
 @click.option(
     "-E", "--conflict-exit-code", "conflict", type=int, default=1, metavar="N", show_default=True,
     help="Exit code when another process keeps the lock.",
 )  # fmt: skip
 def lock_command(
-    file: str, command: tuple[str, ...], nonblock: bool, seconds: float | None, conflict: int
+    file: str,
+    command: tuple[str, ...],
+    nonblock: bool,
+    seconds: float | None,
+    doorbell: str | None,
+    conflict: int,
 ) -> int:
     """Run COMMAND while holding a lock on FILE that excludes all other machines.
 
@@ -96,7 +103,7 @@ def lock_command(
     with _region_of(file) as region, _opened(file) as fd:
         _check_same(region, fd, file)
         ino = os.fstat(fd).st_ino
-        with _held(region, ino, patience) as lock:
+        with _held(region, ino, patience, doorbell) as lock:
             if lock is None:
                 return conflict
             return _run(words, lock)
@@ -165,21 +172,23 @@ def _check_same(region: Region, fd: int, file: str) -> None:
 
 
 @contextmanager
-def _held(region: Region, ino: int, patience: float | None) -> Iterator[FileLock | None]:
+def _held(
+    region: Region, ino: int, patience: float | None, doorbell: str | None
+) -> Iterator[FileLock | None]:
     """The lock, held; None when it was not to be had in time."""
     from ivshmemfs.engine import FileLock
 
     end = None if patience is None else time.monotonic() + patience
-    with peer(region, readonly=True) as looker:
+    with peer(region, readonly=True, waits=True, doorbell=doorbell) as looker:
         if not looker.superblock.shares_locks:
             raise UnsupportedVersion(
                 f"{region.spec} was formatted by a version without locks between machines: "
                 "format it anew"
             )
         watched = FileLock(looker, looker.locks, ino)
-        while _free(watched, end):
+        while _free(looker, watched, end):
             gone = patiently(watched.gone)
-            with peer(region, readonly=False) as fs:
+            with peer(region, readonly=False, doorbell=doorbell) as fs:
                 lock = FileLock(fs, fs.locks, ino)
                 if patiently(lambda lock=lock, gone=gone: lock.acquire(gone)):  # type: ignore[misc]
                     try:
@@ -191,18 +200,24 @@ def _held(region: Region, ino: int, patience: float | None) -> Iterator[FileLock
     yield None
 
 
-def _free(lock: FileLock, end: float | None) -> bool:
+def _free(fs: Filesystem, lock: FileLock, end: float | None) -> bool:
     """Whether the lock can be taken before `end`; waits for that.
 
     A holder that seems to be gone is waited for until that is sure.
     """
     delay, decided = FIRST_WAIT, time.monotonic() + SILENCE + LOOK
     while True:
+        word = fs.commit_word()
         if patiently(lock.holder) is None:
             return True
         now = time.monotonic()
         if end is not None and now >= end and (now >= decided or not patiently(lock.undecided)):
             return False
+        left = LOOK / 2 if end is None else min(LOOK / 2, max(end - now, FIRST_WAIT))
+        if delay == LONGEST_WAIT and fs.bells is not None and fs.bells.sleep(word, left):
+            if fs.commit_word() != word:
+                delay = FIRST_WAIT  # commits come in rows
+            continue
         time.sleep(delay)
         delay = min(delay * 1.5, LONGEST_WAIT)
 

@@ -47,6 +47,7 @@ Options (-o), separated by commas:
   mmap                shared mappings on kernels before 6.6, by the page cache
   locks=shared|local  flock(2), fcntl(2) locks hold on all mounts, or on this
   notify              report changes of other machines to inotify
+  doorbell=SOCKET     ring and sleep by the server there; off for polling
   log=FILE            write the log to FILE
   loop=poll|trio      how to wait for requests
 
@@ -142,17 +143,23 @@ def _attach(spec: str | None, options: MountOptions) -> daemon.Attach:
     def attach() -> Iterator[daemon.Attached]:
         # Imported here: the parent of a daemon ends sooner without them.
         from ivshmemfs.cli.attach.peer import enter, older_peers
+        from ivshmemfs.doorbell.finding import doorbell_of
         from ivshmemfs.format.superblock import identify
         from ivshmemfs.region import open_region, uncached
 
         found = the_one_device() if spec is None else spec
         with open_region(found, readonly=options.readonly, identify=identify) as region:
-            fs = enter(region, readonly=options.readonly)
+            bell = None if options.readonly else doorbell_of(region, options.doorbell, at_once=True)
             try:
-                notices = (uncached(region), older_peers(fs.table.peers()))
-                yield daemon.Attached(fs, region.spec, "; ".join(filter(None, notices)))
+                fs = enter(region, readonly=options.readonly, doorbell=bell)
+                try:
+                    notices = (uncached(region), older_peers(fs.table.peers()))
+                    yield daemon.Attached(fs, region.spec, "; ".join(filter(None, notices)))
+                finally:
+                    fs.unmount()
             finally:
-                fs.unmount()
+                if bell is not None:
+                    bell.close()
 
     return attach
 

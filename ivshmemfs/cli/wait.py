@@ -9,7 +9,7 @@ import click
 
 from ivshmemfs.cli.attach.complete import complete_path
 from ivshmemfs.cli.attach.paths import Target, found, reached, target_of
-from ivshmemfs.cli.commits import commits
+from ivshmemfs.cli.commits import DOORBELL_HELP, commits
 from ivshmemfs.cli.exits import exits
 from ivshmemfs.errors import Busy
 from ivshmemfs.manual import Command, Example, Manual
@@ -44,13 +44,15 @@ MANUAL = Manual(
               help="Until contents, attributes or existence differ from now.")  # fmt: skip
 @click.option("-t", "--timeout", type=click.FloatRange(min=0), metavar="SECONDS",
               help=f"Give up after so many seconds, with exit code {TIMED_OUT}.")  # fmt: skip
-def wait_command(path: str, condition: str, timeout: float | None) -> int:
+@click.option("--doorbell", metavar="SOCKET", help=DOORBELL_HELP)
+def wait_command(path: str, condition: str, timeout: float | None, doorbell: str | None) -> int:
     """Wait for PATH; any machine may change it.
 
-    PATH is on a mount, or REGION:/path, which needs no mount.  Nothing is stored in the region.
+    PATH is on a mount, or REGION:/path, which needs no mount.  Nothing is stored in the region, but
+    for the number of a doorbell.
     """
     target = target_of(path)
-    with reached(target, readonly=True) as fs:
+    with reached(target, readonly=True, waits=True, doorbell=doorbell) as fs:
         end = float("inf") if timeout is None else time.monotonic() + timeout
         before: object = _state(fs, target) if condition == "changed" else None
         for _ in commits(fs, end):

@@ -14,7 +14,7 @@ import click
 
 from ivshmemfs.cli.attach.complete import complete_path
 from ivshmemfs.cli.attach.paths import Target, reached, resolve, target_of
-from ivshmemfs.cli.commits import commits
+from ivshmemfs.cli.commits import DOORBELL_HELP, commits
 from ivshmemfs.cli.exits import exits
 from ivshmemfs.errors import Busy, FsError, Unfinished, UsageError
 from ivshmemfs.manual import Command, Example, Manual
@@ -147,12 +147,15 @@ MANUAL = Manual(
               help="%e event, %p path, %t new path of a move, %a the same after an arrow, "
               "%i inode, %k file or directory.")  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a line.")
-def watch_command(paths: tuple[str, ...], recursive: bool, form: str, as_json: bool) -> int:
+@click.option("--doorbell", metavar="SOCKET", help=DOORBELL_HELP)
+def watch_command(
+    paths: tuple[str, ...], recursive: bool, form: str, as_json: bool, doorbell: str | None
+) -> int:
     """Print a line for each change of PATH by any machine.
 
     PATH is a file or a directory: on a mount, or REGION:/path, which needs no mount.  All PATHs are
-    in one region.  Nothing is stored in the region.  Changes that follow each other within
-    milliseconds come as their sum: of a file that came and went nothing is told.
+    in one region.  Nothing is stored in it, but for the number of a doorbell.  Changes that follow
+    each other within milliseconds come as their sum: of a file that came and went nothing is told.
 
     \b
     Events: created, removed, moved, changed (contents), attributes,
@@ -162,7 +165,7 @@ def watch_command(paths: tuple[str, ...], recursive: bool, form: str, as_json: b
     if len({target.region for target in targets}) > 1:
         raise UsageError("all paths must be in one region: start a command for each")
     Event("", b"", 0, False, None).line(form)  # refuses a bad format before anything happens
-    with reached(targets[0], readonly=True) as fs:
+    with reached(targets[0], readonly=True, waits=True, doorbell=doorbell) as fs:
         views = [View(fs, target, recursive=recursive) for target in targets]
         for view in views:
             view.start()

@@ -10,6 +10,7 @@ A plan is a function of a `Transaction`.  `Committer.change` runs it in this ord
     end                  own slot ACTIVE -> IDLE
     release              the replaced blocks, and the claims that the commit did not need
     give the hint
+    ring                 the doorbells of peers that wait (see `shm/bells.py`)
 
 Nothing here waits: `Busy` means that nothing was changed and that the caller can try again.  Each
 change is one turn of bounded work (see `shm/published.py`).  A longer change raises Unfinished at
@@ -39,6 +40,7 @@ from ivshmemfs.errors import (
     Unfinished,
 )
 from ivshmemfs.format import repair
+from ivshmemfs.format.bell import BELLS_OFFSET
 from ivshmemfs.shm.commit import Hint
 from ivshmemfs.shm.membership import Membership
 from ivshmemfs.shm.workspace import Workspace
@@ -58,6 +60,9 @@ class Committer:
         self.hint: Final = Hint(volume.region.memory)
         # The repair slot's state word at the last transaction.
         self._repairs = volume.table.state(repair.SLOT)
+        self._rings: Final = volume.bells is not None
+        self._load: Final = volume.region.memory.load
+        self._unrung = False  # a commit of this peer is not told to waiters yet
 
     def change(self, plan: Callable[[Transaction], T], *, removal: bool = False) -> T:
         """Run `plan` in a transaction and return its result; a `removal` may use the reserve.
@@ -80,6 +85,10 @@ class Committer:
             finally:
                 member.withdraw()
                 self.hint.give()
+                if self._unrung:
+                    self._unrung = False
+                    if self._load(BELLS_OFFSET):
+                        self._ring()
         except Fenced as error:
             self._volume.rejoin(member)
             raise Busy(str(error)) from error
@@ -89,6 +98,12 @@ class Committer:
             if error.errno != errno.EIO:
                 raise
             raise self._volume.contained(error) from error
+
+    def _ring(self) -> None:
+        """Ring those that wait; a fault of the region here is told by the next operation."""
+        if self._volume.bells is not None:
+            with suppress(OSError, ValueError):
+                self._volume.bells.ring()
 
     def _transact_again(
         self, member: Membership, plan: Callable[[Transaction], T], removal: bool, releasing: bool
@@ -133,6 +148,7 @@ class Committer:
                     space.store_nodes()
                     if new_word := space.publish(word, new_root):
                         published = True
+                        self._unrung = self._rings
                         volume.note_commit(word, new_word)
                         volume.latest = View(store, new_word, new_root, tx.hand_over())
                         if space.dropped:

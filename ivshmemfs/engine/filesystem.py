@@ -55,6 +55,7 @@ from ivshmemfs.format.inode import MAX_FILE_SIZE
 if TYPE_CHECKING:
     from ivshmemfs.region import Region
     from ivshmemfs.region.condition import Condition
+    from ivshmemfs.shm.bells import Doorbell
 
 T = TypeVar("T")
 
@@ -91,18 +92,23 @@ class Filesystem:
         self.readonly: Final = volume.readonly
         self.store: Final = volume.store
         self.table: Final = volume.table
+        self.bells: Final = volume.bells
         self.clock: Final = volume.clock
         self.block_size: Final = volume.block_size
         self._credentials: Final = Credentials()
 
     @classmethod
-    def mount(cls, region: Region, *, readonly: bool = False) -> Self:
+    def mount(
+        cls, region: Region, *, readonly: bool = False, doorbell: Doorbell | None = None
+    ) -> Self:
         """Join the peers of `region`; with `readonly`, look without joining.
+
+        With a `doorbell`, which the caller closes, it rings waiters and `bells` wait for rings.
 
         Raises FormatError and its subclasses when the region holds no usable filesystem,
         RegionUnfit, TooManyPeers, UnderRepair.
         """
-        return cls(Volume.mount(region, readonly=readonly))
+        return cls(Volume.mount(region, readonly=readonly, doorbell=doorbell))
 
     def unmount(self) -> None:
         """Give all locks back and leave the peers.

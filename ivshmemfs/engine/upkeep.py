@@ -116,6 +116,7 @@ class Upkeep:
     def _keep_alive(self, member: Membership) -> None:
         volume = self._volume
         try:
+            member.state_rings(volume.rings)
             member.beat()
             member.publish_statistics(
                 volume.operations, volume.bytes_read, volume.bytes_written,

@@ -45,6 +45,7 @@ from ivshmemfs.format import superblock, words
 from ivshmemfs.format.geometry import SCRATCH_OFFSET, SCRATCH_SIZE
 from ivshmemfs.region.condition import Condition
 from ivshmemfs.region.probe import Scratch, cas_works, probe, refuse_unfit
+from ivshmemfs.shm.bells import Bells, Doorbell
 from ivshmemfs.shm.freelist import FreeList
 from ivshmemfs.shm.membership import Membership
 from ivshmemfs.shm.peers import PeerTable
@@ -80,7 +81,9 @@ def _check_swaps(region: Region) -> None:
 class Volume:
     """One peer's region, membership and latest view.  Not thread-safe."""
 
-    def __init__(self, region: Region, *, readonly: bool = False) -> None:
+    def __init__(
+        self, region: Region, *, readonly: bool = False, doorbell: Doorbell | None = None
+    ) -> None:
         self.region: Final = region
         self._raw: Final = region.memory.read(0, superblock.SUPERBLOCK.size)
         self.superblock: Final = superblock.decode(self._raw, region.size)
@@ -89,6 +92,7 @@ class Volume:
         self.table: Final = PeerTable(
             region.memory, self.superblock.geometry, self.store.commit_word
         )
+        self.bells: Final = None if doorbell is None else Bells(region.memory, self.table, doorbell)
         self.block_size: Final = self.superblock.geometry.block_size
         self.clock: Final = Clock()
         self.member: Membership | None = None
@@ -105,13 +109,17 @@ class Volume:
         self._short_at = float("-inf")  # the time of the last log line about exhausted memory
 
     @classmethod
-    def mount(cls, region: Region, *, readonly: bool = False) -> Volume:
+    def mount(
+        cls, region: Region, *, readonly: bool = False, doorbell: Doorbell | None = None
+    ) -> Volume:
         """Return `region` as a new peer sees it; with `readonly`, without a slot.
+
+        With a `doorbell`, it rings after each commit.  The caller closes it.
 
         Raises FormatError and its subclasses when the region holds no usable filesystem,
         RegionUnfit, TooManyPeers, UnderRepair.
         """
-        self = cls(region, readonly=readonly)
+        self = cls(region, readonly=readonly, doorbell=doorbell)
         self.store.snapshot()
         if not self.readonly:
             _check_swaps(region)
@@ -119,7 +127,7 @@ class Volume:
         return self
 
     def _join(self) -> None:
-        member = Membership(self.table)
+        member = Membership(self.table, rings=self.rings)
         member.join()
         self.table.watch.look()
         try:
@@ -138,6 +146,11 @@ class Volume:
         """(slot, incarnation) of this peer; (0, 0) without a slot."""
         member = self.member
         return (member.slot, member.incarnation) if member is not None else (0, 0)
+
+    @property
+    def rings(self) -> bool:
+        """Whether waiters are rung after each commit of this peer."""
+        return self.bells is not None and self.bells.doorbell.keep()
 
     def joined(self) -> Membership:
         """Return the membership; raises EROFS without a slot."""

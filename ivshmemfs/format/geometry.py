@@ -1,7 +1,7 @@
 """The places of all tables and blocks on a region of a given size.
 
     0      superblock (its copy at 2048)
-    1024   commit word, alone in its cache lines
+    1024   commit word, alone in its cache lines but for the bell words (`bell`), at 1032
     1152   hint word, alone in its cache lines
     1280   scratch words without meaning: a mount tests its mapping with one
     3072   repair slot: slot 0, before the peer table (`repair`)

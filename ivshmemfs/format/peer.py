@@ -52,7 +52,7 @@ class SlotRecord(NamedTuple):
     host: Annotated[bytes, At(128, "64s", "host name, zero-padded")]
     joined_ns: Annotated[int, At(192, "q", "when it joined, ns since 1970 by its own clock")]
     capabilities: Annotated[
-        int, At(200, "Q", "1 changes only the superblock, 2 answers challenges")
+        int, At(200, "Q", "1 changes only the superblock, 2 answers challenges, 4 rings")
     ]
     version: Annotated[bytes, At(208, "16s", "version of the program, zero-padded")]
     time_namespace: Annotated[int, At(224, "Q", "inode number of its time namespace, or 0")]

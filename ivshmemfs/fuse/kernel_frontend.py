@@ -40,6 +40,7 @@ from ivshmemfs.fuse.operations import LARGEST, Operations
 from ivshmemfs.fuse.pages import Pages
 from ivshmemfs.fuse.pretence import PRETENDED_FH, Parts, Pretence
 from ivshmemfs.fuse.retry import errno_of
+from ivshmemfs.fuse.wakeups import Wakeups
 
 #: Largest answer to READDIR, in bytes.
 LARGEST_LISTING = 1 << 17
@@ -118,7 +119,7 @@ class KernelFrontEnd:
     """Reads and answers the requests of one *connection*; *spawn* starts a task.
 
     *pages* learns which files the kernel keeps pages of.  *ended* tells whether the mount ends,
-    which ends all waits for locks.  *pretence* answers the replayer.
+    which ends all waits for locks.  *pretence* answers the replayer.  *wakeups* wake waiters.
     """
 
     def __init__(
@@ -131,10 +132,11 @@ class KernelFrontEnd:
         pages: Pages | None = None,
         ended: Callable[[], bool] = lambda: False,
         pretence: Pretence | None = None,
+        wakeups: Wakeups | None = None,
     ) -> None:
         self._operations = operations
         if connection.shares_locks:
-            operations.share_locks(ended)
+            operations.share_locks(ended, wakeups)
         #: The pid of the replayer, whose requests *pretence* answers; -1 without one.
         self.replayer = -1
         self._pretence = pretence

@@ -11,8 +11,10 @@ names an owner by 64 bits.  The owner is the file table of a process (fcntl), or
 A request that may wait is attempted at once.  Then a task attempts it again after FIRST_DELAY, with
 a backoff up to LONGEST_DELAY.  The backoff starts again when the table has changed.  The task
 attempts it at once when this mount gives back a lock of the inode.  An attempt costs one load while
-no peer commits.  A wait ends with the lock, with an error, with INTERRUPT (EINTR), or
-with the mount (EIO).
+no peer commits.  Where bells work (`wakeups`), the backoff ends in a sleep until a commit rings.
+After a ring that did not help it naps LONGEST_DELAY first, because commits come in rows.
+
+A wait ends with the lock, with an error, with INTERRUPT (EINTR), or with the mount (EIO).
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ from ivshmemfs.engine.locks import Guard, Locks, Wait
 from ivshmemfs.errors import Busy, FsError
 from ivshmemfs.format.lock import END, FCNTL, READ, LockRecord
 from ivshmemfs.fuse.retry import Refused
+from ivshmemfs.fuse.wakeups import Wakeups
 
 #: Seconds between two attempts of a request that waits: at first, and at most.
 FIRST_DELAY = 0.0002
@@ -37,6 +40,9 @@ LONGEST_DELAY = 0.004
 NEAR = 8
 #: Those whose delay starts again when the table has changed.
 NEXT = 2
+#: Maximum seconds of a sleep until a ring.  Holders that block the first waiter may die.  The owner
+#: of an earlier ticket may be paused.
+LONG_SLEEP, SHORT_SLEEP = 0.5, 0.05
 _F_OFD_SETLKW = 38
 
 
@@ -44,15 +50,22 @@ class SharedLocks:
     """The locks of one mount's open files, for the front end that reads the descriptor.
 
     *pause* sleeps for some seconds while other requests are served; *ended* says whether the mount
-    ends.
+    ends.  *wakeups* wake waiters where there is a doorbell.
     """
 
     def __init__(
-        self, locks: Locks, pause: Callable[[float], Awaitable[None]], ended: Callable[[], bool]
+        self,
+        locks: Locks,
+        pause: Callable[[float], Awaitable[None]],
+        ended: Callable[[], bool],
+        wakeups: Wakeups | None = None,
     ) -> None:
         self._locks = locks
         self._pause = pause
         self._ended = ended
+        self._wakeups = wakeups
+        if wakeups is not None:
+            wakeups.on_ring(self._rung)
         self._asleep: dict[int, dict[trio.CancelScope, Wait]] = {}  # by inode
 
     def test(
@@ -101,16 +114,20 @@ class SharedLocks:
     async def granted(self, wait: Wait) -> None:
         """Return when the lock is taken; raises what ends the wait."""
         delay, seen = FIRST_DELAY, wait.seen
+        slept = True  # until a ring, in place of the last nap
         try:
             while True:
-                await self._nap(wait, delay)
+                slept = not slept and delay >= LONGEST_DELAY and self._announced()
+                if slept and self._granted(wait):  # the look after the announcement
+                    return
+                if slept:
+                    await self._nap(wait, SHORT_SLEEP if wait.before else LONG_SLEEP)
+                else:
+                    await self._nap(wait, delay)
                 if self._ended():
                     raise Refused(errno.EIO)
-                try:
-                    if wait.attempt():
-                        return
-                except Busy:
-                    pass
+                if self._granted(wait):
+                    return
                 if wait.seen != seen and wait.before < NEXT:
                     delay = FIRST_DELAY
                 else:
@@ -118,6 +135,16 @@ class SharedLocks:
                 seen = wait.seen
         finally:
             wait.leave()
+
+    def _announced(self) -> bool:
+        return self._wakeups is not None and self._wakeups.announce()
+
+    @staticmethod
+    def _granted(wait: Wait) -> bool:
+        try:
+            return wait.attempt()
+        except Busy:
+            return False
 
     async def _nap(self, wait: Wait, seconds: float) -> None:
         """Sleep, until this mount gives back a lock of the inode at most."""
@@ -137,6 +164,11 @@ class SharedLocks:
         for scope, wait in list(self._asleep.get(ino, {}).items()):
             if wait.before < NEXT:
                 scope.cancel()
+
+    def _rung(self) -> None:
+        """Another machine has committed: look whether that was what is waited for."""
+        for ino in list(self._asleep):
+            self._wake(ino)
 
     def flush(self, handle: Handle, owner: int) -> None:
         """A process closes the file: its fcntl locks of the inode are over."""

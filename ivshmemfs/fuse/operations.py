@@ -40,6 +40,7 @@ from ivshmemfs.fuse.nodeids import NodeIds
 from ivshmemfs.fuse.ownership import Ownership
 from ivshmemfs.fuse.retry import Retry, errno_of
 from ivshmemfs.fuse.rights import CHANGE_NAMES, EXECUTE, READ, WRITE, Rights
+from ivshmemfs.fuse.wakeups import Wakeups
 from ivshmemfs.fuse.walks import Step, Walks
 
 #: Largest read, write or copy of one request, in bytes.
@@ -491,9 +492,12 @@ class Operations:
 
     # --- locks ------------------------------------------------------------------------------
 
-    def share_locks(self, ended: Callable[[], bool]) -> None:
-        """Keep the locks of files in the region; *ended* says whether the mount ends."""
-        self._locks = SharedLocks(self._fs.locks, self._pause, ended)
+    def share_locks(self, ended: Callable[[], bool], wakeups: Wakeups | None = None) -> None:
+        """Keep the locks of files in the region; *ended* says whether the mount ends.
+
+        Waiters sleep until a ring where *wakeups* has a doorbell.
+        """
+        self._locks = SharedLocks(self._fs.locks, self._pause, ended, wakeups)
 
     @property
     def locks(self) -> SharedLocks:

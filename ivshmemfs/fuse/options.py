@@ -76,6 +76,8 @@ class MountOptions:
     notify: bool = False
     loop: str = "poll"
     locks: str = "shared"
+    #: The socket of the server whose clients ring; "off" for none, None to look for one.
+    doorbell: str | None = None
     log: str | None = None
     #: Change an existing mount.
     remount: bool = False
@@ -228,6 +230,10 @@ def _set_log(options: MountOptions, value: str) -> None:
     options.log = value
 
 
+def _set_doorbell(options: MountOptions, value: str) -> None:
+    options.doorbell = value if value == "off" else os.path.abspath(value)
+
+
 _FLAGS: dict[str, tuple[str, bool]] = {
     "ro": ("readonly", True),
     "rw": ("readonly", False),
@@ -247,4 +253,5 @@ _VALUED: dict[str, Callable[[MountOptions, str], None]] = {
     "loop": _set_loop,
     "locks": _set_locks,
     "log": _set_log,
+    "doorbell": _set_doorbell,
 }

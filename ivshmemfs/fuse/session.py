@@ -37,6 +37,7 @@ from ivshmemfs.fuse.ownership import Ownership
 from ivshmemfs.fuse.pages import Invalidator, Pages
 from ivshmemfs.fuse.pyfuse3_frontend import Pyfuse3FrontEnd
 from ivshmemfs.fuse.upkeep import MountUpkeep
+from ivshmemfs.fuse.wakeups import Wakeups
 
 log = logging.getLogger(__name__)
 
@@ -75,9 +76,12 @@ class Session:
             access_lists=self._access_lists,
         )
         self._upkeep = MountUpkeep(fs)
+        self._wakeups = Wakeups(fs)
         self._invalidator = Invalidator()
         self._pages = Pages(fs, self._operations.nodes_of_file, self._invalidator.tell)
-        self._notifier = Notifier(fs, self._operations, path) if options.notify else None
+        self._notifier = (
+            Notifier(fs, self._operations, path, self._wakeups) if options.notify else None
+        )
         self._options = options
         self._lifeline: mountpoint.Lifeline | None = None
         self._handshake = Handshake(
@@ -174,6 +178,7 @@ class Session:
             pages=self._pages,
             ended=self._is_ending,
             pretence=self._notifier.pretence if self._notifier is not None else None,
+            wakeups=self._wakeups,
         )
         if self._notifier is not None:
             self._notifier.front = front_end
@@ -203,6 +208,7 @@ class Session:
             nursery.start_soon(self._watch_signals, nursery.cancel_scope)
             nursery.start_soon(self._keep_up)
             nursery.start_soon(self._pages.run)
+            nursery.start_soon(self._wakeups.run)
             if self._notifier is not None:
                 nursery.start_soon(self._notify, self._notifier)
             await pyfuse3.main(min_tasks=1, max_tasks=MAX_WORKERS)

@@ -40,6 +40,7 @@ class Region:
     kind: str  # as messages name it: file, PCI device, ...
     anchor: Anchor | None = None  # the mapped file or device, if it has a path of its own
     start: int | None = 0  # where mmap(2) of `path` finds the region, in bytes; None: nowhere
+    device: int | None = None  # descriptor of a VFIO device, which one process may open once
 
     @property
     def size(self) -> int:
@@ -84,9 +85,12 @@ class Region:
 
     def close(self) -> None:
         """Unmap; closing twice is harmless."""
+        closed = self.memory.closed
         self.memory.close()
         if self.anchor is not None:
             self.anchor.close()
+        if self.device is not None and not closed:
+            os.close(self.device)
 
     def __enter__(self) -> Region:
         return self

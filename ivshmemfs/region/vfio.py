@@ -38,16 +38,23 @@ GROUP_GET_STATUS: Final = _BASE + 3
 GROUP_SET_CONTAINER: Final = _BASE + 4
 GROUP_GET_DEVICE_FD: Final = _BASE + 6
 DEVICE_GET_REGION_INFO: Final = _BASE + 8
+DEVICE_GET_IRQ_INFO: Final = _BASE + 9
+DEVICE_SET_IRQS: Final = _BASE + 10
 DEVICE_BIND_IOMMUFD: Final = _BASE + 18
 
 API_VERSION: Final = 0
 IOMMUS: Final = (3, 1, 8)  # type 1 version 2, type 1, none
 VIABLE: Final = 1  # flag of a group's status: every device in it is VFIO's or unused
 MAPPABLE: Final = 4  # flag of a region's information
+CONFIG_REGION: Final = 7  # index of the configuration space
+MSIX: Final = 2  # index of these interrupts
+_SET_BY_EVENTFD: Final = 1 << 2 | 1 << 5  # flags: data is an eventfd, which interrupts trigger
 
 # The structures that these take; the first word is the size in bytes.
 _STATUS: Final = struct.Struct("=II")  # size, flags
 _REGION: Final = struct.Struct("=IIIIQQ")  # size, flags, index, offset of extensions, bytes, offset
+_IRQ: Final = struct.Struct("=IIII")  # size, flags, index, count
+_SET_IRQS: Final = struct.Struct("=IIIIIi")  # size, flags, index, first vector, count, eventfd
 _BIND: Final = struct.Struct("=IIiI")  # size, flags, iommufd, id of the device (out)
 
 
@@ -56,6 +63,26 @@ def _ask(descriptor: int, request: int, argument: bytes) -> bytes:
     buffer = bytearray(argument)
     fcntl.ioctl(descriptor, request, buffer)
     return bytes(buffer)
+
+
+def region_extent(device: int, index: int) -> tuple[int, int, int]:
+    """Return (bytes, offset in the device's descriptor, flags) of a region; raises OSError."""
+    raw = _REGION.pack(_REGION.size, 0, index, 0, 0, 0)
+    _, flags, _, _, size, offset = _REGION.unpack(_ask(device, DEVICE_GET_REGION_INFO, raw))
+    return size, offset, flags
+
+
+def msix_vectors(device: int) -> int:
+    """Return the number of MSI-X vectors of a device; raises OSError."""
+    raw = _IRQ.pack(_IRQ.size, 0, MSIX, 0)
+    count: int = _IRQ.unpack(_ask(device, DEVICE_GET_IRQ_INFO, raw))[3]
+    return count
+
+
+def signal_msix(device: int, vector: int, eventfd: int) -> None:
+    """Let an MSI-X vector signal `eventfd`, or nothing for -1; raises OSError."""
+    raw = _SET_IRQS.pack(_SET_IRQS.size, _SET_BY_EVENTFD, MSIX, vector, 1, eventfd)
+    _ask(device, DEVICE_SET_IRQS, raw)
 
 
 def open_vfio(address: str, *, readonly: bool = False, roots: Roots = HERE) -> Region:
@@ -72,12 +99,10 @@ def open_vfio(address: str, *, readonly: bool = False, roots: Roots = HERE) -> R
         )
     with contextlib.ExitStack() as stack:
         device, node = _device(directory, address, roots, stack)
-        raw = _REGION.pack(_REGION.size, 0, SHARED_BAR, 0, 0, 0)
         try:
-            found = _REGION.unpack(_ask(device, DEVICE_GET_REGION_INFO, raw))
+            size, offset, flags = region_extent(device, SHARED_BAR)
         except OSError as error:
             raise translate(error, node) from None
-        flags, size, offset = found[1], found[4], found[5]
         if not size:
             raise RegionSize(f"vfio:{address}: has no shared memory (BAR2)")
         if not flags & MAPPABLE:
@@ -88,14 +113,11 @@ def open_vfio(address: str, *, readonly: bool = False, roots: Roots = HERE) -> R
         memory, anchor = map_descriptor(
             os.dup(device), size, offset, path=node, readonly=readonly, access=access, device=True
         )
-    anchor.close()  # it is a descriptor of the device, not of the node
-    return Region(
-        memory=memory,
-        spec=f"vfio:{address}",
-        path=node,
-        kind=f"PCI device, {node} of {DRIVER}",
-        start=None,
-    )
+        anchor.close()  # it is a descriptor of the device, not of the node
+        return Region(
+            memory=memory, spec=f"vfio:{address}", path=node,
+            kind=f"PCI device, {node} of {DRIVER}", device=os.dup(device), start=None,
+        )  # fmt: skip
 
 
 def _device(

@@ -23,7 +23,7 @@ from contextlib import suppress
 from typing import Final
 
 from ivshmemfs.errors import Busy, Fenced, FsError, TooManyPeers
-from ivshmemfs.format import open_filter, peer, words
+from ivshmemfs.format import bell, open_filter, peer, words
 from ivshmemfs.format.words import ACTIVE, FREE, IDLE, JOINING
 from ivshmemfs.shm import identity, watch
 from ivshmemfs.shm.peers import PeerTable
@@ -49,8 +49,9 @@ def _first_counter() -> int:
 class Membership:
     """This mount's own slot.  Not thread-safe; one per mount."""
 
-    def __init__(self, table: PeerTable) -> None:
+    def __init__(self, table: PeerTable, *, rings: bool = False) -> None:
         self.table = table
+        self._rings = rings  # whether this mount rings after each commit (`shm/bells.py`)
         self.slot = 0
         self.incarnation = 0
         self.counter = 0
@@ -175,8 +176,16 @@ class Membership:
         self._move(IDLE, _first_counter())
 
     def _identify(self, record: peer.SlotRecord) -> None:
-        self._record = record._replace(proofs=record.proofs & self._proofs)
+        able = record.capabilities & ~bell.RINGS | (bell.RINGS if self._rings else 0)
+        self._record = record._replace(proofs=record.proofs & self._proofs, capabilities=able)
         self._own = peer.encode_identity(self._record)
+
+    def state_rings(self, rings: bool) -> None:
+        """State whether this mount rings; the next beat stores it."""
+        if self._rings != rings:
+            self._rings = rings
+            if self._record is not None:
+                self._identify(self._record)
 
     def doubt_machine(self, machine: bytes) -> None:
         """Withdraw the proof by hardware UUID if `machine`, seen on two machines, is this one's."""

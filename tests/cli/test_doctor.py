@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,13 +15,15 @@ import pytest
 
 from ivshmemfs import __version__
 from ivshmemfs.cli.doctor import checks
+from ivshmemfs.cli.doctor import facts as facts_module
 from ivshmemfs.cli.doctor.checks import FAIL, OK, WARN, check_machine, check_region
 from ivshmemfs.cli.doctor.commands import doctor_command
-from ivshmemfs.cli.doctor.facts import Facts, File, Machine, Peer, QemuUser
+from ivshmemfs.cli.doctor.facts import Bell, Facts, File, Machine, Peer, QemuUser
 from ivshmemfs.cli.doctor.hypervisor import lines
 from ivshmemfs.format.geometry import COMMIT_OFFSET
 from ivshmemfs.region import Candidate, Probe
 from tests.cli.conftest import complains, ivshmemfs
+from tests.support.doorbell import serving
 from tests.support.mounts import needs_fuse, run
 from tests.support.regions import TestRegion
 
@@ -35,7 +38,7 @@ GOOD = Facts(
 HOST = Machine(qemu=None)
 NAMES = [
     "region", "size", "access", "storage", "reserved", "mapping", "alignment", "format",
-    "compare-and-swap", "coherence", "repair", "versions", "peers", "clocks", "mounts",
+    "compare-and-swap", "coherence", "repair", "versions", "peers", "clocks", "bells", "mounts",
 ]  # fmt: skip
 
 
@@ -77,6 +80,8 @@ CASES = [
     ("clocks", FAIL, GOOD._replace(committed_ns=NOW + 3600 * 10**9), ["3600 s"], ["chrony"]),
     ("clocks", WARN, GOOD._replace(peers=(ALIVE._replace(joined_ns=NOW + 2 * 10**9),)),
      ["2 s ahead"], ["chrony"]),
+    ("bells", WARN, GOOD._replace(bell=Bell(fault="/run/x.sock: permission denied; run as root")),
+     ["waiters poll", "permission denied"], ["run as root"]),
     ("mounts", FAIL, GOOD._replace(troubles=("/mnt/x: daemon dead",)),
      ["/mnt/x: daemon dead"], ["umount"]),
     ("format", FAIL, GOOD._replace(unformatted="no filesystem: format it"),
@@ -98,6 +103,37 @@ def test_one_condition_gives_one_finding(
     assert (finding.check, finding.level) == (name, level)
     assert [word for word in why if word not in finding.why] == []
     assert [word for word in do if word not in finding.do] == []
+
+
+@pytest.mark.parametrize(
+    ("bell", "rings", "words"),
+    [
+        (Bell(), True, ["no doorbell here"]),
+        (Bell("its device"), True, ["its device rings", "waiters poll", "no uio or VFIO driver"]),
+        (Bell("its device, number 3", True), True, ["sleep until a commit rings"]),
+        (Bell("its device, number 3", True), False, ["waiters poll", "slot 1"]),
+    ],
+)
+def test_what_is_said_of_bells(bell: Bell, rings: bool, words: list[str]) -> None:
+    facts = GOOD._replace(bell=bell, peers=(ALIVE._replace(rings=rings),))
+    (finding,) = [one for one in check_region(facts, HOST) if one.check == "bells"]
+    assert finding.level == OK
+    assert [word for word in words if word not in finding.why] == []
+
+
+def test_the_bells_of_a_real_server(
+    formatted: TestRegion, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "socket"
+    monkeypatch.setattr(facts_module, "usual_socket", lambda _region: path)
+    assert facts_module.facts(str(formatted.path)).bell == Bell()
+    with serving(path, formatted.path):
+        found = facts_module.facts(str(formatted.path)).bell
+        assert found.is_rung
+        assert str(path) in found.shown
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(path))
+        assert "no server listens" in facts_module.facts(str(formatted.path)).bell.fault
 
 
 def test_every_check_can_go_wrong() -> None:

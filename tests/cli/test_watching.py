@@ -280,6 +280,7 @@ class _Quiet:
         self.now, self.commit_at = 100.0, 100.0 + commit_at
         self.naps: list[tuple[float, float]] = []  # when, and how long each nap is
         self.store = SimpleNamespace(commit_word=self)
+        self.bells = None
 
     def condition(self) -> Condition:
         return Condition.SOUND

@@ -87,6 +87,7 @@ class FakeHandle:
 class FakeFilesystem:
     """See the module's comment."""
 
+    bells = None
     is_committing = False
     shares_locks = False
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+import subprocess
 import tempfile
 import warnings
 from collections.abc import Iterator
@@ -15,6 +17,7 @@ from tests.guest.harness import (
     GuestError,
     Recipe,
     arm_parts,
+    kernel_root,
     make_recipe,
     missing_parts,
 )
@@ -73,6 +76,23 @@ def pair(workplace: Path, recipe: Recipe, regions: list[Path]) -> Iterator[list[
     yield guests
     for guest in guests:
         guest.close()
+
+
+@pytest.fixture(scope="session")
+def drivers(workplace: Path) -> Path:
+    """Where our kernel modules are (`driver/`), built for the guest's kernel."""
+    headers = next(
+        (kernel_root().resolve() / "headers/usr/src").glob("linux-headers-*-amd64"), None
+    )
+    assert headers is not None, "no headers of the guest's kernel: run 'sh scripts/setup --guest'"
+    place = workplace / "driver"
+    shutil.copytree(Path(__file__).with_name("driver"), place)
+    made = subprocess.run(
+        ["make", "-C", headers, f"M={place}", "KCFLAGS=-Werror", "modules"],
+        capture_output=True, text=True, check=False, timeout=120,
+    )  # fmt: skip
+    assert made.returncode == 0, made.stdout + made.stderr
+    return place
 
 
 def ready(*guests: Guest) -> None:

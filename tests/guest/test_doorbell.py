@@ -1,7 +1,9 @@
 """Two guests with ivshmem-doorbell devices of `ivshmemfs server`, plugged in while they run.
 
-The host is a client of the server too, so a guest's ring is seen there.  In the guest no driver
-takes interrupts, so rings go one way here; `tests/doorbell` has both ways.
+The host is a client of the server too, so a guest's ring is seen there.  At first no driver takes
+interrupts in the guests, so rings go one way.  Then a uio driver takes them (`driver/`), and
+waiters in one guest sleep until the other guest or the host commits.  `test_vfio.py` has the same
+without a driver of ours.
 """
 
 from __future__ import annotations
@@ -12,10 +14,15 @@ from pathlib import Path
 
 import pytest
 
-from tests.guest.conftest import erase
-from tests.guest.harness import COMMAND_SECONDS, Guest, arm_parts
+from ivshmemfs.doorbell.finding import doorbell_of
+from ivshmemfs.engine import ROOT_INO, Filesystem
+from ivshmemfs.region import open_region
+from tests.guest.conftest import erase, ready
+from tests.guest.harness import COMMAND_SECONDS, Guest, arm_parts, kernel_root
 from tests.guest.machines import FSCK, IVSHMEMFS, MKFS, Host, Mount
+from tests.guest.sleeper import MOST, announced, asleep
 from tests.support.doorbell import Client, serving
+from tests.support.regions import put
 
 pytestmark = pytest.mark.guest
 
@@ -50,20 +57,21 @@ def plug(guest: Guest, path: Path) -> str:
     return guest.sh(WAIT.format(look)).strip()
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def served(
-    guests: list[Guest], workplace: Path, regions: list[Path], host: Host
+    pair: list[Guest], workplace: Path, regions: list[Path]
 ) -> Iterator[tuple[Path, Client, list[str]]]:
     """The file of a region, the host's client, and the device's address in each guest.
 
     The devices stay plugged in until their guests end.  What they have is erased.
     """
+    ready(*pair)
     region, path = Path(f"{regions[0]}-bell"), workplace / "bell"
-    host.run(MKFS, "--size", str(SIZE), "--label", "bell", region).check()
+    Host().run(MKFS, "--size", str(SIZE), "--label", "bell", region).check()
     try:
         with serving(path, region, "--vectors", str(VECTORS)):
             client = Client(path).join(VECTORS)
-            yield region, client, [plug(guest, path) for guest in guests]
+            yield region, client, [plug(guest, path) for guest in pair]
             client.leave()
     finally:
         erase(region)
@@ -99,3 +107,50 @@ def test_guests_exchange_files_and_ring(
         ids.append(int(done.out))
         assert client.rings(vector)
     assert sorted(ids) == sorted(client.peers)
+
+
+def interrupts(guest: Guest) -> int:
+    """How many interrupts the uio driver's devices have had."""
+    lines = guest.sh("grep ivshmem_uio /proc/interrupts").splitlines()
+    return sum(int(word) for line in lines for word in line.split()[1:3])
+
+
+def put_by_host(region: Path, socket: Path, name: bytes) -> int:
+    """Make a file as a peer on the host that rings; how many it rang."""
+    with open_region(str(region)) as opened:
+        doorbell = doorbell_of(opened, str(socket))
+        assert doorbell is not None
+        fs = Filesystem.mount(opened, doorbell=doorbell)
+        try:
+            put(fs, ROOT_INO, name, b"x")
+            return 0 if fs.bells is None else fs.bells.rung
+        finally:
+            fs.unmount()
+            doorbell.close()
+
+
+def test_a_waiter_in_a_guest_sleeps_until_another_machine_commits(
+    served: tuple[Path, Client, list[str]],
+    guests: list[Guest],
+    host: Host,
+    drivers: Path,
+    workplace: Path,
+) -> None:
+    region, _, addresses = served
+    for guest in guests:
+        modules = kernel_root().resolve()
+        guest.sh(f"/sbin/modprobe -d {modules} uio; /sbin/insmod {drivers}/ivshmem_uio.ko")
+    first, second = guests
+    for name in ("from-guest", "from-host"):
+        before = interrupts(first)
+        waiting = first.begin(IVSHMEMFS, "wait", f"pci:{addresses[0]}:/{name}")
+        announced(region, waiting)
+        assert asleep(first, f"wait pci:{addresses[0]}") <= MOST
+        if name == "from-guest":
+            source = f"pci:{addresses[1]}"
+            second.run(IVSHMEMFS, "put", source, "/etc/hostname", f"/{name}").check()
+        else:
+            assert put_by_host(region, workplace / "bell", name.encode()) == 1
+        waiting.wait().check()
+        assert interrupts(first) > before
+    host.run(FSCK, "-n", region).check()

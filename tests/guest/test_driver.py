@@ -7,8 +7,6 @@ without room, and in the end a locked-down kernel.  The order of the tests matte
 from __future__ import annotations
 
 import json
-import shutil
-import subprocess
 import sys
 import sysconfig
 from collections.abc import Callable, Iterator
@@ -28,7 +26,6 @@ if arm_parts() is not None:
 Load = Callable[[str], None]
 MountAll = Callable[[], list[Mount]]
 
-SOURCE = Path(__file__).with_name("driver")
 COMMANDS = Path(__file__).with_name("commands.py").resolve()
 NAME = "ivshmem_shared"
 NODE = "/dev/ivshmem0"
@@ -38,20 +35,9 @@ TREE = sysconfig.get_path("stdlib") + "/json"
 
 
 @pytest.fixture(scope="module")
-def module_file(workplace: Path) -> Path:
+def module_file(drivers: Path) -> Path:
     """The driver, built for the guest's kernel."""
-    headers = next(
-        (kernel_root().resolve() / "headers/usr/src").glob("linux-headers-*-amd64"), None
-    )
-    assert headers is not None, "no headers of the guest's kernel: run 'sh scripts/setup --guest'"
-    place = workplace / "driver"
-    shutil.copytree(SOURCE, place)
-    made = subprocess.run(
-        ["make", "-C", headers, f"M={place}", "KCFLAGS=-Werror", "modules"],
-        capture_output=True, text=True, check=False, timeout=120,
-    )  # fmt: skip
-    assert made.returncode == 0, made.stdout + made.stderr
-    return place / f"{NAME}.ko"
+    return drivers / f"{NAME}.ko"
 
 
 @pytest.fixture(scope="module")

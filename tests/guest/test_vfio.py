@@ -13,6 +13,8 @@ import pytest
 from tests.guest.conftest import ready
 from tests.guest.harness import Guest, Recipe, arm_parts, kernel_root
 from tests.guest.machines import FSCK, IVSHMEMFS, MKFS, Host, Mount
+from tests.guest.sleeper import MOST, announced, asleep
+from tests.support.doorbell import serving
 
 pytestmark = pytest.mark.guest
 
@@ -21,6 +23,9 @@ if arm_parts() is not None:
 
 NVDIMM = 128 << 20  # bytes: the smallest that Linux makes a region of
 DAX = "/dev/dax0.0"
+BELL_SIZE = 4 << 20  # bytes
+BELL_SLOT = 0x14
+BELL_ADDRESS = f"0000:00:{BELL_SLOT:02x}.0"
 
 
 @pytest.fixture(scope="module")
@@ -33,14 +38,28 @@ def nvdimm(regions: list[Path]) -> Iterator[Path]:
 
 
 @pytest.fixture(scope="module")
+def bell_region(workplace: Path, regions: list[Path]) -> Iterator[Path]:
+    """The file of a region with a server at the socket `vfio-bell`."""
+    path = Path(f"{regions[0]}-vfio-bell")
+    Host().run(MKFS, "--size", str(BELL_SIZE), "--label", "vfio-bell", path).check()
+    try:
+        with serving(workplace / "vfio-bell", path):
+            yield path
+    finally:
+        path.unlink()
+
+
+@pytest.fixture(scope="module")
 def others(
-    workplace: Path, recipe: Recipe, regions: list[Path], nvdimm: Path
+    workplace: Path, recipe: Recipe, regions: list[Path], nvdimm: Path, bell_region: Path
 ) -> Iterator[list[Guest]]:
-    """Two guests with the usual regions, behind an IOMMU, and with the NVDIMM."""
+    """Two guests with the usual regions, behind an IOMMU, with the NVDIMM and a doorbell device."""
     backend = f"memory-backend-file,id=nvdimm,share=on,mem-path={nvdimm},size={NVDIMM}"
     words = (
         *("-machine", "q35,nvdimm=on,kernel-irqchip=split", "-device", "intel-iommu"),
         *("-m", "1G,slots=2,maxmem=4G", "-object", backend, "-device", "nvdimm,memdev=nvdimm"),
+        *("-chardev", f"socket,path={workplace / 'vfio-bell'},id=bell"),
+        *("-device", f"ivshmem-doorbell,chardev=bell,vectors=1,addr={BELL_SLOT:#x}"),
     )
     guests = [Guest(recipe, name, regions, workplace, words) for name in ("iommu1", "iommu2")]
     try:
@@ -88,6 +107,34 @@ def test_guests_exchange_files_through_vfio(
         for mount in mounts:
             mount.abandon()
     host.run(FSCK, "-n", region).check()
+
+
+def test_a_waiter_sleeps_until_a_vfio_interrupt(
+    others: list[Guest], bell_region: Path, host: Host
+) -> None:
+    """One guest waits through vfio-pci; the other commits through it, and rings by its BAR0."""
+    for guest in others:
+        modprobe(guest, "vfio_iommu_type1", "vfio-pci")
+        guest.sh(
+            f"echo vfio-pci >/sys/bus/pci/devices/{BELL_ADDRESS}/driver_override;"
+            f" echo {BELL_ADDRESS} >/sys/bus/pci/drivers_probe"
+        )
+    first, second = others
+    spec = f"vfio:{BELL_ADDRESS}"
+    waiting = first.begin(IVSHMEMFS, "wait", f"{spec}:/new")
+    announced(bell_region, waiting)
+    assert asleep(first, f"wait {spec}") <= MOST
+    assert interrupts(first) == 0
+    second.run(IVSHMEMFS, "put", spec, "/etc/hostname", "/new").check()
+    assert interrupts(first) == 1
+    waiting.wait().check()
+    host.run(FSCK, "-n", bell_region).check()
+
+
+def interrupts(guest: Guest) -> int:
+    """How many VFIO interrupts a guest had from its doorbell device."""
+    lines = guest.sh(f"grep 'vfio-msix.*{BELL_ADDRESS}' /proc/interrupts").splitlines()
+    return sum(int(word) for line in lines for word in line.split()[1:3])
 
 
 def make_dax(guest: Guest) -> None:

@@ -31,7 +31,7 @@ from tests.support.programs import find
 pytestmark = pytest.mark.slow
 
 HERE = Path(__file__).parent
-SOURCES = ("commit", "mark", "openlist", "slots", "twins")
+SOURCES = ("bells", "commit", "mark", "openlist", "slots", "twins")
 MEMORY_MB = 6000
 TIMEOUT_S = 3600
 DEPTH = 100_000
@@ -87,6 +87,8 @@ SLOT = Case("slots", "JOINS=2 DEATHS=0 JUDGEMENTS=0")
 FREE = Case("slots", "FREERS JOINS=3 DEATHS=0 JUDGEMENTS=0")
 JUDGE = Case("slots", "JOINS=2 OPENS=0")
 TWINS = Case("twins", "STEPS=2")
+RING = Case("bells", "COMMITS=2")
+RING_SHARED = Case("bells", "COMMITS=3 SHARED")
 
 SHORT = [
     WRITE,
@@ -107,6 +109,8 @@ SHORT = [
     FREE,
     JUDGE,
     TWINS,
+    RING,
+    RING_SHARED,
 ]
 
 LONG = [
@@ -125,6 +129,7 @@ LONG = [
     Case("slots", "JOINS=3"),
     Case("slots", "FREERS JOINS=5 DEATHS=1"),
     Case("twins", "STEPS=4"),
+    Case("bells", "COMMITS=3"),
 ]
 
 # What is broken, where it shows, and which property then fails.
@@ -201,6 +206,11 @@ BROKEN = [
     (TWINS, "BREAK_MARK_ONCE", "M9"),
     (TWINS, "BREAK_MARK_IGNORED", "M9"),
     (TWINS, "BREAK_MARK_BEFORE_PROCESS", "M9"),
+    (RING, "BREAK_NO_SECOND_LOOK", "M10"),
+    (RING, "BREAK_BELL_BEFORE_COMMIT", "M10"),
+    (RING, "BREAK_TAKE_BY_STORE", "M10"),
+    (RING, "BREAK_ANNOUNCE_BY_STORE", "M10"),
+    (RING, "BREAK_FORGET_LAST", "M10"),
 ]
 
 
@@ -230,7 +240,7 @@ def property_violated(case: Case, directory: Path) -> str:
     where = re.search(rf"{re.escape(case.source)}:(\d+), Error: assertion violated", replay)
     assert where, replay[-2000:]
     line = (directory / case.source).read_text().splitlines()[int(where[1]) - 1]
-    noted = re.search(r"/\* (M\d) \*/", line)
+    noted = re.search(r"/\* (M\d+) \*/", line)
     assert noted, f"{case.source}:{where[1]} names no property: {line}"
     return noted[1]
 
@@ -305,6 +315,7 @@ COVERING = {
     "openlist": [OPEN],
     "slots": [SLOT, FREE, JUDGE],
     "twins": [TWINS],
+    "bells": [RING, RING_SHARED],
 }
 
 

@@ -90,6 +90,7 @@ def kernel(machine: FakeMachine, monkeypatch: pytest.MonkeyPatch) -> FakeVfio:
 def test_the_numbers_are_those_of_the_header() -> None:
     assert (vfio.GET_API_VERSION, vfio.DEVICE_GET_REGION_INFO) == (0x3B64, 0x3B6C)
     assert (vfio.GROUP_GET_DEVICE_FD, vfio.DEVICE_BIND_IOMMUFD) == (0x3B6A, 0x3B76)
+    assert (vfio.DEVICE_GET_IRQ_INFO, vfio.DEVICE_SET_IRQS) == (0x3B6D, 0x3B6E)
 
 
 @pytest.mark.parametrize("interface", ["group", "cdev"])
@@ -101,7 +102,8 @@ def test_bar2_is_mapped(interface: str, machine: FakeMachine, kernel: FakeVfio) 
         assert region.spec == f"vfio:{ONE}"
         region.memory.store(64, 42)
         assert kernel.memory.read_bytes()[OFFSET + 64] == 42
-        assert len(os.listdir("/proc/self/fd")) == before, "only the mapping keeps it open"
+        assert len(os.listdir("/proc/self/fd")) == before + 1, "the device, for its doorbell"
+    assert len(os.listdir("/proc/self/fd")) == before
     bound = vfio.DEVICE_BIND_IOMMUFD in kernel.calls
     assert bound == (interface == "cdev")
     with open_region(f"vfio:{ONE}", readonly=True, roots=machine.roots) as region:

@@ -70,12 +70,19 @@ def region_target_of(argument: str) -> Target:
 
 
 @contextmanager
-def reached(target: Target, *, readonly: bool) -> Iterator[Filesystem]:
-    """Be a peer of the region of `target` for the time of a `with`.  Raises RegionError."""
+def reached(
+    target: Target, *, readonly: bool, waits: bool = False, doorbell: str | None = None
+) -> Iterator[Filesystem]:
+    """Be a peer of the region of `target` for the time of a `with`; see `attached`.
+
+    Raises RegionError.
+    """
     region = region_of(target.region)
     with ExitStack() as stack:
         try:
-            fs = stack.enter_context(attached(region, readonly=readonly))
+            fs = stack.enter_context(
+                attached(region, readonly=readonly, waits=waits, doorbell=doorbell)
+            )
         except RegionMissing:
             raise RegionMissing(f"{target.region}: there is no such region") from None
         yield fs

@@ -5,16 +5,17 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from typing import TYPE_CHECKING, TypeVar, cast
 
 from ivshmemfs import __version__
-from ivshmemfs.errors import Busy, RegionError, UnderRepair, Unfinished
+from ivshmemfs.errors import Busy, RegionDenied, RegionError, UnderRepair, Unfinished
 
 if TYPE_CHECKING:
     from ivshmemfs.engine import Filesystem
     from ivshmemfs.format.peer import Occupant
     from ivshmemfs.region import Region
+    from ivshmemfs.shm.bells import Doorbell
 
 T = TypeVar("T")
 
@@ -26,14 +27,14 @@ PAUSE = 0.002
 PULSE = 1.0
 
 
-def enter(region: Region, *, readonly: bool) -> Filesystem:
+def enter(region: Region, *, readonly: bool, doorbell: Doorbell | None = None) -> Filesystem:
     """Mount `region`; a repair is waited for shortly, since most take less.  Raises UnderRepair."""
     from ivshmemfs.engine import Filesystem
 
     end = time.monotonic() + REPAIR_SECONDS
     while True:
         try:
-            return Filesystem.mount(region, readonly=readonly)
+            return Filesystem.mount(region, readonly=readonly, doorbell=doorbell)
         except OSError as error:
             if short := region.shortage():
                 raise RegionError(short) from error
@@ -45,13 +46,24 @@ def enter(region: Region, *, readonly: bool) -> Filesystem:
 
 
 @contextmanager
-def peer(region: Region, *, readonly: bool) -> Iterator[Filesystem]:
-    """A peer for the time of a `with`."""
-    fs = enter(region, readonly=readonly)
-    try:
+def peer(
+    region: Region, *, readonly: bool, waits: bool = False, doorbell: str | None = None
+) -> Iterator[Filesystem]:
+    """A peer for the time of a `with`; it has a doorbell if it writes or `waits`.
+
+    `doorbell` is the socket of a server, see `doorbell_of`.
+    """
+    with ExitStack() as stack:
+        bell = None
+        if waits or not readonly:
+            from ivshmemfs.doorbell.finding import doorbell_of
+
+            bell = doorbell_of(region, doorbell)
+            if bell is not None:
+                stack.callback(bell.close)
+        fs = enter(region, readonly=readonly, doorbell=bell)
+        stack.callback(fs.unmount)
         yield fs
-    finally:
-        fs.unmount()
 
 
 class Pulse:
@@ -71,20 +83,42 @@ class Pulse:
 
 
 @contextmanager
-def attached(spec: str, *, readonly: bool) -> Iterator[Filesystem]:
+def attached(
+    spec: str, *, readonly: bool, waits: bool = False, doorbell: str | None = None
+) -> Iterator[Filesystem]:
     """Open the region that `spec` names, and be a peer of it for the time of a `with`.
 
-    `spec` is a region or a mount point.  Raises RegionError, FormatError.
+    `spec` is a region or a mount point; `waits` and `doorbell` are as `peer` has them.  Raises
+    RegionError, FormatError.
     """
     from ivshmemfs.cli.attach.names import region_of
     from ivshmemfs.format.superblock import identify
     from ivshmemfs.region import open_region
 
-    with (
-        open_region(region_of(spec), readonly=readonly, identify=identify) as region,
-        peer(region, readonly=readonly) as fs,
-    ):
+    region = open_region(region_of(spec), readonly=readonly, identify=identify)
+    if waits and readonly:
+        region = _announcing(region, doorbell)
+    with region, peer(region, readonly=readonly, waits=waits, doorbell=doorbell) as fs:
         yield fs
+
+
+def _announcing(region: Region, doorbell: str | None) -> Region:
+    """Return `region` with stores allowed if it has a doorbell and this user may store.
+
+    A waiter announces itself in the region.  Closes `region` if it opens it again.
+    """
+    from ivshmemfs.doorbell.finding import doorbell_of
+    from ivshmemfs.region import open_region
+
+    bell = doorbell_of(region, doorbell)
+    if bell is None:
+        return region
+    bell.close()
+    region.close()
+    try:
+        return open_region(region.spec)
+    except RegionDenied:
+        return open_region(region.spec, readonly=True)
 
 
 def older_peers(peers: Iterable[Occupant]) -> str:

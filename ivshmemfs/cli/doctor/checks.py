@@ -62,7 +62,7 @@ def check_region(facts: Facts, machine: Machine) -> list[Finding]:
     found += [_mapping(facts), _alignment(facts), _format(facts)]
     if not facts.unformatted:
         checks: tuple[Callable[[Facts], Finding], ...] = (
-            _cas, _coherence, _repair, _versions, _peers, _clocks, _mounts,
+            _cas, _coherence, _repair, _versions, _peers, _clocks, _bells, _mounts,
         )  # fmt: skip
         found += [check(facts) for check in checks]
     return found
@@ -213,6 +213,24 @@ def _clocks(facts: Facts) -> Finding:
     why = f"times in the region are {ahead:.0f} s ahead of this machine's clock"
     do = "synchronise the clocks of all machines, for example with chrony"
     return Finding("clocks", FAIL if ahead > FAR_AHEAD else WARN, why, do)
+
+
+def _bells(facts: Facts) -> Finding:
+    """Judge the doorbell; without one nothing is wrong, because waiters poll."""
+    bell = facts.bell
+    if bell.fault:
+        why, _, do = bell.fault.rpartition("; ")
+        return Finding("bells", WARN, f"waiters poll: {why or do}", do if why else "")
+    if not bell.shown:
+        return Finding("bells", OK, "no doorbell here, so waiters poll")
+    if not bell.is_rung:
+        why = f"{bell.shown} rings; waiters poll, as no uio or VFIO driver takes its interrupts"
+        return Finding("bells", OK, why)
+    mute = [peer.shown for peer in facts.peers if not peer.rings]
+    if mute:
+        why = f"{bell.shown} works; waiters poll, as these have none: {', '.join(mute)}"
+        return Finding("bells", OK, why)
+    return Finding("bells", OK, f"{bell.shown} works; waiters sleep until a commit rings")
 
 
 def _mounts(facts: Facts) -> Finding:

@@ -14,6 +14,7 @@ from typing import NamedTuple
 from ivshmemfs.cli.attach.names import mounts_of, region_of
 from ivshmemfs.cli.attach.peer import enter
 from ivshmemfs.cli.peers import watched_alive
+from ivshmemfs.doorbell.finding import doorbell_of, usual_socket
 from ivshmemfs.errors import (
     Corrupt,
     GeometryMismatch,
@@ -28,6 +29,7 @@ from ivshmemfs.fuse import mountpoint
 from ivshmemfs.printing import shown
 from ivshmemfs.region import Probe, Region, open_region, probe, uncached
 from ivshmemfs.region.mapped import ACCESS_NAMES
+from ivshmemfs.shm.bells import rings
 from ivshmemfs.shm.commit import CommitWord
 from ivshmemfs.shm.peers import PeerTable
 from ivshmemfs.shm.repair import describe
@@ -75,6 +77,15 @@ class Peer(NamedTuple):
     life: str
     joined_ns: int
     memory: str = "unknown"  # whether it sees the same memory as the others
+    rings: bool = False  # whether it rings waiters after each commit
+
+
+class Bell(NamedTuple):
+    """The doorbell of this machine for a region: what it is, or why it cannot be used."""
+
+    shown: str = ""  # "" without one
+    is_rung: bool = False  # whether waiters here can sleep on it
+    fault: str = ""
 
 
 class Facts(NamedTuple):
@@ -103,6 +114,7 @@ class Facts(NamedTuple):
     committed_ns: int = 0
     now_ns: int = 0
     troubles: tuple[str, ...] = ()
+    bell: Bell = Bell()
 
 
 # --- the machine ------------------------------------------------------------------------------
@@ -195,7 +207,7 @@ def _of(region: Region) -> Facts:
         committed = enter(region, readonly=True).view().root.record.time_ns
     return found._replace(
         label=names[0], uuid=names[1], repair=repair, peers=_peers(table),
-        committed_ns=committed, now_ns=time.time_ns(),
+        committed_ns=committed, now_ns=time.time_ns(), bell=_bell(region),
     )  # fmt: skip
 
 
@@ -206,8 +218,30 @@ def _peers(table: PeerTable) -> tuple[Peer, ...]:
     for peer in present:
         life = "alive" if peer.slot in alive else "gone" if watch.absent(peer) else "silent"
         joined = peer.record.joined_ns if peer.identity_valid else 0
-        found.append(Peer(peer.slot, peer.describe(), peer.version, life, joined, peer.coherence))
+        found.append(
+            Peer(
+                peer.slot, peer.describe(), peer.version, life, joined, peer.coherence, rings(peer)
+            )
+        )  # fmt: skip
     return tuple(found)
+
+
+def _bell(region: Region) -> Bell:
+    """Return the doorbell that a mount of `region` here would have; connects for a moment."""
+    place = usual_socket(region) if region.kind == "file" else None
+    try:
+        named = str(place) if place is not None and place.exists() else None
+        doorbell = doorbell_of(region, named)
+    except (IvshmemfsError, OSError) as error:
+        return Bell(fault=str(error))
+    if doorbell is None:
+        return Bell()
+    try:
+        where = "its device" if place is None else f"the server at {shown(os.fsencode(place))}"
+        number = doorbell.number
+        return Bell(f"{where}, number {number}" if number >= 0 else where, number >= 0)
+    finally:
+        doorbell.close()
 
 
 def _compare_and_swap(spec: str) -> tuple[bool | None, str]:
