@@ -647,7 +647,7 @@ class Client:
 
         Each record goes to one reader, or with `broadcast` to all.  A reader of a broadcast begins
         with what is put from now on; with `replay`, with the oldest record that is there.  Raises
-        OSError: EINVAL for a file that is no queue, EEXIST for a queue of the other kind.
+        OSError: EINVAL for any other file, EEXIST for a queue of the other kind.
         """
         return Queue(self, text_of(path), records, record_size, broadcast, replay)
 

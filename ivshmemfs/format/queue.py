@@ -27,8 +27,8 @@ TAIL_OFFSET: Final = 128
 HEAD_OFFSET: Final = 256
 MAX_CELLS: Final = 1 << 20
 MAX_RECORD: Final = 64 << 20  # bytes
-#: Buffers beside those in the cells, for claims under way and for what deaths leave claimed: so
-#: many, or fewer if they take more than SPARE_BYTES, but 4.
+#: Buffers beside those in the cells, for claims under way and for what deaths leave claimed.  They
+#: are fewer if so many take more than SPARE_BYTES, but at least 4.
 SPARE: Final = 32
 SPARE_BYTES: Final = 1 << 20
 LINE: Final = 64  # bytes; tags and buffers begin at a cache line
