@@ -6,7 +6,7 @@ to all readers; one that is slower than the writers loses the oldest, and is tol
 While a call waits, it is in one of these states, by the time since it began:
 
     awake    SPIN seconds: it looks without a pause, and lets other threads run
-    drowsy   naps that become longer, up to NAPS' last
+    drowsy   naps that become longer (`nap_after`)
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Final, Self
 from ivshmemfs.api.mapped_file import MappedFile
 from ivshmemfs.errors import FsError
 from ivshmemfs.format import queue as fmt
+from ivshmemfs.shm.queue import nap_after
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
@@ -35,8 +36,6 @@ RECORDS: Final = 256
 RECORD_SIZE: Final = 4096
 #: Looks without a pause; each takes about half a microsecond.
 SPINS: Final = 400
-#: (seconds of waiting up to which a nap lasts so long, seconds of the nap).
-NAPS: Final = ((0.02, 0.00005), (1.0, 0.0005), (10.0, 0.002), (float("inf"), 0.003))
 #: Seconds between two looks at whether the region still is what was opened.
 CONDITION_SECONDS: Final = 1.0
 #: Seconds without a free buffer after which `put` says so: many writers at once take less.
@@ -228,13 +227,9 @@ class _Waiting:
         if now >= self._next_check:
             self._queue.check()
             self._next_check = now + CONDITION_SECONDS
-        for last, nap in NAPS:
-            if now - self._began < last:
-                until = min(self._began + last, end, self._next_check)
-                self._memory.await_change(
-                    at, word, int(nap * _BILLION), max(int((until - now) / nap), 1)
-                )
-                break
+        nap, until = nap_after(now - self._began)
+        seconds = min(self._began + until, end, self._next_check) - now
+        self._memory.await_change(at, word, int(nap * _BILLION), max(int(seconds / nap), 1))
         return True
 
 

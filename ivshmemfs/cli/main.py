@@ -50,6 +50,8 @@ SUBCOMMANDS = {
     "lock": Subcommand("lock", "Run COMMAND under a lock between all machines."),
     "wait": Subcommand("wait", "Wait for a file to appear, go or change."),
     "watch": Subcommand("watch", "Print changes of files as they happen."),
+    "send": Subcommand("queue", "Send records to other machines through a queue."),
+    "receive": Subcommand("queue", "Wait for records of a queue."),
     "map": Subcommand("map", "Print where programs find a file as memory."),
     "get": Subcommand("transfer.commands", "Copy files from REGION, without a mount."),
     "put": Subcommand("transfer.commands", "Copy local files to REGION, without a mount."),

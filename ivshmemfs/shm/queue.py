@@ -42,6 +42,15 @@ _FENCED: Final = "another peer declared this one gone in the middle of a message
 _UNUSABLE: Final = "its programs cannot go on with it: make another under a new name"
 
 
+#: (seconds of waiting up to which a nap lasts so long, seconds of the nap).
+_NAPS: Final = ((0.02, 0.00005), (1.0, 0.0005), (10.0, 0.002), (float("inf"), 0.003))
+
+
+def nap_after(waited: float) -> tuple[float, float]:
+    """Return (seconds of a nap, seconds of waiting up to which naps are so long)."""
+    return next((nap, until) for until, nap in _NAPS if waited < until)
+
+
 class Ring:
     """The queue in the memory of one fixed file, at `offset` of the region.  Thread-safe.
 
