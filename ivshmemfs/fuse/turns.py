@@ -1,8 +1,7 @@
 """Turns of computing: requests run between two of them, however many tasks wait for one.
 
-Tasks that are ready at once all run before the loop serves the next request.  So a thousand waiters
-of a lock, each with a large table to look at, would hold up all requests for the sum of their
-looks.  Each takes a turn instead:
+Tasks that are ready at once all run before the loop serves the next request.  A thousand waiters of
+a lock would hold up each request for the sum of their looks.  So each takes a turn:
 
     free     no task computes; the next one may start when the rest is over
     taken    one task rests, if the rest is not over, and computes; others wait
