@@ -45,6 +45,7 @@ NAMES_MAX = (
 DETAILS_MAX: Final = 1 << 14  # inodes whose details it remembers
 COMPARED_AT_ONCE: Final = 100  # inodes that one look reads
 NAMES_AT_ONCE = 1000  # names and inodes that one call of `changes` reads; tests change it
+GOING_PER_NAME: Final = 4  # names that are forgotten in the time that one takes to be read
 _DIRECTORY: Final = 4  # the kind of a dirent that names a directory
 _LASTING: Final = 3  # of a directory's attributes: mode, uid and gid
 
@@ -567,13 +568,18 @@ def _read(
 ) -> dict[bytes, _Kept]:
     """Return the nodes at the pointers `fresh`, which replaced the remembered nodes `stale`.
 
-    Leaves that are read after the end of the turn are missing.
+    Leaves that are read after the end of the turn are missing.  Names that are still to go then are
+    in a node that is not whole, with an empty pointer.
     """
     found: dict[bytes, _Kept] = {}
     if not level:
-        for kept in stale:
-            for entry in kept.names:
-                names.gone[inode.ino, entry.name] = entry
+        going = [entry for kept in stale for entry in kept.names]
+        some = going[: max(turn.left, 1) * GOING_PER_NAME]
+        for entry in some:
+            names.gone[inode.ino, entry.name] = entry
+        turn.take(len(some) // GOING_PER_NAME)
+        if len(some) < len(going):  # no name comes before all have gone
+            return {b"": _Kept(tuple(going[len(some) :]), {}, whole=False)}
         for pointer in fresh:
             if turn.left <= 0:
                 break
@@ -593,6 +599,9 @@ def _read(
     for at in missing:
         pool.pop(at, None)
     pool.update(_read(view, inode, level - 1, missing, unwanted, names, turn))
+    going_on = pool.pop(b"", None)
+    if going_on is not None:
+        found[b""] = _Kept((), {b"": going_on}, whole=False)
     for at, pointers in inside.items():
         below = {pointer: pool[pointer] for pointer in pointers if pointer in pool}
         whole = len(below) == len(pointers) and all(kept.whole for kept in below.values())

@@ -160,6 +160,11 @@ class Wait:
         """Of what it asks for."""
         return self.guard.ino, self.lock.kind, self.lock.owner
 
+    @property
+    def is_due(self) -> bool:
+        """Whether an attempt would look at the table; costs one load."""
+        return self._locks.commit_word() != self._word or time.monotonic() >= self._due
+
     def attempt(self) -> bool:
         """Take the lock if nothing is in the way; whether it is held now.
 
@@ -174,7 +179,7 @@ class Wait:
             self._word, self._due = word, now + LIVENESS
             if self._yields_since:
                 self._due = now + _AGAIN
-            elif self.blocking and not self.ticket:
+            elif self.blocking and not self.ticket and not self.queues(now):
                 self._due = min(self._due, self._began + QUEUE_AFTER)
         return granted
 

@@ -11,8 +11,9 @@ names an owner by 64 bits.  The owner is the file table of a process (fcntl), or
 A request that may wait is attempted at once.  Then a task attempts it again after FIRST_DELAY, with
 a backoff up to LONGEST_DELAY.  The backoff starts again when the table has changed.  The task
 attempts it at once when this mount gives back a lock of the inode.  An attempt costs one load while
-no peer commits.  Where bells work (`wakeups`), the backoff ends in a sleep until a commit rings.
-After a ring that did not help it naps LONGEST_DELAY first, because commits come in rows.
+no peer commits; else it waits for its turn to compute (`turns`).  Where bells work (`wakeups`),
+the backoff ends in a sleep until a commit rings.  After a ring that did not help it naps
+LONGEST_DELAY first, because commits come in rows.
 
 A wait ends with the lock, with an error, with INTERRUPT (EINTR), or with the mount (EIO).
 """
@@ -20,7 +21,9 @@ A wait ends with the lock, with an error, with INTERRUPT (EINTR), or with the mo
 from __future__ import annotations
 
 import errno
+import time
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 
 import trio
 
@@ -30,6 +33,7 @@ from ivshmemfs.engine.locks import Guard, Locks, Wait
 from ivshmemfs.errors import Busy, FsError
 from ivshmemfs.format.lock import END, FCNTL, READ, LockRecord
 from ivshmemfs.fuse.retry import Refused
+from ivshmemfs.fuse.turns import Turns
 from ivshmemfs.fuse.wakeups import Wakeups
 
 #: Seconds between two attempts of a request that waits: at first, and at most.
@@ -38,6 +42,9 @@ LONGEST_DELAY = 0.004
 #: Waiters of one lock, in their order, whose delays are as said.  Those behind them look more
 #: seldom, so that thousands keep the daemon no busier than some.
 NEAR = 8
+#: Waiters of all locks that look as often; more of them look more seldom.  A look in vain costs
+#: 30 us.
+MANY = 32
 #: Those whose delay starts again when the table has changed.
 NEXT = 2
 #: Maximum seconds of a sleep until a ring.  Holders that block the first waiter may die.  The owner
@@ -66,6 +73,8 @@ class SharedLocks:
         self._wakeups = wakeups
         if wakeups is not None:
             wakeups.on_ring(self._rung)
+        self._sleepers = 0
+        self._turns = Turns(pause, time.monotonic)
         self._asleep: dict[int, dict[trio.CancelScope, Wait]] = {}  # by inode
 
     def test(
@@ -118,20 +127,19 @@ class SharedLocks:
         try:
             while True:
                 slept = not slept and delay >= LONGEST_DELAY and self._announced()
-                if slept and self._granted(wait):  # the look after the announcement
-                    return
-                if slept:
+                if slept and not wait.is_due:  # no commit since the last attempt
                     await self._nap(wait, SHORT_SLEEP if wait.before else LONG_SLEEP)
                 else:
+                    slept = False
                     await self._nap(wait, delay)
                 if self._ended():
                     raise Refused(errno.EIO)
-                if self._granted(wait):
+                if wait.is_due and await self._attempt(wait):
                     return
                 if wait.seen != seen and wait.before < NEXT:
                     delay = FIRST_DELAY
                 else:
-                    delay = min(delay * 1.5, LONGEST_DELAY * max(1.0, wait.before / NEAR))
+                    delay = min(delay * 1.5, self._longest(wait))
                 seen = wait.seen
         finally:
             wait.leave()
@@ -139,12 +147,19 @@ class SharedLocks:
     def _announced(self) -> bool:
         return self._wakeups is not None and self._wakeups.announce()
 
-    @staticmethod
-    def _granted(wait: Wait) -> bool:
-        try:
-            return wait.attempt()
-        except Busy:
-            return False
+    def _longest(self, wait: Wait) -> float:
+        """The longest delay of a waiter now, in seconds."""
+        before = wait.before
+        if not wait.ticket:  # it has no place in the order: maybe the table has no room for one
+            before = max(before, len(self._asleep.get(wait.guard.ino, ())))
+        return LONGEST_DELAY * max(1.0, before / NEAR, self._sleepers / MANY)
+
+    async def _attempt(self, wait: Wait) -> bool:
+        """Attempt it when it is this waiter's turn to compute; whether the lock is held now."""
+        async with self._turns.turn(wait.before):
+            with suppress(Busy):
+                return wait.attempt()
+        return False
 
     async def _nap(self, wait: Wait, seconds: float) -> None:
         """Sleep, until this mount gives back a lock of the inode at most."""
@@ -152,9 +167,11 @@ class SharedLocks:
         with trio.CancelScope() as scope:
             asleep = self._asleep.setdefault(ino, {})
             asleep[scope] = wait
+            self._sleepers += 1
             try:
                 await self._pause(seconds)
             finally:
+                self._sleepers -= 1
                 del asleep[scope]
                 if not asleep:
                     self._asleep.pop(ino, None)

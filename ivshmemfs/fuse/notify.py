@@ -154,7 +154,7 @@ class Notifier:
                 if self._deaths == 1:
                     log.warning("%s: the replayer died; it is started again", self._path)
             nursery.cancel_scope.cancel()
-        self._operations.own = None  # nothing reads what it would note
+        self._operations.own = None  # no look takes what it notes
 
     async def _run_once(self, device: str) -> bool:
         """Start a replayer and serve it until it ends; return whether to start another one."""

@@ -165,6 +165,30 @@ def test_a_large_directory_is_remembered_in_pieces(region: TestRegion) -> None:
     assert Change(Kind.REMOVED, ROOT_INO, b"7", first, False) in found
 
 
+def test_a_large_directory_is_forgotten_in_pieces(
+    region: TestRegion, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When nearly all leaves were replaced at once, no call forgets much more than its share."""
+    monkeypatch.setattr(diff, "NAMES_AT_ONCE", 100)
+    here, there = region.mount(), region.mount()
+    inodes = [there.mknod(ROOT_INO, b"%d" % number, FILE, 0, ROOT).ino for number in range(3000)]
+    watcher = _watching(here)
+    for number in range(0, 3000, 2):
+        there.unlink(ROOT_INO, b"%d" % number, ROOT)
+    known = [3000]
+
+    def between() -> None:
+        known.append(sum(bool(watcher.names_of(ino)) for ino in inodes))
+
+    found = _changes(watcher, between)
+    assert {(change.kind, change.name) for change in found} == {
+        (Kind.REMOVED, b"%d" % number) for number in range(0, 3000, 2)
+    }
+    steps = [before - later for before, later in pairwise(known)]
+    assert max(steps) <= 2 * diff.GOING_PER_NAME * diff.NAMES_AT_ONCE
+    assert [bool(watcher.names_of(ino)) for ino in inodes] == [False, True] * 1500
+
+
 def test_attributes_of_a_watched_directory(region: TestRegion) -> None:
     """Its mode and owner are told; its times and links change with its names."""
     here, there = region.mount(), region.mount()

@@ -617,6 +617,32 @@ def test_a_waiter_reads_nothing_while_nobody_commits(
     other.locks.leave()
 
 
+def test_a_waiter_without_room_for_a_ticket_waits_as_quietly(
+    roomy: TestRegion, clock: Time
+) -> None:
+    fs, other = roomy.mount(), roomy.mount()
+    ino = put(fs, ROOT_INO, b"file", b"content").ino
+    full = [
+        LockRecord(FCNTL, READ, fmt.HELD, *fs.peer_id, 10 + at, 0, END, 7, 0)
+        for at in range(fmt.MAX_RECORDS)
+    ]
+    store(fs, ino, fmt.encode_locks(full))
+    wait = waiting(other, ino, exclusive())
+    assert not wait.attempt()
+    clock.now += locks.QUEUE_AFTER
+    assert wait.is_due
+    assert not wait.attempt()
+    assert not wait.ticket
+    clock.now += locks.QUEUE_AFTER
+    assert not wait.is_due
+    assert events(other, wait.attempt) == 1
+    clock.now += locks.LIVENESS
+    assert wait.is_due
+    store(fs, ino, b"")
+    assert wait.attempt()
+    other.locks.leave()
+
+
 def test_a_ticket_is_taken_back(fs: Filesystem, other: Filesystem, ino: int, clock: Time) -> None:
     assert fs.locks.take(guard(fs, ino), exclusive())
     wait = queued(other, ino, exclusive(), clock, detect=True)
