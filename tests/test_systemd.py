@@ -94,6 +94,7 @@ def test_a_boot_mounts_what_fstab_says_and_a_shutdown_takes_it_down(machine: Mac
         for place in label net auto hello; do cat /mnt/$place/file; done
         test -S /run/ivshmemfs/hello.sock
         cat /proc/mounts
+        journalctl -p info -u ivshmemfs@hello -o cat | grep mounted
         mkdir /mnt/hand
         ivshmemfs mount -o notify label=hello /mnt/hand
         sleep 1000 </mnt/shared/file &
@@ -106,6 +107,7 @@ def test_a_boot_mounts_what_fstab_says_and_a_shutdown_takes_it_down(machine: Mac
     assert sorted(places) == [
         f"/mnt/{name}" for name in ("auto", "hello", "label", "net", "shared")
     ]
+    assert re.search(r"^INFO: /mnt/hello: mounted; ", done.out, re.MULTILINE)
     region = machine.shm / "hello"
     left = subprocess.run(
         [BIN / "ivshmemfs", "peers", region], capture_output=True, text=True, check=True

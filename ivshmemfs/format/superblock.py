@@ -246,11 +246,17 @@ def decode(raw: Buffer, region_size: int | None = None) -> Superblock:
     if problem := geometry.problem():
         raise Corrupt(f"the superblock's geometry is impossible: {problem}")
     if region_size is not None and region_size != geometry.region_size:
-        relation = "smaller" if region_size < geometry.region_size else "larger"
-        advice = "run 'ivshmemfs resize' on it, or " if relation == "larger" else ""
+        if region_size > geometry.region_size:
+            relation, advice = "larger", "run 'ivshmemfs resize' on it, or give it its old size"
+        else:  # a file that was cut, or a guest from before the host made the file larger
+            relation = "smaller"
+            advice = (
+                "give a file its old size with 'truncate'; start a guest again with the size of "
+                "the host's file in QEMU's options"
+            )
         raise GeometryMismatch(
             f"the region has {region_size} bytes, {relation} than the {geometry.region_size} "
-            f"bytes of its filesystem: {advice}give it its old size"
+            f"bytes of its filesystem: {advice}"
         )
     label = record.label.rstrip(b"\0").decode(errors="replace")
     read_only = bool(record.ro_compat & ~KNOWN_RO_COMPAT)

@@ -1,7 +1,8 @@
 """The daemon's log: its destination and its rate limit.
 
-A foreground daemon logs to stderr.  A background daemon logs to the file of the option `log=`, else
-to syslog, else (a guest without syslog) to the kernel's log.
+A foreground daemon logs to stderr, with priorities if that is systemd's journal.  A background
+daemon logs to the file of the option `log=`, else to syslog, else (a guest without syslog) to the
+kernel's log.
 
 A damaged region or a hostile peer can make every request fail, each time with another name or
 number in the line.  So the rate of lines is limited by kind.  Lines that differ only in quoted text
@@ -125,6 +126,17 @@ class Escaped(logging.Formatter):
         return "\n".join(map(printable, super().formatException(ei).split("\n")))
 
 
+class Prefixed(Escaped):
+    """Begins each line with its priority, as systemd reads it from a service (sd-daemon(3))."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the lines of *record*."""
+        priority = (
+            3 if record.levelno >= logging.ERROR else 4 if record.levelno > logging.INFO else 6
+        )
+        return "\n".join(f"<{priority}>{line}" for line in super().format(record).splitlines())
+
+
 class KernelLog(logging.Handler):
     """Writes to /dev/kmsg with the priorities of syslog."""
 
@@ -150,6 +162,15 @@ def configure(path: str | None, *, foreground: bool) -> None:
     logging.raiseExceptions = False  # the mount goes on when the log's disk is full
 
 
+def _stderr_is_the_journal() -> bool:
+    """Return whether systemd has connected stderr to its journal, which adds time and name."""
+    try:
+        status = os.fstat(2)
+    except OSError:
+        return False
+    return os.environ.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}"
+
+
 def _handler(path: str | None, foreground: bool) -> logging.Handler:
     handler: logging.Handler
     timed = Escaped("%(asctime)s %(levelname)s %(name)s: %(message)s")
@@ -162,7 +183,8 @@ def _handler(path: str | None, foreground: bool) -> logging.Handler:
         handler.setFormatter(timed)
     elif foreground:
         handler = logging.StreamHandler(sys.stderr)
-        handler.setFormatter(timed)
+        in_journal = Prefixed("%(levelname)s: %(message)s")
+        handler.setFormatter(in_journal if _stderr_is_the_journal() else timed)
     elif os.path.exists(SYSLOG_SOCKET):
         handler = logging.handlers.SysLogHandler(
             SYSLOG_SOCKET, logging.handlers.SysLogHandler.LOG_DAEMON

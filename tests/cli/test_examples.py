@@ -101,8 +101,8 @@ def test_an_example_does_what_it_says(name: str, line: str) -> None:
 def block(page: str, heading: str) -> str:
     """The first block of shell text below a heading."""
     text = (TOP / page).read_text().split(f"\n{heading}\n", 1)[1]
-    found: str = re.findall(r"^```sh\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)[0]
-    return found
+    first: str = re.findall(r"^```sh\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)[0]
+    return first
 
 
 def test_the_readme_s_commands_for_a_host_work() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import sys
 from contextlib import suppress
 from types import SimpleNamespace
 
@@ -13,7 +14,7 @@ import pytest
 from ivshmemfs.fuse import logs
 from ivshmemfs.fuse.logs import Limited
 from tests.fuse.fake_mount import FakeMount
-from tests.support.mounts import needs_fuse
+from tests.support.mounts import needs_fuse, run
 
 
 class Kept(logging.Handler):
@@ -113,3 +114,21 @@ def test_many_bad_names_under_a_mount(mnt: FakeMount) -> None:
     mnt.process.terminate()
     assert mnt.process.wait(20) == 0
     assert re.search(r"\d+ more like it in the last 60 s: lookup: .*block 7", mnt.log_text())
+
+
+def test_systemd_s_journal_gets_priorities_and_no_times() -> None:
+    """As ivshmemfs@.service runs it; a line of a traceback has the priority of its record."""
+    code = (
+        "import logging, os\nfrom ivshmemfs.fuse import logs\n"
+        "here = os.fstat(2)\nos.environ['JOURNAL_STREAM'] = @\n"
+        "logs.configure(None, foreground=True)\n"
+        "logging.info('mounted')\nlogging.warning('old')\n"
+        "try: 1 / 0\nexcept ZeroDivisionError: logging.exception('a %s', '\\x1bfault')\n"
+    )
+    stream = "f'{here.st_dev}:{here.st_ino}'"
+    lines = run(sys.executable, "-c", code.replace("@", stream)).stderr.splitlines()
+    assert lines[:3] == ["<6>INFO: mounted", "<4>WARNING: old", "<3>ERROR: a \\x1bfault"]
+    assert len(lines) > 5
+    assert all(line.startswith("<3>") for line in lines[3:])
+    other = run(sys.executable, "-c", code.replace("@", "'1:1'")).stderr.splitlines()
+    assert other[0].endswith("INFO root: mounted")

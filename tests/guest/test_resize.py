@@ -103,8 +103,8 @@ def _old_device(guest: Guest, mount: Mount, region: Path, host: Host, there: Mou
     refused = guest.run(IVSHMEMFS, "mount", guest.device(0), mount.place)
     assert refused.exit == 32
     line = one_line(refused.out, refused.err)
-    assert f"the region has {SMALL} bytes, fewer than the {LARGE}" in line
-    assert "mkfs" not in line
+    assert f"the region has {SMALL} bytes, smaller than the {LARGE} bytes" in line
+    assert "start a guest again with the size of the host's file in QEMU's options" in line
     refused = guest.run(IVSHMEMFS, "resize", guest.device(0))
     assert refused.exit != 0
     assert f"{LARGE}" in one_line(refused.out, refused.err)
