@@ -13,7 +13,7 @@ from ivshmemfs import __version__
 from ivshmemfs.cli.info import listing
 from ivshmemfs.cli.mount import the_one_device
 from ivshmemfs.errors import RegionError, RegionMissing
-from ivshmemfs.format import superblock, words
+from ivshmemfs.format import bell, superblock, words
 from ivshmemfs.format.geometry import COMMIT_OFFSET
 from ivshmemfs.region import Roots, open_region
 from tests.cli.conftest import complains, ivshmemfs
