@@ -14,7 +14,7 @@ from ivshmemfs.cli.attach.names import region_of
 from ivshmemfs.cli.exits import exits
 from ivshmemfs.cli.output import JSON_HELP, show_json, table
 from ivshmemfs.errors import IvshmemfsError, UsageError
-from ivshmemfs.format import inode, node, peer, repair, superblock, words
+from ivshmemfs.format import bell, inode, node, peer, repair, superblock, words
 from ivshmemfs.format.geometry import COMMIT_OFFSET, HINT_OFFSET, REPAIR_OFFSET, Geometry
 from ivshmemfs.format.record import Layout
 from ivshmemfs.manual import Command, Example, Manual
@@ -27,7 +27,7 @@ HELP = """Show the bytes on REGION, field by field.
 WHAT is one of:
   superblock   (the default)
   copy         the superblock's copy
-  words        commit word and hint word
+  words        commit word, hint word, bell words
   repair       the repair slot
   peers        the slots that are in use
   tags         how many blocks each incarnation of a slot has claimed
@@ -153,6 +153,14 @@ def _words(region: Region) -> Iterator[Part]:
         "hint word",
         f"hint word at {HINT_OFFSET}: {hint:#018x} = {holder} is committing",
         {"at": HINT_OFFSET, "word": hint, "slot": slot if hint else None},
+    )
+    found = [region.memory.load(at) for at in bell.BELL_OFFSETS]
+    numbers = [number for word in found for number in bell.numbers(word)]
+    listed = ", ".join(map(str, numbers)) or "no doorbell"
+    yield Part(
+        "bell words",
+        f"bell words at {bell.BELLS_OFFSET}: the next commit rings {listed}",
+        {"at": bell.BELLS_OFFSET, "words": found, "numbers": numbers},
     )
 
 

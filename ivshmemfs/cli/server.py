@@ -57,7 +57,9 @@ def server_command(
     """Serve REGION to QEMU's ivshmem-doorbell devices, on the Unix socket SOCKET.
 
     REGION is a file on the host, formatted or not. Each device has it as its memory, and can
-    interrupt the others. The server stays in the foreground until a signal ends it; then the
+    interrupt the others. Mounts and commands on this host become clients as well: then commits
+    of any machine wake waiters. They find SOCKET if it is /run/ivshmemfs/NAME.sock for a file NAME.
+    The server stays in the foreground until a signal ends it; then the
     devices keep the memory and each other, and no more can join. It is what QEMU's ivshmem-server
     is, which Debian does not ship.
     """

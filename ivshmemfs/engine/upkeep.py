@@ -59,6 +59,7 @@ class Upkeep:
         self._retirement: Final = Retirement(volume.table)
         self._coherence: Coherence | None = None
         self.ticks = 0
+        self._rang = volume.rings  # whether this mount rings; a lost doorbell never comes back
         self._shut_out = False  # whether the log says that a repair shuts this mount out
 
     def tick(self) -> bool:
@@ -116,7 +117,7 @@ class Upkeep:
     def _keep_alive(self, member: Membership) -> None:
         volume = self._volume
         try:
-            member.state_rings(volume.rings)
+            self._state_rings(member)
             member.beat()
             member.publish_statistics(
                 volume.operations, volume.bytes_read, volume.bytes_written,
@@ -132,6 +133,13 @@ class Upkeep:
         supply = self._volume.supply
         member.must_collect |= supply.owed
         supply.owed = False
+
+    def _state_rings(self, member: Membership) -> None:
+        """State whether this mount still rings; log the loss of its doorbell."""
+        if self._rang and not self._volume.rings:
+            self._rang = False
+            log.warning("the doorbell is lost: its server or device is gone; waiters poll now")
+        member.state_rings(self._rang)
 
     def _check_coherence(self, member: Membership) -> None:
         """Go on with the checks of the memory; log the first disagreement."""

@@ -13,7 +13,7 @@ from ivshmemfs import __version__
 from ivshmemfs.cli.info import listing
 from ivshmemfs.cli.mount import the_one_device
 from ivshmemfs.errors import RegionError, RegionMissing
-from ivshmemfs.format import superblock, words
+from ivshmemfs.format import bell, superblock, words
 from ivshmemfs.format.geometry import COMMIT_OFFSET
 from ivshmemfs.region import Roots, open_region
 from tests.cli.conftest import complains, ivshmemfs
@@ -153,11 +153,16 @@ def test_dump_of_the_parts(formatted: TestRegion) -> None:
 def test_dump_for_programs(formatted: TestRegion) -> None:
     fs = formatted.mount()
     fs.name_mount_point(b"/mnt/\x1b")
+    fs.region.memory.store(bell.BELLS_OFFSET, 4 << 16)  # a waiter with doorbell 3
     out = shows("dump", "--json", formatted.path, "all")
     parts = [json.loads(line) for line in out.splitlines()]
-    names = ["superblock", "commit word", "hint word", "repair slot", "peer table", "slot", "tags"]
+    names = [
+        "superblock", "commit word", "hint word", "bell words", "repair slot", "peer table", "slot",
+        "tags",
+    ]  # fmt: skip
     assert [part["part"] for part in parts] == [*names, "block"]
-    head, word, _, _, table, slot, tags, root = parts
+    head, word, _, bells, _, table, slot, tags, root = parts
+    assert bells["numbers"] == [3]
     assert head["problem"] is None
     assert {field.name for field in superblock.SUPERBLOCK.fields} == set(head["fields"])
     assert head["fields"]["region_size"] == 1 << 20

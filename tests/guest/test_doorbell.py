@@ -20,7 +20,7 @@ from ivshmemfs.region import open_region
 from tests.guest.conftest import erase, ready
 from tests.guest.harness import COMMAND_SECONDS, Guest, arm_parts, kernel_root
 from tests.guest.machines import FSCK, IVSHMEMFS, MKFS, Host, Mount
-from tests.guest.sleeper import MOST, announced, asleep
+from tests.guest.sleeper import MOST, announced, wakes
 from tests.support.doorbell import Client, serving
 from tests.support.regions import put
 
@@ -145,7 +145,7 @@ def test_a_waiter_in_a_guest_sleeps_until_another_machine_commits(
         before = interrupts(first)
         waiting = first.begin(IVSHMEMFS, "wait", f"pci:{addresses[0]}:/{name}")
         announced(region, waiting)
-        assert asleep(first, f"wait pci:{addresses[0]}") <= MOST
+        assert wakes(first, f"wait pci:{addresses[0]}") <= MOST
         if name == "from-guest":
             source = f"pci:{addresses[1]}"
             second.run(IVSHMEMFS, "put", source, "/etc/hostname", f"/{name}").check()

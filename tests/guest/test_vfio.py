@@ -13,7 +13,7 @@ import pytest
 from tests.guest.conftest import ready
 from tests.guest.harness import Guest, Recipe, arm_parts, kernel_root
 from tests.guest.machines import FSCK, IVSHMEMFS, MKFS, Host, Mount
-from tests.guest.sleeper import MOST, announced, asleep
+from tests.guest.sleeper import MOST, announced, wakes
 from tests.support.doorbell import serving
 
 pytestmark = pytest.mark.guest
@@ -123,7 +123,7 @@ def test_a_waiter_sleeps_until_a_vfio_interrupt(
     spec = f"vfio:{BELL_ADDRESS}"
     waiting = first.begin(IVSHMEMFS, "wait", f"{spec}:/new")
     announced(bell_region, waiting)
-    assert asleep(first, f"wait {spec}") <= MOST
+    assert wakes(first, f"wait {spec}") <= MOST
     assert interrupts(first) == 0
     second.run(IVSHMEMFS, "put", spec, "/etc/hostname", "/new").check()
     assert interrupts(first) == 1

@@ -22,6 +22,7 @@ from ivshmemfs.errors import (
     MountError,
     NotFormatted,
     RegionUnfit,
+    UsageError,
 )
 from ivshmemfs.format import superblock
 from ivshmemfs.format.words import under_repair
@@ -232,6 +233,8 @@ def _bell(region: Region) -> Bell:
     try:
         named = str(place) if place is not None and place.exists() else None
         doorbell = doorbell_of(region, named)
+    except UsageError:  # the server of another file of that name
+        return Bell()
     except (IvshmemfsError, OSError) as error:
         return Bell(fault=str(error))
     if doorbell is None:
