@@ -171,7 +171,7 @@ static void look(char **arg)
 	report("open-read-close", 0);
 }
 
-/* create, rename, unlink of empty files; create-write-close and unlink of small ones */
+/* create, rename, chmod, unlink of empty files; mkdir; create-write-close of small files */
 static void names(char **arg)
 {
 	long count = number(arg[0]);
@@ -196,11 +196,32 @@ static void names(char **arg)
 	for (long i = 0; i < count; i++) {
 		snprintf(other, sizeof other, "other%ld", i);
 		uint64_t started = now();
+		if (chmod(other, i % 2 ? 0600 : 0640))
+			die("chmod");
+		note(started);
+	}
+	report("setattr", 0);
+	for (long i = 0; i < count; i++) {
+		snprintf(other, sizeof other, "other%ld", i);
+		uint64_t started = now();
 		if (unlink(other))
 			die("unlink");
 		note(started);
 	}
 	report("unlink", 0);
+	for (long i = 0; i < count; i++) {
+		snprintf(name, sizeof name, "folder%ld", i);
+		uint64_t started = now();
+		if (mkdir(name, 0755))
+			die("mkdir");
+		note(started);
+	}
+	report("mkdir", 0);
+	for (long i = 0; i < count; i++) {
+		snprintf(name, sizeof name, "folder%ld", i);
+		if (rmdir(name))
+			die("rmdir");
+	}
 	for (long i = 0; i < count; i++) {
 		snprintf(name, sizeof name, "full%ld", i);
 		uint64_t started = now();

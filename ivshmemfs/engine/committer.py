@@ -131,7 +131,7 @@ class Committer:
                 member.check()
                 tx = Transaction(
                     store, word, root, space, self._openfiles.in_use, removal,
-                    volume.clock, self._cache_of(word),
+                    volume.clock, self._cache_of(word), volume.table_before(word),
                 )  # fmt: skip
                 try:
                     result = plan(tx)
@@ -142,7 +142,7 @@ class Committer:
                     if store.commit_word.load() == word:
                         raise Corrupt(f"the present root leads astray: {overtaken}") from None
                 except Unfinished:
-                    volume.latest = View(store, word, root, tx.cache)
+                    volume.latest = View(store, word, root, tx.cache, tx.before)
                     raise
                 else:
                     space.store_nodes()

@@ -18,7 +18,8 @@ from ivshmemfs.errors import Corrupt
 from ivshmemfs.format import words
 from ivshmemfs.format.node import HEADER_SIZE, INDEX, MAX_HEIGHT
 from ivshmemfs.native import put_slots, swap_slots, weight_of
-from ivshmemfs.shm.nodes import NodeSource
+from ivshmemfs.shm.nodes import Node, NodeSource
+from ivshmemfs.shm.published import NodeCache
 from ivshmemfs.shm.workspace import Workspace
 
 SIZE: Final = words.POINTER_SIZE
@@ -50,6 +51,38 @@ def find(nodes: NodeSource, tree: RadixTree, owner: int, index: int) -> bytes:
         data, base = nodes.node(pointer, INDEX, height, owner).data, HEADER_SIZE
     at = base + index * SIZE
     return data[at : at + SIZE] or NULL
+
+
+def find_again(
+    nodes: NodeSource, cache: NodeCache, tree: RadixTree, before: RadixTree, owner: int, index: int
+) -> bytes:
+    """Return what `find` returns; `cache` forgets the replaced nodes on the path to the leaf.
+
+    These are the nodes, and the block of the leaf, that `before` has there, an older state of the
+    tree, and `tree` does not.
+    """
+    data, base, height = tree.slots, 0, tree.height
+    old = before.slots if before.height == height else b""
+    while height:
+        span = span_of(nodes.fanout, height)
+        at = base + index // span * SIZE
+        index %= span
+        height -= 1
+        pointer = data[at : at + SIZE]
+        gone = _forgotten(cache, old[at : at + SIZE], pointer)
+        if len(pointer) < SIZE or pointer == NULL:
+            return NULL
+        old = gone.data if gone is not None else b""
+        data, base = nodes.node(pointer, INDEX, height, owner).data, HEADER_SIZE
+    at = base + index * SIZE
+    pointer = data[at : at + SIZE]
+    _forgotten(cache, old[at : at + SIZE], pointer)
+    return pointer or NULL
+
+
+def _forgotten(cache: NodeCache, old: bytes, pointer: bytes) -> Node | None:
+    """Forget the node at `old` if `pointer` is in its place now; return it if it was kept."""
+    return cache.drop(old) if old and old != pointer else None
 
 
 def find_range(nodes: NodeSource, tree: RadixTree, owner: int, first: int, count: int) -> bytes:

@@ -143,7 +143,14 @@ class BlockCount:
 class View:
     """The filesystem at one commit word."""
 
-    def __init__(self, store: Store, word: int, root: Node, cache: CommitCache) -> None:
+    def __init__(
+        self,
+        store: Store,
+        word: int,
+        root: Node,
+        cache: CommitCache,
+        before: RadixTree | None = None,
+    ) -> None:
         self.store = store
         self.nodes: NodeSource = store
         self.word = word
@@ -153,6 +160,8 @@ class View:
             root.parsed = parse_root(root)
         self.root: RootNode = root.parsed
         self.cache = cache
+        # The inode table that this mount knew before commits of other peers; None without any.
+        self.before = before
         self.tables: dict[bytes, Any] = {}  # `xattr.Table`s of this plan, by their key
 
     def inode(self, ino: int) -> Inode:
@@ -182,7 +191,10 @@ class View:
 
     def pointer_to(self, ino: int) -> bytes:
         """Return the packed pointer to an inode block; NULL when there is no such inode."""
-        return radix.find(self.nodes, self.root.table, 0, ino)
+        table, before = self.root.table, self.before
+        if before is None:
+            return radix.find(self.nodes, table, 0, ino)
+        return radix.find_again(self.nodes, self.store.cache, table, before, 0, ino)
 
     def _parsed(self, node: Node) -> Inode:
         if node.parsed is None:
@@ -215,8 +227,9 @@ class Transaction(View):
         removal: bool,
         clock: Clock,
         cache: CommitCache,
+        before: RadixTree | None,
     ) -> None:
-        super().__init__(store, word, root, cache)
+        super().__init__(store, word, root, cache, before)
         self.in_use = in_use  # whether a peer has an inode open; announces the intent to free it
         self.space = space
         self.nodes = space
@@ -334,6 +347,8 @@ class Transaction(View):
         Returns the root.  Raises NoSpace when more blocks are in use than the limit; only removals
         may use the reserve.
         """
+        if self.before is not None and self.next_ino != self.root.record.next_ino:
+            self.pointer_to(self.next_ino - 1)  # the cache forgets what was there
         leaves = [(ino, self._seal_inode(ino)) for ino in sorted(self._dirty)]
         capacity = node_format.root_capacity(self.block_size)
         table = radix.store_some(self.space, self.root.table, 0, leaves, capacity)

@@ -30,6 +30,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Final, TypeVar
 
 from ivshmemfs.engine.clock import Clock
+from ivshmemfs.engine.radix import RadixTree
 from ivshmemfs.engine.transaction import CommitCache, View
 from ivshmemfs.errors import (
     Busy,
@@ -175,8 +176,19 @@ class Volume:
         """Return the present state; the same object until the next commit."""
         word, root = self.store.snapshot()
         if self.latest is None or self.latest.word != word:
-            self.latest = View(self.store, word, root, CommitCache())
+            before = self.table_before(word)
+            self.latest = View(self.store, word, root, CommitCache(), before)
         return self.latest
+
+    def table_before(self, word: int) -> RadixTree | None:
+        """Return the inode table that this mount knew before other peers' commits up to `word`.
+
+        None when there was none, or no commit of another peer.
+        """
+        latest = self.latest
+        if latest is None:
+            return None
+        return latest.before if latest.word == word else latest.root.table
 
     def note_commit(self, before: int, after: int) -> None:
         """This peer's commit replaced the commit word `before` by `after`."""

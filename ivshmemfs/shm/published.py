@@ -4,6 +4,10 @@ No peer modifies a published block.  So a node that was read under a pointer (bl
 valid as long as a tree has that pointer.  The cache is keyed by the pointer and needs no
 invalidation.  One load of the commit word tells whether the known root is the present one.
 
+The cache forgets what commits replaced, so that its memory is used again while the processor still
+has it in its caches.  A commit of this mount names the nodes (`NodeCache.renew`).  After commits of
+other peers, a snapshot forgets the old root, and `radix.find_again` the path to each inode.
+
 Contradictory bytes raise Corrupt.  Blocks that other peers have replaced raise Restart; then the
 operation starts again from the new root.
 
@@ -79,11 +83,17 @@ class NodeCache:
         if size > self._limit:
             self._old, self._young, self._size = young, {}, 0
 
-    def drop(self, pointer: bytes) -> None:
-        """Forget a node that this mount has replaced, and free its memory."""
-        node = self._young.pop(pointer, None)
-        if node is not None:
-            self._size -= len(node.data) + PARSED_BYTES
+    def drop(self, pointer: bytes) -> Node | None:
+        """Forget a node that a commit has replaced, and return it; None if it is not kept."""
+        old, node = self._old.pop(pointer, None), self._young.pop(pointer, None)
+        if node is None:
+            return old
+        self._size -= len(node.data) + PARSED_BYTES
+        return node
+
+    def __len__(self) -> int:
+        """Return the number of nodes, counting twice what both generations have."""
+        return len(self._young) + len(self._old)
 
     def clear(self) -> None:
         """Forget all nodes."""
@@ -162,6 +172,8 @@ class Store(NodeSource):
         for _ in range(ROOT_TRIES):
             root = self._read_root(word)
             if root is not None:
+                if self._root is not None and self._root.pointer != root.pointer:
+                    self.cache.drop(self._root.pointer)
                 self._word, self._root = word, root
                 return word, root
             word, before = self.commit_word.load(), word

@@ -1,9 +1,12 @@
-"""The commit cache outlives the mount's own commits, and agrees with the region."""
+"""What a mount knows outlives its own commits, agrees with the region, and does not pile up."""
 
 from __future__ import annotations
 
 import os
 import random
+from collections.abc import Callable
+
+import pytest
 
 from ivshmemfs.engine import RENAME_EXCHANGE, ROOT_INO, Attr, Filesystem
 from ivshmemfs.engine.transaction import CACHED_MAX
@@ -91,3 +94,36 @@ def test_names_lead_where_they_led_after_own_commits(fs: Filesystem, other: File
     assert [fs.lookup(ROOT_INO, b"%d" % at).ino for at in range(2)] == folders[::-1]
     other.unlink(folders[1], b"f", ROOT)
     assert fs.find(folders[1], b"f") is None
+
+
+def chmod(fs: Filesystem, folder: int, turn: int) -> None:
+    fs.setattr(folder, ROOT, mode=0o700 + turn % 8)
+
+
+def make(fs: Filesystem, folder: int, turn: int) -> None:
+    fs.mknod(folder, b"new%d" % turn, 0o100644, 0, ROOT)
+    fs.unlink(folder, b"new%d" % turn, ROOT)
+
+
+def move(fs: Filesystem, folder: int, turn: int) -> None:
+    fs.rename(folder, b"0" if turn % 2 else b"1", folder, b"1" if turn % 2 else b"0", 0, ROOT)
+
+
+@pytest.mark.parametrize("files", [4, 300, 4000])  # inode tables of height 0, 1, 2
+@pytest.mark.parametrize("act", [chmod, make, move])
+def test_what_others_replaced_is_forgotten(
+    roomy: TestRegion, files: int, act: Callable[[Filesystem, int, int], None]
+) -> None:
+    mounts = [roomy.mount(), roomy.mount()]
+    folders = [fs.mkdir(ROOT_INO, b"%d" % at, 0o755, ROOT).ino for at, fs in enumerate(mounts)]
+    for folder, fs in zip(folders, mounts, strict=True):
+        fs.mknod(folder, b"1", 0o100644, 0, ROOT)
+    numbers = [put(mounts[0], ROOT_INO, b"file%d" % at, b"").ino for at in range(files)]
+    sizes = list[int]()
+    for turn in range(100):
+        for folder, fs in zip(folders, mounts, strict=True):
+            act(fs, folder, turn)
+        sizes.append(sum(len(fs.store.cache) for fs in mounts))
+    assert max(sizes[50:]) <= max(sizes[:50]) + 2
+    numbers = [*folders, *numbers[:: max(files // 20, 1)]]
+    assert seen(mounts[0], numbers) == seen(roomy.mount(readonly=True), numbers)
