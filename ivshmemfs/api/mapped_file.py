@@ -59,6 +59,7 @@ class MappedFile:
         self.path: Final = path
         handle, made = self._session.call(lambda fs: _opened(client, fs, path, create, head), path)
         self.made: Final[bool] = made
+        self.ino: Final[int] = handle.ino
         self._handle: Handle | None = handle
         try:
             place = self._session.call(

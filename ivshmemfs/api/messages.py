@@ -39,6 +39,8 @@ SPINS: Final = 400
 NAPS: Final = ((0.02, 0.00005), (1.0, 0.0005), (10.0, 0.002), (float("inf"), 0.003))
 #: Seconds between two looks at whether the region still is what was opened.
 CONDITION_SECONDS: Final = 1.0
+#: Seconds without a free buffer after which `put` says so: many writers at once take less.
+CLAIMED_SECONDS: Final = 1.0
 _BILLION: Final = 10**9
 
 
@@ -46,7 +48,8 @@ class Queue:
     """A queue in a file; a context manager.  Thread-safe.
 
     `put` and `get` raise `queue.Full` and `queue.Empty` of the standard library when their time is
-    over.  Both raise OSError: EUCLEAN for a damaged queue, ESTALE when the region was replaced.
+    over.  Both raise OSError: EUCLEAN for a damaged queue, ESTALE when the region was replaced, or
+    when the file was released while this peer was evicted.
     """
 
     def __init__(
@@ -82,11 +85,12 @@ class Queue:
         #: Records of a broadcast that this reader missed, because it was too slow.
         self.lost = 0
         self._turn = threading.Lock()  # around `_next`
+        self._claimed_since = 0.0  # when `put` first met no free buffer, without one since; or 0
         tail = self._ring.tail
         self._next = max(tail - self.records, 0) if replay else tail
 
     def _open(self, fs: Filesystem) -> Messages:
-        return fs.messages(self._file.place)
+        return fs.messages(self._file.ino)
 
     def __repr__(self) -> str:
         kind = "broadcast" if self.broadcast else "work"
@@ -113,8 +117,9 @@ class Queue:
         """Put a record; when it has returned, every reader on every machine can get it.
 
         Waits while a work queue is full: for ever, or up to `timeout` seconds, then it raises
-        queue.Full.  A broadcast never waits for readers.  Raises OSError EMSGSIZE for a record that
-        is too long, and EROFS if the client only reads.
+        queue.Full.  A broadcast never waits for readers.  Raises OSError: EMSGSIZE for a record
+        that is too long, EROFS if the client only reads.  ENOBUFS means that writers that stopped
+        amid a `put` have all free buffers.
         """
         content = bytes(record)
         if self._insert(content):
@@ -131,7 +136,16 @@ class Queue:
 
     def _insert(self, content: bytes) -> bool:
         self._check_open()
-        return self._session.call(lambda _fs: self._messages.put(content), self.path)
+        try:
+            done = self._session.call(lambda _fs: self._messages.put(content), self.path)
+        except OSError as error:
+            now = time.monotonic()
+            self._claimed_since = self._claimed_since or now
+            if error.errno != errno.ENOBUFS or now - self._claimed_since > CLAIMED_SECONDS:
+                raise
+            return False
+        self._claimed_since = 0.0
+        return done
 
     def get(self, timeout: float | None = None) -> bytes:
         """Return the next record: of a work queue the oldest, which no other reader gets.

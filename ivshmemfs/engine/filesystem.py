@@ -23,7 +23,7 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
 
-from ivshmemfs.engine import acl, data, directory, fixed, holes, names, privileges, xattr
+from ivshmemfs.engine import acl, data, directory, holes, names, privileges, xattr
 from ivshmemfs.engine.committer import Committer
 from ivshmemfs.engine.credentials import Credentials
 from ivshmemfs.engine.directory import Dirent
@@ -132,9 +132,9 @@ class Filesystem:
         """Whether locks that are taken here hold on all mounts."""
         return self.superblock.shares_locks and not self.readonly
 
-    def messages(self, place: fixed.Extent) -> Messages:
-        """Return the queue in a fixed file at `place`; raises EINVAL if it is none, EIO."""
-        return Messages(self._volume, place.offset, place.size)
+    def messages(self, ino: int) -> Messages:
+        """Return the queue in a fixed file that is open; raises EINVAL if it is none, EIO."""
+        return Messages(self._volume, ino)
 
     def commit_word(self) -> int:
         """The commit word; while it does not change, no peer has changed anything.  One load."""

@@ -14,11 +14,17 @@ States of a buffer, as its tag says:
     free       the peer whose swap replaced the cell released it, or `collect` did
 
 So a peer that dies or pauses at any instant holds up no other.  A peer that wakes up tears no
-record: it stores only to a buffer that it claimed.  Such a buffer is in quarantine, as a block is
-(docs/protocol.md, section 8).  `collect` finds what a death left claimed, as a collection finds
-garbage.  It reads first the limits of settled claims, then the cells, then the tags.
+record.  It stores only to a buffer that it claimed, and such a buffer is in quarantine as a block
+is (docs/protocol.md, section 8).  Only an eviction ends that; so `publish` checks the state word of
+the own slot last.  `collect` finds what a death leaves claimed, as among blocks: first it loads the
+limits of settled claims, then the cells, then the tags.
 
-`tail` and `head` are hints: each peer that finds the cell there filled or taken moves them on.
+`tail` and `head` are hints.  A peer that finds the cell there filled or taken moves them on.  A
+cell never goes back.  So these hold when the hint is loaded first and the cell last, and a region
+where they do not is damaged:
+
+    `tail` is beyond n    cell n has record n, or had it
+    `head` is beyond n    cell n had record n, and was taken
 
 The caller begins and ends the transaction around `put` and `collect` (`engine/messages.py`).  To
 take and to look needs none.
@@ -39,6 +45,7 @@ from ivshmemfs.native import Blocks, Memory
 ATTEMPTS: Final = 256  # looks at a place that other peers change meanwhile
 _CLAIM: Final = 1  # buffers of one `put`
 _FENCED: Final = "another peer declared this one gone in the middle of a message"
+_UNUSABLE: Final = "its programs cannot go on with it: make another under a new name"
 
 
 class Ring:
@@ -79,14 +86,23 @@ class Ring:
         for _ in range(ATTEMPTS):
             number = self._memory.load(self._tail_at)
             lap = number // self._cells
-            cell = self._memory.load(self.cell_at(number))
-            ahead = laps_ahead(cell, lap)
-            if ahead < 0:
-                return False
+            at = self.cell_at(number)
+            cell = self._memory.load(at)
             if cell == empty(lap):
                 return True
-            self._pass(self._tail_at, number, ahead)
+            if self._is_full(cell, number):
+                return False
+            self._pass(self._tail_at, number, cell)
         raise Busy("other peers put records faster than this one can look")
+
+    def _is_full(self, cell: int, number: int) -> bool:
+        """Whether `cell`, that of record `number`, still has the record of the lap before."""
+        before = number - self._cells
+        if not cell & FULL or laps_ahead(cell, number // self._cells) != -1:
+            return False
+        if self._memory.load(self._head_at) > before and not self._has_moved(number, cell):
+            raise self._damaged(f"record {before} was taken, and is there: {_UNUSABLE}")
+        return True
 
     def claim(self, tag: int) -> int:
         """Claim a buffer under `tag`; returns its number, or -1 when none is free."""
@@ -105,26 +121,29 @@ class Ring:
         if not self._blocks.overwrite(buffer, 0, parts):
             raise Fenced(_FENCED)
 
-    def publish(self, buffer: int) -> bool:
-        """Put a filled buffer into the next cell; False when the queue is full."""
+    def publish(self, buffer: int, guard: tuple[int, int]) -> bool:
+        """Put a filled buffer into the next cell; False when the queue is full.
+
+        Raises Fenced when the claim is not ours any more: then another peer may have the buffer.
+        """
         memory = self._memory
         for _ in range(ATTEMPTS):
             number = memory.load(self._tail_at)
             lap, at = number // self._cells, self.cell_at(number)
             cell = memory.load(at)
-            ahead = laps_ahead(cell, lap)
-            if (ahead == 0 and not cell & FULL) or (
-                ahead == -1 and cell & FULL and self.is_broadcast
-            ):
-                tag = self._tag_of(cell) if cell & FULL else 0
+            over = bool(cell & FULL) and self.is_broadcast and laps_ahead(cell, lap) == -1
+            if over or cell == empty(lap):
+                tag = self._tag_of(cell) if over else 0
+                if memory.load(guard[0]) != guard[1]:
+                    raise Fenced(_FENCED)
                 if memory.cas(at, cell, full(lap, buffer)) == cell:
                     self._help(self._tail_at, number)
                     self._release(cell & BUFFER_MASK, tag)
                     return True
-            elif ahead == -1 and cell & FULL:
+            elif not self.is_broadcast and self._is_full(cell, number):
                 return False
             else:
-                self._pass(self._tail_at, number, ahead)
+                self._pass(self._tail_at, number, cell)
         raise Busy("other peers put records faster than this one")
 
     def give_back(self, buffer: int, tag: int) -> None:
@@ -140,10 +159,10 @@ class Ring:
             number = memory.load(self._head_at)
             lap, at = number // self._cells, self.cell_at(number)
             cell = memory.load(at)
-            ahead = laps_ahead(cell, lap)
-            if ahead == 0 and not cell & FULL:
+            if cell == empty(lap):
+                self._expect_no_record(cell, number)
                 return None
-            if ahead == 0:
+            if cell & FULL and laps_ahead(cell, lap) == 0:
                 tag, record = self._tag_of(cell), self._copy(cell)
                 if memory.cas(at, cell, empty(lap + 1)) != cell:
                     continue
@@ -152,7 +171,7 @@ class Ring:
                 if record is None:
                     raise self._damaged(f"record {number} was impossible, and was dropped")
                 return record
-            self._pass(self._head_at, number, ahead)
+            self._pass(self._head_at, number, cell)
         raise Busy("other peers take records faster than this one")
 
     @property
@@ -176,10 +195,15 @@ class Ring:
             lap, at = number // self._cells, self.cell_at(number)
             cell = memory.load(at)
             ahead = laps_ahead(cell, lap)
-            if ahead < 0 or not cell & FULL:
+            if cell == 0 == lap or (ahead == -1 and cell & FULL):
+                self._expect_no_record(cell, number)
                 return None, number
+            if ahead < 0 or not cell & FULL:
+                raise self._misplaced(cell, number)
             if ahead > 0:
                 latest = number + ahead * self._cells  # this cell has it
+                if memory.load(self._tail_at) < latest:
+                    raise self._misplaced(cell, number)
                 # Leave out some records that exist still: writers go on meanwhile.
                 number = min(latest - self._cells + 1 + self._cells // 4, latest)
                 continue
@@ -218,16 +242,27 @@ class Ring:
         """Move a hint on from `number`, unless another peer has done so."""
         self._memory.cas(at, number, number + 1)
 
-    def _pass(self, at: int, number: int, ahead: int) -> None:
-        """Move a hint on from `number`, whose cell is `ahead` laps further.
+    def _pass(self, at: int, number: int, cell: int) -> None:
+        """Move a hint on from `number`, whose cell has its record, or had it.
 
         A cell is never more than one lap ahead of a hint, or behind it by more: others would have
         moved the hint first.  Raises Corrupt when the hint is still there.
         """
-        if 0 <= ahead <= 1:
+        ahead = laps_ahead(cell, number // self._cells)
+        taken = not self.is_broadcast and ahead == 1 and not cell & (FULL | BUFFER_MASK)
+        if taken or (cell & FULL and 0 <= ahead <= 1):
             self._help(at, number)
-        elif self._memory.load(at) == number:
-            raise self._damaged(f"cell {number % self._cells} is {ahead} laps from its number")
+        elif self._memory.load(at) == number and not self._has_moved(number, cell):
+            raise self._misplaced(cell, number)
+
+    def _expect_no_record(self, cell: int, number: int) -> None:
+        """Raise Corrupt if `cell` has not had record `number`, and `tail` says that it was put."""
+        if self._memory.load(self._tail_at) > number and not self._has_moved(number, cell):
+            raise self._damaged(f"record {number} was put, and is not there: {_UNUSABLE}")
+
+    def _has_moved(self, number: int, cell: int) -> bool:
+        """Whether the cell of record `number` is not `cell` any more."""
+        return self._memory.load(self.cell_at(number)) != cell
 
     def collect(self, limits: array[int]) -> int:
         """Release buffers with settled claims that no cell names; returns how many.
@@ -242,6 +277,11 @@ class Ring:
             if cell & FULL and cell & BUFFER_MASK < count:
                 marks[cell & BUFFER_MASK] = self._tag_of(cell)
         return self._blocks.release(self._blocks.sweep(marks, limits, 0, count))
+
+    def _misplaced(self, cell: int, number: int) -> Corrupt:
+        return self._damaged(
+            f"cell {number % self._cells} is {cell:#x}, impossible for record {number}: {_UNUSABLE}"
+        )
 
     def _damaged(self, why: str) -> Corrupt:
         return Corrupt(f"the queue is damaged: {why}")

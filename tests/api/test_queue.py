@@ -22,7 +22,9 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 import ivshmemfs
 from ivshmemfs import Client, Queue
+from ivshmemfs.api import messages
 from ivshmemfs.format import queue as fmt
+from ivshmemfs.format import words
 from tests.support.mounts import ENVIRONMENT, PATIENCE
 from tests.support.regions import TestRegion, new_region
 
@@ -303,6 +305,7 @@ def test_writers_and_readers_are_killed_and_stopped(made: TestRegion, long_run: 
 # --- hostile words ------------------------------------------------------------------------------
 
 
+MASK = (1 << 64) - 1
 ALLOWED = ("done", "nothing", errno.EUCLEAN, errno.ETIMEDOUT)
 
 
@@ -342,6 +345,76 @@ def test_a_hostile_queue_never_hangs_or_leads_outside(made: TestRegion) -> None:
                     assert _outcome(lambda: one.put(b"x", timeout=0)) in ALLOWED
             fs.release(path)
             fs.remove(path)
+
+
+VERBS: dict[str, Callable[[int], int]] = {
+    "zero": lambda _word: 0,
+    "ones": lambda _word: MASK,
+    "full": lambda word: word ^ fmt.FULL,
+    "lap before": lambda word: word - (1 << 24),
+    "next lap": lambda word: word + (1 << 24),
+    "a thousand laps": lambda word: word + (1000 << 24),
+    "half of all laps": lambda word: word ^ 1 << 61,
+    "other buffer": lambda word: word ^ 1,
+    "no buffer": lambda word: word ^ 1 << 23,
+    "one more": lambda word: word + 1,
+    "one less": lambda word: word - 1,
+    "a thousand more": lambda word: word + 1000,
+}
+PLACES = [fmt.TAIL_OFFSET, fmt.HEAD_OFFSET, *(fmt.CELLS_OFFSET + 8 * n for n in range(4))]
+
+
+@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.parametrize("broadcast", [False, True], ids=["work", "broadcast"])
+def test_damage_is_never_waited_for(made: TestRegion, broadcast: bool, verb: str) -> None:
+    """A queue with one wrong word goes on, or says EUCLEAN; it never looks full or empty."""
+    with ivshmemfs.open(made.path) as fs:
+        for at in PLACES:
+            for waiting in (0, 2, 4):
+                path = f"/{at} {waiting}"
+                with (
+                    fs.queue(path, broadcast=broadcast, records=4, record_size=100) as one,
+                    fs.queue(path) as two,
+                    fs.map(path) as memory,
+                ):
+                    for number in range(9 + waiting):
+                        one.put(b"%d" % number, timeout=0)
+                        if number < 9:
+                            two.get(timeout=0)
+                    memory.store(at, VERBS[verb](memory.load(at)) & MASK)
+                    found = [_outcome(lambda: two.get(timeout=0)) for _ in range(8)]
+                    for _ in range(12):
+                        found.append(_outcome(lambda: one.put(b"x", timeout=0)))
+                        found.append(_outcome(lambda: two.get(timeout=0)))
+                    assert set(found) <= {"done", "nothing", errno.EUCLEAN}
+                    assert errno.EUCLEAN in found or found[-2:] == ["done", "done"], path
+                    assert two.lost <= 25
+                fs.release(path)
+                fs.remove(path)
+
+
+@pytest.mark.parametrize("broadcast", [False, True], ids=["work", "broadcast"])
+def test_buffers_that_stopped_writers_have(
+    made: TestRegion, monkeypatch: pytest.MonkeyPatch, broadcast: bool
+) -> None:
+    monkeypatch.setattr(messages, "CLAIMED_SECONDS", 0.05)
+    with (
+        ivshmemfs.open(made.path) as fs,
+        fs.queue("/q", broadcast=broadcast, records=4, record_size=100) as one,
+        fs.map("/q") as memory,
+    ):
+        plan = fmt.plan(0, 100, 4)
+        tags = memory.read(plan.tags_offset, plan.buffers * 8)
+        member = fs.session._fs._volume.joined()
+        claim = words.make_tag(member.slot, member.incarnation + 1, 5)  # newer: not settled
+        memory.write(plan.tags_offset, struct.pack("<Q", claim) * plan.buffers)
+        with pytest.raises(queue.Full):  # many writers may be at it
+            one.put(b"x", timeout=0)
+        with pytest.raises(OSError, match="ivshmemfs evict") as caught:
+            one.put(b"x", timeout=PATIENCE)
+        assert caught.value.errno == errno.ENOBUFS
+        memory.write(plan.tags_offset, tags)
+        one.put(b"x", timeout=0)
 
 
 def test_a_damaged_header_is_no_queue(fs: Client, work: Queue) -> None:

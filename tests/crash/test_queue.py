@@ -14,10 +14,11 @@ import pytest
 
 from ivshmemfs.engine import ROOT_INO, Filesystem, fixed, names
 from ivshmemfs.engine.messages import Messages
+from ivshmemfs.errors import StaleHandle
 from ivshmemfs.format import queue as fmt
 from tests.support.checks import assert_sound
 from tests.support.laboratory import Death, Fates, Laboratory, Peer
-from tests.support.regions import ROOT, new_region
+from tests.support.regions import ROOT, new_region, put
 
 CELLS = 4
 RECORD = 200
@@ -59,8 +60,7 @@ def laboratory(monkeypatch: pytest.MonkeyPatch) -> Iterator[Laboratory]:
 
 def opened(fs: Filesystem, kind: str) -> Messages:
     """The queue of a kind as a mount has it."""
-    ino = fs.lookup(ROOT_INO, kind.encode()).ino
-    return fs.messages(fs.look(lambda view: fixed.extent(view, ino)))
+    return fs.messages(fs.lookup(ROOT_INO, kind.encode()).ino)
 
 
 class Side(NamedTuple):
@@ -263,3 +263,70 @@ def test_a_buffer_of_a_silent_peer_is_kept_until_it_is_evicted(
         assert sorted([*other.take_all(), *taken]) == [1, 500]
     else:
         assert other.see_all()[-1] == 500
+
+
+@pytest.mark.parametrize("loads", [False, True], ids=["stores", "loads"])
+@pytest.mark.parametrize("name", SCENES)
+def test_an_evicted_sleeper_tears_nothing(laboratory: Laboratory, name: str, loads: bool) -> None:
+    """It is paused and evicted, its buffer is collected and used again, and it goes on."""
+    world, scene = laboratory.save(), SCENES[name]
+    step = 1 if not loads else 3
+    for event in range(0, events(laboratory, world, scene, loads=loads), step):
+        victim, other = sides(laboratory, world, scene.kind)
+        for number in range(scene.before):
+            assert victim.put(number)
+        put, taken = list(range(scene.before)), list[int]()
+
+        def meanwhile(
+            victim: Side = victim,
+            other: Side = other,
+            put: list[int] = put,
+            taken: list[int] = taken,
+        ) -> None:
+            member = victim.peer.fs._volume.joined()
+            table = other.peer.fs.table
+            assert table.retire(member.slot, table.state(member.slot))
+            other.peer.run(lambda fs: other.messages.ring.collect(fs.table.limits()))
+            for number in range(1000, 1000 + 2 * BUFFERS):
+                if scene.kind == "work":
+                    got = other.take()
+                    taken.extend([] if got is None else [got])
+                if other.put(number):
+                    put.append(number)
+
+        victim.peer.pause_at(event, meanwhile, loads=loads)
+        result = scene.act(victim)
+        if result is True:
+            put.append(500)
+        elif isinstance(result, int) and not isinstance(result, bool):
+            taken.append(result)
+        if scene.kind == "work":
+            taken += other.take_all()
+            assert sorted(taken) == sorted(put), f"event {event}"
+        else:
+            assert set(other.see_all()) <= set(put)
+            assert len(other.see_all()) == CELLS
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_sleeper_leaves_a_file_alone_that_was_released(laboratory: Laboratory, kind: str) -> None:
+    """It slept, was evicted, and its queue's blocks became another file's."""
+    victim, other = sides(laboratory, laboratory.save(), kind)
+    assert victim.put(1)
+    member = victim.peer.fs._volume.joined()
+    table = other.peer.fs.table
+    table.retire(member.slot, table.state(member.slot))
+
+    def replace(fs: Filesystem) -> None:
+        ino = fs.lookup(ROOT_INO, kind.encode()).ino
+        fs.change(lambda tx: fixed.release(tx, ino))
+        fs.unlink(ROOT_INO, kind.encode(), ROOT)
+
+    other.peer.run(replace)
+    content = bytes(other.peer.fs.statfs().blocks_avail * 1024 * 9 // 10)
+    other.peer.run(lambda fs: put(fs, ROOT_INO, b"zeros", content))
+    before = laboratory.memory.read(other.messages._place.offset, other.messages._place.size)
+    for act in (lambda: victim.put(2), victim.take):
+        with pytest.raises(StaleHandle, match="released"):
+            act()
+    assert laboratory.memory.read(other.messages._place.offset, len(before)) == before
