@@ -12,6 +12,7 @@ themselves.  All calls work on ARM64 device memory as well.
 from __future__ import annotations
 
 import errno
+import math
 import mmap
 import os
 import stat
@@ -108,6 +109,13 @@ class MappedFile:
             raise ValueError(f"{length} bytes at {at} are not within the file's {self.size}")
         return self.offset + at
 
+    def _word(self, at: int) -> int:
+        """Return the place of a word; raises ValueError also where none can be."""
+        place = self._at(at, WORD)
+        if at % WORD:
+            raise ValueError(f"byte {at} is not a multiple of {WORD}")
+        return place
+
     # --- words ----------------------------------------------------------------------------------
 
     def load(self, at: int) -> int:
@@ -116,15 +124,15 @@ class MappedFile:
         All methods raise ValueError for a place outside the file, and OSError when the region is
         gone.  Those that store raise OSError EROFS if the client only reads.
         """
-        return self._memory.load(self._at(at, WORD))
+        return self._memory.load(self._word(at))
 
     def store(self, at: int, value: int) -> None:
         """Store a word; all that this thread stored before is visible before it (release)."""
-        self._memory.store(self._at(at, WORD), value)
+        self._memory.store(self._word(at), value)
 
     def cas(self, at: int, expected: int, new: int) -> int:
         """Store `new` if the word is `expected`; returns the word as it was before."""
-        return self._memory.cas(self._at(at, WORD), expected, new)
+        return self._memory.cas(self._word(at), expected, new)
 
     def fence(self) -> None:
         """Order all loads and stores before it and after it."""
@@ -135,8 +143,10 @@ class MappedFile:
 
         None waits for ever.  It sleeps between looks, and wakes about 0.1 ms late.
         """
-        place = self._at(at, WORD)
-        left = None if timeout is None else max(int(timeout * _SECOND) // NAP, 0)
+        place = self._word(at)
+        left = None
+        if timeout is not None and timeout != math.inf:
+            left = max(int(timeout * _SECOND) // NAP, 0)
         while True:
             naps = _SECOND // NAP if left is None else min(left, _SECOND // NAP)
             word = self._memory.await_change(place, value, NAP, naps)
@@ -160,18 +170,21 @@ class MappedFile:
         """Return the file as memory of the module mmap, for numpy and the like.
 
         It stays mapped until its own `close`.  Use it for memory that is cached: on ARM64 device
-        memory unaligned copies end the process.  Raises OSError.
+        memory unaligned copies end the process.  Raises OSError; ENODEV for a device behind vfio,
+        where the other methods work.
         """
         self._at(0, 0)
+        self._session.refuse_closed()
         region = self._session.region
-        if region.start is None:
-            text = "a device behind vfio has no file to map; use the methods of the mapped file"
-            raise OSError(errno.ENODEV, text, self.path)
-        flags = os.O_RDONLY if region.readonly else os.O_RDWR
         access = mmap.ACCESS_READ if region.readonly else mmap.ACCESS_WRITE
-        fd = os.open(region.path, flags | os.O_CLOEXEC)
+        fd = region.descriptor()
         try:
-            return mmap.mmap(fd, self.size, access=access, offset=region.start + self.offset)
+            start = (region.start or 0) + self.offset
+            return mmap.mmap(fd, self.size, access=access, offset=start)
+        except ValueError as error:  # the region's file is shorter than when it was opened
+            raise OSError(
+                errno.EIO, region.condition().explained or str(error), self.path
+            ) from None
         finally:
             os.close(fd)
 

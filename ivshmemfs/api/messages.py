@@ -68,7 +68,13 @@ class Queue:
         plan = fmt.plan(kind, record_size, records)
         # A reader makes nothing.
         size = None if client.readonly else plan.size
-        self._file = MappedFile(client, path, size, head=fmt.encode(plan), any_size=True)
+        try:
+            self._file = MappedFile(client, path, size, head=fmt.encode(plan), any_size=True)
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            text = "it is no queue: give the queue a new name"
+            raise OSError(errno.EINVAL, text, path) from error
         try:
             messages = self._session.call(self._open, path)
             if broadcast is not None and messages.ring.is_broadcast != broadcast:
@@ -121,7 +127,7 @@ class Queue:
         that is too long, EROFS if the client only reads.  ENOBUFS means that writers that stopped
         amid a `put` have all free buffers.
         """
-        content = bytes(record)
+        content = bytes(memoryview(record))  # bytes(5) would be five zeros
         if self._insert(content):
             return
         end = _end_of(timeout)

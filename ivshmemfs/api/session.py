@@ -166,8 +166,7 @@ class Session:
 
         def run() -> T:
             with self._lock:
-                if self._ended.is_set():
-                    raise ValueError("I/O operation on a closed region")
+                self.refuse_closed()
                 self._owner = me
                 try:
                     return attempt()
@@ -175,6 +174,11 @@ class Session:
                     self._owner = 0
 
         return deferred(run)
+
+    def refuse_closed(self) -> None:
+        """Raise ValueError after `close`."""
+        if self._ended.is_set():
+            raise ValueError("I/O operation on a closed region")
 
     def release(self, handle: Handle) -> None:
         """Close an open file of the engine; after the session's end there is nothing to close."""

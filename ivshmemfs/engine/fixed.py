@@ -98,14 +98,14 @@ def _steps(geometry: Geometry, size: int) -> list[tuple[int, int]]:
 
 
 def extent(view: View, ino: int) -> Extent:
-    """Return where a fixed file lies; raises EINVAL for any other file, Corrupt, StaleHandle."""
+    """Return where a fixed file lies.
+
+    Raises EISDIR, EINVAL for any other file, Corrupt, StaleHandle.
+    """
     inode = view.inode(ino)
     record = inode.record
     if not record.fixed:
-        raise FsError(
-            errno.EINVAL,
-            "it is no mapped file: 'ivshmemfs map --create SIZE' makes one",
-        )
+        raise _not_fixed(record.mode)
     count = -(-record.size // view.block_size)
     tree = RadixTree(record.height, inode.data)
     first, last = (
@@ -115,6 +115,20 @@ def extent(view: View, ino: int) -> Extent:
     if not first[2] or last[0] - first[0] != count - 1 or last[0] >= geometry.block_count:
         raise Corrupt(f"inode {ino}: a fixed file whose blocks do not follow each other")
     return Extent(geometry.data_offset + first[0] * view.block_size, record.size)
+
+
+def _not_fixed(mode: int) -> FsError:
+    if stat.S_ISDIR(mode):
+        return FsError(errno.EISDIR)
+    if stat.S_ISLNK(mode):
+        return FsError(errno.EINVAL, "it is a symbolic link: name the file that it leads to")
+    if not stat.S_ISREG(mode):
+        return FsError(errno.EINVAL, "it is a special file, which has no contents")
+    return FsError(
+        errno.EINVAL,
+        "it is an ordinary file: 'ivshmemfs map --create SIZE' makes a mapped file, under a new "
+        "name",
+    )
 
 
 def write(tx: Transaction, inode: Inode, offset: int, content: bytes | bytearray | memoryview,

@@ -109,6 +109,11 @@ def test_what_is_refused(fs: Client, reader: Client, work: Queue) -> None:
     with pytest.raises(OSError, match="101 bytes") as caught:
         work.put(bytes(101))
     assert caught.value.errno == errno.EMSGSIZE
+    for wrong in ("text", 5, None):
+        with pytest.raises(TypeError):
+            work.put(wrong)  # type: ignore[arg-type]
+    with pytest.raises(queue.Empty):
+        work.get(timeout=0)
     with pytest.raises(FileExistsError, match="as a work queue"):
         fs.queue("/work", broadcast=True)
     fs.write_bytes("/plain", b"x")
