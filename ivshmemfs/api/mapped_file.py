@@ -2,8 +2,13 @@
 
     OPEN     `load`, `store`, `cas`, `read`, `write` reach the file's bytes in the region at once,
              without a commit; the file is listed as open, so no peer releases it
+    LOST     the upkeep thread, or a waiting queue, found that the file was released all the same,
+             or the region formatted anew: each of them raises OSError ESTALE
     CLOSED   after `close`, or the end of the client: each of them raises ValueError
 
+A peer that was evicted, or whose slot another peer took while it was silent, lists nothing.  So the
+file may be released while that peer sleeps.  When it wakes up, it may still store for up to BEAT
+seconds (`session.py`).
 All machines see the same bytes.  Words of 64 bits are loaded, stored and swapped whole.  Everything
 else is not atomic, and nothing tells the kernel or other programs of a change: programs agree among
 themselves.  All calls work on ARM64 device memory as well.
@@ -21,7 +26,7 @@ from typing import TYPE_CHECKING, Final, Self
 
 from ivshmemfs.api import walk
 from ivshmemfs.engine import fixed, names
-from ivshmemfs.errors import FsError
+from ivshmemfs.errors import FsError, StaleHandle
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
@@ -73,6 +78,9 @@ class MappedFile:
             self.close()
             raise
         self.place: Final = place
+        self._lost = ""  # why the file is lost, or ""
+        self._seen = 0  # the commit word at the last look; 0 before it
+        self._session.maps.add(self)
         self.offset: Final[int] = place.offset
         self.size: Final[int] = place.size
 
@@ -103,11 +111,34 @@ class MappedFile:
 
     def _at(self, at: int, length: int) -> int:
         """Return the place of `length` bytes in the region; raises ValueError outside the file."""
-        if self._handle is None:
-            raise ValueError("the mapped file is closed")
+        self.refuse_lost()
         if not 0 <= at <= self.size - length:
             raise ValueError(f"{length} bytes at {at} are not within the file's {self.size}")
         return self.offset + at
+
+    def refuse_lost(self) -> None:
+        """Raise ValueError after `close`, OSError ESTALE once the file is lost."""
+        if self._handle is None:
+            raise ValueError("the mapped file is closed")
+        if self._lost:
+            raise OSError(errno.ESTALE, self._lost, self.path)
+
+    def lose(self, why: str) -> None:
+        """Let all calls from now on raise OSError ESTALE that says `why`."""
+        self._lost = why
+
+    def look_again(self, fs: Filesystem) -> None:
+        """Look whether the file is lost; at most once for each commit word.  Raises Busy."""
+        word = fs.commit_word()
+        if word == self._seen:
+            return
+        try:
+            fs.look(lambda view: fixed.expect(view, self.ino, self.place))
+        except StaleHandle as error:
+            self.lose(str(error))
+        except FsError:
+            return  # damage, or no access: the calls themselves tell
+        self._seen = word
 
     def _word(self, at: int) -> int:
         """Return the place of a word; raises ValueError also where none can be."""

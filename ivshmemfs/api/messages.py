@@ -15,9 +15,9 @@ import errno
 import queue
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import TracebackType
-from typing import TYPE_CHECKING, Final, Self
+from typing import TYPE_CHECKING, Final, Self, TypeVar
 
 from ivshmemfs.api.mapped_file import MappedFile
 from ivshmemfs.errors import FsError
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from ivshmemfs.engine import Filesystem
     from ivshmemfs.engine.messages import Messages
 
+T = TypeVar("T")
 #: Records of a new queue, and the most bytes of one.
 RECORDS: Final = 256
 RECORD_SIZE: Final = 4096
@@ -141,9 +142,8 @@ class Queue:
                 raise queue.Full
 
     def _insert(self, content: bytes) -> bool:
-        self._check_open()
         try:
-            done = self._session.call(lambda _fs: self._messages.put(content), self.path)
+            done = self._call(lambda: self._messages.put(content))
         except OSError as error:
             now = time.monotonic()
             self._claimed_since = self._claimed_since or now
@@ -180,14 +180,11 @@ class Queue:
             yield self.get()
 
     def _next_record(self) -> bytes | None:
-        self._check_open()
         if not self.broadcast:
-            return self._session.call(lambda _fs: self._messages.take(), self.path)
+            return self._call(self._messages.take)
         with self._turn:
             try:
-                record, number = self._session.call(
-                    lambda _fs: self._messages.peek(self._next), self.path
-                )
+                record, number = self._call(lambda: self._messages.peek(self._next))
             except OSError as error:
                 if error.errno == errno.EUCLEAN:  # the next call goes on behind it
                     self._next += 1
@@ -196,20 +193,29 @@ class Queue:
             self._next = number if record is None else number + 1
             return record
 
-    def _check_open(self) -> None:
+    def _call(self, action: Callable[[], T]) -> T:
         if self._file.closed:
             raise ValueError("the queue is closed")
+        self._file.refuse_lost()
+        try:
+            return self._session.call(lambda _fs: action(), self.path)
+        except OSError as error:
+            if error.errno == errno.EUCLEAN:
+                self.check()  # the bytes may be another file's
+            raise
 
     def check(self) -> None:
-        """Raise OSError ESTALE unless the region is the one that was opened."""
+        """Raise OSError ESTALE unless the region and the file are those that were opened."""
         from ivshmemfs.region import Condition
 
         def look(fs: Filesystem) -> None:
             found = fs.condition()
             if found not in (Condition.SOUND, Condition.RENAMED):
                 raise FsError(errno.ESTALE, found.explained)
+            self._file.look_again(fs)
 
         self._session.call(look, self.path)
+        self._file.refuse_lost()
 
 
 class _Waiting:

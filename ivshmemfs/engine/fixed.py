@@ -23,7 +23,7 @@ from ivshmemfs.engine import radix
 from ivshmemfs.engine.inode import Inode
 from ivshmemfs.engine.radix import NULL, SIZE, RadixTree
 from ivshmemfs.engine.transaction import BlockCount, Transaction, View
-from ivshmemfs.errors import Corrupt, FsError, InUse, NoSpace, Restart
+from ivshmemfs.errors import Corrupt, FsError, InUse, NoSpace, Restart, StaleHandle
 from ivshmemfs.format import inode as fmt
 from ivshmemfs.format import words
 from ivshmemfs.format.geometry import Geometry
@@ -39,6 +39,10 @@ LARGE_PAGE: Final = 64 << 10  # of some ARM64 kernels, which map no smaller ones
 ALIGNMENTS: Final = (2 << 20, LARGE_PAGE, PAGE)
 KEEPS_NAME: Final = (
     "programs may have this file mapped: 'ivshmemfs map --release' makes it an ordinary file"
+)
+RELEASED: Final = (
+    "the mapped file was released as an ordinary one, and its place may be another file's: open it "
+    "again"
 )
 KEEPS_SIZE: Final = "a file that programs may have mapped keeps its size"
 
@@ -115,6 +119,18 @@ def extent(view: View, ino: int) -> Extent:
     if not first[2] or last[0] - first[0] != count - 1 or last[0] >= geometry.block_count:
         raise Corrupt(f"inode {ino}: a fixed file whose blocks do not follow each other")
     return Extent(geometry.data_offset + first[0] * view.block_size, record.size)
+
+
+def expect(view: View, ino: int, place: Extent) -> None:
+    """Raise StaleHandle unless the file is still a fixed one, at `place`; Corrupt."""
+    try:
+        found = extent(view, ino)
+    except Corrupt:
+        raise
+    except FsError:  # ordinary, or removed
+        found = None
+    if found != place:
+        raise StaleHandle(RELEASED)
 
 
 def _not_fixed(mode: int) -> FsError:

@@ -7,12 +7,14 @@ import math
 import os
 import shutil
 import threading
+import time
 from pathlib import Path
 
 import pytest
 
 import ivshmemfs
-from ivshmemfs import Client
+from ivshmemfs import Client, MappedFile
+from tests.support.mounts import PATIENCE
 from tests.support.regions import TestRegion, new_region
 
 
@@ -68,6 +70,43 @@ def test_a_file_that_took_the_regions_place_is_not_mapped(tmp_path: Path) -> Non
         fs.close()
         with pytest.raises(ValueError, match="closed"):
             one.mmap()
+
+
+def _stores(one: MappedFile) -> None:
+    """Store until that is refused."""
+    end = time.monotonic() + PATIENCE
+    while time.monotonic() < end:
+        one.store(0, 1)
+        time.sleep(0.01)
+
+
+def test_a_file_that_was_released_meanwhile_is_lost(fs: Client, other: Client) -> None:
+    """Its peer was evicted, so no slot listed the file; or the release was forced."""
+    for forced in (False, True):
+        one = fs.map("/shared", create=4096)
+        if not forced:
+            member, table = fs.session._fs._volume.joined(), other.session._fs.table
+            with fs.session._lock:  # the upkeep thread sleeps
+                table.retire(member.slot, table.state(member.slot))
+                other.release("/shared")
+        else:
+            other.release("/shared", force=True)
+        other.remove("/shared")
+        with pytest.raises(OSError, match="was released") as caught:
+            _stores(one)
+        assert caught.value.errno == errno.ESTALE
+        one.close()
+
+
+def test_a_region_formatted_anew_is_lost(fs: Client, made: TestRegion) -> None:
+    one = fs.map("/shared", create=4096)
+    with new_region(made.region().size) as fresh:
+        content = fresh.path.read_bytes()
+    with open(made.path, "r+b") as region:
+        region.write(content)
+    with pytest.raises(OSError, match="formatted anew") as caught:
+        _stores(one)
+    assert caught.value.errno == errno.ESTALE
 
 
 def test_places_outside_raise(fs: Client) -> None:

@@ -136,6 +136,18 @@ def test_what_is_refused(fs: Client, reader: Client, work: Queue) -> None:
         work.get(timeout=0)
 
 
+def test_a_queue_that_was_released_is_not_damaged(fs: Client, reader: Client) -> None:
+    """A client that only reads is listed nowhere.  Its file may be released and used again."""
+    fs.queue("/news", broadcast=True, records=4, record_size=100).close()
+    with reader.queue("/news") as theirs:
+        fs.release("/news")
+        for content in (b"", b"\xff"):
+            fs.write_bytes("/news", content * 4096)
+            with pytest.raises(OSError, match="was released") as caught:
+                theirs.get(timeout=PATIENCE)
+            assert caught.value.errno == errno.ESTALE
+
+
 def test_large_records(fs: Client, other: Client) -> None:
     with fs.queue("/large", records=8, record_size=1 << 20) as one, other.queue("/large") as two:
         content = random.Random(1).randbytes(1 << 20)
@@ -402,7 +414,7 @@ def test_damage_is_never_waited_for(made: TestRegion, broadcast: bool, verb: str
 def test_buffers_that_stopped_writers_have(
     made: TestRegion, monkeypatch: pytest.MonkeyPatch, broadcast: bool
 ) -> None:
-    monkeypatch.setattr(messages, "CLAIMED_SECONDS", 0.05)
+    monkeypatch.setattr(messages, "CLAIMED_SECONDS", 1e9)
     with (
         ivshmemfs.open(made.path) as fs,
         fs.queue("/q", broadcast=broadcast, records=4, record_size=100) as one,
@@ -415,6 +427,7 @@ def test_buffers_that_stopped_writers_have(
         memory.write(plan.tags_offset, struct.pack("<Q", claim) * plan.buffers)
         with pytest.raises(queue.Full):  # many writers may be at it
             one.put(b"x", timeout=0)
+        monkeypatch.setattr(messages, "CLAIMED_SECONDS", 0.0)
         with pytest.raises(OSError, match="ivshmemfs evict") as caught:
             one.put(b"x", timeout=PATIENCE)
         assert caught.value.errno == errno.ENOBUFS
