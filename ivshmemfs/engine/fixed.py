@@ -102,7 +102,7 @@ def _steps(geometry: Geometry, size: int) -> list[tuple[int, int]]:
 
 
 def extent(view: View, ino: int) -> Extent:
-    """Return where a fixed file lies.
+    """Return where a fixed file lies; of the row it checks both ends.
 
     Raises EISDIR, EINVAL for any other file, Corrupt, StaleHandle.
     """
@@ -112,12 +112,13 @@ def extent(view: View, ino: int) -> Extent:
         raise _not_fixed(record.mode)
     count = -(-record.size // view.block_size)
     tree = RadixTree(record.height, inode.data)
-    first, last = (
-        _POINTER.unpack(radix.find_range(view.nodes, tree, ino, at, 1)) for at in (0, count - 1)
-    )
+    ends = b"".join(radix.find_range(view.nodes, tree, ino, at, 1) for at in (0, count - 1))
+    first, last = _POINTER.iter_unpack(ends)
     geometry = view.store.geometry
     if not first[2] or last[0] - first[0] != count - 1 or last[0] >= geometry.block_count:
         raise Corrupt(f"inode {ino}: a fixed file whose blocks do not follow each other")
+    if not view.store.blocks.check(ends):
+        raise Restart(f"blocks of inode {ino} are another file's")
     return Extent(geometry.data_offset + first[0] * view.block_size, record.size)
 
 
