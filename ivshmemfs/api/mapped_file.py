@@ -21,6 +21,7 @@ import math
 import mmap
 import os
 import stat
+import time
 from types import TracebackType
 from typing import TYPE_CHECKING, Final, Self
 
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 
 WORD: Final = 8  # bytes
 NAP: Final = 50_000  # ns between two looks of `wait`; the kernel adds about as much
+LOOKS: Final = 16  # between two looks at the clock: a nap may take much longer than it should
 _SECOND: Final = 10**9
 
 
@@ -174,16 +176,13 @@ class MappedFile:
 
         None waits for ever.  It sleeps between looks, and wakes about 0.1 ms late.
         """
-        place = self._word(at)
-        left = None
-        if timeout is not None and timeout != math.inf:
-            left = max(int(timeout * _SECOND) // NAP, 0)
+        end = math.inf if timeout is None else time.monotonic() + timeout
         while True:
-            naps = _SECOND // NAP if left is None else min(left, _SECOND // NAP)
-            word = self._memory.await_change(place, value, NAP, naps)
-            if word != value or left == naps:
+            place, left = self._word(at), end - time.monotonic()
+            looks = min(max(int(left * _SECOND / NAP), 0), LOOKS) if left < math.inf else LOOKS
+            word = self._memory.await_change(place, value, NAP, looks)
+            if word != value or not looks:
                 return word
-            left = None if left is None else left - naps
 
     # --- bytes ----------------------------------------------------------------------------------
 

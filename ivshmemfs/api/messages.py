@@ -5,7 +5,7 @@ to all readers; one that is slower than the writers loses the oldest, and is tol
 
 While a call waits, it is in one of these states, by the time since it began:
 
-    awake    SPIN seconds: it looks without a pause, and lets other threads run
+    awake    SPIN seconds: it looks without a nap, and lets other threads run
     drowsy   naps that become longer, up to NAPS' last
 """
 
@@ -16,6 +16,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from types import TracebackType
 from typing import TYPE_CHECKING, Final, Self, TypeVar
 
@@ -34,10 +35,12 @@ T = TypeVar("T")
 #: Records of a new queue, and the most bytes of one.
 RECORDS: Final = 256
 RECORD_SIZE: Final = 4096
-#: Looks without a pause; each takes about half a microsecond.
-SPINS: Final = 400
+#: Seconds without a nap between looks.
+SPIN: Final = 0.0002
 #: (seconds of waiting up to which a nap lasts so long, seconds of the nap).
-NAPS: Final = ((0.02, 0.00005), (1.0, 0.0005), (10.0, 0.002), (float("inf"), 0.003))
+NAPS: Final = ((SPIN, 0.0), (0.02, 0.00005), (1.0, 0.0005), (10.0, 0.002), (float("inf"), 0.003))
+#: Looks between two looks at the clock: a nap may take much longer than it should.
+LOOKS: Final = 16
 #: Seconds between two looks at whether the region still is what was opened.
 CONDITION_SECONDS: Final = 1.0
 #: Seconds without a free buffer after which `put` says so: many writers at once take less.
@@ -106,6 +109,13 @@ class Queue:
     def close(self) -> None:
         """Let go of the file; once."""
         self._file.close()
+
+    def __del__(self) -> None:
+        """Let go of the file, which others could not release otherwise."""
+        file: MappedFile | None = getattr(self, "_file", None)  # None: it was never opened
+        if file is not None:
+            with suppress(OSError):
+                file.close()
 
     def __enter__(self) -> Self:
         return self
@@ -226,27 +236,22 @@ class _Waiting:
         self._memory = owner._memory
         self._began = time.monotonic()
         self._next_check = self._began + CONDITION_SECONDS
-        self._spun = False
 
     def wait(self, at: int, word: int, end: float) -> bool:
         """Wait until the word at `at` is not `word`, or for a while; False when `end` has come."""
-        if not self._spun:
-            self._spun = True
-            self._memory.await_change(at, word, 0, SPINS)
-            return True
         now = time.monotonic()
         if now >= end:
             return False
         if now >= self._next_check:
             self._queue.check()
             self._next_check = now + CONDITION_SECONDS
-        for last, nap in NAPS:
-            if now - self._began < last:
-                until = min(self._began + last, end, self._next_check)
-                self._memory.await_change(
-                    at, word, int(nap * _BILLION), max(int((until - now) / nap), 1)
-                )
+        last, nap = next(stage for stage in NAPS if now - self._began < stage[0])
+        until = min(self._began + last, end, self._next_check)
+        while now < until:
+            looks = min(int((until - now) / nap) + 1, LOOKS) if nap else LOOKS
+            if self._memory.await_change(at, word, int(nap * _BILLION), looks) != word:
                 break
+            now = time.monotonic()
         return True
 
 
