@@ -8,7 +8,7 @@
 
 A peer that was evicted, or whose slot another peer took while it was silent, lists nothing.  So the
 file may be released while that peer sleeps.  When it wakes up, it may still store for up to BEAT
-seconds (`session.py`).
+seconds (`api/session.py`).
 All machines see the same bytes.  Words of 64 bits are loaded, stored and swapped whole.  Everything
 else is not atomic, and nothing tells the kernel or other programs of a change: programs agree among
 themselves.  All calls work on ARM64 device memory as well.
