@@ -2,8 +2,13 @@
 
     OPEN     `load`, `store`, `cas`, `read`, `write` reach the file's bytes in the region at once,
              without a commit; the file is listed as open, so no peer releases it
+    LOST     the upkeep thread, or a waiting queue, found that the file was released all the same,
+             or the region formatted anew: each of them raises OSError ESTALE
     CLOSED   after `close`, or the end of the client: each of them raises ValueError
 
+A peer that was evicted, or whose slot another peer took while it was silent, lists nothing.  So the
+file may be released while that peer sleeps.  When it wakes up, it may still store for up to BEAT
+seconds (`api/session.py`).
 All machines see the same bytes.  Words of 64 bits are loaded, stored and swapped whole.  Everything
 else is not atomic, and nothing tells the kernel or other programs of a change: programs agree among
 themselves.  All calls work on ARM64 device memory as well.
@@ -12,15 +17,17 @@ themselves.  All calls work on ARM64 device memory as well.
 from __future__ import annotations
 
 import errno
+import math
 import mmap
 import os
 import stat
+import time
 from types import TracebackType
 from typing import TYPE_CHECKING, Final, Self
 
 from ivshmemfs.api import walk
 from ivshmemfs.engine import fixed, names
-from ivshmemfs.errors import FsError
+from ivshmemfs.errors import FsError, StaleHandle
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
@@ -31,6 +38,7 @@ if TYPE_CHECKING:
 
 WORD: Final = 8  # bytes
 NAP: Final = 50_000  # ns between two looks of `wait`; the kernel adds about as much
+LOOKS: Final = 16  # between two looks at the clock: a nap may take much longer than it should
 _SECOND: Final = 10**9
 
 
@@ -72,6 +80,9 @@ class MappedFile:
             self.close()
             raise
         self.place: Final = place
+        self._lost = ""  # why the file is lost, or ""
+        self._seen = 0  # the commit word at the last look; 0 before it
+        self._session.maps.add(self)
         self.offset: Final[int] = place.offset
         self.size: Final[int] = place.size
 
@@ -102,11 +113,41 @@ class MappedFile:
 
     def _at(self, at: int, length: int) -> int:
         """Return the place of `length` bytes in the region; raises ValueError outside the file."""
-        if self._handle is None:
-            raise ValueError("the mapped file is closed")
+        self.refuse_lost()
         if not 0 <= at <= self.size - length:
             raise ValueError(f"{length} bytes at {at} are not within the file's {self.size}")
         return self.offset + at
+
+    def refuse_lost(self) -> None:
+        """Raise ValueError after `close`, OSError ESTALE once the file is lost."""
+        if self._handle is None:
+            raise ValueError("the mapped file is closed")
+        if self._lost:
+            raise OSError(errno.ESTALE, self._lost, self.path)
+
+    def lose(self, why: str) -> None:
+        """Let all calls from now on raise OSError ESTALE that says `why`."""
+        self._lost = why
+
+    def look_again(self, fs: Filesystem) -> None:
+        """Look whether the file is lost; at most once for each commit word.  Raises Busy."""
+        word = fs.commit_word()
+        if word == self._seen:
+            return
+        try:
+            fs.look(lambda view: fixed.expect(view, self.ino, self.place))
+        except StaleHandle as error:
+            self.lose(str(error))
+        except FsError:
+            return  # damage, or no access: the calls themselves tell
+        self._seen = word
+
+    def _word(self, at: int) -> int:
+        """Return the place of a word; raises ValueError also where none can be."""
+        place = self._at(at, WORD)
+        if at % WORD:
+            raise ValueError(f"byte {at} is not a multiple of {WORD}")
+        return place
 
     # --- words ----------------------------------------------------------------------------------
 
@@ -116,15 +157,15 @@ class MappedFile:
         All methods raise ValueError for a place outside the file, and OSError when the region is
         gone.  Those that store raise OSError EROFS if the client only reads.
         """
-        return self._memory.load(self._at(at, WORD))
+        return self._memory.load(self._word(at))
 
     def store(self, at: int, value: int) -> None:
         """Store a word; all that this thread stored before is visible before it (release)."""
-        self._memory.store(self._at(at, WORD), value)
+        self._memory.store(self._word(at), value)
 
     def cas(self, at: int, expected: int, new: int) -> int:
         """Store `new` if the word is `expected`; returns the word as it was before."""
-        return self._memory.cas(self._at(at, WORD), expected, new)
+        return self._memory.cas(self._word(at), expected, new)
 
     def fence(self) -> None:
         """Order all loads and stores before it and after it."""
@@ -135,14 +176,13 @@ class MappedFile:
 
         None waits for ever.  It sleeps between looks, and wakes about 0.1 ms late.
         """
-        place = self._at(at, WORD)
-        left = None if timeout is None else max(int(timeout * _SECOND) // NAP, 0)
+        end = math.inf if timeout is None else time.monotonic() + timeout
         while True:
-            naps = _SECOND // NAP if left is None else min(left, _SECOND // NAP)
-            word = self._memory.await_change(place, value, NAP, naps)
-            if word != value or left == naps:
+            place, left = self._word(at), end - time.monotonic()
+            looks = min(max(int(left * _SECOND / NAP), 0), LOOKS) if left < math.inf else LOOKS
+            word = self._memory.await_change(place, value, NAP, looks)
+            if word != value or not looks:
                 return word
-            left = None if left is None else left - naps
 
     # --- bytes ----------------------------------------------------------------------------------
 
@@ -160,18 +200,21 @@ class MappedFile:
         """Return the file as memory of the module mmap, for numpy and the like.
 
         It stays mapped until its own `close`.  Use it for memory that is cached: on ARM64 device
-        memory unaligned copies end the process.  Raises OSError.
+        memory unaligned copies end the process.  Raises OSError; ENODEV for a device behind vfio,
+        where the other methods work.
         """
         self._at(0, 0)
+        self._session.refuse_closed()
         region = self._session.region
-        if region.start is None:
-            text = "a device behind vfio has no file to map; use the methods of the mapped file"
-            raise OSError(errno.ENODEV, text, self.path)
-        flags = os.O_RDONLY if region.readonly else os.O_RDWR
         access = mmap.ACCESS_READ if region.readonly else mmap.ACCESS_WRITE
-        fd = os.open(region.path, flags | os.O_CLOEXEC)
+        fd = region.descriptor()
         try:
-            return mmap.mmap(fd, self.size, access=access, offset=region.start + self.offset)
+            start = (region.start or 0) + self.offset
+            return mmap.mmap(fd, self.size, access=access, offset=start)
+        except ValueError as error:  # the region's file is shorter than when it was opened
+            raise OSError(
+                errno.EIO, region.condition().explained or str(error), self.path
+            ) from None
         finally:
             os.close(fd)
 

@@ -5,8 +5,8 @@ to all readers; one that is slower than the writers loses the oldest, and is tol
 
 While a call waits, it is in one of these states, by the time since it began:
 
-    awake    SPIN seconds: it looks without a pause, and lets other threads run
-    drowsy   naps that become longer (`nap_after`)
+    awake    SPIN seconds: it looks without a nap, and lets other threads run
+    drowsy   naps that become longer, as `nap_after` says
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ import errno
 import queue
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from types import TracebackType
-from typing import TYPE_CHECKING, Final, Self
+from typing import TYPE_CHECKING, Final, Self, TypeVar
 
 from ivshmemfs.api.mapped_file import MappedFile
 from ivshmemfs.errors import FsError
@@ -31,11 +32,12 @@ if TYPE_CHECKING:
     from ivshmemfs.engine import Filesystem
     from ivshmemfs.engine.messages import Messages
 
+T = TypeVar("T")
 #: Records of a new queue, and the most bytes of one.
 RECORDS: Final = 256
 RECORD_SIZE: Final = 4096
-#: Looks without a pause; each takes about half a microsecond.
-SPINS: Final = 400
+#: Looks between two looks at the clock: a nap may take much longer than it should.
+LOOKS: Final = 16
 #: Seconds between two looks at whether the region still is what was opened.
 CONDITION_SECONDS: Final = 1.0
 #: Seconds without a free buffer after which `put` says so: many writers at once take less.
@@ -67,7 +69,13 @@ class Queue:
         plan = fmt.plan(kind, record_size, records)
         # A reader makes nothing.
         size = None if client.readonly else plan.size
-        self._file = MappedFile(client, path, size, head=fmt.encode(plan), any_size=True)
+        try:
+            self._file = MappedFile(client, path, size, head=fmt.encode(plan), any_size=True)
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            text = "it is no queue: give the queue a new name"
+            raise OSError(errno.EINVAL, text, path) from error
         try:
             messages = self._session.call(self._open, path)
             if broadcast is not None and messages.ring.is_broadcast != broadcast:
@@ -99,6 +107,13 @@ class Queue:
         """Let go of the file; once."""
         self._file.close()
 
+    def __del__(self) -> None:
+        """Let go of the file, which others could not release otherwise."""
+        file: MappedFile | None = getattr(self, "_file", None)  # None: it was never opened
+        if file is not None:
+            with suppress(OSError):
+                file.close()
+
     def __enter__(self) -> Self:
         return self
 
@@ -120,7 +135,7 @@ class Queue:
         that is too long, EROFS if the client only reads.  ENOBUFS means that writers that stopped
         amid a `put` have all free buffers.
         """
-        content = bytes(record)
+        content = bytes(memoryview(record))  # bytes(5) would be five zeros
         if self._insert(content):
             return
         end = _end_of(timeout)
@@ -134,9 +149,8 @@ class Queue:
                 raise queue.Full
 
     def _insert(self, content: bytes) -> bool:
-        self._check_open()
         try:
-            done = self._session.call(lambda _fs: self._messages.put(content), self.path)
+            done = self._call(lambda: self._messages.put(content))
         except OSError as error:
             now = time.monotonic()
             self._claimed_since = self._claimed_since or now
@@ -173,14 +187,11 @@ class Queue:
             yield self.get()
 
     def _next_record(self) -> bytes | None:
-        self._check_open()
         if not self.broadcast:
-            return self._session.call(lambda _fs: self._messages.take(), self.path)
+            return self._call(self._messages.take)
         with self._turn:
             try:
-                record, number = self._session.call(
-                    lambda _fs: self._messages.peek(self._next), self.path
-                )
+                record, number = self._call(lambda: self._messages.peek(self._next))
             except OSError as error:
                 if error.errno == errno.EUCLEAN:  # the next call goes on behind it
                     self._next += 1
@@ -189,20 +200,29 @@ class Queue:
             self._next = number if record is None else number + 1
             return record
 
-    def _check_open(self) -> None:
+    def _call(self, action: Callable[[], T]) -> T:
         if self._file.closed:
             raise ValueError("the queue is closed")
+        self._file.refuse_lost()
+        try:
+            return self._session.call(lambda _fs: action(), self.path)
+        except OSError as error:
+            if error.errno == errno.EUCLEAN:
+                self.check()  # the bytes may be another file's
+            raise
 
     def check(self) -> None:
-        """Raise OSError ESTALE unless the region is the one that was opened."""
+        """Raise OSError ESTALE unless the region and the file are those that were opened."""
         from ivshmemfs.region import Condition
 
         def look(fs: Filesystem) -> None:
             found = fs.condition()
             if found not in (Condition.SOUND, Condition.RENAMED):
                 raise FsError(errno.ESTALE, found.explained)
+            self._file.look_again(fs)
 
         self._session.call(look, self.path)
+        self._file.refuse_lost()
 
 
 class _Waiting:
@@ -213,23 +233,22 @@ class _Waiting:
         self._memory = owner._memory
         self._began = time.monotonic()
         self._next_check = self._began + CONDITION_SECONDS
-        self._spun = False
 
     def wait(self, at: int, word: int, end: float) -> bool:
         """Wait until the word at `at` is not `word`, or for a while; False when `end` has come."""
-        if not self._spun:
-            self._spun = True
-            self._memory.await_change(at, word, 0, SPINS)
-            return True
         now = time.monotonic()
         if now >= end:
             return False
         if now >= self._next_check:
             self._queue.check()
             self._next_check = now + CONDITION_SECONDS
-        nap, until = nap_after(now - self._began)
-        seconds = min(self._began + until, end, self._next_check) - now
-        self._memory.await_change(at, word, int(nap * _BILLION), max(int(seconds / nap), 1))
+        nap, last = nap_after(now - self._began)
+        until = min(self._began + last, end, self._next_check)
+        while now < until:
+            looks = min(int((until - now) / nap) + 1, LOOKS) if nap else LOOKS
+            if self._memory.await_change(at, word, int(nap * _BILLION), looks) != word:
+                break
+            now = time.monotonic()
         return True
 
 

@@ -34,6 +34,7 @@ from ivshmemfs.errors import (
 )
 
 if TYPE_CHECKING:
+    from ivshmemfs.api.mapped_file import MappedFile
     from ivshmemfs.engine import Filesystem, Handle
     from ivshmemfs.region import Region
     from ivshmemfs.shm.bells import Doorbell
@@ -99,6 +100,7 @@ class Session:
         self._ended = threading.Event()
         self._unreleased: list[Handle] = []  # of files that were collected during a call
         self.files: weakref.WeakSet[io.IOBase] = weakref.WeakSet()
+        self.maps: weakref.WeakSet[MappedFile] = weakref.WeakSet()
         self.readonly = fs.readonly
         self._beating: threading.Thread | None = None
         if not fs.readonly:
@@ -168,8 +170,7 @@ class Session:
 
         def run() -> T:
             with self._lock:
-                if self._ended.is_set():
-                    raise ValueError("I/O operation on a closed region")
+                self.refuse_closed()
                 self._owner = me
                 try:
                     return attempt()
@@ -196,6 +197,11 @@ class Session:
         finally:
             self._sleeping.release()
 
+    def refuse_closed(self) -> None:
+        """Raise ValueError after `close`."""
+        if self._ended.is_set():
+            raise ValueError("I/O operation on a closed region")
+
     def release(self, handle: Handle) -> None:
         """Close an open file of the engine; after the session's end there is nothing to close."""
         if self._ended.is_set() or self._pid != os.getpid():
@@ -213,6 +219,7 @@ class Session:
         told = ""
         while not self._ended.wait(BEAT):
             try:
+                self._upkeep(self._look_at_maps)
                 more = self._upkeep(lambda fs: fs.tick())
                 while more and not self._ended.is_set():
                     time.sleep(0)  # let others have a turn
@@ -223,9 +230,17 @@ class Session:
             except Exception as error:  # without a beat others would take this peer for dead
                 if self._ended.is_set():
                     return
+                if isinstance(error, StaleHandle):
+                    for one in list(self.maps):
+                        one.lose(str(error))
                 if str(error) != told:
                     told = str(error)
                     log.error("upkeep of %s: %s", self.region.spec, told or type(error).__name__)
+
+    def _look_at_maps(self, fs: Filesystem) -> bool:
+        for one in list(self.maps):
+            one.look_again(fs)
+        return False
 
     def _upkeep(self, step: Callable[[Filesystem], bool]) -> bool:
         def run() -> bool:

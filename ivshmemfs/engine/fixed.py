@@ -23,7 +23,7 @@ from ivshmemfs.engine import radix
 from ivshmemfs.engine.inode import Inode
 from ivshmemfs.engine.radix import NULL, SIZE, RadixTree
 from ivshmemfs.engine.transaction import BlockCount, Transaction, View
-from ivshmemfs.errors import Corrupt, FsError, InUse, NoSpace, Restart
+from ivshmemfs.errors import Corrupt, FsError, InUse, NoSpace, Restart, StaleHandle
 from ivshmemfs.format import inode as fmt
 from ivshmemfs.format import words
 from ivshmemfs.format.geometry import Geometry
@@ -39,6 +39,10 @@ LARGE_PAGE: Final = 64 << 10  # of some ARM64 kernels, which map no smaller ones
 ALIGNMENTS: Final = (2 << 20, LARGE_PAGE, PAGE)
 KEEPS_NAME: Final = (
     "programs may have this file mapped: 'ivshmemfs map --release' makes it an ordinary file"
+)
+RELEASED: Final = (
+    "the mapped file was released as an ordinary one, and its place may be another file's: open it "
+    "again"
 )
 KEEPS_SIZE: Final = "a file that programs may have mapped keeps its size"
 
@@ -98,23 +102,50 @@ def _steps(geometry: Geometry, size: int) -> list[tuple[int, int]]:
 
 
 def extent(view: View, ino: int) -> Extent:
-    """Return where a fixed file lies; raises EINVAL for any other file, Corrupt, StaleHandle."""
+    """Return where a fixed file lies; of the row it checks both ends.
+
+    Raises EISDIR, EINVAL for any other file, Corrupt, StaleHandle.
+    """
     inode = view.inode(ino)
     record = inode.record
     if not record.fixed:
-        raise FsError(
-            errno.EINVAL,
-            "it is no mapped file: 'ivshmemfs map --create SIZE' makes one",
-        )
+        raise _not_fixed(record.mode)
     count = -(-record.size // view.block_size)
     tree = RadixTree(record.height, inode.data)
-    first, last = (
-        _POINTER.unpack(radix.find_range(view.nodes, tree, ino, at, 1)) for at in (0, count - 1)
-    )
+    ends = b"".join(radix.find_range(view.nodes, tree, ino, at, 1) for at in (0, count - 1))
+    first, last = _POINTER.iter_unpack(ends)
     geometry = view.store.geometry
     if not first[2] or last[0] - first[0] != count - 1 or last[0] >= geometry.block_count:
         raise Corrupt(f"inode {ino}: a fixed file whose blocks do not follow each other")
+    if not view.store.blocks.check(ends):
+        raise Restart(f"blocks of inode {ino} are another file's")
     return Extent(geometry.data_offset + first[0] * view.block_size, record.size)
+
+
+def expect(view: View, ino: int, place: Extent) -> None:
+    """Raise StaleHandle unless the file is still a fixed one, at `place`; Corrupt."""
+    try:
+        found = extent(view, ino)
+    except Corrupt:
+        raise
+    except FsError:  # ordinary, or removed
+        found = None
+    if found != place:
+        raise StaleHandle(RELEASED)
+
+
+def _not_fixed(mode: int) -> FsError:
+    if stat.S_ISDIR(mode):
+        return FsError(errno.EISDIR)
+    if stat.S_ISLNK(mode):
+        return FsError(errno.EINVAL, "it is a symbolic link: name the file that it leads to")
+    if not stat.S_ISREG(mode):
+        return FsError(errno.EINVAL, "it is a special file, which has no contents")
+    return FsError(
+        errno.EINVAL,
+        "it is an ordinary file: 'ivshmemfs map --create SIZE' makes a mapped file, under a new "
+        "name",
+    )
 
 
 def write(tx: Transaction, inode: Inode, offset: int, content: bytes | bytearray | memoryview,

@@ -19,15 +19,11 @@ from typing import Final
 
 from ivshmemfs.engine import fixed
 from ivshmemfs.engine.volume import DAMAGE, Volume
-from ivshmemfs.errors import Busy, Corrupt, Fenced, FsError, IvshmemfsError, StaleHandle
+from ivshmemfs.errors import Busy, Fenced, FsError, IvshmemfsError
 from ivshmemfs.format.words import WORD
 from ivshmemfs.shm.membership import Membership
 from ivshmemfs.shm.queue import Ring
 
-_RELEASED: Final = (
-    "the queue was released as an ordinary file while this peer was silent or evicted: "
-    "open it again"
-)
 _CLAIMED: Final = (
     "writers that stopped amid a message have all of the {} buffers that hold no record; see "
     "`ivshmemfs peers`, and `ivshmemfs evict` those that will not come back"
@@ -45,14 +41,11 @@ class Messages:
         self._volume: Final = volume
         self._ino: Final = ino
         self._known = self._incarnation()
-        self._place: Final = self._extent()
+        self._place: Final = volume.look(lambda view: fixed.extent(view, ino))
         try:
             self.ring: Final = Ring(volume.region.memory, *self._place)
         except ValueError as error:
             raise FsError(errno.EINVAL, str(error)) from None
-
-    def _extent(self) -> fixed.Extent:
-        return self._volume.look(lambda view: fixed.extent(view, self._ino))
 
     def _incarnation(self) -> tuple[int, int]:
         member = self._volume.member
@@ -67,14 +60,7 @@ class Messages:
         if not member.owns_slot:
             self._volume.rejoin(member)
         if self._known != self._incarnation():
-            try:
-                stays = self._extent() == self._place
-            except FsError as error:
-                if isinstance(error, Corrupt):
-                    raise
-                stays = False
-            if not stays:
-                raise StaleHandle(_RELEASED)
+            self._volume.look(lambda view: fixed.expect(view, self._ino, self._place))
             self._known = self._incarnation()
         return member
 

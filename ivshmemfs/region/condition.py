@@ -77,6 +77,13 @@ class Anchor:
             os.close(self._descriptor)
             self._descriptor = -1
 
+    def duplicate(self) -> int:
+        """Return another descriptor of the file or device, which the caller closes.
+
+        Raises OSError EBADF after `close`.
+        """
+        return os.dup(self._descriptor)
+
     def condition(self, path: Path) -> Condition:
         """Compare with the file at `path` now; an unreadable path counts as sound."""
         held = os.fstat(self._descriptor)

@@ -79,6 +79,19 @@ class Region:
             f"{shown(self.path)} gets no more memory: make room there"
         )
 
+    def descriptor(self) -> int:
+        """Return a new descriptor of what is mapped; mmap(2) finds the region there at `start`.
+
+        It is of the same file, also when another one has taken its path.  Raises OSError: ENODEV
+        where mmap(2) finds the region nowhere, and what opening a device raises.
+        """
+        if self.start is None:
+            raise OSError(errno.ENODEV, "a device behind vfio has no file to map", str(self.path))
+        if self.anchor is not None:
+            return self.anchor.duplicate()
+        access = os.O_RDONLY if self.readonly else os.O_RDWR
+        return os.open(self.path, access | os.O_CLOEXEC)
+
     def condition(self) -> Condition:
         """Return what happened to the file or device since it was opened."""
         return Condition.SOUND if self.anchor is None else self.anchor.condition(self.path)

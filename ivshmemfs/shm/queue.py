@@ -14,11 +14,17 @@ States of a buffer, as its tag says:
     free       the peer whose swap replaced the cell released it, or `collect` did
 
 So a peer that dies or pauses at any instant holds up no other.  A peer that wakes up tears no
-record: it stores only to a buffer that it claimed.  Such a buffer is in quarantine, as a block is
-(docs/protocol.md, section 8).  `collect` finds what a death left claimed, as a collection finds
-garbage.  It reads first the limits of settled claims, then the cells, then the tags.
+record.  It stores only to a buffer that it claimed, and such a buffer is in quarantine as a block
+is (docs/protocol.md, section 8).  Only an eviction ends that; so `publish` checks the state word of
+the own slot last.  `collect` finds what a death leaves claimed, as among blocks: first it loads the
+limits of settled claims, then the cells, then the tags.
 
-`tail` and `head` are hints: each peer that finds the cell there filled or taken moves them on.
+`tail` and `head` are hints.  A peer that finds the cell there filled or taken moves them on.  A
+cell never goes back.  So these hold when the hint is loaded first and the cell last, and a region
+where they do not is damaged:
+
+    `tail` is beyond n    cell n has record n, or had it
+    `head` is beyond n    cell n had record n, and was taken
 
 The caller begins and ends the transaction around `put` and `collect` (`engine/messages.py`).  To
 take and to look needs none.
@@ -41,9 +47,10 @@ _CLAIM: Final = 1  # buffers of one `put`
 _FENCED: Final = "another peer declared this one gone in the middle of a message"
 _UNUSABLE: Final = "its programs cannot go on with it: make another under a new name"
 
-
+#: Seconds of a wait in which looks follow each other without a nap.
+SPIN: Final = 0.0002
 #: (seconds of waiting up to which a nap lasts so long, seconds of the nap).
-_NAPS: Final = ((0.02, 0.00005), (1.0, 0.0005), (10.0, 0.002), (float("inf"), 0.003))
+_NAPS: Final = ((SPIN, 0.0), (0.02, 0.00005), (1.0, 0.0005), (10.0, 0.002), (float("inf"), 0.003))
 
 
 def nap_after(waited: float) -> tuple[float, float]:

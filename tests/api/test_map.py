@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import errno
+import math
 import os
+import shutil
 import threading
+import time
+from pathlib import Path
 
 import pytest
 
-from ivshmemfs import Client
-from tests.support.regions import TestRegion
+import ivshmemfs
+from ivshmemfs import Client, MappedFile
+from tests.support.mounts import PATIENCE
+from tests.support.regions import TestRegion, new_region
 
 
 def test_two_clients_see_one_memory(fs: Client, other: Client, made: TestRegion) -> None:
@@ -46,6 +52,63 @@ def test_a_file_as_memory_of_mmap(fs: Client, reader: Client) -> None:
         assert caught.value.errno == errno.EROFS
 
 
+def test_a_file_that_took_the_regions_place_is_not_mapped(tmp_path: Path) -> None:
+    """Its bytes would be another program's."""
+    path = tmp_path / "region"
+    with new_region(2 << 20) as made:
+        shutil.copy(made.path, path)
+    with ivshmemfs.open(path) as fs, fs.map("/shared", create=4096) as one:
+        path.rename(tmp_path / "former")
+        path.write_bytes(b"precious" * (2 << 17))
+        one.write(0, b"hello")
+        view = one.mmap()
+        assert view[:5] == b"hello"
+        view.close()
+        os.truncate(tmp_path / "former", 4096)
+        with pytest.raises(OSError, match="has taken"):
+            one.mmap()
+        fs.close()
+        with pytest.raises(ValueError, match="closed"):
+            one.mmap()
+
+
+def _stores(one: MappedFile) -> None:
+    """Store until that is refused."""
+    end = time.monotonic() + PATIENCE
+    while time.monotonic() < end:
+        one.store(0, 1)
+        time.sleep(0.01)
+
+
+def test_a_file_that_was_released_meanwhile_is_lost(fs: Client, other: Client) -> None:
+    """Its peer was evicted, so no slot listed the file; or the release was forced."""
+    for forced in (False, True):
+        one = fs.map("/shared", create=4096)
+        if not forced:
+            member, table = fs.session._fs._volume.joined(), other.session._fs.table
+            with fs.session._lock:  # the upkeep thread sleeps
+                table.retire(member.slot, table.state(member.slot))
+                other.release("/shared")
+        else:
+            other.release("/shared", force=True)
+        other.remove("/shared")
+        with pytest.raises(OSError, match="was released") as caught:
+            _stores(one)
+        assert caught.value.errno == errno.ESTALE
+        one.close()
+
+
+def test_a_region_formatted_anew_is_lost(fs: Client, made: TestRegion) -> None:
+    one = fs.map("/shared", create=4096)
+    with new_region(made.region().size) as fresh:
+        content = fresh.path.read_bytes()
+    with open(made.path, "r+b") as region:
+        region.write(content)
+    with pytest.raises(OSError, match="formatted anew") as caught:
+        _stores(one)
+    assert caught.value.errno == errno.ESTALE
+
+
 def test_places_outside_raise(fs: Client) -> None:
     with fs.map("/shared", create=4096) as one:
         for at, length in ((-1, 1), (4096, 1), (4090, 7), (0, 4097), (-8, 8)):
@@ -54,8 +117,9 @@ def test_places_outside_raise(fs: Client) -> None:
         for at in (-8, 4089, 4096, 1 << 70):
             with pytest.raises(ValueError, match="not within"):
                 one.load(at)
-        with pytest.raises(ValueError, match="multiple of 8"):
-            one.load(4)
+        for call in (lambda: one.load(4), lambda: one.store(12, 0), lambda: one.wait(4, 0, 0)):
+            with pytest.raises(ValueError, match=r"byte \d+ is not a multiple of 8"):
+                call()
         with pytest.raises(ValueError, match="not within"):
             one.write(4000, bytes(100))
     assert one.closed
@@ -117,6 +181,7 @@ def test_waiting_for_a_word(fs: Client, other: Client) -> None:
     with fs.map("/shared", create=4096) as one, other.map("/shared") as two:
         assert one.wait(0, 0, timeout=0.01) == 0
         assert one.wait(0, 1) == 0
+        assert one.wait(0, 1, timeout=math.inf) == 0
         waker = threading.Timer(0.05, lambda: two.store(0, 5))
         waker.start()
         assert one.wait(0, 0, timeout=60) == 5

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import os
 import queue
 import random
@@ -14,6 +15,8 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import suppress
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import settings
@@ -25,6 +28,8 @@ from ivshmemfs import Client, Queue
 from ivshmemfs.api import messages
 from ivshmemfs.format import queue as fmt
 from ivshmemfs.format import words
+from ivshmemfs.native import Memory
+from ivshmemfs.shm.queue import nap_after
 from tests.support.mounts import ENVIRONMENT, PATIENCE
 from tests.support.regions import TestRegion, new_region
 
@@ -109,6 +114,11 @@ def test_what_is_refused(fs: Client, reader: Client, work: Queue) -> None:
     with pytest.raises(OSError, match="101 bytes") as caught:
         work.put(bytes(101))
     assert caught.value.errno == errno.EMSGSIZE
+    for wrong in ("text", 5, None):
+        with pytest.raises(TypeError):
+            work.put(wrong)  # type: ignore[arg-type]
+    with pytest.raises(queue.Empty):
+        work.get(timeout=0)
     with pytest.raises(FileExistsError, match="as a work queue"):
         fs.queue("/work", broadcast=True)
     fs.write_bytes("/plain", b"x")
@@ -129,6 +139,60 @@ def test_what_is_refused(fs: Client, reader: Client, work: Queue) -> None:
     work.close()
     with pytest.raises(ValueError, match="closed"):
         work.get(timeout=0)
+
+
+def test_a_queue_that_was_released_is_not_damaged(fs: Client, reader: Client) -> None:
+    """A client that only reads is listed nowhere.  Its file may be released and used again."""
+    fs.queue("/news", broadcast=True, records=4, record_size=100).close()
+    with reader.queue("/news") as theirs:
+        fs.release("/news")
+        for content in (b"", b"\xff"):
+            fs.write_bytes("/news", content * 4096)
+            with pytest.raises(OSError, match="was released") as caught:
+                theirs.get(timeout=PATIENCE)
+            assert caught.value.errno == errno.ESTALE
+
+
+def test_a_queue_that_nothing_uses_is_closed(fs: Client, other: Client) -> None:
+    fs.queue("/work").put(b"x")
+    gc.collect()
+    assert other.release("/work")
+
+
+class _SlowMemory:
+    """Memory in which a nap takes ten times as long as it should, by a clock of its own."""
+
+    def __init__(self, memory: Memory) -> None:
+        self.memory = memory
+        self.now = 1000.0
+
+    def load(self, at: int) -> int:
+        return self.memory.load(at)
+
+    def await_change(self, _at: int, value: int, nanoseconds: int, naps: int) -> int:
+        self.now += (1e-6 + 10 * nanoseconds / 1e9) * naps
+        return value
+
+
+@pytest.mark.parametrize("timeout", [0.0, 0.001, 0.5, 30.0])
+def test_a_time_that_is_over_is_over(
+    fs: Client, work: Queue, monkeypatch: pytest.MonkeyPatch, timeout: float
+) -> None:
+    """Naps take longer on a machine that is busy."""
+    slow = _SlowMemory(work._memory)
+    longest = 10 * messages.LOOKS * nap_after(1e9)[0]
+    with fs.map("/shared", create=4096) as mapped:
+        monkeypatch.setattr(work, "_memory", slow)
+        monkeypatch.setattr(mapped, "_memory", slow)
+        for module in ("messages", "mapped_file"):  # the clock of the upkeep thread goes on
+            clock = SimpleNamespace(monotonic=lambda: slow.now)
+            monkeypatch.setattr(f"ivshmemfs.api.{module}.time", clock)
+        for call in (lambda: work.get(timeout), lambda: mapped.wait(0, 0, timeout)):
+            began = slow.now
+            with suppress(queue.Empty):
+                assert call() == 0
+            assert timeout <= slow.now - began <= timeout + longest
+    monkeypatch.undo()
 
 
 def test_large_records(fs: Client, other: Client) -> None:
@@ -397,7 +461,7 @@ def test_damage_is_never_waited_for(made: TestRegion, broadcast: bool, verb: str
 def test_buffers_that_stopped_writers_have(
     made: TestRegion, monkeypatch: pytest.MonkeyPatch, broadcast: bool
 ) -> None:
-    monkeypatch.setattr(messages, "CLAIMED_SECONDS", 0.05)
+    monkeypatch.setattr(messages, "CLAIMED_SECONDS", 1e9)
     with (
         ivshmemfs.open(made.path) as fs,
         fs.queue("/q", broadcast=broadcast, records=4, record_size=100) as one,
@@ -410,6 +474,7 @@ def test_buffers_that_stopped_writers_have(
         memory.write(plan.tags_offset, struct.pack("<Q", claim) * plan.buffers)
         with pytest.raises(queue.Full):  # many writers may be at it
             one.put(b"x", timeout=0)
+        monkeypatch.setattr(messages, "CLAIMED_SECONDS", 0.0)
         with pytest.raises(OSError, match="ivshmemfs evict") as caught:
             one.put(b"x", timeout=PATIENCE)
         assert caught.value.errno == errno.ENOBUFS

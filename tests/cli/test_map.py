@@ -12,7 +12,7 @@ import pytest
 
 from tests.support.lab import needs_fuse, new_lab
 from tests.support.mounts import ENVIRONMENT, PATIENCE
-from tests.support.regions import new_region, put
+from tests.support.regions import ROOT, new_region, put
 
 
 def run(*words: object) -> subprocess.CompletedProcess[str]:
@@ -59,8 +59,11 @@ def test_made_found_and_released() -> None:
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (["/plain"], "it is no mapped file"),
-        (["--create", "4K", "/plain"], "it is no mapped file"),
+        (["/plain"], "it is an ordinary file: "),
+        (["--create", "4K", "/plain"], "makes a mapped file, under a new name"),
+        (["--create", "4K", "/link"], "it is a symbolic link: name the file that it leads to"),
+        (["/"], "Is a directory"),
+        (["--create", "4K", "/"], "Is a directory"),
         (["/nothing"], "No such file"),
         (["--create", "8K", "/shared"], "it is there already, with 4K"),
         (["--create", "1G", "/new"], "no room for"),
@@ -73,7 +76,9 @@ def test_made_found_and_released() -> None:
 def test_refusals(words: list[str], told: str) -> None:
     with new_region(4 << 20) as made:
         assert run("map", "--create", "4K", f"{made.path}:/shared").returncode == 0
-        put(made.mount(), 1, b"plain", b"contents")
+        fs = made.mount()
+        put(fs, 1, b"plain", b"contents")
+        fs.symlink(1, b"link", b"shared", ROOT)
         done = run("map", *words[:-1], f"{made.path}:{words[-1]}")
         assert done.returncode in (1, 2)
         assert done.stdout == ""

@@ -269,7 +269,7 @@ def test_a_filesystem_that_older_programs_may_write(made: TestRegion) -> None:
         make(made.mount())
 
 
-@pytest.mark.parametrize("damage", ["hole", "swapped", "first", "behind"])
+@pytest.mark.parametrize("damage", ["hole", "swapped", "first", "behind", "moved"])
 def test_a_damaged_row_is_never_stored_to(made: TestRegion, damage: str) -> None:
     fs = made.mount()
     ino = make(fs)
@@ -283,6 +283,11 @@ def test_a_damaged_row_is_never_stored_to(made: TestRegion, damage: str) -> None
         pointers[0:16], pointers[16:32] = pointers[16:32], pointers[0:16]
     elif damage == "first":
         pointers[0:16] = knife.payload(innocent)[:16]
+    elif damage == "moved":  # a row, but not its own
+        start = words.POINTER.unpack(knife.payload(innocent)[:16])[0]
+        tag = words.POINTER.unpack(pointers[:16])[2]
+        count = len(pointers) // 16
+        pointers[:] = b"".join(words.POINTER.pack(start + n, 1, tag) for n in range(count))
     else:
         pointers[-16:] = words.POINTER.pack(1 << 31, 1, 77)
     knife.set_payload(ino, bytes(pointers))
@@ -290,7 +295,7 @@ def test_a_damaged_row_is_never_stored_to(made: TestRegion, damage: str) -> None
     with pytest.raises(Corrupt):
         write(fs, ino, 0, b"w" * SIZE)
     assert get(fs, ROOT_INO, b"innocent") == b"I" * 5000
-    if damage in ("first", "behind"):
+    if damage in ("first", "behind", "moved"):
         with pytest.raises(Corrupt):
             place(fs, ino)
     fs.unmount()

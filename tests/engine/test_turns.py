@@ -62,6 +62,7 @@ PARTS = {
     "look",
     "change",
     "view",
+    "messages",
     "peer_id",
     "is_committing",
     "unattended",
