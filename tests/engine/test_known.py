@@ -8,10 +8,11 @@ from collections.abc import Callable
 
 import pytest
 
-from ivshmemfs.engine import RENAME_EXCHANGE, ROOT_INO, Attr, Filesystem
-from ivshmemfs.engine.transaction import CACHED_MAX
+from ivshmemfs.engine import RENAME_EXCHANGE, ROOT_INO, Attr, Filesystem, contents
+from ivshmemfs.engine.transaction import CACHED_MAX, Transaction
 from ivshmemfs.errors import FsError, StaleHandle
-from tests.support.regions import ROOT, TestRegion, get, put
+from tests.support.checks import assert_clean
+from tests.support.regions import ROOT, TestRegion, get, new_region, put
 
 
 def seen(fs: Filesystem, numbers: list[int]) -> list[Attr | None]:
@@ -56,18 +57,29 @@ def test_what_is_known_is_what_stands_there(made: TestRegion) -> None:
     assert len(set(numbers)) > 20
 
 
-def test_more_than_is_remembered(roomy: TestRegion) -> None:
-    fs = roomy.mount()
-    count = 2 * CACHED_MAX + 10
-    numbers = [put(fs, ROOT_INO, b"%d" % at, b"%d" % at).ino for at in range(count)]
-    assert [get(fs, ROOT_INO, b"%d" % at) for at in range(count)] == [
-        b"%d" % at for at in range(count)
-    ]
-    for at in range(0, count, 2):
-        fs.unlink(ROOT_INO, b"%d" % at, ROOT)
-    fresh = roomy.mount(readonly=True)
-    assert seen(fs, numbers[1::2]) == seen(fresh, numbers[1::2])
-    assert seen(fresh, numbers[::2]) == [None] * len(numbers[::2])
+def test_more_than_is_remembered() -> None:
+    with new_region(128 << 20) as made:
+        fs = made.mount()
+        names = [b"%d" % at for at in range(CACHED_MAX + 2000)]
+        for first in range(0, len(names), 500):
+            few = names[first : first + 500]
+
+            def plan(tx: Transaction, few: list[bytes] = few) -> None:
+                for name in few:
+                    contents.store(tx, ROOT_INO, name, name, 0o600, ROOT)
+
+            fs.change(plan)
+        numbers = [fs.lookup(ROOT_INO, name).ino for name in names]
+        for name in names[::37]:
+            assert get(fs, ROOT_INO, name) == name
+        gone = numbers[-2000::2]
+        for name in names[-2000::2]:
+            fs.unlink(ROOT_INO, name, ROOT)
+        fresh = made.mount(readonly=True)
+        kept = numbers[-1999::2] + numbers[:-2000:97]
+        assert seen(fs, kept) == seen(fresh, kept)
+        assert seen(fs, gone) == seen(fresh, gone) == [None] * len(gone)
+        assert_clean(made)
 
 
 def test_a_change_that_failed_leaves_nothing_behind(fs: Filesystem, other: Filesystem) -> None:
