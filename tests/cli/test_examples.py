@@ -51,16 +51,26 @@ BEFORE = {
     "ivshmemfs umount": REGION + MOUNT,
     "ivshmemfs top": REGION + MOUNT,
     "ivshmemfs wait --timeout": REGION + MOUNT + "(sleep 0.5; echo made >/mnt/shared/result) &",
-    "ivshmemfs watch -r": REGION + MOUNT + "(sleep 1; rmdir /mnt/shared/inbox) &",
-    "ivshmemfs watch --json": REGION + "(sleep 1; ivshmemfs rm -r label=hello:/inbox) &",
+    "ivshmemfs watch -r": REGION
+    + MOUNT
+    + "(while sleep 0.2; do mkdir /mnt/shared/d; rmdir /mnt/shared/d; done) &",
+    "ivshmemfs watch --json": REGION
+    + "(while sleep 0.2; do ivshmemfs put -q --force label=hello log.1 /inbox; done) &",
 }
 #: What goes on until it is interrupted, and the exit code then.
 ENDLESS = {
     "ivshmemfs top": 0,
     "ivshmemfs top --json -d 5 label=hello": 0,
     "ivshmemfs watch -r /mnt/shared": 8,
+    "ivshmemfs watch --json label=hello:/inbox": 8,
     "ivshmemfs server /run/hello.sock /dev/shm/hello": 0,
 }
+#: Interrupts a command once it has printed something; timeout(1) undoes that a shell lets what
+#: runs in the background ignore SIGINT.
+INTERRUPTED = """timeout --preserve-status -s INT 100 {line} >said 2>&1 &
+until [ -s said ]; do kill -0 $! || break; sleep 0.1; done
+kill -INT $!
+wait $!"""
 #: What this machine has no device, peer or group for; what is said instead.
 REFUSED = {
     "ivshmemfs mount /mnt/shared": "there is no ivshmem device here: name the region",
@@ -84,8 +94,7 @@ def lines() -> list[tuple[str, str]]:
 def test_an_example_does_what_it_says(name: str, line: str) -> None:
     key = entry(line, BEFORE)
     before = BEFORE[key] if key else REGION + (MOUNT if "/mnt/shared" in line else "")
-    ends = line in ENDLESS
-    typed = f"timeout --preserve-status -s INT 3 {line}" if ends else line
+    typed = INTERRUPTED.replace("{line}", line) if line in ENDLESS else line
     done = run_beside(f"{FILES}{before}\nset +e\n{typed}\necho exit $?")
     *_, last = done.stdout.splitlines()
     refused = entry(line, REFUSED)

@@ -23,7 +23,7 @@ from pathlib import Path
 
 from tests.support.roots import PATH, missing
 
-_BOOT_SECONDS = 180.0
+_BOOT_SECONDS = 600.0
 #: Enters the control group in $1, then the namespaces, then the root, where systemd starts.
 _ENTER = """set -eu
 echo 0 >"$1/cgroup.procs"
