@@ -25,6 +25,7 @@ from ivshmemfs.engine import ROOT_INO, FileLock, Filesystem
 from ivshmemfs.format import bell
 from ivshmemfs.region import open_region
 from tests.support.doorbell import IVSHMEMFS, serving
+from tests.support.inotify import Inotify
 from tests.support.lab import ENVIRONMENT, new_lab
 from tests.support.mounts import eventually, needs_fuse
 from tests.support.regions import ROOT, TestRegion, new_region, put
@@ -277,3 +278,16 @@ def test_waiters_of_mounts_sleep_and_wake(tmp_path: Path) -> None:
         taking.join()
         for one in (holder, waiter):
             os.close(one)
+
+
+@needs_fuse
+def test_a_mount_with_notify_sleeps_while_a_program_watches(tmp_path: Path) -> None:
+    with new_lab(SIZE, mounts=0) as lab, serving(tmp_path / "socket", lab.region):
+        for more in ("", ",notify"):
+            lab.add(f"doorbell={tmp_path / 'socket'}{more}")
+        there, here = lab.paths
+        with open_region(str(lab.region), readonly=True) as region, Inotify(here) as watch:
+            look = Filesystem.mount(region, readonly=True)
+            assert asleep(look, lab.mounts[1].process.pid) <= MOST
+            (there / "new").write_bytes(b"")
+            assert eventually(lambda: any(event.name == "new" for event in watch.read()), PATIENCE)
