@@ -196,7 +196,8 @@ class Queue:
             try:
                 record, number = self._call(lambda: self._messages.peek(self._next))
             except OSError as error:
-                if error.errno == errno.EUCLEAN:  # the next call goes on behind it
+                # The next call goes on behind a damaged record, but not ahead of the writers.
+                if error.errno == errno.EUCLEAN and self._ring.tail > self._next:
                     self._next += 1
                 raise
             self.lost += number - self._next
