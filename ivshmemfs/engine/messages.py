@@ -57,6 +57,8 @@ class Messages:
         Raises EROFS, Busy, StaleHandle.
         """
         member = self._volume.joined()
+        if member.unfit:  # two readers might both win the swap of one record
+            raise FsError(errno.EROFS, member.unfit)
         if not member.owns_slot:
             self._volume.rejoin(member)
         if self._known != self._incarnation():

@@ -152,6 +152,18 @@ def test_a_queue_that_was_released_is_not_damaged(fs: Client, reader: Client) ->
             assert caught.value.errno == errno.ESTALE
 
 
+def test_machines_without_one_memory_take_nothing(fs: Client, work: Queue) -> None:
+    """Their swaps do not exclude each other (shm/coherence.py)."""
+    work.put(b"x")
+    fs.session._fs._volume.joined().unfit = "this machine does not share the memory"
+    for call in (lambda: work.get(timeout=0), lambda: work.put(b"y", timeout=0)):
+        with pytest.raises(OSError, match="does not share") as caught:
+            call()
+        assert caught.value.errno == errno.EROFS
+    fs.session._fs._volume.joined().unfit = ""
+    assert work.get(timeout=0) == b"x"
+
+
 def test_a_queue_that_nothing_uses_is_closed(fs: Client, other: Client) -> None:
     fs.queue("/work").put(b"x")
     gc.collect()
