@@ -138,7 +138,8 @@ class Queue:
         that is too long, EROFS if the client only reads.  ENOBUFS means that writers that stopped
         amid a `put` have all free buffers.
         """
-        content = bytes(memoryview(record))  # bytes(5) would be five zeros
+        # bytes(5) would be five zeros.
+        content = record if isinstance(record, bytes) else bytes(memoryview(record))
         if self._insert(content):
             return
         end = _end_of(timeout)
