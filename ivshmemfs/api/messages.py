@@ -135,7 +135,8 @@ class Queue:
         that is too long, EROFS if the client only reads.  ENOBUFS means that writers that stopped
         amid a `put` have all free buffers.
         """
-        content = bytes(memoryview(record))  # bytes(5) would be five zeros
+        # bytes(5) would be five zeros.
+        content = record if isinstance(record, bytes) else bytes(memoryview(record))
         if self._insert(content):
             return
         end = _end_of(timeout)
@@ -193,7 +194,8 @@ class Queue:
             try:
                 record, number = self._call(lambda: self._messages.peek(self._next))
             except OSError as error:
-                if error.errno == errno.EUCLEAN:  # the next call goes on behind it
+                # The next call goes on behind a damaged record, but not ahead of the writers.
+                if error.errno == errno.EUCLEAN and self._ring.tail > self._next:
                     self._next += 1
                 raise
             self.lost += number - self._next

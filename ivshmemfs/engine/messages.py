@@ -57,7 +57,13 @@ class Messages:
         Raises EROFS, Busy, StaleHandle.
         """
         member = self._volume.joined()
-        if not member.owns_slot:
+        if member.unfit:  # two readers might both win the swap of one record
+            raise FsError(errno.EROFS, member.unfit)
+        try:
+            owns_slot = member.owns_slot
+        except OSError as error:
+            raise self._volume.contained(error) from error
+        if not owns_slot:
             self._volume.rejoin(member)
         if self._known != self._incarnation():
             self._volume.look(lambda view: fixed.expect(view, self._ino, self._place))

@@ -120,7 +120,7 @@ class Workspace(NodeSource):
                 if self._spare_row:
                     break
             else:
-                raise NoSpace(f"no {count} free blocks follow each other on the region")
+                raise NoSpace(f"no {count} free blocks follow each other; a smaller file may fit")
             for at in range(0, len(self._spare_row), _ZEROED * SIZE):
                 pointers = self._spare_row[at : at + _ZEROED * SIZE]
                 self.fill(pointers, bytes(len(pointers) // SIZE * self._store.block_size))

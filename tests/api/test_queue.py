@@ -153,6 +153,18 @@ def test_a_queue_that_was_released_is_not_damaged(fs: Client, reader: Client) ->
             assert caught.value.errno == errno.ESTALE
 
 
+def test_machines_without_one_memory_take_nothing(fs: Client, work: Queue) -> None:
+    """Their swaps do not exclude each other (shm/coherence.py)."""
+    work.put(b"x")
+    fs.session._fs._volume.joined().unfit = "this machine does not share the memory"
+    for call in (lambda: work.get(timeout=0), lambda: work.put(b"y", timeout=0)):
+        with pytest.raises(OSError, match="does not share") as caught:
+            call()
+        assert caught.value.errno == errno.EROFS
+    fs.session._fs._volume.joined().unfit = ""
+    assert work.get(timeout=0) == b"x"
+
+
 def test_a_queue_that_nothing_uses_is_closed(fs: Client, other: Client) -> None:
     fs.queue("/work").put(b"x")
     gc.collect()
@@ -455,6 +467,32 @@ def test_damage_is_never_waited_for(made: TestRegion, broadcast: bool, verb: str
                     assert two.lost <= 25
                 fs.release(path)
                 fs.remove(path)
+
+
+@pytest.mark.parametrize("broadcast", [False, True], ids=["work", "broadcast"])
+def test_a_reader_goes_on_behind_damage(fs: Client, broadcast: bool) -> None:
+    with (
+        fs.queue("/q", broadcast=broadcast, records=4, record_size=100) as one,
+        fs.map("/q") as memory,
+    ):
+        for record in (b"first", b"second", b"third"):
+            one.put(record)
+        buffer = memory.load(fmt.CELLS_OFFSET + 8) & fmt.BUFFER_MASK
+        plan = fmt.plan(0, 100, 4)
+        memory.store(plan.data_offset + buffer * plan.stride, 101)
+        assert one.get(timeout=0) == b"first"
+        with pytest.raises(OSError, match="record 1") as caught:
+            one.get(timeout=0)
+        assert caught.value.errno == errno.EUCLEAN
+        assert one.get(timeout=0) == b"third"
+        kept = memory.load(fmt.CELLS_OFFSET + 3 * 8)  # of the record that comes next
+        memory.store(fmt.CELLS_OFFSET + 3 * 8, 7 << 24 | 5)
+        for _ in range(10):
+            with pytest.raises(OSError, match="make another under a new name"):
+                one.get(timeout=0)
+        memory.store(fmt.CELLS_OFFSET + 3 * 8, kept)
+        one.put(b"fourth")
+        assert one.get(timeout=0) == b"fourth"
 
 
 @pytest.mark.parametrize("broadcast", [False, True], ids=["work", "broadcast"])

@@ -113,3 +113,24 @@ def test_programs_and_a_mount_share_the_bytes() -> None:
         assert run("map", "--release", file).returncode == 0
         file.unlink()
         assert not (other.path / "shared").exists()
+
+
+@needs_fuse
+def test_changed_pages_of_a_mount_go_back_whole() -> None:
+    """As docs/uses/shared-memory.md says; the region mapped itself is the way."""
+    with new_lab(32 << 20, 1, "allow_other,mmap") as lab:
+        file = lab.mounts[0].path / "shared"
+        assert run("map", "--create", "4K", file).returncode == 0
+        path, offset, size = place(str(file))
+        with (
+            open(path, "r+b") as region,
+            mmap.mmap(region.fileno(), size, offset=offset) as memory,
+            open(file, "r+b") as opened,
+            mmap.mmap(opened.fileno(), size) as pages,
+        ):
+            pages[:5] = b"pages"  # the kernel has the page now, and writes it back at `flush`
+            memory[100:106] = b"memory"
+            assert pages[100:106] == bytes(6)
+            pages.flush()
+            assert memory[:5] == b"pages"
+            assert memory[100:106] == bytes(6)

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from ivshmemfs.engine import COMPILED, ROOT_INO, Filesystem
+from ivshmemfs.engine import COMPILED, ROOT_INO, Filesystem, fixed, names
 from ivshmemfs.engine.collect import Collector
 from ivshmemfs.engine.data import Buffer
 from ivshmemfs.engine.dropped import RELEASED_AT_ONCE
@@ -28,6 +28,7 @@ from ivshmemfs.engine.pieces import PIECES_AT_ONCE, Pieces
 from ivshmemfs.engine.upkeep import RETIRE_TICKS
 from ivshmemfs.engine.xattr import save
 from ivshmemfs.errors import Busy, FsError, NoSpace, Unfinished
+from ivshmemfs.format import queue
 from ivshmemfs.format.peer import SlotRecord
 from ivshmemfs.format.words import FREE, SLOT_SHIFT
 from ivshmemfs.shm import identity, published
@@ -93,6 +94,7 @@ class Scene:
         values = {PATH % at: b"%d" % at for at in range(ATTRIBUTES)}
         fs.change(lambda tx: tx.put(save(tx, tx.inode(self.named), values)))
         self.deep = self._deep(fs, 300)
+        self.queue = self._queue(fs)
         self.fs = fs
 
     @staticmethod
@@ -102,6 +104,16 @@ class Scene:
         handle = fs.open(ino, os.O_RDWR, ROOT)
         finish(lambda: fs.fallocate(handle, 0, 0, 12 * MIB))
         fs.release(handle)
+        return ino
+
+    @staticmethod
+    def _queue(fs: Filesystem) -> int:
+        """A queue of 4 MiB."""
+        plan = queue.plan(queue.WORK, 4096, 1000)
+        size, head = fixed.whole_pages(plan.size), queue.encode(plan)
+        ino, _ = fs.change(
+            lambda tx: names.make_fixed(tx, ROOT_INO, b"queue", 0o600, size, ROOT, head)
+        )
         return ino
 
     @staticmethod
@@ -205,10 +217,13 @@ TABLE = [
         lambda fs, s: fs.release(fs.make_nameless(s.crowd, stat.S_IFIFO | 0o600, 0, ROOT)[0])),
     Row("names_lead_to", 4 * LOOK, 1,
         lambda fs, s: fs.names_lead_to(s.child, ((s.crowd, b"2345"), (s.crowd, b"none")))),
+    Row("messages", 2 * LOOK, 1, lambda fs, s: fs.messages(s.queue)),
     Row("condition", 0, 1, lambda fs, s: fs.condition()),
     Row("read", DATA, 1, lambda fs, s: opened(fs, s.full, lambda h: fs.read(h, 99, MIB))),
     Row("read", DATA, 1, lambda fs, s: opened(fs, s.sparse, lambda h: fs.read(h, 1 << 50, MIB))),
     Row("write", DATA, 1, lambda fs, s: opened(fs, s.full, lambda h: fs.write(h, 99, bytes(MIB)))),
+    Row("write", DATA, 1,
+        lambda fs, s: opened(fs, s.queue, lambda h: fs.write(h, 2 * MIB, bytes(MIB)))),
     Row("write", DATA, 1, lambda fs, s: opened(fs, s.sparse, lambda h: fs.write(h, 1 << 61, b"x"))),
     Row("read_to", 2 * DATA, 1, _copied),
     Row("write_from", 2 * DATA, 1, _copied),
