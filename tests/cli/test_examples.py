@@ -49,6 +49,10 @@ BEFORE = {
     "ivshmemfs get /dev/shm/hello /report.pdf": REGION + "rm report.pdf",
     "ivshmemfs mount": REGION,
     "ivshmemfs umount": REGION + MOUNT,
+    "ivshmemfs map": REGION + "ivshmemfs map --create 1M label=hello:/counters\n" + MOUNT,
+    "ivshmemfs map --create": REGION + MOUNT,
+    "ivshmemfs receive": REGION + MOUNT + "seq 100 | ivshmemfs send /mnt/shared/jobs\n",
+    "ivshmemfs receive -f": REGION + "ivshmemfs send label=hello:/news text\n",
     "ivshmemfs top": REGION + MOUNT,
     "ivshmemfs wait --timeout": REGION + MOUNT + "(sleep 0.5; echo made >/mnt/shared/result) &",
     "ivshmemfs watch -r": REGION
@@ -64,10 +68,11 @@ ENDLESS = {
     "ivshmemfs watch -r /mnt/shared": 8,
     "ivshmemfs watch --json label=hello:/inbox": 8,
     "ivshmemfs server /run/hello.sock /dev/shm/hello": 0,
+    "ivshmemfs receive -f label=hello:/news": 8,
 }
 #: Interrupts a command once it has printed something; timeout(1) undoes that a shell lets what
 #: runs in the background ignore SIGINT.
-INTERRUPTED = """timeout --preserve-status -s INT 100 {line} >said 2>&1 &
+INTERRUPTED = """timeout --foreground --preserve-status -s INT 100 {line} >said 2>&1 &
 until [ -s said ]; do kill -0 $! || break; sleep 0.1; done
 kill -INT $!
 wait $!"""
