@@ -63,7 +63,6 @@ PARTS = {
     "look",
     "change",
     "view",
-    "messages",
     "peer_id",
     "is_committing",
     "unattended",
