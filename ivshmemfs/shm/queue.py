@@ -50,7 +50,7 @@ _UNUSABLE: Final = "its programs cannot go on with it: make another under a new 
 #: Seconds of a wait in which looks follow each other without a nap.
 SPIN: Final = 0.0002
 #: (seconds of waiting up to which a nap lasts so long, seconds of the nap).
-_NAPS: Final = ((SPIN, 0.0), (0.02, 0.00005), (1.0, 0.0005), (10.0, 0.002), (float("inf"), 0.003))
+_NAPS: Final = ((SPIN, 0.0), (0.02, 0.00005), (1.0, 0.0005), (float("inf"), 0.002))
 
 
 def nap_after(waited: float) -> tuple[float, float]:
