@@ -19,8 +19,10 @@ def show(lines: ivshmemfs.Queue, name: bytes) -> None:
             print(f"... {lines.lost - lost} lines were too fast for this reader ...", flush=True)
             lost = lines.lost
         if not line.startswith(name + b": "):
+            text = line.decode(errors="replace")
             # A record is data of another machine: nothing in it may steer this terminal.
-            print(ascii(line.decode(errors="replace"))[1:-1], flush=True)
+            safe = (mark if mark.isprintable() else ascii(mark)[1:-1] for mark in text)
+            print("".join(safe), flush=True)
 
 
 def main(region: str, name: str) -> None:

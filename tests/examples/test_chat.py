@@ -10,6 +10,9 @@ from tests.support.checks import assert_clean
 from tests.support.mounts import ENVIRONMENT, PATIENCE, TOP
 from tests.support.regions import new_region
 
+#: What the others are shown of it: no control character.
+HELLO = "ada: h\u00e9llo \\x1b[31mred\n".encode()
+
 
 def person(region: Path, name: str) -> subprocess.Popen[bytes]:
     """Start the program for a person."""
@@ -36,12 +39,12 @@ def test_three_people() -> None:
     with new_region(16 << 20) as made:
         people = [person(made.path, name) for name in ("ada", "bob")]
         ada, bob = people
-        say(ada, b"hello \x1b[31mred")
-        assert said(bob) == b"ada: hello \\x1b[31mred\n"
+        say(ada, "h\u00e9llo \x1b[31mred".encode())
+        assert said(bob) == HELLO
         say(bob, b"hi")
         assert said(ada) == b"bob: hi\n"
         people.append(late := person(made.path, "eve"))
-        assert [said(late), said(late)] == [b"ada: hello \\x1b[31mred\n", b"bob: hi\n"]
+        assert [said(late), said(late)] == [HELLO, b"bob: hi\n"]
         say(late, b"x" * 5000)
         assert said(ada) == said(bob) == b"eve: " + b"x" * 995 + b"\n"
         for who in people:
