@@ -107,12 +107,14 @@ class FreeList:
         del known[-most:]
         return self._store.blocks.reclaim(last, tag)
 
-    def claim_row(self, count: int, step: int, first: int, tag: int) -> bytes:
-        """Claim `count` blocks that follow each other; return packed pointers, b"" without a row.
+    def claim_row(self, count: int, step: int, first: int, tag: int) -> tuple[bytes, bytes]:
+        """Claim `count` blocks that follow each other; return packed pointers to (row, strays).
 
-        The row begins at block `first` or a multiple of `step` blocks behind it.
+        The row begins at block `first` or a multiple of `step` blocks behind it; b"" if there is
+        none.  Strays were claimed for a row that another peer broke.  The caller settles them with
+        its other claims: an earlier state of this machine may have published them.
         """
-        blocks, geometry = self._store.blocks, self._store.geometry
+        blocks, geometry, strays = self._store.blocks, self._store.geometry, b""
         while first + count <= geometry.block_count:
             at = geometry.tags_offset + first * WORD
             taken = len(self._store.memory.read(at, count * WORD).rstrip(b"\0"))
@@ -121,9 +123,9 @@ class FreeList:
                 continue
             got = blocks.reclaim(row(first, count, tag), tag)
             if len(got) == count * SIZE:
-                return got
-            blocks.release(got)  # another peer came first
-        return b""
+                return got, strays
+            strays += got
+        return b"", strays
 
     def free(self, used: int, age: float = FRESH) -> int:
         """Return about how many blocks are free under a root that uses `used`.

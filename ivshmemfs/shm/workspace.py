@@ -111,12 +111,13 @@ class Workspace(NodeSource):
         NoSpace, Fenced.
         """
         if len(self._spare_row) != count * SIZE:
-            free_list = self._free_list
-            free_list.release(self._spare_row, bulk=True)
+            self._spare += self._spare_row
             self._spare_row = b""
             self._watch_room(count)
             for first, blocks in steps:
-                self._spare_row = free_list.claim_row(count, blocks, first, self._tag)
+                claimed = self._free_list.claim_row(count, blocks, first, self._tag)
+                self._spare_row, strays = claimed
+                self._spare += strays
                 if self._spare_row:
                     break
             else:

@@ -239,6 +239,25 @@ def test_a_lost_race_keeps_the_row(fs: Filesystem, other: Filesystem, made: Test
     assert free_blocks(fs) == free
 
 
+@pytest.mark.parametrize("event", range(1, 16))
+def test_another_peer_takes_blocks_amid_the_row(
+    fs: Filesystem, other: Filesystem, made: TestRegion, event: int
+) -> None:
+    def take_some() -> None:
+        made.region().memory.store(HINT_OFFSET, 0)
+        put(other, ROOT_INO, b"first", b"x" * 3000)
+
+    free = free_blocks(fs)
+    fs.region.memory.trap(event, take_some)
+    ino = make(fs)
+    assert get(other, ROOT_INO, b"shared") == bytes(SIZE)
+    assert get(other, ROOT_INO, b"first") == b"x" * 3000
+    assert fs.change(lambda tx: fixed.release(tx, ino))
+    for name in (b"shared", b"first"):
+        fs.unlink(ROOT_INO, name, ROOT)
+    assert free_blocks(fs) == free
+
+
 def test_a_file_without_room_for_its_name_gives_back_its_row(fs: Filesystem) -> None:
     free = free_blocks(fs)
     with failing(errno.ENOENT):
