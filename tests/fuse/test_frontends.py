@@ -366,6 +366,8 @@ UNASKED = {"access_list", "groups_of", "is_committing", "keeps_set_id", "locks",
 UNASKED |= {"commit_word", "is_open", "look", "name_mount_point", "only_own_commits"}
 #: What `pretence` asks for the replayer; see tests/fuse/test_pretence.py.
 UNASKED |= {"unattended"}
+#: What `wakeups` waits for.
+UNASKED |= {"bells"}
 #: How an operation ends on the test double where that is not success.
 ENDS = {"tmpfile": errno.EOPNOTSUPP}
 
