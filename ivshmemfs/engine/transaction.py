@@ -50,7 +50,7 @@ LARGEST_CLAIM: Final = 2048  # blocks; no request needs more: 1 MiB in blocks of
 _SEALED: Final = ROOT_RECORD.places(
     "sequence", "next_ino", "used", "inodes", "orphans", "time_ns", "height", "slots"
 )
-CACHED_MAX: Final = 16384  # inodes, and as many names, that a mount caches beside the node cache
+CACHED_MAX: Final = 8192  # inodes, and as many names, that a mount caches beside the node cache
 
 
 class RootNode:

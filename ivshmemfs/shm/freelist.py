@@ -125,6 +125,7 @@ class FreeList:
             if len(got) == count * SIZE:
                 return got, strays
             strays += got
+            first += step  # so that the search ends, whatever the memory does
         return b"", strays
 
     def free(self, used: int, age: float = FRESH) -> int:

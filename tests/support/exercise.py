@@ -47,7 +47,7 @@ TOLERABLE = {
     errno.ENOTEMPTY, errno.ENOTDIR, errno.EISDIR, errno.EINVAL, errno.ENODATA, errno.EFBIG,
     errno.EROFS, errno.EMLINK, errno.EUSERS, errno.E2BIG, errno.EPERM, errno.EBUSY,
     errno.EPROTONOSUPPORT, errno.EOPNOTSUPP, errno.EACCES, errno.ENXIO, errno.ENODEV,
-    errno.ENOLCK, errno.EDEADLK,
+    errno.ENOLCK, errno.EDEADLK, errno.ETXTBSY,
 }  # fmt: skip
 
 
