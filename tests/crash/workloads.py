@@ -6,6 +6,7 @@ Both are given the victim, another peer of the region, and a place for handles.
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 import tempfile
@@ -13,6 +14,8 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
+
+import pytest
 
 from ivshmemfs.engine import (
     RENAME_EXCHANGE,
@@ -31,6 +34,7 @@ from ivshmemfs.engine.lock_table import Lock
 from ivshmemfs.engine.locks import QUEUE_AFTER, Guard, Wait
 from ivshmemfs.engine.transaction import Transaction
 from ivshmemfs.engine.xattr import ACCESS_LIST, DEFAULT_LIST
+from ivshmemfs.errors import FsError
 from ivshmemfs.format.lock import END, FCNTL, READ, WRITE
 from tests.support.laboratory import Death, Laboratory, Peer
 from tests.support.regions import ROOT, put
@@ -206,12 +210,19 @@ workload(
     ),
 )
 
+
+def _refused_unlink(fs: Filesystem) -> None:
+    with pytest.raises(FsError) as caught:
+        fs.unlink(ROOT_INO, b"fixed", ROOT)
+    assert caught.value.errno == errno.EPERM
+
+
 workload(
     "fixed-make",
     lambda fs: fs.change(lambda tx: names.make_fixed(tx, ROOT_INO, b"new", 0o640, 20480, USER)),
 )
 workload("fixed-release", lambda fs: fs.change(lambda tx: fixed.release(tx, ino(fs, b"fixed"))))
-workload("fixed-unlink", lambda fs: fs.unlink(ROOT_INO, b"fixed", ROOT))  # refused
+workload("fixed-unlink", _refused_unlink)
 workload("fixed-chmod", lambda fs: fs.setattr(ino(fs, b"fixed"), ROOT, mode=0o600))
 
 workload("unlink-inline", lambda fs: fs.unlink(ROOT_INO, b"a", ROOT))
