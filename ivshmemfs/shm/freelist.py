@@ -125,7 +125,7 @@ class FreeList:
             if len(got) == count * SIZE:
                 return got, strays
             strays += got
-            first += step  # so that the search ends, whatever the memory does
+            first += step  # so that the search ends, also on hostile memory
         return b"", strays
 
     def free(self, used: int, age: float = FRESH) -> int:
