@@ -17,7 +17,8 @@ from tests.guest.conftest import ready
 from tests.guest.harness import Guest, Recipe
 from tests.guest.machines import FSCK, IVSHMEMFS, MKFS, Host, Mount
 
-pytestmark = pytest.mark.guest
+#: Three boots, 10 minutes under emulation.
+pytestmark = [pytest.mark.guest, pytest.mark.long]
 
 SMALL, LARGE = 8 << 20, 32 << 20  # bytes
 #: A file that the small region has no room for; bytes.
