@@ -23,7 +23,8 @@ from typing import TYPE_CHECKING, Final, Self, TypeVar
 from ivshmemfs.api.mapped_file import MappedFile
 from ivshmemfs.errors import FsError
 from ivshmemfs.format import queue as fmt
-from ivshmemfs.shm.queue import nap_after
+from ivshmemfs.shm.queue import LOOKS as LOOKS
+from ivshmemfs.shm.queue import await_cell
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
@@ -36,13 +37,10 @@ T = TypeVar("T")
 #: Records of a new queue, and the most bytes of one.
 RECORDS: Final = 256
 RECORD_SIZE: Final = 4096
-#: Looks between two looks at the clock: a nap may take much longer than it should.
-LOOKS: Final = 16
 #: Seconds between two looks at whether the region still is what was opened.
 CONDITION_SECONDS: Final = 1.0
 #: Seconds without a free buffer after which `put` says so: many writers at once take less.
 CLAIMED_SECONDS: Final = 1.0
-_BILLION: Final = 10**9
 
 
 class Queue:
@@ -244,13 +242,8 @@ class _Waiting:
         if now >= self._next_check:
             self._queue.check()
             self._next_check = now + CONDITION_SECONDS
-        nap, last = nap_after(now - self._began)
-        until = min(self._began + last, end, self._next_check)
-        while now < until:
-            looks = min(int((until - now) / nap) + 1, LOOKS) if nap else LOOKS
-            if self._memory.await_change(at, word, int(nap * _BILLION), looks) != word:
-                break
-            now = time.monotonic()
+        until = min(end, self._next_check)
+        await_cell(self._memory, at, word, self._began, until, time.monotonic)
         return True
 
 

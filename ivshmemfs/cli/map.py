@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, NamedTuple
 import click
 
 from ivshmemfs.cli.attach.complete import complete_path
+from ivshmemfs.cli.attach.making import make_fixed
 from ivshmemfs.cli.attach.names import region_of
-from ivshmemfs.cli.attach.paths import about, attributes, found, place_of, target_of
+from ivshmemfs.cli.attach.paths import about, attributes, target_of
 from ivshmemfs.cli.attach.peer import patiently, peer
 from ivshmemfs.cli.exits import exits
 from ivshmemfs.cli.output import JSON_HELP, show, show_json
@@ -89,7 +90,7 @@ def map_command(
             _release(fs, target, force=force)
             return
         if wanted is not None:
-            _make(fs, target, wanted)
+            make_fixed(fs, target, wanted)
         mapping = _mapping(region, fs, target, wanted)
     if as_json:
         show_json({"file": mapping.path, **_numbers(mapping)})
@@ -113,26 +114,6 @@ def _release(fs: Filesystem, target: Target, *, force: bool) -> None:
     ino = attributes(fs, target).ino
     if not patiently(lambda: fs.change(lambda tx: fixed.release(tx, ino, force=force))):
         raise UsageError(f"{shown(target.shown)}: it is an ordinary file already")
-
-
-def _make(fs: Filesystem, target: Target, size: int) -> None:
-    from ivshmemfs.engine import Context, fixed, names
-
-    if found(fs, target.path) is not None:
-        return
-    place, whole = place_of(fs, target), fixed.whole_pages(size)
-    me, mode = Context(os.geteuid(), os.getegid(), os.getpid()), 0o666 & ~_umask()
-    patiently(
-        lambda: fs.change(
-            lambda tx: names.make_fixed(tx, place.folder, place.name, mode, whole, me)
-        )
-    )
-
-
-def _umask() -> int:
-    mask = os.umask(0o077)
-    os.umask(mask)
-    return mask
 
 
 def _mapping(region: Region, fs: Filesystem, target: Target, wanted: int | None) -> Mapping:

@@ -1,7 +1,7 @@
 """`send` and `receive`: records between shells on all machines, through a queue in a file.
 
 A command that waits is a peer all the time, so it beats.  `shm/queue.py` says what a queue is, and
-`nap_after` how long each nap is.
+`await_cell` how a command sleeps.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING
 import click
 
 from ivshmemfs.cli.attach.complete import complete_path
+from ivshmemfs.cli.attach.making import make_fixed
 from ivshmemfs.cli.attach.names import region_of
-from ivshmemfs.cli.attach.paths import about, attributes, found, place_of, target_of
+from ivshmemfs.cli.attach.paths import about, attributes, target_of
 from ivshmemfs.cli.attach.peer import Pulse, patiently, peer
 from ivshmemfs.cli.exits import exits
 from ivshmemfs.errors import RegionMissing, UsageError
@@ -27,13 +28,12 @@ from ivshmemfs.region import Condition, open_region, parse_size
 if TYPE_CHECKING:
     from ivshmemfs.engine import Filesystem
     from ivshmemfs.engine.messages import Messages
+    from ivshmemfs.format.queue import QueueGeometry
 
 #: Exit code when the time is over, as timeout(1) has it.
 TIMED_OUT = 124
 #: Seconds between two signs of life, and two looks at the region.
 CHECK = 0.5
-#: Looks without a nap; each takes about half a microsecond.
-SPINS = 400
 _DONE = exits({0: "done", TIMED_OUT: "the time is over"})
 SEND = Manual(
     examples=(
@@ -91,9 +91,12 @@ def send_command(
         pulse = _Waiting(fs)
         for record in _records(text, whole=whole):
             end = _end_of(timeout)
-            while not patiently(lambda: queue.put(record)):  # noqa: B023
+            while True:
                 at = queue.ring.cell_at(queue.ring.tail)
-                if not pulse.wait(at, fs.region.memory.load(at), end):
+                word = fs.region.memory.load(at)  # before the look: a change after it ends the wait
+                if patiently(lambda: queue.put(record)):  # noqa: B023
+                    break
+                if not pulse.wait(at, word, end):
                     return TIMED_OUT
             pulse.rest()
     return 0
@@ -139,9 +142,12 @@ def receive_command(
         done = 0
         while follow or done < count:
             end = _end_of(timeout)
-            while (record := patiently(reader.next)) is None:
+            while True:
                 at = queue.ring.cell_at(reader.number)
-                if not pulse.wait(at, fs.region.memory.load(at), end):
+                word = fs.region.memory.load(at)
+                if (record := patiently(reader.next)) is not None:
+                    break
+                if not pulse.wait(at, word, end):
                     return TIMED_OUT
             pulse.rest()
             out.write(record + end_mark)
@@ -191,7 +197,7 @@ class _Waiting:
 
         Raises RegionMissing when the region is not the one any more that was opened.
         """
-        from ivshmemfs.shm.queue import nap_after
+        from ivshmemfs.shm.queue import await_cell
 
         now = time.monotonic()
         if now >= end:
@@ -203,10 +209,8 @@ class _Waiting:
             condition = self._fs.condition()
             if condition not in (Condition.SOUND, Condition.RENAMED):
                 raise RegionMissing(condition.explained)
-        nap, until = nap_after(now - self._began)
-        seconds = min(self._began + until, end, now + CHECK) - now
-        looks = max(int(seconds / nap), 1) if nap else SPINS
-        self._fs.region.memory.await_change(at, word, int(nap * 1e9), looks)
+        until = min(end, now + CHECK)
+        await_cell(self._fs.region.memory, at, word, self._began, until, time.monotonic)
         return True
 
 
@@ -217,6 +221,7 @@ def _end_of(timeout: float | None) -> float:
 @contextmanager
 def _opened(file: str, plan: tuple[int, int, bool]) -> Iterator[tuple[Filesystem, Messages]]:
     """Be a peer, and open the queue FILE for the time of a `with`; make it if there is none."""
+    from ivshmemfs.format.queue import encode
     from ivshmemfs.format.superblock import identify
 
     target = target_of(file)
@@ -225,9 +230,8 @@ def _opened(file: str, plan: tuple[int, int, bool]) -> Iterator[tuple[Filesystem
         peer(region, readonly=False) as fs,
         about(lambda: target.shown),
     ):
-        if found(fs, target.path) is None:
-            place = place_of(fs, target)
-            _make(fs, place.folder, place.name, *plan)
+        geometry = _plan(*plan)
+        make_fixed(fs, target, geometry.size, encode(geometry))
         ino = attributes(fs, target).ino
         handle = patiently(lambda: fs.open(ino, os.O_RDWR))
         try:
@@ -236,20 +240,10 @@ def _opened(file: str, plan: tuple[int, int, bool]) -> Iterator[tuple[Filesystem
             fs.release(handle)
 
 
-def _make(
-    fs: Filesystem, folder: int, name: bytes, records: int, size: int, broadcast: bool
-) -> None:
-    from ivshmemfs.engine import Context, fixed, names
+def _plan(records: int, size: int, broadcast: bool) -> QueueGeometry:
     from ivshmemfs.format import queue as fmt
 
     try:
-        plan = fmt.plan(fmt.BROADCAST if broadcast else fmt.WORK, size, records)
+        return fmt.plan(fmt.BROADCAST if broadcast else fmt.WORK, size, records)
     except ValueError as error:
         raise UsageError(str(error)) from None
-    mask = os.umask(0o077)
-    os.umask(mask)
-    whole, head, mode = fixed.whole_pages(plan.size), fmt.encode(plan), 0o666 & ~mask
-    me = Context(os.geteuid(), os.getegid(), os.getpid())
-    patiently(
-        lambda: fs.change(lambda tx: names.make_fixed(tx, folder, name, mode, whole, me, head))
-    )

@@ -34,6 +34,7 @@ from __future__ import annotations
 
 import mmap
 from array import array
+from collections.abc import Callable
 from typing import Final
 
 from ivshmemfs.errors import Busy, Corrupt, Fenced
@@ -47,6 +48,9 @@ _CLAIM: Final = 1  # buffers of one `put`
 _FENCED: Final = "another peer declared this one gone in the middle of a message"
 _UNUSABLE: Final = "its programs cannot go on with it: make another under a new name"
 
+#: Looks between two looks at the clock: a nap may take much longer than it should.
+LOOKS: Final = 16
+_BILLION: Final = 10**9
 #: Seconds of a wait in which looks follow each other without a nap.
 SPIN: Final = 0.0002
 #: (seconds of waiting up to which a nap lasts so long, seconds of the nap).
@@ -56,6 +60,23 @@ _NAPS: Final = ((SPIN, 0.0), (0.02, 0.00005), (1.0, 0.0005), (float("inf"), 0.00
 def nap_after(waited: float) -> tuple[float, float]:
     """Return (seconds of a nap, seconds of waiting up to which naps are so long)."""
     return next((nap, until) for until, nap in _NAPS if waited < until)
+
+
+def await_cell(
+    memory: Memory, at: int, word: int, began: float, end: float, clock: Callable[[], float]
+) -> None:
+    """Wait until the word at `at` is not `word`, until `end`, or until naps become longer.
+
+    The caller loaded the word before its last look, and began to wait at `began`.
+    """
+    now = clock()
+    nap, longer = nap_after(now - began)
+    until = min(began + longer, end)
+    while now < until:
+        looks = min(int((until - now) / nap) + 1, LOOKS) if nap else LOOKS
+        if memory.await_change(at, word, int(nap * _BILLION), looks) != word:
+            return
+        now = clock()
 
 
 class Ring:

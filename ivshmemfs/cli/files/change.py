@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from ivshmemfs.cli.attach.complete import complete_path
+from ivshmemfs.cli.attach.making import current_umask, me
 from ivshmemfs.cli.attach.names import canonical
 from ivshmemfs.cli.attach.paths import (
     Place,
@@ -53,13 +54,6 @@ RM = Manual(
     ),
     exits=exits(),
 )
-
-
-def _me(umask: int = 0) -> Context:
-    """The user of this process."""
-    from ivshmemfs.engine import Context
-
-    return Context(os.getuid(), os.getgid(), os.getpid(), umask)
 
 
 # --- mkdir --------------------------------------------------------------------------------------
@@ -112,13 +106,10 @@ def _is_there(fs: Filesystem, target: Target) -> bool:
 
 
 def _make(fs: Filesystem, place: Place, mode: int | None) -> None:
-    umask = os.umask(0)
-    os.umask(umask)
-    # A default access list of the directory takes the place of the umask, so the engine applies it.
-    me = _me(umask if mode is None else 0)
+    maker = me(current_umask() if mode is None else 0)
     bits = 0o777 if mode is None else mode
     with about(lambda: place.path):
-        patiently(lambda: fs.mkdir(place.folder, place.name, bits, me))
+        patiently(lambda: fs.mkdir(place.folder, place.name, bits, maker))
 
 
 # --- mv -----------------------------------------------------------------------------------------
@@ -144,7 +135,7 @@ def mv_command(sources: tuple[str, ...], destination: str, force: bool) -> None:
                 f"{os.fsdecode(source.shown)} and {destination} are not in one region: "
                 "copy with 'ivshmemfs get' and 'ivshmemfs put'"
             )
-    flags, me = 0 if force else RENAME_NOREPLACE, _me()
+    flags, mover = 0 if force else RENAME_NOREPLACE, me()
     with reached(into, readonly=False) as fs:
         attr = found(fs, into.path)
         folder = attr is not None and is_directory(attr)
@@ -157,12 +148,12 @@ def mv_command(sources: tuple[str, ...], destination: str, force: bool) -> None:
                 new = Place(attr.ino, old.name, into.shown)
             else:
                 new = place_of(fs, into)
-            _move(fs, old, new, flags, me)
+            _move(fs, old, new, flags, mover)
 
 
-def _move(fs: Filesystem, old: Place, new: Place, flags: int, me: Context) -> None:
+def _move(fs: Filesystem, old: Place, new: Place, flags: int, mover: Context) -> None:
     try:
-        patiently(lambda: fs.rename(old.folder, old.name, new.folder, new.name, flags, me))
+        patiently(lambda: fs.rename(old.folder, old.name, new.folder, new.name, flags, mover))
     except FsError as error:
         if error.errno == errno.EEXIST:
             raise UsageError(f"{os.fsdecode(new.path)} exists: --force replaces it") from None
@@ -206,7 +197,7 @@ class Remover:
     def __init__(self, fs: Filesystem, *, recursive: bool) -> None:
         self._fs = fs
         self._recursive = recursive
-        self._me = _me()
+        self._me = me()
         self._pulse = Pulse(fs)
 
     def empty(self, attr: Attr, top: bytes) -> None:
