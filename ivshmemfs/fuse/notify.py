@@ -10,7 +10,7 @@ States of the notifier:
     looking    programs watch: every LOOK_SECONDS the commit word is compared.  After a commit the
                watched directories and inodes are compared, and differences are queued.  On a busy
                mount looks and records wait for their credit (`pacing`).  Where bells work, it
-               sleeps until a ring after IDLE_LOOKS without a commit
+               sleeps until a ring after some looks without a commit (`wakeups`)
 
 The replayer sends the list of watched nodes (`_take_marks`); only that changes waiting to looking
 and back.  The replayer may die in each state.  `run` then starts another one, at most one a second;
@@ -41,6 +41,7 @@ from ivshmemfs.fuse import mountpoint, replayer
 from ivshmemfs.fuse.operations import OwnChanges
 from ivshmemfs.fuse.pacing import Pacer
 from ivshmemfs.fuse.pretence import Action, Pretence
+from ivshmemfs.fuse.wakeups import Naps
 
 if TYPE_CHECKING:
     from ivshmemfs.engine import Filesystem
@@ -53,10 +54,6 @@ log = logging.getLogger(__name__)
 
 #: Seconds between two looks at the commit word while programs watch.
 LOOK_SECONDS: Final = 0.01
-#: Looks without a commit before it sleeps until a ring, where bells work: commits come in rows.
-IDLE_LOOKS: Final = 5
-#: Maximum seconds of that sleep: a ring may be lost.
-SLEEP_SECONDS: Final = 1.0
 #: Minimum seconds between two starts of the replayer.
 START_SECONDS: Final = 1.0
 #: Maximum number of watched nodes; others get no events.
@@ -113,11 +110,7 @@ class Notifier:
         self._stopped_at = 0.0  # the replayer that works from now until then may be stopped
         self._channel: socket.socket | None = None
         self._any = trio.Event()  # set while programs watch
-        self._wakeups = wakeups
-        self._woken = trio.Event()  # set by a ring, and by a new list
-        if wakeups is not None:
-            wakeups.on_ring(self._wake_up)
-        self._idle = 0  # looks in a row that found nothing to do
+        self._naps = Naps(fs, LOOK_SECONDS, wakeups)
         self._coming: list[int] = []  # nodes of a list that is not complete
         self._listed: set[int] | None = None  # the last list, until `_adopt` takes it
         self._unread: list[int] | None = None  # inodes of it whose details are still to be read
@@ -286,7 +279,7 @@ class Notifier:
         self._unread = None
         if self._listed or self._nodes:
             self._any.set()
-        self._wake_up()
+        self._naps.wake()
 
     def _adopt(self, listed: set[int]) -> bool:
         """Watch the inodes of the listed nodes, and no others; return whether that is done.
@@ -344,7 +337,8 @@ class Notifier:
     async def _look_on(self) -> None:
         while True:
             await self._any.wait()
-            await self._nap()
+            busy = self._listed is not None or self._unwatched or self._round or self._rests_until
+            await self._naps.nap(self._word, busy=bool(busy))
             self._account()
             if not self._pacer.may_look:
                 continue
@@ -384,24 +378,6 @@ class Notifier:
         self.pretence.allowed = self._pacer.records
         self._wake()
 
-    def _wake_up(self) -> None:
-        self._woken.set()
-        self._idle = 0
-
-    async def _nap(self) -> None:
-        """Sleep LOOK_SECONDS; or until a ring, after IDLE_LOOKS that found nothing to do."""
-        self._idle += 1
-        busy = self._listed is not None or self._unwatched or self._round or self._rests_until
-        if busy or self._idle < IDLE_LOOKS or self._wakeups is None:
-            await trio.sleep(LOOK_SECONDS)
-            return
-        self._woken = trio.Event()
-        if self._wakeups.announce() and self._fs.commit_word() == self._word:
-            with trio.move_on_after(SLEEP_SECONDS):
-                await self._woken.wait()
-        else:
-            await trio.sleep(LOOK_SECONDS)
-
     def _look(self, now: float) -> None:
         """Compare what is watched, and queue what other machines changed.  Raises Busy."""
         if self._rests_until and now >= self._rests_until:
@@ -418,7 +394,8 @@ class Notifier:
             return
         if word != self._word:
             self._compare_names(now, own)
-        self._word, self._idle = word, 0
+        self._word = word
+        self._naps.wake()
         if not self._round and word != self._round_word:
             self._round, self._round_from = list(self._details), self._round_word
             self._round_word = word

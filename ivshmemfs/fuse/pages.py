@@ -6,6 +6,7 @@ every other READ names one.  So the daemon knows which files to watch:
 
     unwatched   no page of the file was asked for since it was opened
     watched     the kernel may keep pages; `check` compares the inode's pointer with the last one
+                after each commit: every LOOK_SECONDS, or after a ring where bells work (`wakeups`)
     changed     another machine changed the file; the invalidator tells the kernel, and the file
                 is watched again
     closed      this mount has no handle any more; the next open drops all pages by itself
@@ -34,6 +35,7 @@ from ivshmemfs.engine import Filesystem, data
 from ivshmemfs.engine.transaction import View
 from ivshmemfs.errors import Busy, IvshmemfsError
 from ivshmemfs.fuse import protocol
+from ivshmemfs.fuse.wakeups import Naps, Wakeups
 
 log = logging.getLogger(__name__)
 
@@ -73,6 +75,7 @@ class Pages:
         fs: Filesystem,
         nodes_of: Callable[[int], Iterable[int]],
         invalidate: Callable[[list[Invalidation]], None],
+        wakeups: Wakeups | None = None,
     ) -> None:
         self._fs = fs
         self._nodes_of = nodes_of
@@ -80,6 +83,7 @@ class Pages:
         self._watched: dict[int, Watched] = {}
         self._word = 0  # the commit word when all files were last compared
         self._any = trio.Event()  # set while a file is watched
+        self._naps = Naps(fs, LOOK_SECONDS, wakeups)
 
     def note(self, ino: int) -> None:
         """The kernel is about to keep pages of inode *ino*; call it before reading them."""
@@ -100,8 +104,7 @@ class Pages:
         """Compare the watched files for as long as the mount lives."""
         for looks in itertools.count():
             await self._any.wait()
-            await trio.sleep(LOOK_SECONDS)
-            if not looks % TIDY_LOOKS:
+            if await self._naps.nap(self._word) or not looks % TIDY_LOOKS:
                 self.tidy()
             if not self._watched:
                 self._any = trio.Event()
@@ -128,6 +131,7 @@ class Pages:
             self._compare(some, tell=others)
             yield
         self._word = word
+        self._naps.wake()
 
     def _compare(self, inodes: list[int], *, tell: bool) -> None:
         found = self._look(inodes)

@@ -78,7 +78,9 @@ class Session:
         self._upkeep = MountUpkeep(fs)
         self._wakeups = Wakeups(fs)
         self._invalidator = Invalidator()
-        self._pages = Pages(fs, self._operations.nodes_of_file, self._invalidator.tell)
+        self._pages = Pages(
+            fs, self._operations.nodes_of_file, self._invalidator.tell, self._wakeups
+        )
         self._notifier = (
             Notifier(fs, self._operations, path, self._wakeups) if options.notify else None
         )

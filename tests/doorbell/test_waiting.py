@@ -7,6 +7,7 @@ tests count the switches of its process, while the bell words say that it waits.
 from __future__ import annotations
 
 import fcntl
+import mmap
 import os
 import stat
 import subprocess
@@ -291,3 +292,30 @@ def test_a_mount_with_notify_sleeps_while_a_program_watches(tmp_path: Path) -> N
             assert asleep(look, lab.mounts[1].process.pid) <= MOST
             (there / "new").write_bytes(b"")
             assert eventually(lambda: any(event.name == "new" for event in watch.read()), PATIENCE)
+
+
+@needs_fuse
+def test_a_mount_that_keeps_pages_sleeps_until_another_machine_commits(tmp_path: Path) -> None:
+    with new_lab(SIZE, mounts=0) as lab, serving(tmp_path / "socket", lab.region):
+        mounted = lab.add(f"doorbell={tmp_path / 'socket'}").path
+        (mounted / "mapped").write_bytes(b"a" * 4096)
+        with (
+            open_region(str(lab.region)) as region,
+            (mounted / "mapped").open("rb") as file,
+            mmap.mmap(file.fileno(), 0, mmap.MAP_PRIVATE, mmap.PROT_READ) as seen,
+        ):
+            doorbell = doorbell_of(region, str(tmp_path / "socket"))
+            assert doorbell is not None
+            writer = Filesystem.mount(region, doorbell=doorbell)
+            ino = writer.lookup(ROOT_INO, b"mapped").ino
+            for letter in (b"b", b"c"):
+                assert seen[0] != letter[0]
+                assert asleep(writer, lab.mounts[0].process.pid) <= MOST
+                before = rung(writer)
+                handle = writer.open(ino, os.O_WRONLY, ROOT)
+                writer.write(handle, 0, letter)
+                writer.release(handle)
+                assert rung(writer) == before + 1
+                assert eventually(lambda: seen[:1] == letter, PATIENCE)  # noqa: B023
+            writer.unmount()
+            doorbell.close()

@@ -15,6 +15,8 @@ IVSHMEMFS = str(BIN / "ivshmemfs")
 MKFS = str(BIN / "mkfs.ivshmemfs")
 FSCK = str(BIN / "fsck.ivshmemfs")
 MANIFEST = Path(__file__).with_name("manifest.py").resolve()
+SCENES = Path(__file__).with_name("scenes.py").resolve()
+SCENE_SECONDS = 1800.0
 
 
 class Running(Protocol):
@@ -123,3 +125,13 @@ def manifest(machine: Machine, top: str, timeout: float = COMMAND_SECONDS) -> di
     out = machine.run(python, "-I", MANIFEST, top, timeout=timeout).check().out
     found: dict[str, Any] = json.loads(out)
     return found
+
+
+def play(*parts: tuple[Mount, str, int]) -> None:
+    """Let each mount play its part, all at once: (mount, scene, count); see scenes.py."""
+    running = []
+    for number, (mount, scene, count) in enumerate(parts):
+        words = f"/usr/bin/python3 {SCENES} {scene} $M {mount.machine.name}-{number} {count}"
+        running.append(mount.begin(words, timeout=SCENE_SECONDS))
+    for command in running:
+        command.wait().check()

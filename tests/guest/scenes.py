@@ -7,6 +7,7 @@ only looks goes on until there are as many of those as ``COUNT`` says.
 
 from __future__ import annotations
 
+import fcntl
 import os
 import random
 import shutil
@@ -68,6 +69,17 @@ def exclude(place: Path, who: str, count: int, take: Callable[[Path, str], None]
             lock.rmdir()
         else:
             lock.unlink()
+
+
+def locked(place: Path, _who: str, count: int, take: Callable[[int, int], None]) -> None:
+    """Count up a plain file so many times, each time under a lock of an open file."""
+    counter = place / "counter"
+    fd = os.open(place / "token", os.O_RDWR)
+    for _ in range(count):
+        take(fd, fcntl.LOCK_EX)
+        counter.write_text(str(int(counter.read_text()) + 1))
+        take(fd, fcntl.LOCK_UN)
+    os.close(fd)
 
 
 # --- changes under the eyes of others ---------------------------------------------------------
@@ -183,6 +195,8 @@ SCENES: dict[str, Callable[[Path, str, int], None]] = {
     "made": partial(exclude, take=_made),
     "linked": partial(exclude, take=_linked),
     "renamed": partial(exclude, take=_renamed),
+    "flock": partial(locked, take=fcntl.flock),
+    "fcntl": partial(locked, take=fcntl.lockf),
     "replace": replace,
     "watch": watch,
     "write": write,

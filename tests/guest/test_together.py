@@ -9,12 +9,9 @@ import pytest
 
 from tests.guest.conftest import Shared
 from tests.guest.harness import Guest
-from tests.guest.machines import Host, Machine, Mount
+from tests.guest.machines import Host, Machine, Mount, play
 
 pytestmark = pytest.mark.guest
-
-SCENES = Path(__file__).with_name("scenes.py").resolve()
-SECONDS = 1800.0
 
 
 @pytest.fixture
@@ -28,16 +25,6 @@ def two(request: pytest.FixtureRequest, shared: Shared, host: Host, guest: Guest
     machines: list[Machine] = [host, guest]
     mounts = [shared.on(machine) for machine in machines]
     return mounts if request.param == "host first" else mounts[::-1]
-
-
-def play(*parts: tuple[Mount, str, int]) -> None:
-    """Let each mount play its part, all at once: (mount, scene, count)."""
-    running = []
-    for number, (mount, scene, count) in enumerate(parts):
-        words = f"/usr/bin/python3 {SCENES} {scene} $M {mount.machine.name}-{number} {count}"
-        running.append(mount.begin(words, timeout=SECONDS))
-    for command in running:
-        command.wait().check()
 
 
 def test_three_machines_append(
@@ -55,7 +42,7 @@ def test_three_machines_append(
     assert sorted(seen.values()) == [count] * 3
 
 
-@pytest.mark.parametrize("how", ["exclusive", "made", "linked", "renamed"])
+@pytest.mark.parametrize("how", ["exclusive", "made", "linked", "renamed", "flock", "fcntl"])
 def test_exactly_one_machine_gets_a_lock(
     shared: Shared, host: Host, guest: Guest, how: str, long_run: bool
 ) -> None:
