@@ -218,9 +218,12 @@ def store(
     The owner has room for `capacity` top slots.  Old leaves are replaced.  Each leaf, old or new,
     is one block.  Raises NoSpace.
     """
-    last = first + len(pointers) // SIZE - 1
-    tree = fit(space, tree, owner, last, capacity)
-    slots, _ = _store(space, tree.slots, 0, tree.height, owner, [(first, pointers)])
+    count = len(pointers) // SIZE
+    tree = fit(space, tree, owner, first + count - 1, capacity)
+    runs = [(first, pointers)]
+    if tree.height == 1 and count and first % space.fanout + count <= space.fanout:
+        return RadixTree(1, _store_lowest(space, tree.slots, owner, runs))
+    slots, _ = _store(space, tree.slots, 0, tree.height, owner, runs)
     return RadixTree(tree.height, slots)
 
 
@@ -232,6 +235,8 @@ def store_some(
     Writes each node once.
     """
     tree = fit(space, tree, owner, leaves[-1][0], capacity)
+    if tree.height == 1:
+        return RadixTree(1, _store_lowest(space, tree.slots, owner, leaves))
     slots, _ = _store(space, tree.slots, 0, tree.height, owner, leaves)
     return RadixTree(tree.height, slots)
 
@@ -257,13 +262,32 @@ def _store(
         child = node[start + top * SIZE : start + top * SIZE + SIZE] or NULL
         below = _below(space, child, height - 1, owner)
         if height == 1:
-            pointer, delta = _swapped(space, child, owner, below, here)
+            pointer = _swapped(space, child, owner, below, here, 0, len(here), 0)
+            delta = weight_of(pointer) - weight_of(child)
         else:
             slots, delta = _store(space, below, HEADER_SIZE, height - 1, owner, here)
             pointer, delta = _renewed(space, child, height - 1, owner, slots, delta)
         changes.append((top, pointer))
         total += delta
     return put_slots(node, start, changes), total
+
+
+def _store_lowest(
+    space: Workspace, slots: bytes, owner: int, runs: list[tuple[int, bytes]]
+) -> bytes:
+    """Return the top slots of a tree of height 1 with new leaves; no run crosses two nodes."""
+    changes = list[tuple[int, bytes]]()
+    fanout, first, count = space.fanout, 0, len(runs)
+    while first < count:
+        top, stop = runs[first][0] // fanout, first + 1
+        while stop < count and runs[stop][0] < (top + 1) * fanout:
+            stop += 1
+        child = slots[top * SIZE : top * SIZE + SIZE] or NULL
+        below = _below(space, child, 0, owner)
+        pointer = _swapped(space, child, owner, below, runs, first, stop, top * fanout)
+        changes.append((top, pointer))
+        first = stop
+    return put_slots(slots, 0, changes)
 
 
 def _by_child(
@@ -336,18 +360,22 @@ def _renewed(
 
 
 def _swapped(
-    space: Workspace, child: bytes, owner: int, below: bytes, runs: list[tuple[int, bytes]]
-) -> tuple[bytes, int]:
+    space: Workspace,
+    child: bytes,
+    owner: int,
+    below: bytes,
+    runs: list[tuple[int, bytes]],
+    first: int,
+    stop: int,
+    base: int,
+) -> bytes:
     """Replace lowest node `child`, whose bytes are `below`, by one with new leaves.
 
-    Returns what `_renewed` returns.
+    These are runs `first` to before `stop`; the node begins at index `base`.  Returns its pointer.
     """
-    old_weight = 0
     if child != NULL:
-        old_weight = weight_of(child)
         space.replace(child)
-    pointer, new_weight = space.swap_leaves(INDEX, owner, below, runs, old_weight or 1)
-    return pointer, new_weight - old_weight
+    return space.swap_leaves(INDEX, owner, child, below, runs, first, stop, base)
 
 
 def cut(space: Workspace, tree: RadixTree, owner: int, first: int) -> RadixTree:

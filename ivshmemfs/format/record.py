@@ -12,7 +12,7 @@ fields.
 
 import struct
 from collections.abc import Iterable, Iterator
-from typing import Annotated, Any, Generic, NamedTuple, TypeVar, get_args, get_origin
+from typing import Annotated, Any, Final, Generic, NamedTuple, TypeVar, get_args, get_origin
 
 from ivshmemfs.native import changed_tuple, packed_tuple, placed_tuple
 
@@ -60,12 +60,12 @@ class Layout(Generic[T]):
     def __init__(self, cls: type[T], size: int) -> None:
         self.cls = cls
         self.name = cls.__name__
-        self.size = size
+        self.size: Final = size
         self.fields = tuple(_fields(cls))
         self._struct = struct.Struct(self._format())
         if self._struct.size != size:
             raise TypeError(f"{self.name} takes {self._struct.size} bytes, not {size}")
-        self._plan = b"".join(map(_row, self.fields))
+        self.plan: Final = b"".join(map(_row, self.fields))  # of `packed_tuple` and `record_node`
         self.unpack_values = self._struct.unpack_from
         self._offsets = {field.name: field.offset for field in self.fields}
         self._places = {field.name: place for place, field in enumerate(self.fields)}
@@ -100,7 +100,7 @@ class Layout(Generic[T]):
 
     def pack(self, record: T) -> bytes:
         """Return `size` bytes; raises struct.error if a value does not fit its field."""
-        return packed_tuple(record, self._plan, self.size)
+        return packed_tuple(record, self.plan, self.size)
 
     def places(self, *names: str) -> tuple[int, ...]:
         """Return the places of these fields in the record, for `placed`."""

@@ -37,6 +37,19 @@ cdef extern from *:
     #define TUPLE_GIVE PyTuple_SET_ITEM
     #endif
 
+    /* The low bytes of a word; the machine is little-endian. */
+    static inline void word_put(unsigned char *to, size_t width, uint64_t word)
+    {
+        if (width == 8)
+            memcpy(to, &word, 8);
+        else if (width == 4)
+            memcpy(to, &word, 4);
+        else if (width == 1)
+            *to = (unsigned char)word;
+        else
+            memcpy(to, &word, width);
+    }
+
     static void *gil_leave(void)
     {
         return PyEval_SaveThread();
@@ -91,6 +104,7 @@ cdef extern from *:
         return 0;
     }
     """
+    void word_put(unsigned char *to, size_t width, uint64_t word) noexcept nogil
     void *gil_leave() noexcept nogil
     void gil_enter(void *state) noexcept nogil
     char *BYTES_DATA(object) noexcept
@@ -1241,16 +1255,18 @@ def split_pointers(pointers):
 
 # --- packed slots of pointers ------------------------------------------------------------------
 
-cdef int take_change(object change, uint64_t *offset, unsigned char **slots,
+cdef int take_change(object change, uint64_t base, uint64_t *offset, unsigned char **slots,
                      uint64_t *size) except -1:
-    """Take apart a change of slots, (index, packed slots)."""
+    """Take apart a change of slots, (index, packed slots), of a node that begins at `base`."""
     if not isinstance(change, tuple) or len(<tuple>change) != 2:
         raise TypeError("a change is (index, packed slots)")
     index, packed = (<tuple>change)[0], (<tuple>change)[1]
     if not isinstance(packed, bytes):
         raise TypeError("a change is (index, packed slots)")
-    take_limited(index, "index", 0, MAX_SLOTS, offset)
-    offset[0] *= POINTER_SIZE
+    take(index, "index", offset)
+    if offset[0] < base or offset[0] - base > MAX_SLOTS:
+        raise ValueError(f"index out of range: {index}")
+    offset[0] = (offset[0] - base) * POINTER_SIZE
     slots[0] = <unsigned char *>BYTES_DATA(packed)
     size[0] = <uint64_t>BYTES_SIZE(packed)
     if size[0] % POINTER_SIZE != 0:
@@ -1258,21 +1274,49 @@ cdef int take_change(object change, uint64_t *offset, unsigned char **slots,
     return 0
 
 
-cdef bytes changed_slots(uint64_t header, const unsigned char *had, uint64_t length, list changes):
+# Changes `first` to before `stop` of a list, of a node that begins at index `base`.
+cdef struct section:
+    Py_ssize_t first
+    Py_ssize_t stop
+    uint64_t base
+
+
+cdef int take_all(section *part, object changes) except -1:
+    if not isinstance(changes, list):
+        raise TypeError("changes must be a list")
+    part.first = 0
+    part.stop = len(<list>changes)
+    part.base = 0
+    return 0
+
+
+cdef int take_section(section *part, object changes, object first, object stop,
+                      object base) except -1:
+    take_all(part, changes)
+    part.stop = min(<Py_ssize_t>stop, part.stop)
+    part.first = first
+    if part.first < 0:
+        raise ValueError(f"first out of range: {first}")
+    return take(base, "base", &part.base)
+
+
+cdef bytes changed_slots(uint64_t header, const unsigned char *had, uint64_t length, list changes,
+                         const section *part):
     """The changed slots, after `header` bytes that the caller fills in."""
     cdef uint64_t size = length, kept, offset, run
+    cdef Py_ssize_t at
     cdef unsigned char *slots
     cdef unsigned char *source
     cdef bytes result
-    for change in changes:
-        take_change(change, &offset, &source, &run)
+    for at in range(part.first, part.stop):
+        take_change(changes[at], part.base, &offset, &source, &run)
         size = max(size, offset + run)
     result = new_bytes(header + size)
     slots = <unsigned char *>BYTES_DATA(result) + header
     memcpy(slots, had, length)
     memset(slots + length, 0, size - length)
-    for change in changes:
-        take_change(change, &offset, &source, &run)
+    for at in range(part.first, part.stop):
+        take_change(changes[at], part.base, &offset, &source, &run)
         memcpy(slots + offset, source, run)
     kept = slots_trimmed(slots, size)
     return result if kept == size else bytes_of(slots - header, header + kept)
@@ -1282,15 +1326,15 @@ def put_slots(buffer, start, changes):
     """The packed pointers from byte start on, with changes (index, packed pointers) put in;
 nulls fill the gaps, and none is left at the end."""
     cdef uint64_t first
+    cdef section part
     cdef view taken
     take(start, "start", &first)
     view_take(&taken, buffer)
     try:
         if first > taken.size or (taken.size - first) % POINTER_SIZE != 0:
             raise ValueError("the buffer does not end with whole slots")
-        if not isinstance(changes, list):
-            raise TypeError("changes must be a list")
-        return changed_slots(0, taken.data + first, taken.size - first, changes)
+        take_all(&part, changes)
+        return changed_slots(0, taken.data + first, taken.size - first, changes, &part)
     finally:
         view_drop(&taken)
 
@@ -1302,12 +1346,12 @@ cdef uint64_t leaves_in(const unsigned char *slots, uint64_t size) noexcept:
     return packed_weight(slots, size // POINTER_SIZE)
 
 
-cdef int64_t swap_run(const unsigned char *had, uint64_t length, object change,
+cdef int64_t swap_run(const unsigned char *had, uint64_t length, object change, uint64_t base,
                       list gone) except? -1:
     """Append what a change of slots replaces to `gone`; the change of the weight."""
     cdef uint64_t offset, run, kept, before
     cdef unsigned char *source
-    take_change(change, &offset, &source, &run)
+    take_change(change, base, &offset, &source, &run)
     kept = min(run, length - offset) if offset < length else 0
     before = leaves_in(had + offset, kept)
     if before:
@@ -1315,16 +1359,15 @@ cdef int64_t swap_run(const unsigned char *had, uint64_t length, object change,
     return <int64_t>leaves_in(source, run) - <int64_t>before
 
 
-cdef bytes swapped_slots(uint64_t header, view *taken, uint64_t start, object changes, list gone,
-                         int64_t *gain):
+cdef bytes swapped_slots(uint64_t header, view *taken, uint64_t start, list changes,
+                         const section *part, list gone, int64_t *gain):
+    cdef Py_ssize_t at
     if start > taken.size or (taken.size - start) % POINTER_SIZE != 0:
         raise ValueError("the buffer does not end with whole slots")
-    if not isinstance(changes, list):
-        raise TypeError("changes must be a list")
     gain[0] = 0
-    for change in <list>changes:
-        gain[0] += swap_run(taken.data + start, taken.size - start, change, gone)
-    return changed_slots(header, taken.data + start, taken.size - start, changes)
+    for at in range(part.first, part.stop):
+        gain[0] += swap_run(taken.data + start, taken.size - start, changes[at], part.base, gone)
+    return changed_slots(header, taken.data + start, taken.size - start, changes, part)
 
 
 def swap_slots(buffer, start, changes):
@@ -1333,32 +1376,52 @@ replaced, without nulls alone, change of the weight)."""
     cdef uint64_t first
     cdef int64_t gain
     cdef list gone = []
+    cdef section part
     cdef view taken
     take(start, "start", &first)
+    take_all(&part, changes)
     view_take(&taken, buffer)
     try:
-        slots = swapped_slots(0, &taken, first, changes, gone, &gain)
+        slots = swapped_slots(0, &taken, first, changes, &part, gone, &gain)
     finally:
         view_drop(&taken)
     return slots, gone, gain
 
 
-def swapped_node(pointer, kind, level, owner, had, changes):
-    """Do the same with the slots of a node `had`; the result is a node for the block of a packed
-pointer, with its header and checksum."""
+def swapped_node(pointer, kind, owner, old, had, changes, first, stop, base):
+    """Do the same with the slots of a lowest node `had`, which begins at index `base` and has the
+packed pointer `old` (or null), and with changes `first` to before `stop`. Returns (the packed
+pointer with the new weight, a node for its block with header and checksum, what each change
+replaced). A node without slots has the weight 0."""
     cdef node_header header
     cdef int64_t gain
+    cdef uint64_t size
+    cdef uint32_t blocks = 0
+    cdef unsigned char *before = NULL
+    cdef unsigned char *made
     cdef list gone = []
-    cdef bytes made
+    cdef bytes place, node
+    cdef section part
     cdef view taken
-    take_header(&header, pointer, kind, level, owner, 0)
+    take_header(&header, pointer, kind, 0, owner, 0)
+    take_pointer(old, &before)
+    take_section(&part, changes, first, stop, base)
     view_take(&taken, had)
     try:
-        made = swapped_slots(NODE_HEADER, &taken, NODE_HEADER, changes, gone, &gain)
+        node = swapped_slots(NODE_HEADER, &taken, NODE_HEADER, changes, &part, gone, &gain)
     finally:
         view_drop(&taken)
-    node_seal(&header, <unsigned char *>BYTES_DATA(made), <uint64_t>BYTES_SIZE(made))
-    return made, gone, gain
+    size = <uint64_t>BYTES_SIZE(node)
+    node_seal(&header, <unsigned char *>BYTES_DATA(node), size)
+    if size > NODE_HEADER:
+        gain += max(<int64_t>packed_weight(before, 1), 1)
+        if not 0 <= gain <= UINT32_MAX:
+            raise ValueError(f"weight out of range: {gain}")
+        blocks = <uint32_t>gain
+    place = bytes_of(<unsigned char *>BYTES_DATA(pointer), POINTER_SIZE)
+    made = <unsigned char *>BYTES_DATA(place)
+    memcpy(made + POINTER_WEIGHT_AT, &blocks, sizeof(blocks))
+    return place, node, gone
 
 
 # --- packed directory leaves -------------------------------------------------------------------
@@ -1459,55 +1522,79 @@ cdef struct column:  # one field of a record: a row of the plan that Layout make
     char unused
 
 
-cdef int put_field(unsigned char *raw, const column *place, object value) except -1:
+cdef inline int put_field(unsigned char *raw, const column *place, object value) except -1:
     cdef uint64_t word, above  # the bits that the field has no room for
     cdef int64_t signed
-    cdef Py_ssize_t length
     if place.code == b'b':
         if not isinstance(value, bytes):
             raise StructError(f"bytes are wanted, not {value!r}")
-        length = min(BYTES_SIZE(value), <Py_ssize_t>place.width)
-        memcpy(raw + place.offset, BYTES_DATA(value), length)
+        memcpy(raw + place.offset, BYTES_DATA(value),
+               min(BYTES_SIZE(value), <Py_ssize_t>place.width))
         return 0
-    try:
-        if place.code == b's':
-            signed = value
-            word = <uint64_t>signed
-            above = <uint64_t>(signed >> (8 * place.width - 1))
-            above = 0 if above == UINT64_MAX else above
-        else:
-            word = value
-            above = word >> (8 * place.width) if place.width < WORD_SIZE else 0
-    except (OverflowError, TypeError):
-        above = 1
+    if place.code == b's':
+        signed = value
+        word = <uint64_t>signed
+        above = <uint64_t>(signed >> (8 * place.width - 1))
+        above = 0 if above == UINT64_MAX else above
+    else:
+        word = value
+        above = word >> (8 * place.width) if place.width < WORD_SIZE else 0
     if above != 0:
-        raise StructError(f"no integer that fits {place.width} bytes: {value!r}")
-    memcpy(raw + place.offset, &word, place.width)  # the machine is little-endian
+        raise OverflowError
+    word_put(raw + place.offset, place.width, word)
+    return 0
+
+
+cdef int put_record(unsigned char *raw, uint64_t size, tuple values, bytes plan) except -1:
+    """Pack a record into `size` bytes."""
+    cdef Py_ssize_t at = 0, count = len(values)
+    cdef const column *places = <const column *>BYTES_DATA(plan)
+    if count * <Py_ssize_t>sizeof(column) != BYTES_SIZE(plan):
+        raise StructError(f"a record of {BYTES_SIZE(plan) // <Py_ssize_t>sizeof(column)} fields "
+                          f"is wanted, not of {count}")
+    memset(raw, 0, size)
+    try:
+        for at in range(count):
+            if places[at].offset + <uint64_t>places[at].width > size:
+                raise ValueError("a field is outside of its record")
+            put_field(raw, &places[at], values[at])
+    except (OverflowError, TypeError):
+        raise StructError(f"no integer that fits {places[at].width} bytes: "
+                          f"{values[at]!r}") from None
     return 0
 
 
 def packed_tuple(values, plan, size):
     """The bytes of a record, by a plan of its fields; raises struct.error if one does not fit."""
     cdef uint64_t wide
-    cdef Py_ssize_t at, count
-    cdef const column *places
-    cdef unsigned char *raw
     cdef bytes result
     if not isinstance(values, tuple) or not PyBytes_CheckExact(plan):
         raise TypeError("a tuple and a plan are wanted")
     take_limited(size, "size", 0, UINT16_MAX, &wide)
-    count = len(<tuple>values)
-    if count * <Py_ssize_t>sizeof(column) != BYTES_SIZE(plan):
-        raise StructError(f"a record of {BYTES_SIZE(plan) // <Py_ssize_t>sizeof(column)} fields "
-                          f"is wanted, not of {count}")
-    places = <const column *>BYTES_DATA(plan)
     result = new_bytes(wide)
-    raw = <unsigned char *>BYTES_DATA(result)
-    memset(raw, 0, wide)
-    for at in range(count):
-        if places[at].offset + <uint64_t>places[at].width > wide:
-            raise ValueError("a field is outside of its record")
-        put_field(raw, &places[at], (<tuple>values)[at])
+    put_record(<unsigned char *>BYTES_DATA(result), wide, <tuple>values, <bytes>plan)
+    return result
+
+
+def record_node(pointer, kind, owner, values, plan, size, more=b"", rest=b""):
+    """A node for the block of a packed pointer: its header with the checksum, then a record, packed
+by a plan of its fields, and the parts."""
+    cdef node_header header
+    cdef uint64_t wide, second = bytes_size(more), third = bytes_size(rest)
+    cdef unsigned char *node
+    cdef bytes result
+    if not isinstance(values, tuple) or not PyBytes_CheckExact(plan):
+        raise TypeError("a tuple and a plan are wanted")
+    take_header(&header, pointer, kind, 0, owner, 0)
+    take_limited(size, "size", 0, UINT16_MAX, &wide)
+    if second + third > UINT32_MAX - NODE_HEADER - wide:
+        raise ValueError(f"{second + third} bytes are too many for a node")
+    result = new_bytes(NODE_HEADER + wide + second + third)
+    node = <unsigned char *>BYTES_DATA(result)
+    put_record(node + NODE_HEADER, wide, <tuple>values, <bytes>plan)
+    memcpy(node + NODE_HEADER + wide, BYTES_DATA(more), second)
+    memcpy(node + NODE_HEADER + wide + second, BYTES_DATA(rest), third)
+    node_seal(&header, node, NODE_HEADER + wide + second + third)
     return result
 
 

@@ -24,8 +24,9 @@ from typing import Any, Final
 
 from ivshmemfs.errors import Fenced, FsError, NoSpace
 from ivshmemfs.format.node import HEADER_SIZE
+from ivshmemfs.format.record import Layout
 from ivshmemfs.format.words import NULL, TAG_AT, WEIGHT_AT, WORD
-from ivshmemfs.native import packed_node, swapped_node, weight_of, with_weight
+from ivshmemfs.native import packed_node, record_node, swapped_node, weight_of, with_weight
 from ivshmemfs.shm.freelist import BULK, RECOUNT, SIZE, FreeList
 from ivshmemfs.shm.nodes import Node, NodeSource
 from ivshmemfs.shm.published import Store
@@ -160,25 +161,48 @@ class Workspace(NodeSource):
         self._nodes[pointer] = node
         return pointer
 
-    def swap_leaves(
-        self, kind: int, owner: int, had: bytes, runs: list[tuple[int, bytes]], weight: int
-    ) -> tuple[bytes, int]:
-        """Make a lowest node of pointers: node `had` with `runs`, (index, packed pointers), put in.
+    def add_record(
+        self,
+        kind: int,
+        owner: int,
+        layout: Layout[Any],
+        record: tuple[Any, ...],
+        more: bytes,
+        rest: bytes = b"",
+    ) -> Node:
+        """Make a private node with a record, `more` and `rest` after its header."""
+        pointer = self._take()
+        data = record_node(pointer, kind, owner, record, layout.plan, layout.size, more, rest)
+        node = Node(pointer, kind, 0, owner, 0, data)
+        self._nodes[pointer] = node
+        return node
 
-        Each pointer leads to one block; those that others take the place of are replaced.  `weight`
-        is that of the old node.  Returns the new pointer, or NULL for a node without pointers, and
-        its weight.
+    def swap_leaves(
+        self,
+        kind: int,
+        owner: int,
+        old: bytes,
+        had: bytes,
+        runs: list[tuple[int, bytes]],
+        first: int,
+        stop: int,
+        base: int,
+    ) -> bytes:
+        """Make a lowest node of pointers: node `had` with some `runs`, (index, packed pointers).
+
+        These are runs `first` to before `stop`; the node begins at index `base`.  Each pointer
+        leads to one block; those that others take the place of are replaced.  `old` is the pointer
+        to `had`, or NULL.  Returns the new pointer with its weight, or NULL for a node without
+        pointers.
         """
         claim = self._take()
-        data, gone, gain = swapped_node(claim, kind, 0, owner, had, runs)
+        pointer, data, gone = swapped_node(claim, kind, owner, old, had, runs, first, stop, base)
         self.replace_leaves(gone)
         if len(data) == HEADER_SIZE:
             self._pool.append(claim)
-            return NULL, 0
-        weight += gain
-        pointer = with_weight(claim, weight)
+            return NULL
         self._nodes[pointer] = Node(pointer, kind, 0, owner, 0, data)
-        return pointer, weight
+        return pointer
 
     def node(self, pointer: bytes, kind: int, level: int, owner: int | None) -> Node:
         """Return a node of this transaction, or a published one; see `NodeSource.node`."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 from hypothesis import given
@@ -15,6 +15,7 @@ from ivshmemfs.native import (
     packed_node,
     packed_tuple,
     placed_tuple,
+    record_node,
     split_pointers,
     swap_slots,
     swapped_node,
@@ -102,8 +103,14 @@ def test_swapped_slots_are_those_of_a_list(
         assert swap_slots(raw, 6, given_runs) == (b"".join(expected), gone, gain)
         before = packed_node(pointer(1), node.INDEX, 0, 5, 0, b"".join(model))
         after = packed_node(pointer(2), node.INDEX, 0, 5, 0, b"".join(expected))
-        swapped = swapped_node(pointer(2), node.INDEX, 0, 5, before, given_runs)
-        assert swapped == (after, gone, gain)
+        for base in (0, 254 << 40):
+            there = [(base + at, slots) for at, slots in given_runs]
+            part = [(0, b"?"), *there, (base, pointer(9))]
+            place, made, lost = swapped_node(
+                pointer(2), node.INDEX, 5, pointer(1, 40), before, part, 1, len(part) - 1, base
+            )
+            assert (made, lost) == (after, gone)
+            assert place == pointer(2, 40 + gain if len(after) > node.HEADER_SIZE else 0)
 
 
 def test_a_single_slot_counts_whatever_its_weight() -> None:
@@ -111,6 +118,30 @@ def test_a_single_slot_counts_whatever_its_weight() -> None:
     for weight in (0, 7):
         slots, gone, gain = swap_slots(pointer(1, weight), 0, [(0, NULL)])
         assert (slots, gone, gain) == (b"", [pointer(1, weight)], -1)
+
+
+def test_the_weight_of_a_swapped_node_is_judged() -> None:
+    """A damaged region may give a node any weight; that of a new node is 1."""
+    before = packed_node(pointer(1), node.INDEX, 0, 5, 0, pointer(7) + pointer(8))
+    for old, weight in ((NULL, 2), (pointer(1, 0), 2), (pointer(1, 3), 4)):
+        runs = [(5, pointer(9))]
+        place, _, _ = swapped_node(pointer(2), node.INDEX, 5, old, before, runs, 0, 1, 0)
+        assert place == pointer(2, weight)
+    for old, runs in ((pointer(1, (1 << 32) - 1), [(5, pointer(9))]), (NULL, [(0, 2 * NULL)])):
+        runs.append((6, pointer(9)) if old != NULL else (1, NULL))
+        with pytest.raises(ValueError, match="weight"):
+            swapped_node(pointer(2), node.INDEX, 5, old, before + pointer(6), runs, 0, 2, 0)
+
+
+@pytest.mark.parametrize(
+    ("runs", "first", "base"),
+    [([(4, NULL)], 0, 5), ([(5000, NULL)], 0, 0), ([(5, NULL)], -1, 0), ([(5, b"half")], 0, 0),
+     ([(5, NULL)], 0, 1 << 64), (((5, NULL),), 0, 0), ([[5, NULL]], 0, 0), ([(-1, NULL)], 0, 0)],
+)  # fmt: skip
+def test_wrong_changes_of_a_node_are_refused(runs: Any, first: int, base: int) -> None:
+    had = packed_node(pointer(1), node.INDEX, 0, 5, 0, pointer(7))
+    with pytest.raises((ValueError, TypeError)):
+        swapped_node(pointer(2), node.INDEX, 5, NULL, had, runs, first, 1, base)
 
 
 def test_placed_values_keep_the_type_and_the_others() -> None:
@@ -141,6 +172,30 @@ def test_a_record_is_packed_as_struct_packs_it(signed: int, raw: bytes) -> None:
     assert packed_tuple(Sample(255, signed, raw), PLAN, 8) == struct.pack(
         "<Bxh3sx", 255, signed, raw
     )
+
+
+@pytest.mark.parametrize("parts", [(), (b"abc",), (b"", b"bc"), (b"a", b"d" * 4000)])
+def test_a_node_with_a_record_is_sealed(parts: tuple[bytes, ...]) -> None:
+    values = Sample(255, -3, b"xyz")
+    made = record_node(pointer(9), node.INODE, 1 << 55, values, PLAN, 8, *parts)
+    body = packed_tuple(values, PLAN, 8) + b"".join(parts)
+    assert made == packed_node(pointer(9), node.INODE, 0, 1 << 55, 0, body)
+
+
+@pytest.mark.parametrize(
+    ("error", "arguments"),
+    [
+        (struct.error, (pointer(9), 2, 0, (256, 0, b""), PLAN, 8)),
+        (ValueError, (pointer(9), 2, 0, (0, 0, b""), PLAN, 6)),
+        (ValueError, (pointer(9), 2, 0, (0, 0, b""), PLAN, -1)),
+        (ValueError, (b"short", 2, 0, (0, 0, b""), PLAN, 8)),
+        (TypeError, (pointer(9), 2, 0, [0, 0, b""], PLAN, 8)),
+        (TypeError, (pointer(9), 2, 0, (0, 0, b""), PLAN, 8, bytearray())),
+    ],
+)
+def test_a_record_that_fits_no_node_is_refused(error: type[Exception], arguments: Any) -> None:
+    with pytest.raises(error):
+        record_node(*arguments)
 
 
 @pytest.mark.parametrize(
