@@ -107,11 +107,11 @@ def _kinds(
             mount(ONE_REGION, number, shared)
             mount("regions", number, make_region(shm / f"commits-{number}", "32M"))
             if c_program is not None:
-                places = [top / f"passthrough-{number}" for top in (shm, work)]
-                for place in places:
-                    place.mkdir()
-                peer = stack.enter_context(passthrough(c_program, *places, cpus))
-                kinds.setdefault("passthroughs", []).append(peer)
+                source, path = shm / f"passthrough-{number}", work / f"passthrough-{number}"
+                source.mkdir()
+                path.mkdir()
+                peer = passthrough(c_program, source, path, cpus)
+                kinds.setdefault("passthroughs", []).append(stack.enter_context(peer))
         yield kinds
 
 

@@ -128,3 +128,34 @@ class Blocks:
     def free_count(self, start: int = 0, stop: int = ...) -> int: ...
     def mark(self, pointers: Buffer, marks: Buffer) -> None: ...
     def sweep(self, marks: Buffer, limits: Buffer, start: int, stop: int) -> bytes: ...
+
+class Turn:
+    """The words with which the transactions of one mount begin, commit and end."""
+
+    def __new__(
+        cls,
+        blocks: Blocks,
+        hint_offset: int,
+        repair_offset: int,
+        commit_offset: int,
+        nonce_from_state: int,
+    ) -> Turn: ...
+    @property
+    def blocks(self) -> Blocks: ...
+    @property
+    def passed(self) -> int: ...
+    def begin(
+        self, state_offset: int, hint: int, repairs: int, idle: int, active: int, nonce: int
+    ) -> int: ...
+    def commit(
+        self, pointers: list[bytes], nodes: list[bytes], planned_on: int, root: bytes
+    ) -> int: ...
+    def end(
+        self,
+        state_offset: int,
+        active: int,
+        idle: int,
+        repairs: int,
+        pointers: Buffer,
+        hint: int,
+    ) -> bool: ...

@@ -54,7 +54,7 @@ class FreeList:
 
     def __init__(self, store: Store, cursor: int = 0) -> None:
         self._store = store
-        self._repairs = store.memory.load(REPAIR_OFFSET)
+        self.repairs = store.memory.load(REPAIR_OFFSET)  # the repair slot's state word
         self.owed = False  # whether blocks were left to a collection
         self._cursor = cursor
         self._few = bytearray()  # packed pointers, the last released at the end
@@ -75,8 +75,8 @@ class FreeList:
         A transaction calls this before it loads the commit word.  When the word changes, a repair
         has run: blocks that earlier commits replaced must not be released any more.
         """
-        self._repairs = self._store.memory.load(REPAIR_OFFSET)
-        return self._repairs
+        self.repairs = self._store.memory.load(REPAIR_OFFSET)
+        return self.repairs
 
     def claim_few(self, count: int, tag: int) -> list[bytes]:
         """Claim fewer than BULK blocks; return a list of their packed pointers."""
@@ -177,7 +177,7 @@ class FreeList:
 
     def release(self, pointers: bytes | bytearray, *, bulk: bool = False) -> None:
         """Free the blocks that still have their pointers' tags; skip null pointers."""
-        if self._store.memory.load(REPAIR_OFFSET) != self._repairs:
+        if self._store.memory.load(REPAIR_OFFSET) != self.repairs:
             self.owed = True
             return
         try:
@@ -187,6 +187,10 @@ class FreeList:
                 with suppress(ValueError):
                     self._store.blocks.release(pointers[at : at + SIZE])
             return
+        self.released(pointers, bulk=bulk)
+
+    def released(self, pointers: bytes | bytearray, *, bulk: bool = False) -> None:
+        """Note the blocks that this mount has just freed."""
         known, most = (self._bulk, BULK_KEPT) if bulk else (self._few, FEW_KEPT)
         known += pointers
         if len(known) > most * SIZE:

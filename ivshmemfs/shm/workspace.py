@@ -149,7 +149,7 @@ class Workspace(NodeSource):
     ) -> bytes:
         """Make a private node with `body`, `more`, `rest` after its header; return its pointer.
 
-        `store_nodes` stores it to the region at the commit.
+        `publish` stores it to the region.
         """
         pointer = self._take()
         if weight != 1:
@@ -272,21 +272,29 @@ class Workspace(NodeSource):
 
     # --- ending ---
 
-    def store_nodes(self) -> None:
-        """Write the nodes to the region, still private, then fence.  Raises Fenced."""
-        data = [node.data for node in self._nodes.values()]
-        if not self._store.blocks.write_nodes(list(self._nodes), data):
-            raise Fenced(_NOT_OURS)
-        self._store.memory.fence()
-
     def publish(self, planned_on: int, root: Node) -> int:
-        """Swap the commit word; return the new one, or 0 when another peer committed first."""
-        word = self._store.commit_word.publish(planned_on, root.block)
-        if not word:
-            return 0
-        self._store.cache.renew(self._replaced, self._nodes)
-        self._store.know(word, root)
+        """Store the nodes, still private, fence, and swap the commit word.
+
+        Returns the new commit word, or 0 when another peer committed first.  Raises Fenced.
+        """
+        nodes, store = self._nodes, self._store
+        data = [node.data for node in nodes.values()]
+        word = store.turn.commit(list(nodes), data, planned_on, root.pointer)
+        if word < 0:
+            raise Fenced(_NOT_OURS)
+        if word:
+            store.cache.renew(self._replaced, nodes)
+            store.know(word, root)
         return word
+
+    @property
+    def is_small(self) -> bool:
+        """Whether it has and replaces single blocks only."""
+        return not (self._bulk or self._replaced_bulk or self._spare or self._spare_row)
+
+    def leftovers(self) -> bytes:
+        """Return what `settle` would release after a commit and the end of the transaction."""
+        return b"".join(self._pool + self._replaced)
 
     def forget_plan(self) -> None:
         """Drop the plan and keep the claims: all used blocks return to the pool."""
