@@ -382,6 +382,25 @@ file or device no longer backs raises OSError(EIO)."""
             self.fail_word(status, offset)
         return previous
 
+    def swap_then_see(self, offset, expected, new, other, wanted):
+        """Store new if the word equals expected; after that, see whether the word at other is wanted.
+Returns how many of both were so: 0, 1 or 2."""
+        cdef uint64_t at, old, word, place, value
+        cdef uint32_t passed = 0
+        cdef int status
+        take(offset, "offset", &at)
+        take(expected, "expected", &old)
+        take(new, "new", &word)
+        take(other, "other", &place)
+        take(wanted, "wanted", &value)
+        status = mapping_use_for_stores(&self.map)
+        if status == STATUS_OK:
+            status = word_swap_then_see(&self.map, at, old, word, place, value, &passed)
+            mapping_unuse(&self.map)
+        if status != STATUS_OK:
+            self.fail_word(status, offset if passed == 0 else other)
+        return passed
+
     cdef uint64_t *column(self, object offset, object stride, object count,
                           uint64_t *length) except NULL:
         """Words in a new array, which the caller frees."""

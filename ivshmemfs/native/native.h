@@ -137,6 +137,9 @@ int word_read(struct mapping *mapping, uint64_t offset, uint64_t *value);
 int word_write(struct mapping *mapping, uint64_t offset, uint64_t value);
 int word_compare_and_swap(struct mapping *mapping, uint64_t offset, uint64_t expected,
                           uint64_t value, uint64_t *previous);
+/* Swap a word; after that, look whether another one is `wanted`.  `passed`: 0, 1 or 2 of both. */
+int word_swap_then_see(struct mapping *mapping, uint64_t offset, uint64_t expected, uint64_t value,
+                       uint64_t other, uint64_t wanted, uint32_t *passed);
 /* Wait until a word is no longer `value`: up to `naps` naps of so many nanoseconds, each ended by
  * one load.  A signal ends a nap, after host.interrupted().  `found` is the word that was seen last.
  * Others may call and close the mapping meanwhile. */

@@ -444,11 +444,14 @@ class Membership:
 
     def _filter_word(self, place: int, new: int) -> None:
         at = self.table.offset(self.slot, peer.FILTER_OFFSET + place * words.WORD)
+        if self._word == _NEVER:
+            raise self._lost("another peer took this mount's slot while it was silent")
         old = self._filter[place]
-        if self._word == _NEVER or self.table.memory.cas(at, old, new) != old:
+        passed = self.table.memory.swap_then_see(at, old, new, self._at, self._word)
+        if passed == 0:
             raise self._lost("another peer took this mount's slot while it was silent")
         self._filter[place] = new
-        if not self.owns_slot:
+        if passed == 1:
             raise self._lost("another peer declared this mount gone while it was silent")
 
     def intend(self, ino: int) -> None:

@@ -32,8 +32,7 @@ from ivshmemfs.shm.published import Store
 
 _FREE: Final = bytes(WORD)
 _ONE: Final = (1).to_bytes(TAG_AT - WEIGHT_AT, "little")
-FIRST_CLAIM: Final = 6  # blocks that an ordinary transaction needs
-SMALL_CLAIM: Final = 4  # blocks of each later claim of that transaction
+SMALL_CLAIM: Final = 4  # blocks of each claim of an ordinary transaction but the first
 _ZEROED: Final = 256  # blocks of a row that are filled with zeros at once
 _NOT_OURS = "another peer declared this mount gone in the middle of a transaction"
 
@@ -130,7 +129,7 @@ class Workspace(NodeSource):
 
     def _take(self) -> bytes:
         if not self._pool:
-            self._fill_pool(SMALL_CLAIM if self._claims else FIRST_CLAIM)
+            self._fill_pool(SMALL_CLAIM if self._claims else self._free_list.usual)
             if not self._pool:
                 raise NoSpace("no free blocks are left on the region")
         return self._pool.pop()
@@ -285,6 +284,7 @@ class Workspace(NodeSource):
         if word:
             store.cache.renew(self._replaced, nodes)
             store.know(word, root)
+            self._free_list.note_use(len(self._claims) - len(self._pool))
         return word
 
     @property
