@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from bench import build, guest, machine, peers, report, requests, special
+from bench.commits import commits
 from bench.messages import messages
 from bench.notify import notify
 from bench.peers import Peer
@@ -139,7 +140,7 @@ class Bench:
         if name == "visibility":
             found = special.visibility(client, shm, work, rounds=rounds, count=50)
         elif name == "commits":
-            found = special.commits(client, shm, work, rounds=rounds)
+            found = self._commits()
         elif name == "transfer":
             found = special.transfer(client, shm, work, rounds=rounds, mib=16 if quick else 1024)
         elif name == "start":
@@ -159,6 +160,21 @@ class Bench:
             found = special.memory(client, shm, work, files=files, size=size)
         self.figures[name] = found
         report.show_figures(self.console, name, found)
+
+    def _commits(self) -> dict[str, float]:
+        """On one CPU, and on all of them."""
+        found: dict[str, float] = {}
+        available = peers.available_cpus()
+        for cpus in sorted({1, len(available)}):
+            with ExitStack() as stack:
+                shm = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=self.shm)))
+                work = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=self.work)))
+                figures = commits(
+                    self.program, self.passthrough, shm, work, available[-cpus:],
+                    rounds=self.scale.rounds,
+                )  # fmt: skip
+            found |= {f"{cpus} CPU{'s' * (cpus > 1)}, {name}": it for name, it in figures.items()}
+        return found
 
     def _requests(self, files: int) -> dict[str, float]:
         if reason := requests.missing():

@@ -48,6 +48,12 @@ def available_cpus() -> list[int]:
     return sorted(os.sched_getaffinity(0))
 
 
+def cpu_seconds(peer: Peer) -> float:
+    """The CPU time that the daemon has used so far."""
+    tasks = Path(f"/proc/{peer.daemon}/task").iterdir()
+    return sum(int((task / "schedstat").read_text().split()[0]) for task in tasks) / 1e9
+
+
 @contextmanager
 def tmpfs(shm: Path) -> Iterator[Peer]:
     """A plain folder in /dev/shm."""

@@ -19,11 +19,12 @@ from bench.peers import (
     TOP,
     Peer,
     available_cpus,
+    cpu_seconds,
     make_region,
     ours,
     unmount,
 )
-from bench.runner import LocalClient, Sample, Table, interleave, parse
+from bench.runner import LocalClient, Sample, Table, interleave
 from ivshmemfs.cli.attach.paths import Place
 from ivshmemfs.cli.attach.peer import peer
 from ivshmemfs.cli.transfer.get import Getter, Wishes
@@ -34,8 +35,6 @@ from ivshmemfs.engine import ROOT_INO
 from ivshmemfs.region import open_region
 
 Figures = dict[str, float]
-PUMP_MILLISECONDS = 700
-PUMP_LEAD = 0.3  # seconds for all clients to get ready
 
 
 @contextmanager
@@ -79,45 +78,6 @@ def visibility(client: LocalClient, shm: Path, work: Path, *, rounds: int, count
     }
     missed = sum(sample.operations for sample in table["missed"]["ivshmemfs"])
     return figures | {"changes missed": float(missed)}
-
-
-def commits(
-    client: LocalClient, shm: Path, work: Path, *, rounds: int, counts: Sequence[int] = (1, 2, 4, 8)
-) -> Figures:
-    """4 KiB random writes per second of several mounts at once: totals, and the smallest share.
-
-    The share is the smallest mount's part of a fair one: 1 is fair.
-    """
-    region = make_region(shm / "commits", "256M")
-    totals: dict[int, list[float]] = {count: [] for count in counts}
-    shares: dict[int, list[float]] = {count: [] for count in counts}
-    with mounts(region, work, max(counts)) as peers:
-        for turn in range(rounds):
-            for count in [*counts[turn % len(counts) :], *counts[: turn % len(counts)]]:
-                done = _pump(client, peers[:count])
-                totals[count].append(sum(done) * 1000 / PUMP_MILLISECONDS)
-                shares[count].append(min(done) * count / max(sum(done), 1))
-    figures = {f"{count} mounts: commits/s": median(totals[count]) for count in counts}
-    for count in counts:
-        figures[f"{count} mounts: of one"] = median(totals[count]) / median(totals[counts[0]])
-        figures[f"{count} mounts: least share"] = median(shares[count])
-    return figures
-
-
-def _pump(client: LocalClient, peers: Sequence[Peer]) -> list[int]:
-    """Operations of each mount within the same interval."""
-    start = time.clock_gettime_ns(time.CLOCK_MONOTONIC) + int(PUMP_LEAD * 1e9)
-    running = [
-        subprocess.Popen(
-            client.command("pump", f"pump{number}", start, PUMP_MILLISECONDS),
-            cwd=peer.path, stdout=subprocess.PIPE, text=True,
-        )
-        for number, peer in enumerate(peers)
-    ]  # fmt: skip
-    outputs = [process.communicate(timeout=60)[0] for process in running]
-    if any(process.returncode for process in running):
-        raise RuntimeError("a client failed while several mounts were writing")
-    return [parse(output)["pump"].operations for output in outputs]
 
 
 # --- size of directory and region -------------------------------------------------------------
@@ -259,14 +219,9 @@ def idle(client: LocalClient, shm: Path, work: Path, *, seconds: float) -> Figur
     with ours(region, work / "idle", available_cpus()) as peer:
         client.run(peer.path, "names", 100)
         time.sleep(1.5)
-        before, began = _cpu_seconds(peer), time.monotonic()
+        before, began = cpu_seconds(peer), time.monotonic()
         time.sleep(seconds)
-        return {"idle CPU": (_cpu_seconds(peer) - before) / (time.monotonic() - began)}
-
-
-def _cpu_seconds(peer: Peer) -> float:
-    tasks = Path(f"/proc/{peer.daemon}/task").iterdir()
-    return sum(int((task / "schedstat").read_text().split()[0]) for task in tasks) / 1e9
+        return {"idle CPU": (cpu_seconds(peer) - before) / (time.monotonic() - began)}
 
 
 def memory(client: LocalClient, shm: Path, work: Path, *, files: int, size: str = "16G") -> Figures:

@@ -42,10 +42,14 @@ from ivshmemfs.errors import (
 from ivshmemfs.format import repair
 from ivshmemfs.format.bell import BELLS_OFFSET
 from ivshmemfs.shm.commit import Hint
-from ivshmemfs.shm.membership import Membership
+from ivshmemfs.shm.membership import BEGUN, CHECKED, Membership
 from ivshmemfs.shm.workspace import Workspace
 
 T = TypeVar("T")
+
+# In place of the commit word that `Committer._enter` returns.
+_NOT_BEGUN: Final = -1
+_UNCHECKED: Final = -2
 
 
 class Committer:
@@ -54,6 +58,7 @@ class Committer:
     def __init__(self, volume: Volume, openfiles: OpenFiles, garbage: Garbage) -> None:
         self._volume: Final = volume
         self._store: Final = volume.store
+        self._turn: Final = volume.store.turn
         self._supply: Final = volume.supply
         self._openfiles: Final = openfiles
         self._garbage: Final = garbage
@@ -73,10 +78,8 @@ class Committer:
         self._volume.operations += 1
         self._store.begin_turn()
         try:
-            if not self.hint.take(member.slot):
-                raise Busy("another peer is committing")
             try:
-                return self._transact(member, plan, removal)
+                return self._transact(member, plan, removal, self._enter(member))
             except NoSpace:
                 releasing = self._garbage.dropped.pending
                 if not self._garbage.make_room(member):
@@ -115,20 +118,59 @@ class Committer:
         """
         self._store.begin_turn()
         try:
-            return self._transact(member, plan, removal)
+            return self._transact(member, plan, removal, _NOT_BEGUN)
         except NoSpace:
             if not releasing:
                 raise
             raise Unfinished("blocks of what was removed are being released") from None
 
-    def _transact(self, member: Membership, plan: Callable[[Transaction], T], removal: bool) -> T:
+    def _enter(self, member: Membership) -> int:
+        """Take the hint and begin a transaction, in one call while nothing is unexpected.
+
+        Returns the commit word; _UNCHECKED if the own state must be checked again; _NOT_BEGUN if
+        `_begin` must find out what is unexpected.  Raises Busy.
+        """
+        hint, passed = self.hint, 0
+        if member.is_plain:
+            mine = hint.next_word(member.slot)
+            try:
+                word = member.begin_with(self._turn, mine, self._repairs)
+            except BaseException:
+                if self._turn.passed >= CHECKED:
+                    self._end(member)
+                raise
+            finally:
+                passed = self._turn.passed
+                if passed:
+                    hint.taken(mine)
+            if word >= 0:
+                self._supply.repairs = self._repairs
+                return word
+            if passed >= CHECKED:
+                return _UNCHECKED
+            if passed >= BEGUN:
+                member.abandon()
+        if not passed and not hint.take(member.slot):
+            raise Busy("another peer is committing")
+        return _NOT_BEGUN
+
+    def _transact(
+        self, member: Membership, plan: Callable[[Transaction], T], removal: bool, entered: int
+    ) -> T:
+        """Run `plan` and commit; `entered` is what `_enter` returned."""
         volume, store = self._volume, self._store
-        space = Workspace(store, self._begin(member), self._supply)
+        tag = self._begin(member) if entered == _NOT_BEGUN else member.tag
+        space = Workspace(store, tag, self._supply)
         published = False
         try:
             for _ in range(ATTEMPTS):
-                word, root = store.snapshot()
-                member.check()
+                if entered >= 0:
+                    word, root = store.snapshot_at(entered)
+                else:
+                    word, root = store.snapshot()
+                if word != entered:
+                    member.check()
+                entered = _UNCHECKED
                 tx = Transaction(
                     store, word, root, space, self._openfiles.in_use, removal,
                     volume.clock, self._cache_of(word), volume.table_before(word),
@@ -145,7 +187,6 @@ class Committer:
                     volume.latest = View(store, word, root, tx.cache, tx.before)
                     raise
                 else:
-                    space.store_nodes()
                     if new_word := space.publish(word, new_root):
                         published = True
                         self._unrung = self._rings
@@ -160,7 +201,30 @@ class Committer:
                     break
             raise Busy("other peers commit faster than this one can plan")
         finally:
-            space.settle(published, self._end(member))
+            if not (published and member.active and space.is_small and self._leave(member, space)):
+                space.settle(published, self._end(member))
+
+    def _leave(self, member: Membership, space: Workspace) -> bool:
+        """Do after a commit what `_end`, `settle` and giving the hint do, in one call.
+
+        Returns False if it did nothing.
+        """
+        supply, hint, few = self._supply, self.hint, space.leftovers()
+        mine = 0 if member.intends else hint.mine
+        try:
+            if member.end_with(self._turn, supply.repairs, few, mine):
+                if few:
+                    supply.released(few)
+                if mine:
+                    hint.given()
+                return True
+        except ValueError:  # a damaged tree led to a block beyond the region
+            if self._turn.passed:
+                raise
+        if self._turn.passed:
+            supply.owed = True  # a repair has begun
+            return True
+        return False
 
     def _cache_of(self, word: int) -> CommitCache:
         """Return what the latest view knows if it is of commit `word`, else nothing known."""

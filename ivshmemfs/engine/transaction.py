@@ -10,7 +10,7 @@ inodes, and nodes and data in private blocks (`space`).
                again in another
 
 Only the caller's plan changes a transaction.  Nothing reaches the region before
-`Workspace.store_nodes`.
+`Workspace.publish`.
 """
 
 from __future__ import annotations

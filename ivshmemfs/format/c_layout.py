@@ -34,6 +34,8 @@ CONSTANTS: dict[str, tuple[int, str]] = {
     "INCARNATION_SHIFT": (words.INCARNATION_SHIFT, "of a tag"),
     "INCARNATION_MASK": (words.INCARNATION_MASK, "after the shift"),
     "COUNTER_MASK": (words.COUNTER_MASK, "of a tag"),
+    "BLOCK_BITS": (words.BLOCK_BITS, "of a commit word: the root block"),
+    "SEQUENCE_MASK": (words.SEQUENCE_MASK, "of a commit word, after that"),
     "FILTER_FACTOR": (open_filter.FACTOR, "of an inode number"),
     "FILTER_SHIFT": (open_filter.SHIFT, "of the product"),
     "FILTER_SIZE": (open_filter.SIZE, "bits of the open filter"),

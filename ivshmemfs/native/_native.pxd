@@ -79,6 +79,15 @@ cdef extern from "native.h" nogil:
         uint64_t guard_offset
         uint64_t guard
 
+    struct turn:
+        blocks *blocks
+        uint64_t hint_offset
+        uint64_t repair_offset
+        uint64_t commit_offset
+        uint64_t state_offset
+        uint64_t nonce_offset
+        uint32_t passed
+
     struct node_read:
         const blocks *blocks
         uint64_t block
@@ -111,6 +120,8 @@ cdef extern from "native.h" nogil:
     int word_write(mapping *mapping, uint64_t offset, uint64_t value)
     int word_compare_and_swap(mapping *mapping, uint64_t offset, uint64_t expected, uint64_t value,
                               uint64_t *previous)
+    int word_swap_then_see(mapping *mapping, uint64_t offset, uint64_t expected, uint64_t value,
+                           uint64_t other, uint64_t wanted, uint32_t *passed)
     int column_check(const mapping *mapping, uint64_t offset, uint64_t stride, uint64_t count)
     int column_read(mapping *mapping, uint64_t offset, uint64_t stride, uint64_t count,
                     uint64_t *into)
@@ -156,6 +167,12 @@ cdef extern from "native.h" nogil:
     void node_seal(const node_header *header, unsigned char *node, uint64_t size)
     int node_store(const blocks *blocks, uint64_t block, const unsigned char *node, uint64_t size)
     int node_write(const blocks *blocks, uint64_t block, const unsigned char *node, uint64_t size)
+
+    int turn_begin(turn *turn, uint64_t hint, uint64_t repairs, uint64_t idle, uint64_t active,
+                   uint64_t nonce, uint64_t *commit)
+    int turn_commit(turn *turn, uint64_t planned_on, uint64_t root, uint64_t *commit)
+    int turn_end(turn *turn, uint64_t active, uint64_t idle, uint64_t repairs,
+                 const unsigned char *pointers, uint64_t count, uint64_t hint)
 
     uint64_t packed_lower_bound(const unsigned char *words, uint64_t count, uint64_t value)
     bint packed_ascending(const unsigned char *words, uint64_t count)

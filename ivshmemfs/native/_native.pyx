@@ -396,6 +396,25 @@ file or device no longer backs raises OSError(EIO)."""
             self.fail_word(status, offset)
         return previous
 
+    def swap_then_see(self, offset, expected, new, other, wanted):
+        """Store new if the word equals expected; after that, see whether the word at other is wanted.
+Returns how many of both were so: 0, 1 or 2."""
+        cdef uint64_t at, old, word, place, value
+        cdef uint32_t passed = 0
+        cdef int status
+        take(offset, "offset", &at)
+        take(expected, "expected", &old)
+        take(new, "new", &word)
+        take(other, "other", &place)
+        take(wanted, "wanted", &value)
+        status = mapping_use_for_stores(&self.map)
+        if status == STATUS_OK:
+            status = word_swap_then_see(&self.map, at, old, word, place, value, &passed)
+            mapping_unuse(&self.map)
+        if status != STATUS_OK:
+            self.fail_word(status, offset if passed == 0 else other)
+        return passed
+
     cdef uint64_t *column(self, object offset, object stride, object count,
                           uint64_t *length) except NULL:
         """Words in a new array, which the caller frees."""
@@ -1067,6 +1086,121 @@ nodes. False when the guard changed."""
         finally:
             PyMem_Free(pointers)
             view_drop(&marked)
+
+
+# --- turns -------------------------------------------------------------------------------------
+
+# As Blocks: never without its Blocks.
+@cython.final
+@cython.no_gc_clear
+cdef class Turn:
+    """Turn(blocks, hint_offset, repair_offset, commit_offset, nonce_from_state)
+--
+
+The words with which the transactions of one mount begin, commit and end."""
+
+    cdef readonly Blocks blocks
+    cdef turn words
+    cdef uint64_t nonce_from_state
+
+    def __cinit__(self, Blocks blocks not None, hint_offset, repair_offset, commit_offset,
+                  nonce_from_state):
+        self.blocks = blocks
+        self.words.blocks = &blocks.table
+        take(hint_offset, "hint_offset", &self.words.hint_offset)
+        take(repair_offset, "repair_offset", &self.words.repair_offset)
+        take(commit_offset, "commit_offset", &self.words.commit_offset)
+        take(nonce_from_state, "nonce_from_state", &self.nonce_from_state)
+
+    @property
+    def passed(self):
+        """Steps that the last call did."""
+        return self.words.passed
+
+    cdef int use(self) except -1:
+        cdef int status
+        self.words.passed = 0
+        status = mapping_use_for_stores(self.words.blocks.mapping)
+        if status != STATUS_OK:
+            self.blocks.memory.fail(status)
+        return 0
+
+    cdef int fail(self, int status) except -1:
+        if status == STATUS_RANGE:
+            raise ValueError("a word of the transaction is outside of the region")
+        return self.blocks.memory.fail(status)
+
+    def begin(self, state_offset, hint, repairs, idle, active, nonce):
+        """Take the hint, begin a transaction, load the commit word. Returns it, or -1 when a word was
+not what was expected."""
+        cdef uint64_t mine, repaired, before, after, own, commit = 0
+        cdef int status
+        self.words.passed = 0
+        take(state_offset, "state_offset", &self.words.state_offset)
+        self.words.nonce_offset = self.words.state_offset + self.nonce_from_state
+        take(hint, "hint", &mine)
+        take(repairs, "repairs", &repaired)
+        take(idle, "idle", &before)
+        take(active, "active", &after)
+        take(nonce, "nonce", &own)
+        self.use()
+        status = turn_begin(&self.words, mine, repaired, before, after, own, &commit)
+        mapping_unuse(self.words.blocks.mapping)
+        if status == STATUS_STALE:
+            return -1
+        if status != STATUS_OK:
+            self.fail(status)
+        return commit
+
+    def commit(self, pointers, nodes, planned_on, root):
+        """Store nodes as `Blocks.write_nodes` does, then swap the commit word for the next one, which
+names the block of pointer root. Returns it; 0 when it was not planned_on; -1 when the guard changed."""
+        cdef uint64_t word, commit = 0
+        cdef uint32_t block = 0
+        cdef unsigned char *claim = NULL
+        cdef int status
+        take(planned_on, "planned_on", &word)
+        take_pointer(root, &claim)
+        memcpy(&block, claim, sizeof(block))
+        if (not isinstance(pointers, list) or not isinstance(nodes, list)
+                or len(<list>pointers) != len(<list>nodes)):
+            raise TypeError("pointers and nodes must be lists of one length")
+        self.use()
+        try:
+            if self.blocks.store_nodes(pointers, nodes) != STATUS_OK:
+                return -1
+            status = turn_commit(&self.words, word, block, &commit)
+        finally:
+            mapping_unuse(self.words.blocks.mapping)
+        if status == STATUS_STALE:
+            return 0
+        if status != STATUS_OK:
+            self.fail(status)
+        return commit
+
+    def end(self, state_offset, active, idle, repairs, pointers, hint):
+        """End the transaction, free blocks, give the hint back unless it is 0. False when a word was
+not what was expected."""
+        cdef uint64_t before, after, repaired, mine
+        cdef int status
+        cdef view taken
+        self.words.passed = 0
+        take(state_offset, "state_offset", &self.words.state_offset)
+        take(active, "active", &before)
+        take(idle, "idle", &after)
+        take(repairs, "repairs", &repaired)
+        take(hint, "hint", &mine)
+        self.blocks.take_pointers(pointers, True, &taken)
+        try:
+            self.use()
+            status = turn_end(&self.words, before, after, repaired, taken.data,
+                              taken.size // POINTER_SIZE, mine)
+            mapping_unuse(self.words.blocks.mapping)
+        finally:
+            view_drop(&taken)
+        if status != STATUS_STALE and status != STATUS_OK:
+            self.fail(status)
+        return status == STATUS_OK
 
 
 cdef int take_table(view *taken, object source, str name, int flags, uint64_t words) except -1:

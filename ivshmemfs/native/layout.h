@@ -26,6 +26,8 @@
 #define INCARNATION_SHIFT UINT64_C(36) /* of a tag */
 #define INCARNATION_MASK UINT64_C(1048575) /* after the shift */
 #define COUNTER_MASK UINT64_C(68719476735) /* of a tag */
+#define BLOCK_BITS UINT64_C(28) /* of a commit word: the root block */
+#define SEQUENCE_MASK UINT64_C(68719476735) /* of a commit word, after that */
 #define FILTER_FACTOR UINT64_C(11400714819323198485) /* of an inode number */
 #define FILTER_SHIFT UINT64_C(20) /* of the product */
 #define FILTER_SIZE UINT64_C(1536) /* bits of the open filter */

@@ -203,6 +203,21 @@ int word_compare_and_swap(struct mapping *mapping, uint64_t offset, uint64_t exp
     return status;
 }
 
+int word_swap_then_see(struct mapping *mapping, uint64_t offset, uint64_t expected, uint64_t value,
+                       uint64_t other, uint64_t wanted, uint32_t *passed)
+{
+    uint64_t found = 0;
+    int status = word_compare_and_swap(mapping, offset, expected, value, &found);
+
+    *passed = 0;
+    if (status != STATUS_OK || found != expected)
+        return status;
+    *passed = 1;
+    status = word_read(mapping, other, &found);
+    *passed += status == STATUS_OK && found == wanted;
+    return status;
+}
+
 void fence(void)
 {
     fence_full();

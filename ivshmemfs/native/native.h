@@ -8,6 +8,7 @@
  *     tags.c      claim and release blocks, check tags, sweep
  *     node.c      metadata nodes with their checksum
  *     transfer.c  copy between blocks and an open file
+ *     turn.c      the words with which a transaction begins, commits and ends
  *     packed.c    packed words, slots and directory leaves in private memory
  *     crc32c.c    checksums
  *
@@ -136,6 +137,9 @@ int word_read(struct mapping *mapping, uint64_t offset, uint64_t *value);
 int word_write(struct mapping *mapping, uint64_t offset, uint64_t value);
 int word_compare_and_swap(struct mapping *mapping, uint64_t offset, uint64_t expected,
                           uint64_t value, uint64_t *previous);
+/* Swap a word; after that, look whether another one is `wanted`.  `passed`: 0, 1 or 2 of both. */
+int word_swap_then_see(struct mapping *mapping, uint64_t offset, uint64_t expected, uint64_t value,
+                       uint64_t other, uint64_t wanted, uint32_t *passed);
 /* Wait until a word is no longer `value`: up to `naps` naps of so many nanoseconds, each ended by
  * one load.  A signal ends a nap, after host.interrupted().  `found` is the word that was seen last.
  * Others may call and close the mapping meanwhile. */
@@ -236,6 +240,33 @@ int blocks_fill(const struct blocks *blocks, const unsigned char *pointers, uint
 /* Write bytes [skip, skip + length) of the blocks in a row into a file, from its byte `at` on. */
 int blocks_drain(const struct blocks *blocks, const unsigned char *pointers, uint64_t count,
                  uint64_t skip, uint64_t length, int file, uint64_t at);
+
+/* --- turn.c ------------------------------------------------------------------------------------ */
+
+/* Where the words of one mount's transactions are.  Each function below returns STATUS_OK, or
+ * STATUS_STALE when a word was not what the caller expected; the steps after that are not done. */
+struct turn {
+    struct blocks *blocks;
+    uint64_t hint_offset;
+    uint64_t repair_offset;
+    uint64_t commit_offset;
+    uint64_t state_offset; /* of the own slot, as is the next */
+    uint64_t nonce_offset;
+    uint32_t passed; /* steps that the last call did, in their order below */
+};
+
+/* 1 hint: 0 -> `hint`; 2 the repair slot's state is `repairs`; 3 own state: `idle` -> `active`;
+ * 4 own nonce is `nonce`, and `active` guards the blocks; 5 load the commit word; 6 own state is
+ * `active`. */
+int turn_begin(struct turn *turn, uint64_t hint, uint64_t repairs, uint64_t idle, uint64_t active,
+               uint64_t nonce, uint64_t *commit);
+/* Fence.  1 commit word: `planned_on` -> the next one with root block `root`, which is `commit`. */
+int turn_commit(struct turn *turn, uint64_t planned_on, uint64_t root, uint64_t *commit);
+/* 1 own state: `active` -> `idle`.  Only with pointers: 2 the repair slot's state is `repairs`;
+ * 3 free the blocks that still have their pointer's tag.  Then hint, unless it is 0: `hint` -> 0, if
+ * it is still that. */
+int turn_end(struct turn *turn, uint64_t active, uint64_t idle, uint64_t repairs,
+             const unsigned char *pointers, uint64_t count, uint64_t hint);
 
 /* --- packed.c ---------------------------------------------------------------------------------- */
 

@@ -6,7 +6,7 @@ blocks in it.  The layers above know what the bytes mean.
 
 from __future__ import annotations
 
-from ivshmemfs.native import DEVICE, NORMAL, WRITE_COMBINING, Blocks, Memory, crc32c
+from ivshmemfs.native import DEVICE, NORMAL, WRITE_COMBINING, Blocks, Memory, Turn, crc32c
 from ivshmemfs.region.blank import Found, find_data
 from ivshmemfs.region.condition import Condition
 from ivshmemfs.region.file import cramped, create_file, refuse_tight, reserve
@@ -38,6 +38,7 @@ __all__ = [
     "Region",
     "Roots",
     "Scratch",
+    "Turn",
     "Unreadable",
     "cramped",
     "crc32c",

@@ -68,25 +68,33 @@ class Hint:
 
     def __init__(self, memory: Memory) -> None:
         self._memory = memory
-        self._mine = 0
+        self.mine = 0  # the word that this mount stored, while it holds the hint
         self._progress = time.monotonic_ns()
         self._taken_at = 0.0
         self._need = 0.0  # seconds that this mount usually holds it
         self._seen = 0  # the last word seen of another holder
         self._since = 0.0  # when that word was seen first
 
+    def next_word(self, slot: int) -> int:
+        """Return the word that takes the hint for `slot`."""
+        self._progress += 1
+        return words.make_hint(slot, int(self._need * 1000), self._progress)
+
     def take(self, slot: int) -> bool:
         """Take the hint for `slot`; return False when another peer holds it and makes progress."""
-        self._progress += 1
-        mine = words.make_hint(slot, int(self._need * 1000), self._progress)
+        mine = self.next_word(slot)
         seen = self._memory.cas(HINT_OFFSET, 0, mine)
         if seen and not self._outwaited(seen):
             return False
         if seen and self._memory.cas(HINT_OFFSET, seen, mine) != seen:
             return False
-        self._mine = mine
-        self._taken_at = time.monotonic()
+        self.taken(mine)
         return True
+
+    def taken(self, mine: int) -> None:
+        """Note that this mount stored `mine` into the free hint word."""
+        self.mine = mine
+        self._taken_at = time.monotonic()
 
     @property
     def held(self) -> bool:
@@ -95,7 +103,7 @@ class Hint:
 
     def retake(self, slot: int) -> bool:
         """Keep the hint, or take it again; return whether this mount holds it."""
-        return self._memory.load(HINT_OFFSET) == self._mine or self.take(slot)
+        return self._memory.load(HINT_OFFSET) == self.mine or self.take(slot)
 
     def _outwaited(self, seen: int) -> bool:
         now = time.monotonic()
@@ -107,8 +115,12 @@ class Hint:
 
     def give(self) -> None:
         """Give the hint back, and update the stated need."""
-        if self._mine:
-            self._memory.cas(HINT_OFFSET, self._mine, 0)
-            self._mine = 0
-            held = time.monotonic() - self._taken_at
-            self._need = max(held, self._need * 0.9) if held < 1.0 else self._need
+        if self.mine:
+            self._memory.cas(HINT_OFFSET, self.mine, 0)
+            self.given()
+
+    def given(self) -> None:
+        """Note that this mount gave the hint back, and update the stated need."""
+        self.mine = 0
+        held = time.monotonic() - self._taken_at
+        self._need = max(held, self._need * 0.9) if held < 1.0 else self._need

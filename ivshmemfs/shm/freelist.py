@@ -28,6 +28,7 @@ COUNTED_AT_ONCE: Final = 1 << 16  # blocks that one turn counts
 COUNTED_COST: Final = 128  # cost of one such turn, in visited nodes
 ABANDONED: Final = 10.0  # seconds without a turn after which a count begins anew
 RECOUNT: Final = 0.5  # longest age, in seconds, of a count that shows enough free blocks
+USUAL: Final = 6  # blocks that the first ordinary transaction claims at once
 FRESH: Final = 0.05  # longest age, in seconds, of a count that shows too few
 FEW_KEPT = 4096  # most single released blocks that are remembered
 BULK_KEPT = 16384  # most blocks of bulk releases that are remembered
@@ -54,8 +55,9 @@ class FreeList:
 
     def __init__(self, store: Store, cursor: int = 0) -> None:
         self._store = store
-        self._repairs = store.memory.load(REPAIR_OFFSET)
+        self.repairs = store.memory.load(REPAIR_OFFSET)  # the repair slot's state word
         self.owed = False  # whether blocks were left to a collection
+        self.usual = USUAL  # blocks that the next ordinary transaction claims at once
         self._cursor = cursor
         self._few = bytearray()  # packed pointers, the last released at the end
         self._bulk = bytearray()  # the same, of bulk releases
@@ -75,8 +77,12 @@ class FreeList:
         A transaction calls this before it loads the commit word.  When the word changes, a repair
         has run: blocks that earlier commits replaced must not be released any more.
         """
-        self._repairs = self._store.memory.load(REPAIR_OFFSET)
-        return self._repairs
+        self.repairs = self._store.memory.load(REPAIR_OFFSET)
+        return self.repairs
+
+    def note_use(self, count: int) -> None:
+        """Note that a transaction used `count` of its claims: the next one may need as many."""
+        self.usual = min(max(count, self.usual - 1), BULK - 1)
 
     def claim_few(self, count: int, tag: int) -> list[bytes]:
         """Claim fewer than BULK blocks; return a list of their packed pointers."""
@@ -177,7 +183,7 @@ class FreeList:
 
     def release(self, pointers: bytes | bytearray, *, bulk: bool = False) -> None:
         """Free the blocks that still have their pointers' tags; skip null pointers."""
-        if self._store.memory.load(REPAIR_OFFSET) != self._repairs:
+        if self._store.memory.load(REPAIR_OFFSET) != self.repairs:
             self.owed = True
             return
         try:
@@ -187,6 +193,10 @@ class FreeList:
                 with suppress(ValueError):
                     self._store.blocks.release(pointers[at : at + SIZE])
             return
+        self.released(pointers, bulk=bulk)
+
+    def released(self, pointers: bytes | bytearray, *, bulk: bool = False) -> None:
+        """Note the blocks that this mount has just freed."""
         known, most = (self._bulk, BULK_KEPT) if bulk else (self._few, FEW_KEPT)
         known += pointers
         if len(known) > most * SIZE:

@@ -25,10 +25,13 @@ from typing import Final
 from ivshmemfs.errors import Busy, Fenced, FsError, TooManyPeers
 from ivshmemfs.format import bell, open_filter, peer, words
 from ivshmemfs.format.words import ACTIVE, FREE, IDLE, JOINING
+from ivshmemfs.region import Turn
 from ivshmemfs.shm import identity, watch
 from ivshmemfs.shm.peers import PeerTable
 
 _NEVER: Final = (1 << 64) - 1  # all bits of a word; never a state word
+BEGUN: Final = 3  # steps of `Turn.begin` after which the transaction is under way
+CHECKED: Final = 4  # ... after which the nonce is known to be the own one
 JOIN_ATTEMPTS = 20  # slots that `join` takes and loses to other peers before it gives up
 
 
@@ -243,8 +246,37 @@ class Membership:
             self._renew()
         self._move(ACTIVE, self.counter + 1)
         if self.table.memory.load(self._at + peer.NONCE_OFFSET) != self._nonce:
-            self._move(IDLE, self.counter)
+            self.abandon()
             raise self._lost("another peer took this mount's slot while it was silent")
+        return self.tag
+
+    def abandon(self) -> None:
+        """End a transaction that has claimed nothing."""
+        self._move(IDLE, self.counter)
+
+    def begin_with(self, turn: Turn, hint: int, repairs: int) -> int:
+        """Take the hint, begin, load the commit word and check, in one call of C.
+
+        Returns the commit word, or -1 when a word was not the expected one: the hint is not free,
+        the repair slot's state is not `repairs`, or the own slot has changed.  `turn.passed` says
+        how far this went.
+        """
+        counter = self.counter + 1
+        active = words.make_state(ACTIVE, self.incarnation, counter)
+        try:
+            return turn.begin(self._at, hint, repairs, self._word, active, self._nonce)
+        finally:
+            if turn.passed >= BEGUN:
+                self._word, self.counter = active, counter
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the next transaction is an ordinary one of this incarnation."""
+        return not self.unfit and self.counter < words.COUNTER_MASK - 1
+
+    @property
+    def tag(self) -> int:
+        """The tag for the claims of the transaction that is under way."""
         return words.make_tag(self.slot, self.incarnation, self.counter)
 
     def _renew(self) -> None:
@@ -285,6 +317,24 @@ class Membership:
         if not self.active:
             raise Fenced("this mount was declared gone in the middle of a transaction")
         self._move(IDLE, self.counter)
+
+    def end_with(self, turn: Turn, repairs: int, pointers: bytes, hint: int) -> bool:
+        """End, free blocks, and give the hint back unless it is 0, in one call of C.
+
+        Returns False when a word was not the expected one: if `turn.passed` is not 0, the
+        transaction has ended, and the repair slot's state is not `repairs`.
+        """
+        idle = words.make_state(IDLE, self.incarnation, self.counter)
+        try:
+            return turn.end(self._at, self._word, idle, repairs, pointers, hint)
+        finally:
+            if turn.passed:
+                self._word = idle
+
+    @property
+    def intends(self) -> bool:
+        """Whether this mount announces that it is about to free an inode."""
+        return self._intent != 0
 
     @property
     def own_state(self) -> tuple[int, int]:
@@ -394,11 +444,14 @@ class Membership:
 
     def _filter_word(self, place: int, new: int) -> None:
         at = self.table.offset(self.slot, peer.FILTER_OFFSET + place * words.WORD)
+        if self._word == _NEVER:
+            raise self._lost("another peer took this mount's slot while it was silent")
         old = self._filter[place]
-        if self._word == _NEVER or self.table.memory.cas(at, old, new) != old:
+        passed = self.table.memory.swap_then_see(at, old, new, self._at, self._word)
+        if passed == 0:
             raise self._lost("another peer took this mount's slot while it was silent")
         self._filter[place] = new
-        if not self.owns_slot:
+        if passed == 1:
             raise self._lost("another peer declared this mount gone while it was silent")
 
     def intend(self, ino: int) -> None:

@@ -25,9 +25,10 @@ from typing import Any, Final
 
 from ivshmemfs.errors import Corrupt, FsError, Restart, StaleHandle, UnderRepair, Unfinished
 from ivshmemfs.format import node as fmt
-from ivshmemfs.format import words
+from ivshmemfs.format import peer, words
+from ivshmemfs.format.geometry import COMMIT_OFFSET, HINT_OFFSET, REPAIR_OFFSET
 from ivshmemfs.format.superblock import Superblock
-from ivshmemfs.region import Blocks, Memory
+from ivshmemfs.region import Blocks, Memory, Turn
 from ivshmemfs.shm.commit import CommitWord
 from ivshmemfs.shm.nodes import Node, NodeSource
 from ivshmemfs.shm.repair import abandoned, describe
@@ -145,6 +146,7 @@ class Store(NodeSource):
             geometry.block_size,
             geometry.block_count,
         )
+        self.turn = Turn(self.blocks, HINT_OFFSET, REPAIR_OFFSET, COMMIT_OFFSET, peer.NONCE_OFFSET)
         self.cache = NodeCache()
         self.recent = Recent(RECENT)
         self.work = 0  # work done so far
@@ -172,7 +174,10 @@ class Store(NodeSource):
         Raises StaleHandle when the region was reformatted, UnderRepair during a repair, Corrupt
         when the root is damaged, Restart when other peers commit too fast.
         """
-        word = self.commit_word.load()
+        return self.snapshot_at(self.commit_word.load())
+
+    def snapshot_at(self, word: int) -> tuple[int, Node]:
+        """Do the same; `word` was just loaded."""
         if word == self._word and self._root is not None:
             return word, self._root
         for _ in range(ROOT_TRIES):

@@ -33,8 +33,7 @@ from ivshmemfs.shm.published import Store
 
 _FREE: Final = bytes(WORD)
 _ONE: Final = (1).to_bytes(TAG_AT - WEIGHT_AT, "little")
-FIRST_CLAIM: Final = 6  # blocks that an ordinary transaction needs
-SMALL_CLAIM: Final = 4  # blocks of each later claim of that transaction
+SMALL_CLAIM: Final = 4  # blocks of each claim of an ordinary transaction but the first
 _ZEROED: Final = 256  # blocks of a row that are filled with zeros at once
 _NOT_OURS = "another peer declared this mount gone in the middle of a transaction"
 
@@ -131,7 +130,7 @@ class Workspace(NodeSource):
 
     def _take(self) -> bytes:
         if not self._pool:
-            self._fill_pool(SMALL_CLAIM if self._claims else FIRST_CLAIM)
+            self._fill_pool(SMALL_CLAIM if self._claims else self._free_list.usual)
             if not self._pool:
                 raise NoSpace("no free blocks are left on the region")
         return self._pool.pop()
@@ -150,7 +149,7 @@ class Workspace(NodeSource):
     ) -> bytes:
         """Make a private node with `body`, `more`, `rest` after its header; return its pointer.
 
-        `store_nodes` stores it to the region at the commit.
+        `publish` stores it to the region.
         """
         pointer = self._take()
         if weight != 1:
@@ -296,21 +295,30 @@ class Workspace(NodeSource):
 
     # --- ending ---
 
-    def store_nodes(self) -> None:
-        """Write the nodes to the region, still private, then fence.  Raises Fenced."""
-        data = [node.data for node in self._nodes.values()]
-        if not self._store.blocks.write_nodes(list(self._nodes), data):
-            raise Fenced(_NOT_OURS)
-        self._store.memory.fence()
-
     def publish(self, planned_on: int, root: Node) -> int:
-        """Swap the commit word; return the new one, or 0 when another peer committed first."""
-        word = self._store.commit_word.publish(planned_on, root.block)
-        if not word:
-            return 0
-        self._store.cache.renew(self._replaced, self._nodes)
-        self._store.know(word, root)
+        """Store the nodes, still private, fence, and swap the commit word.
+
+        Returns the new commit word, or 0 when another peer committed first.  Raises Fenced.
+        """
+        nodes, store = self._nodes, self._store
+        data = [node.data for node in nodes.values()]
+        word = store.turn.commit(list(nodes), data, planned_on, root.pointer)
+        if word < 0:
+            raise Fenced(_NOT_OURS)
+        if word:
+            store.cache.renew(self._replaced, nodes)
+            store.know(word, root)
+            self._free_list.note_use(len(self._claims) - len(self._pool))
         return word
+
+    @property
+    def is_small(self) -> bool:
+        """Whether it has and replaces single blocks only."""
+        return not (self._bulk or self._replaced_bulk or self._spare or self._spare_row)
+
+    def leftovers(self) -> bytes:
+        """Return what `settle` would release after a commit and the end of the transaction."""
+        return b"".join(self._pool + self._replaced)
 
     def forget_plan(self) -> None:
         """Drop the plan and keep the claims: all used blocks return to the pool."""

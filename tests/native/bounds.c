@@ -7,11 +7,17 @@ static const uint64_t OUTSIDE[] = {SIZE - 7,           SIZE,           SIZE + 8,
 static void words(struct mapping *mapping)
 {
     uint64_t value = 0;
+    uint32_t passed;
 
     check(word_write(mapping, SIZE - 8, 7) == STATUS_OK);
     check(word_read(mapping, SIZE - 8, &value) == STATUS_OK && value == 7);
     check(word_compare_and_swap(mapping, SIZE - 8, 7, 8, &value) == STATUS_OK && value == 7);
     check(word_compare_and_swap(mapping, SIZE - 8, 7, 9, &value) == STATUS_OK && value == 8);
+    check(word_swap_then_see(mapping, SIZE - 8, 7, 9, 0, 0, &passed) == STATUS_OK && passed == 0);
+    check(word_swap_then_see(mapping, SIZE - 8, 8, 9, 0, 1, &passed) == STATUS_OK && passed == 1);
+    check(word_swap_then_see(mapping, SIZE - 8, 9, 8, 0, 0, &passed) == STATUS_OK && passed == 2);
+    check(word_swap_then_see(mapping, SIZE - 8, 8, 8, SIZE, 0, &passed) == STATUS_RANGE);
+    check(word_swap_then_see(mapping, SIZE, 0, 8, 0, 0, &passed) == STATUS_RANGE && passed == 0);
     for (size_t at = 0; at < sizeof OUTSIDE / sizeof *OUTSIDE; at++) {
         check(word_read(mapping, OUTSIDE[at], &value) == STATUS_RANGE);
         check(word_write(mapping, OUTSIDE[at], 1) == STATUS_RANGE);
