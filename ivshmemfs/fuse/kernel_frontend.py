@@ -21,9 +21,9 @@ engine's errors.  It reads its buffer before it returns, because the next reques
 from __future__ import annotations
 
 import errno
-import functools
 import mmap
 import os
+import time
 from collections.abc import Awaitable, Callable
 from typing import Any, Final, NamedTuple
 
@@ -35,24 +35,24 @@ from ivshmemfs.engine.locks import Wait
 from ivshmemfs.errors import Busy, FsError, Unfinished
 from ivshmemfs.format.lock import FCNTL, FLOCK
 from ivshmemfs.fuse import protocol
+from ivshmemfs.fuse.budget import Budget
 from ivshmemfs.fuse.connection import Relay
 from ivshmemfs.fuse.operations import LARGEST, Operations
 from ivshmemfs.fuse.pages import Pages
 from ivshmemfs.fuse.pretence import PRETENDED_FH, Parts, Pretence
 from ivshmemfs.fuse.retry import errno_of
 from ivshmemfs.fuse.wakeups import Wakeups
+from ivshmemfs.native import Requests, cut, packed_attributes, packed_entry, placed_tuple
 
 #: Largest answer to READDIR, in bytes.
-LARGEST_LISTING = 1 << 17
-_HUGE = 1 << 21
-_HEADERS = protocol.IN_HEADER.size + protocol.WRITE_IN.size
-_BODY = protocol.IN_HEADER.size
-_BILLION = 10**9
-_BLOCK = 4096  # st_blksize, in bytes
+LARGEST_LISTING: Final = 1 << 17
+_HUGE: Final = 1 << 21
+_BODY: Final = protocol.IN_HEADER.size
+_HEADERS: Final = _BODY + protocol.WRITE_IN.size
+_BILLION: Final = 10**9
+_BLOCK: Final = 4096  # st_blksize, in bytes
 #: Inodes of one BATCH_FORGET that one turn forgets; the next turn forgets more.
-FORGOTTEN_AT_ONCE = 512
-#: Entries of the cache of packed attributes; the cache is cleared when it is full.
-PACKED_KEPT = 4000
+FORGOTTEN_AT_ONCE: Final = 512
 
 Buffer = bytes | memoryview
 Answer = bytes | memoryview | None
@@ -65,15 +65,24 @@ INTERRUPTED_SECONDS = 1.0
 ABSENT: Final = memoryview(b"ENOENT")
 #: A task answers.
 LATER: Final = memoryview(b"later")
-#: Make a `Context` of (uid, gid, pid); calling the class would cost one more Python call.
-_context = functools.partial(tuple.__new__, Context)
-_header = protocol.IN_HEADER.unpack_from
-_out = protocol.OUT_HEADER.pack
-_OUT_SIZE = protocol.OUT_HEADER.size
-_ATTR_AT = protocol.ENTRY_OUT.size
-_written = protocol.WRITE_OUT.pack
-_dirent = protocol.DIRENT.pack
-_DIRENT_SIZE = protocol.DIRENT.size
+# What is done for every request of its kind is bound here.
+_create_in: Final = protocol.CREATE_IN.unpack_from
+_CREATE_NAME_AT: Final = _BODY + protocol.CREATE_IN.size
+_flush_in: Final = protocol.FLUSH_IN.unpack_from
+_mkdir_in: Final = protocol.MKDIR_IN.unpack_from
+_MKDIR_NAME_AT: Final = _BODY + protocol.MKDIR_IN.size
+_open_in: Final = protocol.OPEN_IN.unpack_from
+_read_in: Final = protocol.READ_IN.unpack_from
+_release_in: Final = protocol.RELEASE_IN.unpack_from
+_rename2_in: Final = protocol.RENAME2_IN.unpack_from
+_RENAME2_NAMES_AT: Final = _BODY + protocol.RENAME2_IN.size
+_setattr_in: Final = protocol.SETATTR_IN.unpack_from
+_write_in: Final = protocol.WRITE_IN.unpack_from
+_open_out: Final = protocol.OPEN_OUT.pack
+_written: Final = protocol.WRITE_OUT.pack
+_dirent: Final = protocol.DIRENT.pack
+_DIRENT_SIZE: Final = protocol.DIRENT.size
+_UMASK: Final = (Context._fields.index("umask"),)
 
 
 def _huge(size: int) -> mmap.mmap:
@@ -96,6 +105,11 @@ class Waiting(NamedTuple):
     def call(self) -> Answer:
         """Run the handler again."""
         return self.handler(self.node, self.ctx, self.request, len(self.request))
+
+
+def _with_umask(ctx: Context, umask: int) -> Context:
+    """Return the caller of a request that makes something."""
+    return placed_tuple(ctx, _UMASK, (umask,)) if umask else ctx
 
 
 def _answered(turn: Unfinished, answer: Callable[[Any], Answer]) -> Unfinished:
@@ -135,6 +149,7 @@ class KernelFrontEnd:
         wakeups: Wakeups | None = None,
     ) -> None:
         self._operations = operations
+        self._presented = operations.presented
         if connection.shares_locks:
             operations.share_locks(ended, wakeups)
         #: The pid of the replayer, whose requests *pretence* answers; -1 without one.
@@ -145,7 +160,6 @@ class KernelFrontEnd:
         self._pages = pages
         self._page_cache = page_cache
         self._retry = operations.retry
-        self._device = connection.device
         self.hand_on = connection.offer
         self.pump = connection.pump
         self._unwanted = connection.unwanted
@@ -156,9 +170,8 @@ class KernelFrontEnd:
         # The bytes of a WRITE start at a page boundary, which makes the copy faster.
         area = memoryview(_huge(2 * _HUGE))
         self._request = area[mmap.PAGESIZE - _HEADERS :]
-        self._into = [self._request]
+        self._requests = Requests(connection.device, self._request, Context)
         self._result = memoryview(_huge(_HUGE))
-        self._packed: dict[int, tuple[Attr, bytes]] = {}
         self._waiting: dict[int, tuple[trio.CancelScope, float]] = {}
         self._handlers: list[Handler | None] = [None] * 256
         for opcode, handler in self._table().items():
@@ -207,30 +220,42 @@ class KernelFrontEnd:
 
     # --- one request ------------------------------------------------------------------------
 
-    def serve(self) -> memoryview | None:
-        """Read one request and answer it; return the request if it has no handler here.
+    def serve(self, budget: Budget, spin: int, nap: int) -> memoryview | None:
+        """Answer requests until *budget* is spent or none comes.
 
-        Raises OSError: one of `protocol.ENDED` after the end of the connection; EAGAIN or ENOENT if
-        no request is queued any more.
+        It looks for each request for *spin* ns, and then sleeps up to *nap* ms.  Returns a request
+        that has no handler here.  Raises OSError: one of `protocol.ENDED` after the end of the
+        connection.
         """
-        size = os.readv(self._device, self._into)
-        request = self._request
-        _, opcode, unique, node, uid, gid, pid, _ = _header(request)
-        handler = self._handlers[opcode & 255]
-        if pid == self.replayer and self._pretence is not None:
-            handler = self._pretence.handler(opcode, handler)
-        if handler is None:
-            return None if self._silent(opcode, node, size) else request[:size]
-        ctx = _context((uid, gid, pid, 0))
-        try:
-            answer = handler(node, ctx, request, size)
-        except Busy as busy:
-            waiting = Waiting(handler.__name__[1:], handler, unique, node, ctx, request[:size])
-            self._try_again(waiting, busy)
-        except Exception as error:
-            self._say(unique, errno_of(handler.__name__[1:], error))
-        else:
-            self._answer(unique, answer)
+        read, handlers, request = self._requests.read, self._handlers, self._request
+        left = budget.left
+        while left > 0:
+            got = read(spin, nap)
+            if got is None:
+                break
+            left -= 1
+            # Only every eighth request reads the clock.
+            if not left & 7 and time.monotonic() > budget.ends:
+                left = 0
+            size, opcode, unique, node, ctx = got
+            handler = handlers[opcode & 255]
+            if self._pretence is not None and ctx.pid == self.replayer:
+                handler = self._pretence.handler(opcode, handler)
+            if handler is None:
+                if self._silent(opcode, node, size):
+                    continue
+                budget.left = left
+                return request[:size]
+            try:
+                answer = handler(node, ctx, request, size)
+            except Busy as busy:
+                waiting = Waiting(handler.__name__[1:], handler, unique, node, ctx, request[:size])
+                self._try_again(waiting, busy)
+            except Exception as error:
+                self._say(unique, errno_of(handler.__name__[1:], error))
+            else:
+                self._answer(unique, answer)
+        budget.left = left
         return None
 
     def _try_again(self, waiting: Waiting, busy: Busy) -> None:
@@ -245,26 +270,19 @@ class KernelFrontEnd:
             self._answer(waiting.unique, answer)
 
     def _answer(self, unique: int, answer: Answer) -> None:
-        try:
-            if answer.__class__ is bytes:
-                os.write(self._device, _out(_OUT_SIZE + len(answer), 0, unique) + answer)
-            elif answer is None:
-                os.write(self._device, _out(_OUT_SIZE, 0, unique))
-            elif answer is ABSENT:
-                self._say(unique, errno.ENOENT)
-            elif answer is LATER:
-                pass
-            else:
-                header = _out(_OUT_SIZE + len(answer), 0, unique)
-                os.writev(self._device, (header, answer))
-        except OSError as error:
-            self._unwanted(error)
-        except Exception as error:  # the caller waits for an answer, and the loop must go on
-            self._say(unique, errno_of("answer", error))
+        if answer is ABSENT:
+            self._say(unique, errno.ENOENT)
+        elif answer is not LATER:
+            try:
+                self._requests.answer(unique, answer)
+            except OSError as error:
+                self._unwanted(error)
+            except Exception as error:  # the caller waits for an answer, and the loop must go on
+                self._say(unique, errno_of("answer", error))
 
     def _say(self, unique: int, code: int) -> None:
         try:
-            os.write(self._device, _out(_OUT_SIZE, -code, unique))
+            self._requests.refuse(unique, code)
         except OSError as error:
             self._unwanted(error)
 
@@ -272,10 +290,10 @@ class KernelFrontEnd:
         """Serve a request that gets no answer; return False if *opcode* is not of that kind."""
         request = self._request
         if opcode == protocol.FORGET:
-            self._forget(node, protocol.FORGET_IN.unpack_from(request, _BODY)[0])
+            self._operations.forget(node, protocol.FORGET_IN.unpack_from(request, _BODY)[0])
         elif opcode == protocol.BATCH_FORGET:
             start = _BODY + protocol.BATCH_FORGET_IN.size
-            self._forget_all(bytes(request[start:size]))
+            self._forget_all(cut(request, start, size))
         elif opcode == protocol.INTERRUPT:
             waiting = self._waiting.get(protocol.INTERRUPT_IN.unpack_from(request, _BODY)[0])
             if waiting is not None:
@@ -289,7 +307,7 @@ class KernelFrontEnd:
         """Forget the inodes of a batch, FORGOTTEN_AT_ONCE in a turn; no caller waits for it."""
         most = FORGOTTEN_AT_ONCE * protocol.FORGET_ONE.size
         for one, times in protocol.FORGET_ONE.iter_unpack(batch[:most]):
-            self._forget(one, times)
+            self._operations.forget(one, times)
         if len(batch) > most:
 
             async def forget_on() -> None:
@@ -297,10 +315,6 @@ class KernelFrontEnd:
                 self._forget_all(batch[most:])
 
             self._spawn(forget_on)
-
-    def _forget(self, node: int, times: int) -> None:
-        self._packed.pop(node, None)
-        self._operations.forget(node, times)
 
     # --- waiting ----------------------------------------------------------------------------
 
@@ -343,55 +357,34 @@ class KernelFrontEnd:
 
         The attributes of a directory show its node number as st_ino.
         """
-        known = self._packed.get(attr.ino)
-        entry = known[1] if known is not None and known[0] is attr else self._pack(attr)
-        if node == attr.ino:
-            return entry
-        number = protocol.INO.pack(node)
-        if attr.mode & 0o170000 != 0o040000:
-            return number + entry[len(number) :]
-        return number + entry[len(number) : _ATTR_AT] + number + entry[_ATTR_AT + len(number) :]
+        number = node if attr.mode & 0o170000 == 0o040000 else attr.ino
+        return packed_entry(node, number, self._presented(attr), _BLOCK)
 
     def _attr(self, attr: Attr) -> bytes:
-        """Return the answer to GETATTR; an entry ends with the same bytes."""
-        return self._entry(attr.ino, attr)[_ATTR_AT - protocol.ATTR_OUT_SIZE :]
-
-    def _pack(self, attr: Attr) -> bytes:
-        """Return the entry of an inode whose node number is its inode number; cache it."""
-        shown = self._operations.presented(attr)
-        atime, atime_ns = divmod(shown.atime_ns, _BILLION)
-        mtime, mtime_ns = divmod(shown.mtime_ns, _BILLION)
-        ctime, ctime_ns = divmod(shown.ctime_ns, _BILLION)
-        entry = protocol.ENTRY_OUT.pack(attr.ino) + protocol.ATTR.pack(
-            shown.ino, shown.size, shown.blocks, atime, mtime, ctime, atime_ns, mtime_ns, ctime_ns,
-            shown.mode, shown.nlink, shown.uid, shown.gid, shown.rdev, _BLOCK,
-        )  # fmt: skip
-        if len(self._packed) >= PACKED_KEPT:
-            self._packed.clear()
-        self._packed[attr.ino] = attr, entry
-        return entry
+        """Return the answer to GETATTR."""
+        return packed_attributes(attr.ino, self._presented(attr), _BLOCK)
 
     @staticmethod
     def _names(request: Buffer, start: int, end: int) -> tuple[bytes, bytes]:
-        first, _, second = bytes(request[start : end - 1]).partition(b"\0")
+        first, _, second = cut(request, start, end - 1).partition(b"\0")
         return first, second
 
     # --- names ------------------------------------------------------------------------------
 
     def _lookup(self, node: int, ctx: Context, request: Buffer, end: int) -> Answer:
-        found = self._operations.lookup(node, bytes(request[_BODY : end - 1]), ctx)
+        found = self._operations.lookup(node, cut(request, _BODY, end - 1), ctx)
         return ABSENT if found is None else self._entry(*found)
 
     def _mknod(self, node: int, ctx: Context, request: Buffer, end: int) -> Answer:
         mode, rdev, umask = protocol.MKNOD_IN.unpack_from(request, _BODY)
-        name = bytes(request[_BODY + protocol.MKNOD_IN.size : end - 1])
-        maker = _context((*ctx[:3], umask))
+        name = cut(request, _BODY + protocol.MKNOD_IN.size, end - 1)
+        maker = _with_umask(ctx, umask)
         return self._entry(*self._operations.mknod(node, name, mode, rdev, maker))
 
     def _mkdir(self, node: int, ctx: Context, request: Buffer, end: int) -> Answer:
-        mode, umask = protocol.MKDIR_IN.unpack_from(request, _BODY)
-        name = bytes(request[_BODY + protocol.MKDIR_IN.size : end - 1])
-        return self._entry(*self._operations.mkdir(node, name, mode, _context((*ctx[:3], umask))))
+        mode, umask = _mkdir_in(request, _BODY)
+        name = cut(request, _MKDIR_NAME_AT, end - 1)
+        return self._entry(*self._operations.mkdir(node, name, mode, _with_umask(ctx, umask)))
 
     def _symlink(self, node: int, ctx: Context, request: Buffer, end: int) -> Answer:
         name, target = self._names(request, _BODY, end)
@@ -402,15 +395,15 @@ class KernelFrontEnd:
 
     def _link(self, node: int, ctx: Context, request: Buffer, end: int) -> Answer:
         (old,) = protocol.LINK_IN.unpack_from(request, _BODY)
-        name = bytes(request[_BODY + protocol.LINK_IN.size : end - 1])
+        name = cut(request, _BODY + protocol.LINK_IN.size, end - 1)
         return self._entry(*self._operations.link(old, node, name, ctx))
 
     def _unlink(self, node: int, ctx: Context, request: Buffer, end: int) -> Answer:
-        self._operations.unlink(node, bytes(request[_BODY : end - 1]), ctx)
+        self._operations.unlink(node, cut(request, _BODY, end - 1), ctx)
         return None
 
     def _rmdir(self, node: int, ctx: Context, request: Buffer, end: int) -> Answer:
-        self._operations.rmdir(node, bytes(request[_BODY : end - 1]), ctx)
+        self._operations.rmdir(node, cut(request, _BODY, end - 1), ctx)
         return None
 
     def _rename(self, node: int, ctx: Context, request: Buffer, end: int) -> Answer:
@@ -420,8 +413,8 @@ class KernelFrontEnd:
         return None
 
     def _rename2(self, node: int, ctx: Context, request: Buffer, end: int) -> Answer:
-        new, flags = protocol.RENAME2_IN.unpack_from(request, _BODY)
-        old_name, name = self._names(request, _BODY + protocol.RENAME2_IN.size, end)
+        new, flags = _rename2_in(request, _BODY)
+        old_name, name = self._names(request, _RENAME2_NAMES_AT, end)
         self._operations.rename(node, old_name, new, name, flags, ctx)
         return None
 
@@ -442,8 +435,8 @@ class KernelFrontEnd:
         )  # fmt: skip
 
     def _setattr(self, node: int, ctx: Context, request: Buffer, _end: int) -> Answer:
-        valid, fh, size, atime, mtime, atime_ns, mtime_ns, mode, uid, gid = (
-            protocol.SETATTR_IN.unpack_from(request, _BODY)
+        valid, fh, size, atime, mtime, atime_ns, mtime_ns, mode, uid, gid = _setattr_in(
+            request, _BODY
         )
         wanted = {}
         if valid & protocol.SET_UID:
@@ -480,7 +473,7 @@ class KernelFrontEnd:
     # --- extended attributes ----------------------------------------------------------------
 
     def _getxattr(self, node: int, ctx: Context, request: Buffer, end: int) -> Answer:
-        name = bytes(request[_BODY + protocol.GETXATTR_IN.size : end - 1])
+        name = cut(request, _BODY + protocol.GETXATTR_IN.size, end - 1)
         return self._sized(self._operations.getxattr(node, name, ctx), request)
 
     def _setxattr(self, node: int, ctx: Context, request: Buffer, end: int) -> Answer:
@@ -491,7 +484,7 @@ class KernelFrontEnd:
                 more = header.unpack_from(request, _BODY)[2]
                 clears = bool(more & protocol.SETXATTR_ACL_KILL_SGID)
         size, flags = header.unpack_from(request, _BODY)[:2]
-        name, _, value = bytes(request[_BODY + header.size : end]).partition(b"\0")
+        name, _, value = cut(request, _BODY + header.size, end).partition(b"\0")
         self._operations.setxattr(node, name, value[:size], flags, ctx, clears)
         return None
 
@@ -500,7 +493,7 @@ class KernelFrontEnd:
         return self._sized(b"".join(name + b"\0" for name in names), request)
 
     def _removexattr(self, node: int, ctx: Context, request: Buffer, end: int) -> Answer:
-        self._operations.removexattr(node, bytes(request[_BODY : end - 1]), ctx)
+        self._operations.removexattr(node, cut(request, _BODY, end - 1), ctx)
         return None
 
     @staticmethod
@@ -519,29 +512,29 @@ class KernelFrontEnd:
     # --- files ------------------------------------------------------------------------------
 
     def _open(self, node: int, ctx: Context, request: Buffer, _end: int) -> Answer:
-        (flags,) = protocol.OPEN_IN.unpack_from(request, _BODY)
+        (flags,) = _open_in(request, _BODY)
         return self._opened(self._operations.open(node, flags, ctx))
 
     def _opened(self, fh: int) -> bytes:
         if self._page_cache and self._pages is not None:
             self._pages.note(self._operations.opened(fh))
-        return protocol.OPEN_OUT.pack(fh, self._open_flags)
+        return _open_out(fh, self._open_flags)
 
     def _create(self, node: int, ctx: Context, request: Buffer, end: int) -> Answer:
-        flags, mode, umask = protocol.CREATE_IN.unpack_from(request, _BODY)
-        name = bytes(request[_BODY + protocol.CREATE_IN.size : end - 1])
-        maker = _context((*ctx[:3], umask))
+        flags, mode, umask = _create_in(request, _BODY)
+        name = cut(request, _CREATE_NAME_AT, end - 1)
+        maker = _with_umask(ctx, umask)
         fh, attr = self._operations.create(node, name, mode, flags, maker)
         return self._entry(attr.ino, attr) + self._opened(fh)
 
     def _tmpfile(self, node: int, ctx: Context, request: Buffer, _end: int) -> Answer:
-        flags, mode, umask = protocol.CREATE_IN.unpack_from(request, _BODY)
-        maker = _context((*ctx[:3], umask))
+        flags, mode, umask = _create_in(request, _BODY)
+        maker = _with_umask(ctx, umask)
         fh, attr = self._operations.tmpfile(node, mode, flags, maker)
         return self._entry(attr.ino, attr) + self._opened(fh)
 
     def _read(self, _node: int, _ctx: Context, request: Buffer, _end: int) -> Answer:
-        fh, offset, size = protocol.READ_IN.unpack_from(request, _BODY)
+        fh, offset, size = _read_in(request, _BODY)
         into = self._result if size <= LARGEST else None
         if not request[protocol.READ_FLAGS_AT] & protocol.READ_LOCKOWNER and self._pages:
             self._pages.note(self._operations.opened(fh))
@@ -549,7 +542,7 @@ class KernelFrontEnd:
         return got if isinstance(got, bytes | memoryview) else memoryview(got)
 
     def _write(self, _node: int, ctx: Context, request: Buffer, _end: int) -> Answer:
-        fh, offset, size, write_flags, flags = protocol.WRITE_IN.unpack_from(request, _BODY)
+        fh, offset, size, write_flags, flags = _write_in(request, _BODY)
         content = memoryview(request)[_HEADERS : _HEADERS + size]
         cached = bool(write_flags & protocol.WRITE_CACHE)  # caller and O_APPEND are unknown
         append, by = not cached and bool(flags & os.O_APPEND), None if cached else ctx
@@ -578,7 +571,7 @@ class KernelFrontEnd:
         return None
 
     def _flush(self, _node: int, _ctx: Context, request: Buffer, _end: int) -> Answer:
-        fh, owner = protocol.FLUSH_IN.unpack_from(request, _BODY)
+        fh, owner = _flush_in(request, _BODY)
         if fh != PRETENDED_FH:
             self._operations.flush(fh, owner)
         return None
@@ -589,7 +582,7 @@ class KernelFrontEnd:
         return None
 
     def _release(self, _node: int, _ctx: Context, request: Buffer, _end: int) -> Answer:
-        (fh,) = protocol.RELEASE_IN.unpack_from(request, _BODY)
+        (fh,) = _release_in(request, _BODY)
         if fh != PRETENDED_FH:
             self._operations.release(fh)
         return None
@@ -629,7 +622,7 @@ class KernelFrontEnd:
         wait = self._operations.setlkw(fh, lock, ctx)
         if wait is None:
             return None
-        unique = _header(request)[2]
+        unique = protocol.IN_HEADER.unpack_from(request)[2]
         self._later(unique, lambda: self._answer_lock(unique, wait))
         return LATER
 
@@ -644,10 +637,10 @@ class KernelFrontEnd:
     # --- directories ------------------------------------------------------------------------
 
     def _opendir(self, node: int, ctx: Context, _request: Buffer, _end: int) -> Answer:
-        return protocol.OPEN_OUT.pack(self._operations.opendir(node, ctx), 0)
+        return _open_out(self._operations.opendir(node, ctx), 0)
 
     def _readdir(self, _node: int, _ctx: Context, request: Buffer, _end: int) -> Answer:
-        fh, cookie, size = protocol.READ_IN.unpack_from(request, _BODY)
+        fh, cookie, size = _read_in(request, _BODY)
         parts: list[bytes] = []
         left = min(size, LARGEST_LISTING)
         for piece in self._operations.readdir(fh, cookie):
@@ -663,7 +656,7 @@ class KernelFrontEnd:
         return b"".join(parts)
 
     def _releasedir(self, _node: int, _ctx: Context, request: Buffer, _end: int) -> Answer:
-        self._operations.releasedir(protocol.RELEASE_IN.unpack_from(request, _BODY)[0])
+        self._operations.releasedir(_release_in(request, _BODY)[0])
         return None
 
     def _fsyncdir(self, _node: int, _ctx: Context, request: Buffer, _end: int) -> Answer:

@@ -44,13 +44,10 @@ import trio
 
 from ivshmemfs.errors import MountError
 from ivshmemfs.fuse import protocol
+from ivshmemfs.fuse.budget import Budget
 
 log = logging.getLogger(__name__)
 
-#: Maximum number of requests in a row before other tasks get a turn.
-REQUESTS_PER_TURN = 64
-#: Maximum time before other tasks get a turn, in seconds.
-SECONDS_PER_TURN = 0.002
 #: Busy polling after a request, in seconds; none on a single CPU.
 SPIN_SECONDS = 50e-6
 #: Maximum time that an idle worker blocks in poll(2), in milliseconds; it delays all other tasks.
@@ -75,8 +72,12 @@ with suppress(StopIteration):
 class Requests(Protocol):
     """A front end that reads requests before pyfuse3 does."""
 
-    def serve(self) -> memoryview | None:
-        """Read one request; return it if it is for pyfuse3.  Raises the OSError of read(2)."""
+    def serve(self, budget: Budget, spin: int, nap: int) -> memoryview | None:
+        """Answer requests; return one that is for pyfuse3, or None.
+
+        None: *budget* is spent, or no request came within *spin* ns and then *nap* ms.
+        Raises the OSError of read(2).
+        """
 
     def hand_on(self, request: memoryview) -> None:
         """Let pyfuse3 read *request* next."""
@@ -91,23 +92,23 @@ class ReadLock:
     A worker that takes the lock calls *before_entry* first; it has answered its last request.
     """
 
-    __slots__ = ("_held", "_parked", "_requests_left", "_turn_ends", "before_entry")
+    __slots__ = ("_held", "_parked", "before_entry", "budget")
 
     def __init__(self) -> None:
         self.before_entry: Callable[[], None] | None = None
         self._held = False
-        self._requests_left = REQUESTS_PER_TURN
-        self._turn_ends = 0.0
+        self.budget = Budget()
         self._parked = trio.lowlevel.ParkingLot()
 
     def __aenter__(self) -> Awaitable[None]:
         if self.before_entry is not None:
             self.before_entry()
-        left = self._requests_left
+        budget = self.budget
+        left = budget.left
         # Only every eighth request reads the clock.
-        if self._held or (not left & 7 and (left <= 0 or time.monotonic() > self._turn_ends)):
+        if self._held or (not left & 7 and (left <= 0 or time.monotonic() > budget.ends)):
             return self._enter()
-        self._requests_left = left - 1
+        budget.left = left - 1
         self._held = True
         return _DONE
 
@@ -118,21 +119,11 @@ class ReadLock:
     async def _enter(self) -> None:
         if not self._held:
             await trio.lowlevel.checkpoint()
-            self.new_turn()
+            self.budget.renew()
         while self._held:
             await self._parked.park()
-        self._requests_left -= 1
+        self.budget.left -= 1
         self._held = True
-
-    def turn_is_over(self) -> bool:
-        """Count a request; return whether other tasks must get a turn now."""
-        self._requests_left = left = self._requests_left - 1
-        return not left & 7 and (left <= 0 or time.monotonic() > self._turn_ends)
-
-    def new_turn(self) -> None:
-        """Start a new turn: every other task has just had its chance to run."""
-        self._requests_left = REQUESTS_PER_TURN
-        self._turn_ends = time.monotonic() + SECONDS_PER_TURN
 
     def pass_on(self) -> None:
         """Wake one parked worker, because the caller will not read the next request."""
@@ -232,12 +223,12 @@ class Loop:
         return self.wait_readable(fd)
 
     def _choose_wait(self) -> None:
-        self._ready = self._polling()
         if not self.polling:
             self.wait_readable = trio.lowlevel.wait_readable
         elif self._first is not None:
             self.wait_readable = self._wait_answering
         else:
+            self._ready = self._polling()
             self.wait_readable = self._wait
 
     def _polling(self) -> Callable[[], bool]:
@@ -271,31 +262,30 @@ class Loop:
 
         Raises ClosedResourceError at the end of the connection; that ends the worker.
         """
-        requests, read_lock, device = self._first, self._read_lock, self._fd
+        requests, budget = self._first, self._read_lock.budget
         assert requests is not None
         while not self._closing:
-            if not self._ready():
-                await self._wait_in_trio(device)
-            elif read_lock.turn_is_over():
-                await trio.lowlevel.checkpoint()
-                read_lock.new_turn()
             try:
-                request = requests.serve()
+                nap = 0 if self._pauses else NAP_MILLISECONDS
+                request = requests.serve(budget, int(self._spin * 1e9), nap)
             except OSError as error:
                 if error.errno in protocol.ENDED:
                     break
-                if not _withdrawn(error):
-                    raise
+                raise
+            if request is not None:
+                requests.hand_on(request)
+                return
+            if budget.left > 0:
+                await self._wait_in_trio(self._fd)
             else:
-                if request is not None:
-                    requests.hand_on(request)
-                    return
+                await trio.lowlevel.checkpoint()
+                budget.renew()
         pyfuse3.terminate()
         raise trio.ClosedResourceError
 
     async def _wait_in_trio(self, fd: int) -> None:
         await trio.lowlevel.wait_readable(fd)
-        self._read_lock.new_turn()
+        self._read_lock.budget.renew()
 
     # --- the interface for the rest of this package -----------------------------------------
 

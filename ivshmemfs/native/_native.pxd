@@ -1,4 +1,4 @@
-# What _native.pyx takes from the C kernel: native.h, crc32c.h and the kinds of access.h.
+# What _native.pyx takes from the C kernel: native.h, crc32c.h, requests.h and the kinds of access.h.
 
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 
@@ -15,6 +15,51 @@ cdef extern from "access.h" nogil:
 cdef extern from "crc32c.h" nogil:
     uint32_t crc32c_of(uint32_t seed, const unsigned char *data, size_t length)
     uint32_t crc32c_by_table_of(uint32_t seed, const unsigned char *data, size_t length)
+
+cdef extern from "requests.h" nogil:
+    struct fuse_in_header:
+        uint32_t opcode
+        uint64_t unique
+        uint64_t nodeid
+        uint32_t uid
+        uint32_t gid
+        uint32_t pid
+
+    struct fuse_attr:
+        uint64_t ino
+        uint64_t size
+        uint64_t blocks
+        uint64_t atime
+        uint64_t mtime
+        uint64_t ctime
+        uint32_t atimensec
+        uint32_t mtimensec
+        uint32_t ctimensec
+        uint32_t mode
+        uint32_t nlink
+        uint32_t uid
+        uint32_t gid
+        uint32_t rdev
+        uint32_t blksize
+
+    struct fuse_entry_out:
+        uint64_t nodeid
+        fuse_attr attr
+
+    struct fuse_attr_out:
+        fuse_attr attr
+
+    struct requests:
+        int file
+        unsigned char *into
+        size_t room
+        size_t size
+
+    int requests_read(requests *requests)
+    int requests_await(requests *requests, uint64_t spin, int nap)
+    int requests_answer(const requests *requests, uint64_t unique, int error,
+                        const unsigned char *body, size_t size)
+    void requests_time(int64_t moment, uint64_t *seconds, uint32_t *nanoseconds)
 
 cdef extern from "native.h" nogil:
     enum:

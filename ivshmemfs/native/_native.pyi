@@ -1,4 +1,4 @@
-"""Shared memory from Python: word accesses, fences, copies, tagged blocks.
+"""Shared memory from Python: word accesses, fences, copies, tagged blocks; requests of FUSE.
 
 Bad arguments raise ValueError (TypeError for a wrong type).  A region that vanished, or a processor
 that refuses the access, raises OSError(EIO).  A store through a read-only mapping raises
@@ -11,7 +11,7 @@ directory leaves (see format/dirent.py) and tuples.
 """
 
 from collections.abc import Callable
-from typing import Any, Final, TypeVar
+from typing import Any, Final, Generic, Self, TypeVar, final
 
 from typing_extensions import Buffer
 
@@ -175,3 +175,38 @@ class Turn:
         pointers: Buffer,
         hint: int,
     ) -> bool: ...
+
+@final
+class Requests(Generic[T]):
+    """The requests of a FUSE descriptor that does not block, read into a buffer.
+
+    `kind` is the class of callers: a named tuple of uid, gid, pid and 0.
+    """
+
+    def __new__(cls, fd: int, buffer: Buffer, kind: Callable[[int, int, int, int], T]) -> Self: ...
+    def read(self, spin: int, nap: int) -> tuple[int, int, int, int, T] | None:
+        """Read a request: its size, opcode, unique, node and caller.
+
+        Looks for one for `spin` nanoseconds, then sleeps up to `nap` milliseconds.  Returns None if
+        none came.  Raises the OSError of read(2), but not for a request that the kernel withdrew.
+        """
+
+    def answer(self, unique: int, body: Buffer | None) -> None:
+        """Write the answer to a request; None is an empty body.  Raises the OSError of write(2)."""
+
+    def refuse(self, unique: int, error: int) -> None:
+        """Write an errno as the answer to a request.  Raises the OSError of write(2)."""
+
+def packed_entry(node: int, number: int, attributes: tuple[int, ...], block: int) -> bytes:
+    """The answer to LOOKUP, which the kernel must not keep.
+
+    `attributes` are inode, mode, links, uid, gid, device, size, blocks, times of access,
+    modification and change in ns since 1970.  `number` is shown in place of the inode, and `block`
+    as the size of blocks.
+    """
+
+def packed_attributes(number: int, attributes: tuple[int, ...], block: int) -> bytes:
+    """The answer to GETATTR; see `packed_entry`."""
+
+def cut(buffer: Buffer, start: int, stop: int) -> bytes:
+    """Bytes [start, stop) of the buffer, as far as it has them."""

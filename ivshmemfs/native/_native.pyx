@@ -1,6 +1,6 @@
 # cython: language_level=3, binding=False, boundscheck=False, wraparound=False
 # cython: embedsignature=True, embedsignature.format=clinic, auto_pickle=False
-"""Shared memory from Python: word accesses, fences, copies, tagged blocks.
+"""Shared memory from Python: word accesses, fences, copies, tagged blocks; requests of FUSE.
 
 The only file that knows both Python and C.  It takes arguments apart, calls the kernel (native.h)
 and turns a status into an exception.  _native.pyi says what each function promises.
@@ -12,7 +12,7 @@ from cpython.bytes cimport PyBytes_CheckExact, PyBytes_FromStringAndSize
 from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
 from cpython.mem cimport PyMem_Free, PyMem_Malloc
 from cpython.object cimport PyObject
-from libc.errno cimport EIO, EROFS
+from libc.errno cimport EAGAIN, EINTR, EIO, EROFS
 from libc.limits cimport INT_MAX
 from libc.stdint cimport (
     INT64_MAX, UINT16_MAX, UINT32_MAX, UINT64_MAX, int64_t, uint8_t, uint16_t, uint32_t, uint64_t,
@@ -1752,3 +1752,151 @@ def changed_tuple(values, places, changes):
     copy = tuple_copy(values)
     tuple_change(copy, <dict>places, <dict>changes)
     return copy
+
+
+# --- requests of FUSE --------------------------------------------------------------------------
+
+@cython.final
+cdef class Requests:
+    """Requests(fd, buffer, kind)
+--
+
+The requests of a FUSE descriptor that does not block. Each one is read into the buffer; kind
+is the class of callers: a tuple of uid, gid, pid and 0."""
+
+    cdef requests queue
+    cdef view buffer
+    cdef object blank  # a caller without values
+    cdef object caller  # of the last request
+    cdef uint32_t uid, gid, pid  # of that caller
+
+    def __cinit__(self, fd, buffer, kind):
+        cdef uint64_t descriptor
+        take_limited(fd, "fd", 0, INT_MAX, &descriptor)
+        view_buffer(&self.buffer, buffer, PyBUF_WRITABLE)
+        self.queue.file = <int>descriptor
+        self.queue.into = self.buffer.data
+        self.queue.room = self.buffer.size
+        if self.buffer.size < sizeof(fuse_in_header):
+            raise ValueError("the buffer has no room for a request")
+        self.caller = self.blank = kind(0, 0, 0, 0)
+
+    def __dealloc__(self):
+        view_drop(&self.buffer)
+
+    cdef int learn_caller(self, const fuse_in_header *header) except -1:
+        """Keep the caller of a request; the one before it is mostly the same."""
+        caller = tuple_copy(self.blank)
+        tuple_put(caller, 0, header.uid)
+        tuple_put(caller, 1, header.gid)
+        tuple_put(caller, 2, header.pid)
+        self.caller, self.uid, self.gid, self.pid = caller, header.uid, header.gid, header.pid
+        return 0
+
+    def read(self, spin, nap):
+        """Read a request: (size, opcode, unique, node, caller); None if none comes in time."""
+        cdef uint64_t awake, asleep
+        cdef fuse_in_header header
+        cdef int code = requests_read(&self.queue)
+        if code == EAGAIN:
+            take(spin, "spin", &awake)
+            take_limited(nap, "nap", 0, INT_MAX, &asleep)
+            while True:
+                with nogil:
+                    code = requests_await(&self.queue, awake, <int>asleep)
+                if code != EINTR:
+                    break
+                PyErr_CheckSignals()
+            if code == EAGAIN:
+                return None
+        if code != 0:
+            raise OSError(code, strerror(code).decode())
+        memcpy(&header, self.queue.into, sizeof(header))
+        if header.pid != self.pid or header.uid != self.uid or header.gid != self.gid:
+            self.learn_caller(&header)
+        return self.queue.size, header.opcode, header.unique, header.nodeid, self.caller
+
+    def answer(self, unique, body):
+        """Write the answer to a request: bytes, or None for an empty body."""
+        cdef uint64_t request
+        cdef view taken
+        cdef int code
+        take(unique, "unique", &request)
+        if body is None:
+            code = requests_answer(&self.queue, request, 0, NULL, 0)
+        else:
+            view_take(&taken, body)
+            code = requests_answer(&self.queue, request, 0, taken.data, taken.size)
+            view_drop(&taken)
+        if code != 0:
+            raise OSError(code, strerror(code).decode())
+
+    def refuse(self, unique, error):
+        """Write the answer to a request: an errno."""
+        cdef uint64_t request, number
+        cdef int code
+        take(unique, "unique", &request)
+        take_limited(error, "error", 0, INT_MAX, &number)
+        code = requests_answer(&self.queue, request, <int>number, NULL, 0)
+        if code != 0:
+            raise OSError(code, strerror(code).decode())
+
+
+cdef int take_half(object value, uint32_t *out) except -1:
+    cdef uint64_t word
+    take_limited(value, "attribute", 0, UINT32_MAX, &word)
+    out[0] = <uint32_t>word
+    return 0
+
+
+cdef int take_attributes(fuse_attr *attr, object values, object number, object block) except -1:
+    cdef tuple fields
+    if not isinstance(values, tuple) or len(<tuple>values) != 11:
+        raise ValueError("11 attributes are wanted")
+    fields = <tuple>values
+    take(number, "number", &attr.ino)
+    take_half(fields[1], &attr.mode)
+    take_half(fields[2], &attr.nlink)
+    take_half(fields[3], &attr.uid)
+    take_half(fields[4], &attr.gid)
+    take_half(fields[5], &attr.rdev)
+    take(fields[6], "size", &attr.size)
+    take(fields[7], "blocks", &attr.blocks)
+    requests_time(fields[8], &attr.atime, &attr.atimensec)
+    requests_time(fields[9], &attr.mtime, &attr.mtimensec)
+    requests_time(fields[10], &attr.ctime, &attr.ctimensec)
+    return take_half(block, &attr.blksize)
+
+
+def packed_entry(node, number, attributes, block):
+    """The answer to LOOKUP: node, and these attributes, with number as st_ino; kept for 0 s."""
+    cdef fuse_entry_out entry
+    memset(&entry, 0, sizeof(entry))
+    take(node, "node", &entry.nodeid)
+    take_attributes(&entry.attr, attributes, number, block)
+    return bytes_of(<const unsigned char *>&entry, sizeof(entry))
+
+
+def packed_attributes(number, attributes, block):
+    """The answer to GETATTR: these attributes, with number as st_ino; kept for 0 s."""
+    cdef fuse_attr_out answer
+    memset(&answer, 0, sizeof(answer))
+    take_attributes(&answer.attr, attributes, number, block)
+    return bytes_of(<const unsigned char *>&answer, sizeof(answer))
+
+
+def cut(buffer, start, stop):
+    """Bytes [start, stop) of the buffer, as far as it has them."""
+    cdef uint64_t first, last
+    cdef view taken
+    cdef bytes result
+    take(start, "start", &first)
+    take(stop, "stop", &last)
+    view_take(&taken, buffer)
+    last = min(last, taken.size)
+    first = min(first, last)
+    try:
+        result = bytes_of(taken.data + first, last - first)
+    finally:
+        view_drop(&taken)
+    return result

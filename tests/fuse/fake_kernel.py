@@ -10,6 +10,7 @@ import trio
 
 from ivshmemfs.engine import ROOT_INO
 from ivshmemfs.fuse import protocol
+from ivshmemfs.fuse.budget import Budget
 from ivshmemfs.fuse.connection import Relay
 from ivshmemfs.fuse.kernel_frontend import KernelFrontEnd
 from ivshmemfs.fuse.operations import Operations
@@ -65,9 +66,27 @@ class Kernel:
         unique: int = UNIQUE,
     ) -> memoryview | None:
         """One request; returns it if it is not answered."""
+        self.push(opcode, body, node=node, uid=uid, unique=unique)
+        return self.serve()
+
+    def push(
+        self,
+        opcode: int,
+        body: bytes = b"",
+        *,
+        node: int = ROOT_INO,
+        uid: int = 0,
+        unique: int = UNIQUE,
+    ) -> None:
+        """Queue a request."""
         size = protocol.IN_HEADER.size + len(body)
         self.mine.send(protocol.IN_HEADER.pack(size, opcode, unique, node, uid, 0, PID, 0) + body)
-        return self.front_end.serve()
+
+    def serve(self) -> memoryview | None:
+        """Let the front end answer one request; returns it if it has no handler."""
+        budget = Budget()
+        budget.left = 1
+        return self.front_end.serve(budget, 0, 0)
 
     def answer(self) -> tuple[int, bytes]:
         """(errno, body) of the next answer."""

@@ -13,7 +13,8 @@ import trio
 
 from ivshmemfs.engine import ROOT_INO, Context
 from ivshmemfs.errors import Busy, FsError, Unfinished
-from ivshmemfs.fuse import kernel_frontend, protocol, retry
+from ivshmemfs.fuse import protocol, retry
+from ivshmemfs.fuse.budget import REQUESTS_PER_TURN, Budget
 from ivshmemfs.fuse.kernel_frontend import FORGOTTEN_AT_ONCE
 from ivshmemfs.fuse.ownership import Ownership
 from tests.fuse.fake_kernel import UNIQUE, Kernel
@@ -320,8 +321,50 @@ def test_the_rest_goes_through_libfuse_and_back(kernel: Kernel) -> None:
 
 
 def test_nothing_to_read(kernel: Kernel) -> None:
-    with pytest.raises(BlockingIOError):
-        kernel.front_end.serve()
+    """The budget is not spent, so the caller can tell that it must wait."""
+    budget = Budget()
+    assert kernel.front_end.serve(budget, 0, 0) is None
+    assert budget.left == REQUESTS_PER_TURN
+
+
+def test_requests_are_answered_until_the_budget_is_spent(kernel: Kernel) -> None:
+    budget = Budget()
+    budget.renew()
+    budget.ends = float("inf")
+    budget.left = 12
+    for _ in range(13):
+        kernel.push(protocol.GETATTR)
+    assert kernel.front_end.serve(budget, 0, 0) is None
+    assert budget.left == 0
+    assert [kernel.answer()[0] for _ in range(12)] == [0] * 12
+    assert kernel.silent()
+
+
+def test_late_requests_spend_the_budget(kernel: Kernel) -> None:
+    budget = Budget()  # it has ended long ago
+    for _ in range(20):
+        kernel.push(protocol.GETATTR)
+    assert kernel.front_end.serve(budget, 0, 0) is None
+    assert budget.left == 0
+    assert [kernel.answer()[0] for _ in range(8)] == [0] * 8
+    assert kernel.silent()
+
+
+def test_a_request_for_libfuse_leaves_the_rest_of_the_budget(kernel: Kernel) -> None:
+    budget = Budget()
+    kernel.push(protocol.GETATTR)
+    kernel.push(39)  # IOCTL
+    kernel.push(protocol.GETATTR)
+    assert kernel.front_end.serve(budget, 0, 0) is not None
+    assert budget.left == REQUESTS_PER_TURN - 2
+
+
+def test_the_end_of_the_connection_is_told(kernel: Kernel) -> None:
+    """A read of 0 bytes from a socket must not count as a request."""
+    kernel.mine.close()
+    with pytest.raises(OSError, match="Input/output") as caught:
+        kernel.serve()
+    assert caught.value.errno == errno.EIO
 
 
 # --- waiting ----------------------------------------------------------------------------------
@@ -407,7 +450,7 @@ def test_a_long_list_of_what_is_forgotten_takes_several_turns(
     kernel: Kernel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gone: list[int] = []
-    monkeypatch.setattr(kernel.operations, "forget", lambda node, _times: gone.append(node))
+    monkeypatch.setattr(kernel.fs, "forget", gone.append)
     many = range(10, 10 + 3 * FORGOTTEN_AT_ONCE)
     batch = b"".join(protocol.FORGET_ONE.pack(node, 1) for node in many)
     kernel.send(protocol.BATCH_FORGET, bytes(protocol.BATCH_FORGET_IN.size) + batch)
@@ -419,22 +462,38 @@ def test_a_long_list_of_what_is_forgotten_takes_several_turns(
     assert kernel.silent()
 
 
+class Writing:
+    """The front end's way to the kernel, with answers and errnos that fail as told."""
+
+    def __init__(self, kernel: Kernel) -> None:
+        self.real = kernel.front_end._requests
+        self.failures: list[Exception] = []
+        kernel.front_end._requests = self  # type: ignore[assignment]
+
+    def read(self, spin: int, nap: int) -> tuple[int, int, int, int, Context] | None:
+        return self.real.read(spin, nap)
+
+    def answer(self, unique: int, body: bytes | None) -> None:
+        if self.failures:
+            raise self.failures.pop()
+        self.real.answer(unique, body)
+
+    def refuse(self, unique: int, code: int) -> None:
+        if self.failures:
+            raise self.failures.pop()
+        self.real.refuse(unique, code)
+
+
 def test_an_answer_that_cannot_be_made_is_an_error(
     kernel: Kernel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The caller gets it, and the mount lives: nothing escapes from a task."""
     ino, handle = kernel.create(b"f")
-    real, failures = kernel_frontend._out, [MemoryError("no room")]
-
-    def out(length: int, code: int, unique: int) -> bytes:
-        if failures:
-            raise failures.pop()
-        return real(length, code, unique)
-
-    monkeypatch.setattr(kernel_frontend, "_out", out)
+    writing = Writing(kernel)
+    writing.failures.append(MemoryError("no room"))
     assert kernel.send(protocol.GETATTR, node=ino) is None
     assert kernel.answer() == (errno.ENOMEM, b"")
-    failures.append(MemoryError("no room"))
+    writing.failures.append(MemoryError("no room"))
     make_busy(kernel, monkeypatch, 3)
     kernel.send(protocol.WRITE, protocol.WRITE_IN.pack(handle, 0, 3, 0, 0) + b"abc", node=ino)
     kernel.run()
@@ -487,14 +546,14 @@ def test_what_waits_fails_when_the_mount_ends(
     assert kernel.answer() == (errno.EIO, b"")
 
 
+@pytest.mark.parametrize("name", [b"f\0", b"nothing\0"])
 def test_an_answer_that_nobody_takes_is_no_event(
-    kernel: Kernel, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    kernel: Kernel, caplog: pytest.LogCaptureFixture, name: bytes
 ) -> None:
-    def refuse(_fd: int, _data: bytes) -> int:
-        raise OSError(errno.ENOENT, "no such request")
-
-    monkeypatch.setattr(os, "write", refuse)
-    kernel.send(protocol.LOOKUP, b"nothing\0")
+    kernel.create(b"f")
+    Writing(kernel).failures.append(OSError(errno.ENOENT, "no such request"))
+    kernel.send(protocol.LOOKUP, name)
+    assert kernel.silent()
     assert caplog.text == ""
 
 

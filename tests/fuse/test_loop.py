@@ -11,7 +11,8 @@ import pytest
 import trio
 
 from ivshmemfs.errors import MountError
-from ivshmemfs.fuse import loop as loop_module
+from ivshmemfs.fuse import budget as budget_module
+from ivshmemfs.fuse.budget import Budget
 from ivshmemfs.fuse.connection import Relay
 from ivshmemfs.fuse.loop import Loop, ReadLock, Workers
 
@@ -53,7 +54,7 @@ def test_the_gate_lets_one_in() -> None:
 def test_an_open_gate_does_not_schedule() -> None:
     async def body() -> list[str]:
         gate, order = ReadLock(), []
-        gate.new_turn()
+        gate.budget.renew()
 
         async def other() -> None:
             order.append("other")
@@ -69,11 +70,11 @@ def test_an_open_gate_does_not_schedule() -> None:
 
 
 def test_others_get_a_turn_after_enough_requests(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loop_module, "SECONDS_PER_TURN", 100.0)
+    monkeypatch.setattr(budget_module, "SECONDS_PER_TURN", 100.0)
 
     async def body() -> int:
         gate, passed = ReadLock(), 0
-        gate.new_turn()
+        gate.budget.renew()
         done = False
 
         async def other() -> None:
@@ -88,16 +89,16 @@ def test_others_get_a_turn_after_enough_requests(monkeypatch: pytest.MonkeyPatch
         return passed
 
     # The entry after a full turn yields before it goes in; trio runs either of the two first.
-    turn = loop_module.REQUESTS_PER_TURN
+    turn = budget_module.REQUESTS_PER_TURN
     assert turn < run(body) <= 10 * turn
 
 
 def test_others_get_a_turn_after_some_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loop_module, "REQUESTS_PER_TURN", 10**9)
+    monkeypatch.setattr(budget_module, "REQUESTS_PER_TURN", 10**9)
 
     async def body() -> bool:
         gate = ReadLock()
-        gate.new_turn()
+        gate.budget.renew()
         done = False
 
         async def other() -> None:
@@ -237,7 +238,7 @@ def test_the_end_of_the_connection_ends_whoever_answers_first(
     monkeypatch.setattr("pyfuse3.terminate", lambda: ended.append(True))
 
     class Requests:
-        def serve(self) -> memoryview | None:
+        def serve(self, budget: Budget, spin: int, nap: int) -> memoryview | None:
             raise OSError(getattr(errno, name), "read")
 
         def hand_on(self, request: memoryview) -> None: ...

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 
@@ -13,7 +12,8 @@ import pytest
 
 import ivshmemfs.fuse
 from ivshmemfs.engine import ROOT_INO
-from ivshmemfs.fuse import protocol
+from ivshmemfs.fuse import kernel_frontend, protocol
+from ivshmemfs.fuse.budget import Budget
 from ivshmemfs.fuse.operations import Operations
 from ivshmemfs.fuse.pyfuse3_frontend import Pyfuse3FrontEnd
 from tests.fuse.fake_kernel import Kernel
@@ -118,13 +118,15 @@ def test_both_front_ends_have_the_same_operations() -> None:
 
 # --- what a request costs ---------------------------------------------------------------------
 
+COMPILED = not kernel_frontend.__file__.endswith(".py")
 #: Python calls of a hot request, in this package and of named tuples.
 CALLS = {
-    "LOOKUP": 12, "GETATTR": 9, "OPEN": 8, "WRITE": 4, "READ": 4, "CREATE": 13, "UNLINK": 7,
+    "LOOKUP": 11, "GETATTR": 7, "OPEN": 8, "WRITE": 4, "READ": 4, "CREATE": 13, "UNLINK": 7,
     "RELEASE": 4,
 }  # fmt: skip
 
 
+@pytest.mark.skipif(COMPILED, reason="compiled functions do not tell of their calls")
 def test_a_hot_request_makes_few_calls(kernel: Kernel) -> None:
     """A layer more would cost each of them about 5 %."""
     ino, handle = kernel.create(b"f")
@@ -158,21 +160,13 @@ def _calls(kernel: Kernel, opcode: int, body: bytes, node: int) -> list[str]:
         if event == "call" and file.startswith((folder, "<string")):
             calls.append(frame.f_code.co_name)
 
-    serve = kernel.front_end.serve
-    kernel.front_end.serve = lambda: _profiled(serve, note)  # type: ignore[method-assign]
-    try:
-        kernel.ask(opcode, body, node=node)
-    finally:
-        kernel.front_end.serve = serve  # type: ignore[method-assign]
-    return calls
-
-
-def _profiled(
-    serve: Callable[[], memoryview | None], note: Callable[[FrameType, str, object], None]
-) -> memoryview | None:
+    kernel.push(opcode, body, node=node)
+    budget = Budget()
     before = sys.getprofile()
     sys.setprofile(note)
     try:
-        return serve()
+        kernel.front_end.serve(budget, 0, 0)
     finally:
         sys.setprofile(before)
+    assert kernel.answer()[0] == 0
+    return calls
