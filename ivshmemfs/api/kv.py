@@ -39,6 +39,7 @@ BATCH_MAX = 1000
 NOTE = b"user.ivshmemfs.note"
 
 _ESCAPED = re.compile(rb"[\x00-\x1f\x7f/%]|^\.")
+_PLAIN = re.compile(rb"[^\x00-\x1f\x7f/%.][^\x00-\x1f\x7f/%]*").fullmatch  # nothing to escape
 _ESCAPE = re.compile(rb"%([0-9A-F]{2})")
 
 
@@ -50,12 +51,22 @@ class Item(NamedTuple):
     version: int = 0
 
 
+class _Refused(Exception):
+    """The program's own function raised `error`, which tells nothing of the region."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__()
+        self.error = error
+
+
 def name_of(key: Key) -> bytes:
     """Return the file name of a key; raises ValueError for an empty key.
 
     The name may be too long: then every use of the key raises OSError ENAMETOOLONG.
     """
-    raw = os.fsencode(key)
+    raw = key if type(key) is bytes else os.fsencode(key)
+    if _PLAIN(raw):
+        return raw
     if not raw:
         raise ValueError("the key is empty")
     return _ESCAPED.sub(lambda found: b"%%%02X" % ord(found[0]), raw)
@@ -84,15 +95,17 @@ class KeyValue:
 
     def _run(self, action: Callable[[Filesystem, int], T], name: bytes = b"") -> T:
         """Return what `action` returns for the engine and the inode of the directory."""
+        return self._client.session.call(
+            lambda fs: action(fs, self._folder(fs)), lambda: self._about(name)
+        )
 
-        def run(fs: Filesystem) -> T:
-            word, folder = self._found
-            if (now := fs.commit_word()) != word:  # the directory may be another one
-                folder = walk.existing(fs, self._path).ino
-                self._found = now, folder
-            return action(fs, folder)
-
-        return self._client.session.call(run, lambda: self._about(name))
+    def _folder(self, fs: Filesystem) -> int:
+        """Return the inode of the directory; another one may be at its path after a commit."""
+        word, folder = self._found
+        if (now := fs.commit_word()) != word:
+            folder = walk.existing(fs, self._path).ino
+            self._found = now, folder
+        return folder
 
     def _about(self, name: bytes) -> str:
         return f"{self._path.rstrip('/')}/{os.fsdecode(name)}"
@@ -106,8 +119,11 @@ class KeyValue:
 
     def get(self, key: Key, default: bytes | None = None) -> bytes | None:
         """Return the value of a key, or `default`."""
-        found = self.get_item(key)
-        return default if found is None else found.value
+        name = name_of(key)
+        found = self._client.session.call(
+            lambda fs: fs.value(self._folder(fs), name, VALUE_MAX), lambda: self._about(name)
+        )
+        return default if found is None else found
 
     def get_many(self, keys: Iterable[K]) -> dict[K, bytes]:
         """Return the values of those keys that have one, all from the same commit."""
@@ -115,8 +131,11 @@ class KeyValue:
 
         def read(fs: Filesystem, folder: int) -> dict[K, bytes]:
             def look(view: View) -> dict[K, bytes]:
-                items = {key: _item(view, folder, name) for key, name in ready.items()}
-                return {key: item.value for key, item in items.items() if item is not None}
+                found = {
+                    key: contents.value(view, folder, name, VALUE_MAX)
+                    for key, name in ready.items()
+                }
+                return {key: value for key, value in found.items() if value is not None}
 
             return fs.look(look)
 
@@ -134,7 +153,12 @@ class KeyValue:
                 yield os.fsdecode(key)
 
     def __contains__(self, key: Key) -> bool:
-        return self.get_item(key) is not None
+        name = name_of(key)
+
+        def find(fs: Filesystem, folder: int) -> bool:
+            return fs.look(lambda view: contents.find(view, folder, name)) is not None
+
+        return self._run(find, name)
 
     def __getitem__(self, key: Key) -> bytes:
         found = self.get(key)
@@ -174,14 +198,18 @@ class KeyValue:
         """Set a value that depends on the present one, in one commit; returns the item set.
 
         `change` gets the present item or None, and returns the new one, or None to change nothing.
-        It may run several times, and must not use the client.
+        It may run several times, and must not use the client.  What it raises ends the call.
         """
         name, mode = name_of(key), self._client.creation_mode(0o666)
         me = self._client.context
 
         def store(fs: Filesystem, folder: int) -> Item | None:
             def plan(tx: Transaction) -> Item | None:
-                new = change(_item(tx, folder, name))
+                old = _item(tx, folder, name)
+                try:
+                    new = change(old)
+                except Exception as error:
+                    raise _Refused(error) from error
                 if new is not None:
                     _refuse_large(len(new.value))
                     contents.store(tx, folder, name, new.value, mode, me, {NOTE: new.note})
@@ -189,7 +217,10 @@ class KeyValue:
 
             return fs.change(plan)
 
-        return self._run(store, name)
+        try:
+            return self._run(store, name)
+        except _Refused as refused:
+            raise refused.error from None
 
     def delete(self, key: Key, version: int | None = None) -> bool:
         """Remove a key, with `version` only that version of it; returns whether it did."""
@@ -197,8 +228,8 @@ class KeyValue:
 
         def remove(fs: Filesystem, folder: int) -> bool:
             def plan(tx: Transaction) -> bool:
-                found = contents.load(tx, folder, name, most=0)
-                if found is None or version not in (None, found.version):
+                found = contents.find(tx, folder, name)
+                if found is None or version not in (None, contents.version(tx, found.ino)):
                     return False
                 names.unlink(tx, folder, name)
                 return True
@@ -221,11 +252,7 @@ class KeyValue:
 
 def _item(view: View, folder: int, name: bytes) -> Item | None:
     found = contents.load(view, folder, name, NOTE, VALUE_MAX)
-    if found is None:
-        return None
-    if found.value is None:
-        raise FsError(errno.EFBIG, f"the file has more than {VALUE_MAX} bytes")
-    return Item(found.value, found.note, found.version)
+    return None if found is None else Item._make(found)
 
 
 def _refuse_large(size: int) -> None:

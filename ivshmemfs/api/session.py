@@ -21,11 +21,13 @@ import time
 import weakref
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ivshmemfs.api.signals import deferred
 from ivshmemfs.errors import (
     Busy,
+    FsError,
     IvshmemfsError,
     RegionError,
     StaleHandle,
@@ -87,6 +89,20 @@ def join(region: Region, *, readonly: bool, doorbell: Doorbell | None = None) ->
             time.sleep(LONGEST_NAP)
 
 
+def _count_fork() -> None:
+    global _forks
+    _forks += 1
+
+
+#: Calls of fork() that lead to this process.  To ask for the process at each call costs more.
+_forks = 0
+os.register_at_fork(after_in_child=_count_fork)
+
+
+def _resumed(go_on: Callable[[], T], _fs: Filesystem) -> T:
+    return go_on()
+
+
 class Session:
     """One peer of a region.  Thread-safe."""
 
@@ -97,6 +113,7 @@ class Session:
         self._sleeping = threading.Lock()  # of the one thread that a ring wakes; others nap
         self._owner = 0  # the thread that holds the lock
         self._pid = os.getpid()
+        self._forks = _forks
         self._ended = threading.Event()
         self._unreleased: list[Handle] = []  # of files that were collected during a call
         self.files: weakref.WeakSet[io.IOBase] = weakref.WeakSet()
@@ -125,23 +142,22 @@ class Session:
         """
         try:
             return self._insist(action)
-        except (IvshmemfsError, OSError) as error:
+        except IvshmemfsError as error:  # an OSError is that of a signal handler
             path = path() if callable(path) else path
-            if isinstance(error, OSError) and not isinstance(error.__cause__, IvshmemfsError):
-                short = self.region.shortage()
-                if short:
-                    raise OSError(errno.ENOSPC, short, path) from error
+            if isinstance(error.__cause__, OSError) and (short := self.region.shortage()):
+                raise OSError(errno.ENOSPC, short, path) from error
             raise os_error(error, path) from error
 
     def _insist(self, action: Callable[[Filesystem], T]) -> T:
-        attempt: Callable[[], Any] = lambda: action(self._fs)  # noqa: E731  # `go_on` replaces it
+        attempt: Callable[[Filesystem], Any] = action
         end, nap, walks = 0.0, FIRST_NAP, 0  # `end` is set when the region is busy
         while True:
             try:
                 result: T = self._exclusively(attempt)
                 return result
             except Unfinished as turn:
-                attempt = turn.go_on or attempt
+                if turn.go_on is not None:
+                    attempt = partial(_resumed, turn.go_on)
                 end, nap, pause = 0.0, FIRST_NAP, 0.0
             except Busy:
                 end = end or time.monotonic() + PATIENCE
@@ -154,12 +170,12 @@ class Session:
                     raise
             time.sleep(pause)
 
-    def _exclusively(self, attempt: Callable[[], T]) -> T:
+    def _exclusively(self, attempt: Callable[[Filesystem], T]) -> T:
         """Return what `attempt` returns, with the lock held and signals deferred.
 
-        Raises RuntimeError, ValueError, and what `attempt` raises.
+        Raises RuntimeError, ValueError, and what `attempt` raises; FsError in place of OSError.
         """
-        if self._pid != os.getpid():
+        if self._forks != _forks:
             raise RuntimeError(
                 f"process {self._pid} opened this region before fork(): a peer belongs to one "
                 "process; open the region again in this one"
@@ -167,17 +183,18 @@ class Session:
         me = threading.get_ident()
         if self._owner == me:
             raise RuntimeError("a finalizer or callback cannot use the region during a call of it")
+        return deferred(self._locked, attempt, me)
 
-        def run() -> T:
-            with self._lock:
-                self.refuse_closed()
-                self._owner = me
-                try:
-                    return attempt()
-                finally:
-                    self._owner = 0
-
-        return deferred(run)
+    def _locked(self, attempt: Callable[[Filesystem], T], me: int) -> T:
+        with self._lock:
+            self.refuse_closed()
+            self._owner = me
+            try:
+                return attempt(self._fs)
+            except OSError as error:
+                raise FsError(error.errno or errno.EIO, error.strerror or str(error)) from error
+            finally:
+                self._owner = 0
 
     def sleep(self, word: int, seconds: float) -> bool:
         """Sleep until a commit rings, for `seconds` at most, while the commit word is `word`.
@@ -204,7 +221,7 @@ class Session:
 
     def release(self, handle: Handle) -> None:
         """Close an open file of the engine; after the session's end there is nothing to close."""
-        if self._ended.is_set() or self._pid != os.getpid():
+        if self._ended.is_set() or self._forks != _forks:
             return
         if self._owner == threading.get_ident():  # the file was collected during a call
             self._unreleased.append(handle)
@@ -243,11 +260,11 @@ class Session:
         return False
 
     def _upkeep(self, step: Callable[[Filesystem], bool]) -> bool:
-        def run() -> bool:
+        def run(fs: Filesystem) -> bool:
             while self._unreleased:
                 with suppress(Busy):
-                    self._fs.release(self._unreleased.pop())
-            return step(self._fs)
+                    fs.release(self._unreleased.pop())
+            return step(fs)
 
         return self._exclusively(run)
 
@@ -257,7 +274,7 @@ class Session:
         """Close the files that are open, leave the peers and unmap the region; once."""
         if self._ended.is_set():
             return
-        if self._pid != os.getpid():
+        if self._forks != _forks:
             self._ended.set()
             return
         try:

@@ -5,7 +5,7 @@ as that of Ctrl-C, would end a call of the engine between a store and the note o
 would then no longer know the state of its own slot.
 
     NOT CALLING   the program's handlers are in place
-    CALLING       `deferred` has put `note` in their place; the signals that come are noted
+    CALLING       `deferred` has put `_note` in their place; the signals that come are noted
     then          the handlers are back, and the noted signals are raised again
 
 Only `deferred` changes the state.  Other threads run no handlers, so they skip all of it.
@@ -18,9 +18,10 @@ import signal
 import threading
 from collections.abc import Callable
 from types import FrameType
-from typing import Any, TypeVar
+from typing import Any, TypeVar, TypeVarTuple
 
 T = TypeVar("T")
+Arguments = TypeVarTuple("Arguments")
 
 #: Signals whose handlers may raise: those of terminals, timers and administrators.
 NUMBERS = tuple(
@@ -39,37 +40,51 @@ _set: Callable[[int, Any], Any] = _signal.signal
 
 _Kept = list[tuple[int, Any]]
 
+# Only the main thread uses these.
+_handlers: list[Any] = []  # all handlers at the last call
+_running: _Kept = []  # those of them that can run
+_noted: list[int] = []  # signals that came during the present call
 
-def deferred(call: Callable[[], T]) -> T:
+
+def _note(number: int, _frame: FrameType | None) -> None:
+    _noted.append(number)
+
+
+def _present() -> _Kept:
+    """Return (number, handler) of each handler that can run now."""
+    global _handlers, _running
+    handlers = list(map(_get, NUMBERS))
+    if handlers != _handlers:
+        pairs = zip(NUMBERS, handlers, strict=True)
+        # Within another call `_note` is there already.
+        _running = [(n, h) for n, h in pairs if callable(h) and h is not _note]
+        _handlers = handlers
+    return _running
+
+
+def deferred(call: Callable[[*Arguments], T], *arguments: *Arguments) -> T:
     """Return what `call` returns; a signal that comes meanwhile is handled right after it."""
     if threading.current_thread() is not threading.main_thread():
-        return call()
-    kept: _Kept = []
-    noted: list[int] = []
-
-    def note(number: int, _frame: FrameType | None) -> None:
-        noted.append(number)
-
+        return call(*arguments)
+    kept = _present()
     try:
-        for number in NUMBERS:
-            handler = _get(number)
-            if callable(handler):
-                kept.append((number, handler))
-                _set(number, note)
-        return call()
+        for number, _ in kept:
+            _set(number, _note)
+        return call(*arguments)
     finally:
-        _restore(kept, noted)
+        if kept:
+            _restore(kept.copy())
 
 
-def _restore(kept: _Kept, noted: list[int]) -> None:
+def _restore(kept: _Kept) -> None:
     """Put the handlers back and raise what was noted; a handler that raises delays neither."""
     try:
         while kept:
             number, handler = kept[-1]
             _set(number, handler)
             kept.pop()
-        while noted:
-            signal.raise_signal(noted.pop())
+        while _noted:
+            signal.raise_signal(_noted.pop())
     finally:
-        if kept or noted:
-            _restore(kept, noted)
+        if kept or _noted:
+            _restore(kept)

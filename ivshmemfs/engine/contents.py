@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import errno
 import stat
-from typing import Final, NamedTuple
+from typing import Final
 
 from ivshmemfs.engine import data, directory, names, privileges, xattr
 from ivshmemfs.engine.data import Buffer
@@ -20,44 +20,50 @@ from ivshmemfs.format.pointer import POINTER
 MOST: Final = 1 << 20  # bytes of contents that one commit stores, as one FUSE request
 
 
-class Contents(NamedTuple):
-    """The contents of a file in one snapshot.
+def find(view: View, parent: int, name: bytes) -> Inode | None:
+    """Return the regular file `name`, or None.
 
-    `value` is None when the file has more than the caller's limit.  `version` changes with every
-    change of the file and never comes back.
+    Raises ENOTDIR, ENOENT, ENAMETOOLONG, Corrupt.
     """
+    inode = names.find(view, parent, name)
+    return inode if inode is not None and inode.is_regular else None
 
-    value: bytes | None
-    note: bytes
-    version: int
+
+def value(view: View, parent: int, name: bytes, most: int = MOST) -> bytes | None:
+    """Return the contents of the regular file `name`, or None.
+
+    Raises EFBIG for more than `most` bytes, and what `find` raises.
+    """
+    inode = find(view, parent, name)
+    return None if inode is None else _whole(view, inode, most)
 
 
 def load(
-    view: View, parent: int, name: bytes, note: bytes = b"", most: int = MOST
-) -> Contents | None:
-    """Return the contents of a regular file of up to `most` bytes; None if there is none.
+    view: View, parent: int, name: bytes, note: bytes, most: int = MOST
+) -> tuple[bytes, bytes, int] | None:
+    """Return (contents, extended attribute `note`, version) of the regular file `name`, or None.
 
-    `note` names an extended attribute to return as well.  Raises ENOTDIR, ENOENT, Corrupt.
+    An attribute that is not there is empty.  Raises what `value` raises.
     """
-    ino = view.cache.find_name(parent, name)
-    if ino:
-        inode = view.find_inode(ino)
-    else:
-        entry = directory.find(view, names.folder_of(view, parent), name)
-        if entry is None:
-            return None
-        inode = names.target(view, entry)
-        view.cache.add_name(parent, name, inode.ino)
-    if inode is None or not inode.is_regular:
+    inode = find(view, parent, name)
+    if inode is None:
         return None
+    kept = xattr.table(view, inode).get(note)
+    return _whole(view, inode, most), kept or b"", version(view, inode.ino)
+
+
+def _whole(view: View, inode: Inode, most: int) -> bytes:
     size = inode.record.size
-    value = bytes(data.read(view, inode, 0, size)) if size <= most else None
-    kept = xattr.table(view, inode).get(note) if note else None
-    return Contents(value, kept or b"", version(view, inode.ino))
+    if size > most:
+        raise FsError(errno.EFBIG, f"the file has more than {most} bytes")
+    return bytes(data.read(view, inode, 0, size))
 
 
 def version(view: View, ino: int) -> int:
-    """Return the tag of an inode's block: a change claims a new block, and no tag comes back."""
+    """Return a number that changes with every change of an inode, and never comes back.
+
+    It is the tag of the inode's block: a change claims a new block, and no tag comes back.
+    """
     return int(POINTER.unpack(view.pointer_to(ino))[2])
 
 

@@ -23,7 +23,7 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
 
-from ivshmemfs.engine import acl, data, directory, holes, names, privileges, xattr
+from ivshmemfs.engine import acl, contents, data, directory, holes, names, privileges, xattr
 from ivshmemfs.engine.committer import Committer
 from ivshmemfs.engine.credentials import Credentials
 from ivshmemfs.engine.directory import Dirent
@@ -234,22 +234,7 @@ class Filesystem:
         """Return what `lookup` returns, or None for ENOENT, which costs less than an exception."""
 
         def read(view: View) -> Inode | None:
-            ino = view.cache.find_name(parent, name)
-            if ino:
-                return view.find_inode(ino)
-            folder = names.folder_of(view, parent)
-            if name == b".":
-                return folder
-            if name == b"..":
-                return view.inode(folder.record.parent)
-            if len(name) > NAME_MAX:
-                raise FsError(errno.ENAMETOOLONG)
-            entry = directory.find(view, folder, name)
-            if entry is None:
-                return None
-            inode = names.target(view, entry)
-            view.cache.add_name(parent, name, inode.ino)
-            return inode
+            return names.find(view, parent, name)
 
         inode = self._volume.look(read)
         if inode is not None and self._lifetimes.careful_until:
@@ -594,6 +579,13 @@ class Filesystem:
         )
         self._volume.bytes_read += len(got)
         return got
+
+    def value(self, parent: int, name: bytes, most: int) -> bytes | None:
+        """Return the contents of the regular file `name`, or None if there is none.
+
+        Raises ENOTDIR, ENOENT, ENAMETOOLONG, EFBIG for more than `most` bytes, Corrupt.
+        """
+        return self._volume.look(lambda view: contents.value(view, parent, name, most))
 
     def write(
         self,

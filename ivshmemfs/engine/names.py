@@ -25,6 +25,7 @@ from ivshmemfs.engine.inode import TARGET_MAX, Context, Inode
 from ivshmemfs.engine.privileges import SET_ID_BITS
 from ivshmemfs.engine.transaction import Transaction, View
 from ivshmemfs.errors import Corrupt, FsError
+from ivshmemfs.format.dirent import NAME_MAX
 from ivshmemfs.format.inode import INODE, ORPHANS_INO, ROOT_INO, InodeRecord, orphan_name
 
 RENAME_NOREPLACE, RENAME_EXCHANGE, RENAME_WHITEOUT = 1, 2, 4
@@ -67,6 +68,29 @@ def parent_of(view: View, ino: int, name: bytes) -> Inode:
 def target(view: View, entry: Dirent) -> Inode:
     """Return the inode of a directory entry; raises Corrupt."""
     return _target(view, entry.ino, entry.name)
+
+
+def find(view: View, parent: int, name: bytes) -> Inode | None:
+    """Return the inode that `name` leads to, or None; the cache of the commit learns the name.
+
+    Raises ENOTDIR, ENAMETOOLONG, ENOENT for a removed directory, Corrupt.
+    """
+    ino = view.cache.find_name(parent, name)
+    if ino:
+        return view.find_inode(ino)
+    folder = folder_of(view, parent)
+    if name == b".":
+        return folder
+    if name == b"..":
+        return view.inode(folder.record.parent)
+    if len(name) > NAME_MAX:
+        raise FsError(errno.ENAMETOOLONG)
+    entry = directory.find(view, folder, name)
+    if entry is None:
+        return None
+    inode = target(view, entry)
+    view.cache.add_name(parent, name, inode.ino)
+    return inode
 
 
 def _target(view: View, ino: int, name: bytes) -> Inode:

@@ -70,9 +70,10 @@ def test_odd_keys(fs: Client) -> None:
     assert "50%" not in cache
     with pytest.raises(ValueError, match="empty"):
         cache.get("")
-    with pytest.raises(OSError, match="too long") as caught:
-        cache.set("k" * 256, b"")
-    assert caught.value.errno == errno.ENAMETOOLONG
+    for use in (lambda key: cache.set(key, b""), cache.get, cache.get_item, cache.__contains__):
+        with pytest.raises(OSError, match="too long") as caught:
+            use("k" * 256)
+        assert caught.value.errno == errno.ENAMETOOLONG
 
 
 def test_scan_by_prefix(fs: Client) -> None:
@@ -95,8 +96,11 @@ def test_large_values(fs: Client) -> None:
         cache.set_many(dict.fromkeys(map(str, range(BATCH_MAX + 1)), b""))
     assert caught.value.errno == errno.E2BIG
     fs.write_bytes("/cache/foreign", bytes(VALUE_MAX + 1))
-    with pytest.raises(OSError, match="more than"):
-        cache.get("foreign")
+    for use in (cache.get, cache.get_item):
+        with pytest.raises(OSError, match="more than") as caught:
+            use("foreign")
+        assert (caught.value.errno, caught.value.filename) == (errno.EFBIG, "/cache/foreign")
+    assert "foreign" in cache
     assert sorted(cache.scan()) == ["foreign", "max"]
 
 
@@ -163,6 +167,20 @@ def test_update_may_change_nothing(fs: Client) -> None:
     cache = fs.kv("/cache")
     assert cache.update("none", lambda _old: None) is None
     assert "none" not in cache
+
+
+@pytest.mark.parametrize("raised", [ValueError("no number"), FileNotFoundError(2, "no file")])
+def test_what_an_update_raises_reaches_the_caller(fs: Client, raised: Exception) -> None:
+    cache = fs.kv("/cache")
+    cache["k"] = b"old"
+
+    def fail(_old: Item | None) -> Item | None:
+        raise raised
+
+    with pytest.raises(type(raised)) as caught:
+        cache.update("k", fail)
+    assert caught.value is raised
+    assert cache["k"] == b"old"
 
 
 def test_a_batch_is_seen_whole_or_not_at_all(fs: Client, other: Client) -> None:

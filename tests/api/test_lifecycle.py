@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -332,6 +333,59 @@ def test_a_signal_during_a_call_is_handled_right_after_it(fs: Client) -> None:
         signal.signal(signal.SIGUSR1, before)
     assert told == ["the call ends", "handled"]
     assert {number: signal.getsignal(number) for number in NUMBERS} == handlers
+
+
+def test_a_handler_that_the_program_changed_is_the_one_that_runs(fs: Client) -> None:
+    told: list[str] = []
+
+    def tell_name(name: str, _number: int, _frame: object) -> None:
+        told.append(name)
+
+    before = signal.getsignal(signal.SIGUSR1)
+    try:
+        for tell in (partial(tell_name, "first"), partial(tell_name, "second")):
+            signal.signal(signal.SIGUSR1, tell)
+            fs.session.call(lambda _engine: signal.raise_signal(signal.SIGUSR1))
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+        fs.session.call(lambda _engine: signal.raise_signal(signal.SIGUSR1))
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert told == ["first", "second"]
+
+
+def test_a_signal_in_a_call_within_the_call_of_another_client_waits_for_both(
+    fs: Client, other: Client
+) -> None:
+    told: list[str] = []
+
+    def within(_engine: Filesystem) -> None:
+        other.session.call(lambda _engine: signal.raise_signal(signal.SIGUSR1))
+        told.append("the outer call ends")
+
+    before = signal.signal(signal.SIGUSR1, lambda _number, _frame: told.append("handled"))
+    try:
+        handlers = {number: signal.getsignal(number) for number in NUMBERS}
+        fs.session.call(within)
+        assert {number: signal.getsignal(number) for number in NUMBERS} == handlers
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert told == ["the outer call ends", "handled"]
+
+
+def test_the_error_of_a_handler_is_not_taken_for_one_of_the_region(fs: Client) -> None:
+    def give_up(_number: int, _frame: object) -> None:
+        raise TimeoutError("the program's own")
+
+    def look(engine: Filesystem) -> None:
+        engine.look(lambda _view: signal.raise_signal(signal.SIGALRM))
+
+    before = signal.signal(signal.SIGALRM, give_up)
+    try:
+        with pytest.raises(TimeoutError, match="the program's own"):
+            fs.session.call(look)
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert fs.exists("/")
 
 
 # --- trouble with the region ------------------------------------------------------------------
