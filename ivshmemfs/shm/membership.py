@@ -210,13 +210,8 @@ class Membership:
     def _store_word(self, field: int, word: int) -> None:
         """Do the same with one word."""
         memory, at = self.table.memory, self.table.offset(self.slot, field)
-        seen = memory.load(at)
-        while seen != word:
-            if self.table.state(self.slot) != self._word:
-                raise self._lost("another peer took this mount's slot while it was silent")
-            before, seen = seen, memory.cas(at, seen, word)
-            if seen == before:
-                return
+        if not memory.replace(at, word, self._at, self._word):
+            raise self._lost("another peer took this mount's slot while it was silent")
 
     def store_word(self, field: int, word: int) -> None:
         """Store one word at byte `field` of the own slot.  Raises Fenced if the slot is taken."""
