@@ -259,9 +259,12 @@ struct turn {
     uint32_t passed; /* steps that the last call did, in their order below */
 };
 
-/* 1 hint: 0 -> `hint`; 2 the repair slot's state is `repairs`; 3 own state: `idle` -> `active`;
- * 4 own nonce is `nonce`, and `active` guards the blocks; 5 load the commit word; 6 own state is
- * `active`. */
+/* 1. hint: 0 -> `hint`
+ * 2. the repair slot's state is `repairs`
+ * 3. own state: `idle` -> `active`
+ * 4. own nonce is `nonce`; then `active` guards the blocks
+ * 5. load the commit word
+ * 6. own state is `active` */
 int turn_begin(struct turn *turn, uint64_t hint, uint64_t repairs, uint64_t idle, uint64_t active,
                uint64_t nonce, uint64_t *commit);
 /* Fence.  1 commit word: `planned_on` -> the next one with root block `root`, which is `commit`. */

@@ -19,7 +19,7 @@ def own_state(fs: Filesystem) -> int:
 
 
 def is_at_rest(fs: Filesystem) -> bool:
-    """Whether no transaction of this mount is under way, and nobody has the hint."""
+    """Whether no transaction of this mount is under way, and the hint is free."""
     return own_state(fs) >> words.SLOT_SHIFT == words.IDLE and not fs.is_committing
 
 
