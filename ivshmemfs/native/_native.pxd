@@ -167,6 +167,8 @@ cdef extern from "native.h" nogil:
                               uint64_t *previous)
     int word_swap_then_see(mapping *mapping, uint64_t offset, uint64_t expected, uint64_t value,
                            uint64_t other, uint64_t wanted, uint32_t *passed)
+    int word_replace(mapping *mapping, uint64_t offset, uint64_t value, uint64_t other,
+                     uint64_t wanted, boolean *replaced)
     int column_check(const mapping *mapping, uint64_t offset, uint64_t stride, uint64_t count)
     int column_read(mapping *mapping, uint64_t offset, uint64_t stride, uint64_t count,
                     uint64_t *into)

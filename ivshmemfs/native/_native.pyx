@@ -115,7 +115,7 @@ cdef extern from *:
 
 cdef extern from "Python.h":
     PyObject *PyExc_OverflowError
-    uint64_t PyLong_AsUnsignedLongLong(object) noexcept
+    uint64_t PyLong_AsUnsignedLong(object) noexcept  # of 64 bits; faster than the one for long long
     PyObject *PyErr_Occurred() noexcept
     int PyErr_ExceptionMatches(PyObject *) noexcept
     void PyErr_Clear() noexcept
@@ -141,7 +141,7 @@ cdef int not_a_word(object value, str name) except -1:
 
 cdef inline int take(object value, str name, uint64_t *out) except -1:
     """Take an argument that must be an int from 0 to 2^64 - 1."""
-    out[0] = PyLong_AsUnsignedLongLong(value)
+    out[0] = PyLong_AsUnsignedLong(value)
     if out[0] == UINT64_MAX and PyErr_Occurred() != NULL:
         return not_a_word(value, name)
     return 0
@@ -411,9 +411,31 @@ Returns how many of both were so: 0, 1 or 2."""
         if status == STATUS_OK:
             status = word_swap_then_see(&self.map, at, old, word, place, value, &passed)
             mapping_unuse(&self.map)
+        if status == STATUS_RANGE:
+            raise ValueError(f"offsets out of range or not multiples of 8: {offset!r}, {other!r}")
         if status != STATUS_OK:
-            self.fail_word(status, offset if passed == 0 else other)
+            self.fail(status)
         return passed
+
+    def replace(self, offset, value, other, wanted):
+        """Store a word by compare-and-swap from the value that it has, each time after a look at the
+word at other; False when that is not wanted."""
+        cdef uint64_t at, word, place, expected
+        cdef boolean replaced = False
+        cdef int status
+        take(offset, "offset", &at)
+        take(value, "value", &word)
+        take(other, "other", &place)
+        take(wanted, "wanted", &expected)
+        status = mapping_use_for_stores(&self.map)
+        if status == STATUS_OK:
+            status = word_replace(&self.map, at, word, place, expected, &replaced)
+            mapping_unuse(&self.map)
+        if status == STATUS_RANGE:
+            raise ValueError(f"offsets out of range or not multiples of 8: {offset!r}, {other!r}")
+        if status != STATUS_OK:
+            self.fail(status)
+        return <bint>replaced
 
     cdef uint64_t *column(self, object offset, object stride, object count,
                           uint64_t *length) except NULL:

@@ -218,6 +218,26 @@ int word_swap_then_see(struct mapping *mapping, uint64_t offset, uint64_t expect
     return status;
 }
 
+int word_replace(struct mapping *mapping, uint64_t offset, uint64_t value, uint64_t other,
+                 uint64_t wanted, bool *replaced)
+{
+    uint64_t seen = 0, before = 0, found = 0;
+    int status = word_read(mapping, offset, &seen);
+
+    *replaced = false;
+    while (status == STATUS_OK && seen != value) {
+        status = word_read(mapping, other, &found);
+        if (status != STATUS_OK || found != wanted)
+            return status;
+        before = seen;
+        status = word_compare_and_swap(mapping, offset, before, value, &seen);
+        if (status != STATUS_OK || seen == before)
+            break;
+    }
+    *replaced = status == STATUS_OK;
+    return status;
+}
+
 void fence(void)
 {
     fence_full();

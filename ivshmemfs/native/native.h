@@ -140,6 +140,10 @@ int word_compare_and_swap(struct mapping *mapping, uint64_t offset, uint64_t exp
 /* Swap a word; after that, look whether another one is `wanted`.  `passed`: 0, 1 or 2 of both. */
 int word_swap_then_see(struct mapping *mapping, uint64_t offset, uint64_t expected, uint64_t value,
                        uint64_t other, uint64_t wanted, uint32_t *passed);
+/* Store a word by compare-and-swap from the value that it has, after a look at another word that must
+ * be `wanted`.  It is stored already when it has the value. */
+int word_replace(struct mapping *mapping, uint64_t offset, uint64_t value, uint64_t other,
+                 uint64_t wanted, bool *replaced);
 /* Wait until a word is no longer `value`: up to `naps` naps of so many nanoseconds, each ended by
  * one load.  A signal ends a nap, after host.interrupted().  `found` is the word that was seen last.
  * Others may call and close the mapping meanwhile. */
@@ -255,9 +259,12 @@ struct turn {
     uint32_t passed; /* steps that the last call did, in their order below */
 };
 
-/* 1 hint: 0 -> `hint`; 2 the repair slot's state is `repairs`; 3 own state: `idle` -> `active`;
- * 4 own nonce is `nonce`, and `active` guards the blocks; 5 load the commit word; 6 own state is
- * `active`. */
+/* 1. hint: 0 -> `hint`
+ * 2. the repair slot's state is `repairs`
+ * 3. own state: `idle` -> `active`
+ * 4. own nonce is `nonce`; then `active` guards the blocks
+ * 5. load the commit word
+ * 6. own state is `active` */
 int turn_begin(struct turn *turn, uint64_t hint, uint64_t repairs, uint64_t idle, uint64_t active,
                uint64_t nonce, uint64_t *commit);
 /* Fence.  1 commit word: `planned_on` -> the next one with root block `root`, which is `commit`. */

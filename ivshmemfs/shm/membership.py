@@ -210,13 +210,8 @@ class Membership:
     def _store_word(self, field: int, word: int) -> None:
         """Do the same with one word."""
         memory, at = self.table.memory, self.table.offset(self.slot, field)
-        seen = memory.load(at)
-        while seen != word:
-            if self.table.state(self.slot) != self._word:
-                raise self._lost("another peer took this mount's slot while it was silent")
-            before, seen = seen, memory.cas(at, seen, word)
-            if seen == before:
-                return
+        if not memory.replace(at, word, self._at, self._word):
+            raise self._lost("another peer took this mount's slot while it was silent")
 
     def store_word(self, field: int, word: int) -> None:
         """Store one word at byte `field` of the own slot.  Raises Fenced if the slot is taken."""
@@ -257,9 +252,9 @@ class Membership:
     def begin_with(self, turn: Turn, hint: int, repairs: int) -> int:
         """Take the hint, begin, load the commit word and check, in one call of C.
 
-        Returns the commit word, or -1 when a word was not the expected one: the hint is not free,
-        the repair slot's state is not `repairs`, or the own slot has changed.  `turn.passed` says
-        how far this went.
+        Returns the commit word, or -1 when a word was not the expected one.  Either the hint is not
+        free, or the repair slot's state is not `repairs`, or the own slot has changed.
+        `turn.passed` says how far this went.
         """
         counter = self.counter + 1
         active = words.make_state(ACTIVE, self.incarnation, counter)
@@ -321,7 +316,7 @@ class Membership:
     def end_with(self, turn: Turn, repairs: int, pointers: bytes, hint: int) -> bool:
         """End, free blocks, and give the hint back unless it is 0, in one call of C.
 
-        Returns False when a word was not the expected one: if `turn.passed` is not 0, the
+        Returns False when a word was not the expected one.  If `turn.passed` is not 0 then, the
         transaction has ended, and the repair slot's state is not `repairs`.
         """
         idle = words.make_state(IDLE, self.incarnation, self.counter)

@@ -302,7 +302,7 @@ class Workspace(NodeSource):
         """
         nodes, store = self._nodes, self._store
         data = [node.data for node in nodes.values()]
-        word = store.turn.commit(list(nodes), data, planned_on, root.pointer)
+        word = store.turn.commit(list(nodes.keys()), data, planned_on, root.pointer)
         if word < 0:
             raise Fenced(_NOT_OURS)
         if word:

@@ -8,6 +8,7 @@ static void words(struct mapping *mapping)
 {
     uint64_t value = 0;
     uint32_t passed;
+    bool replaced;
 
     check(word_write(mapping, SIZE - 8, 7) == STATUS_OK);
     check(word_read(mapping, SIZE - 8, &value) == STATUS_OK && value == 7);
@@ -18,6 +19,12 @@ static void words(struct mapping *mapping)
     check(word_swap_then_see(mapping, SIZE - 8, 9, 8, 0, 0, &passed) == STATUS_OK && passed == 2);
     check(word_swap_then_see(mapping, SIZE - 8, 8, 8, SIZE, 0, &passed) == STATUS_RANGE);
     check(word_swap_then_see(mapping, SIZE, 0, 8, 0, 0, &passed) == STATUS_RANGE && passed == 0);
+    check(word_replace(mapping, SIZE - 8, 5, 0, 1, &replaced) == STATUS_OK && !replaced);
+    check(word_replace(mapping, SIZE - 8, 8, 0, 1, &replaced) == STATUS_OK && replaced); /* it is 8 */
+    check(word_replace(mapping, SIZE - 8, 5, 0, 0, &replaced) == STATUS_OK && replaced);
+    check(word_read(mapping, SIZE - 8, &value) == STATUS_OK && value == 5);
+    check(word_replace(mapping, SIZE - 8, 6, SIZE, 0, &replaced) == STATUS_RANGE && !replaced);
+    check(word_replace(mapping, SIZE, 6, 0, 0, &replaced) == STATUS_RANGE && !replaced);
     for (size_t at = 0; at < sizeof OUTSIDE / sizeof *OUTSIDE; at++) {
         check(word_read(mapping, OUTSIDE[at], &value) == STATUS_RANGE);
         check(word_write(mapping, OUTSIDE[at], 1) == STATUS_RANGE);
