@@ -130,8 +130,8 @@ class Client:
     def __init__(self, session: Session, fs: Filesystem, spec: str) -> None:
         self.session = session
         self.spec = spec
-        self.context = Context(os.geteuid(), os.getegid(), os.getpid())
-        self._umask = _umask()
+        # The engine applies the umask: a default access list of the directory takes its place.
+        self.context = Context(os.geteuid(), os.getegid(), os.getpid(), _umask())
         self._block_size = fs.block_size
         self._finalizer = weakref.finalize(self, session.close)
 
@@ -164,10 +164,6 @@ class Client:
 
     def __repr__(self) -> str:
         return f"<ivshmemfs.Client of {self.spec!r}{' closed' if self.closed else ''}>"
-
-    def creation_mode(self, mode: int) -> int:
-        """Return the mode of something new: `mode` without the bits of the process's umask."""
-        return mode & ~self._umask
 
     def statvfs(self) -> StatFs:
         """Return the sizes of the filesystem, in blocks of `block_size` bytes."""
@@ -220,10 +216,7 @@ class Client:
         `close`.  With `buffering=0` each write of up to 1 MiB is one commit, and in mode "ab" no
         other append of any machine gets between.  Raises OSError, ValueError.
         """
-        return files.opened(
-            self, text_of(path), mode, buffering, encoding, errors, newline,
-            self.creation_mode(0o666),
-        )  # fmt: skip
+        return files.opened(self, text_of(path), mode, buffering, encoding, errors, newline)
 
     def read_bytes(self, path: Path) -> bytes:
         """Return the contents of a file; those of one commit if they are at most 1 MiB.
@@ -250,12 +243,12 @@ class Client:
                 name, lambda handle: files.pour(self, handle, _Source(content), name)
             )
             return
-        mode, me = self.creation_mode(0o666), self.context
+        me = self.context
 
         def store(fs: Filesystem) -> None:
             place = walk.place_of(fs, name)
             _refuse_directory(name, place)
-            fs.change(lambda tx: contents.store(tx, place.parent, place.name, content, mode, me))
+            fs.change(lambda tx: contents.store(tx, place.parent, place.name, content, 0o666, me))
 
         self.session.call(store, name)
 
@@ -266,12 +259,11 @@ class Client:
     def _replace_contents(self, path: str, fill: Callable[[Handle], object]) -> None:
         """Fill a file without a name, then give it `path`; a death on the way leaves nothing."""
         me, session = self.context, self.session
-        mode = self.creation_mode(0o666)
 
         def make(fs: Filesystem) -> Handle:
             place = walk.place_of(fs, path)
             _refuse_directory(path, place)
-            return fs.tmpfile(place.parent, mode, os.O_RDWR, me)[0]
+            return fs.tmpfile(place.parent, 0o666, os.O_RDWR, me)[0]
 
         def name(fs: Filesystem) -> None:
             place = walk.place_of(fs, path)
@@ -321,7 +313,7 @@ class Client:
         fd, fresh = tempfile.mkstemp(prefix=".ivshmemfs-copy-", dir=os.path.dirname(place) or ".")
         try:
             with open(fd, "wb") as stream:
-                os.fchmod(fd, self.creation_mode(0o666))
+                os.fchmod(fd, 0o666 & ~self.context.umask)
                 done = self._drain(path, stream)
             os.replace(fresh, place)
         except BaseException:
@@ -453,13 +445,13 @@ class Client:
 
         Raises FileExistsError, unless `exist_ok` and a directory is there; FileNotFoundError.
         """
-        name, bits, me = text_of(path), self.creation_mode(mode), self.context
+        name, me = text_of(path), self.context
 
         def make(fs: Filesystem) -> None:
             place = walk.place_of(fs, name.rstrip("/") or "/", follow=False)
             if place.attr is not None:
                 raise FsError(errno.EEXIST)
-            fs.mkdir(place.parent, place.name, bits, me)
+            fs.mkdir(place.parent, place.name, mode, me)
 
         try:
             self.session.call(make, name)

@@ -238,7 +238,6 @@ def opened(
     encoding: str | None,
     errors: str | None,
     newline: str | None,
-    creation_mode: int,
 ) -> Any:
     """Open `path` as the built-in function open does; see `Client.open`."""
     parsed = parse_mode(mode)
@@ -247,9 +246,7 @@ def opened(
     if parsed.text and buffering == 0:
         raise ValueError("can't have unbuffered text I/O")
     me = client.context
-    handle, _ = client.session.call(
-        lambda fs: open_handle(fs, path, parsed.flags, creation_mode, me), path
-    )
+    handle, _ = client.session.call(lambda fs: open_handle(fs, path, parsed.flags, 0o666, me), path)
     raw = RegionFile(client, path, handle, parsed.plain)
     try:
         file = _wrapped(raw, parsed, buffering, encoding, errors, newline)

@@ -179,7 +179,7 @@ class KeyValue:
         values, ENOSPC.
         """
         ready = [(name_of(key), bytes(value)) for key, value in values.items()]
-        mode, me = self._client.creation_mode(0o666), self._client.context
+        me = self._client.context
 
         def store(fs: Filesystem, folder: int) -> None:
             _refuse_large(sum(len(value) for _, value in ready))
@@ -188,7 +188,7 @@ class KeyValue:
 
             def plan(tx: Transaction) -> None:
                 for name, value in ready:
-                    contents.store(tx, folder, name, value, mode, me, {NOTE: b""})
+                    contents.store(tx, folder, name, value, 0o666, me, {NOTE: b""})
 
             fs.change(plan)
 
@@ -200,8 +200,7 @@ class KeyValue:
         `change` gets the present item or None, and returns the new one, or None to change nothing.
         It may run several times, and must not use the client.  What it raises ends the call.
         """
-        name, mode = name_of(key), self._client.creation_mode(0o666)
-        me = self._client.context
+        name, me = name_of(key), self._client.context
 
         def store(fs: Filesystem, folder: int) -> Item | None:
             def plan(tx: Transaction) -> Item | None:
@@ -212,7 +211,7 @@ class KeyValue:
                     raise _Refused(error) from error
                 if new is not None:
                     _refuse_large(len(new.value))
-                    contents.store(tx, folder, name, new.value, mode, me, {NOTE: new.note})
+                    contents.store(tx, folder, name, new.value, 0o666, me, {NOTE: new.note})
                 return new
 
             return fs.change(plan)

@@ -52,9 +52,8 @@ class FileLock:
         if self._lock is not None:
             raise RuntimeError("this lock is held already; it is not recursive")
         flags, me = os.O_RDONLY | os.O_CREAT, self._client.context
-        mode = self._client.creation_mode(0o666)
         handle, _ = self._session.call(
-            lambda fs: open_handle(fs, self._path, flags, mode, me), self._path
+            lambda fs: open_handle(fs, self._path, flags, 0o666, me), self._path
         )
         try:
             lock = self._wait(handle.ino, timeout)

@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Final, Self
 from ivshmemfs.api import walk
 from ivshmemfs.engine import fixed, names
 from ivshmemfs.errors import FsError, StaleHandle
+from ivshmemfs.shm.commit import LOOKS
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
@@ -38,7 +39,6 @@ if TYPE_CHECKING:
 
 WORD: Final = 8  # bytes
 NAP: Final = 50_000  # ns between two looks of `wait`; the kernel adds about as much
-LOOKS: Final = 16  # between two looks at the clock: a nap may take much longer than it should
 _SECOND: Final = 10**9
 
 
@@ -228,10 +228,10 @@ def _opened(
     if place.attr is None:
         if create is None:
             raise FsError(errno.ENOENT)
-        size, mode = fixed.whole_pages(create), client.creation_mode(0o666)
+        size, me = fixed.whole_pages(create), client.context
 
         def plan(tx: Transaction) -> tuple[int, bool]:
-            return names.make_fixed(tx, place.parent, place.name, mode, size, client.context, head)
+            return names.make_fixed(tx, place.parent, place.name, 0o666, size, me, head)
 
         ino, made = fs.change(plan)
     elif not stat.S_ISREG(place.attr.mode):

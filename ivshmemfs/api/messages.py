@@ -23,7 +23,6 @@ from typing import TYPE_CHECKING, Final, Self, TypeVar
 from ivshmemfs.api.mapped_file import MappedFile
 from ivshmemfs.errors import FsError
 from ivshmemfs.format import queue as fmt
-from ivshmemfs.shm.queue import LOOKS as LOOKS
 from ivshmemfs.shm.queue import await_cell
 
 if TYPE_CHECKING:

@@ -42,6 +42,7 @@ def commits(fs: Filesystem, end: float = float("inf")) -> Iterator[None]:
     Raises RegionError when the region is not the one any more that was opened.
     """
     from ivshmemfs.region import Condition
+    from ivshmemfs.shm.commit import LOOKS
 
     commit_word, bells, clock = fs.store.commit_word, fs.bells, time.monotonic
     word, changed, next_check = -1, clock(), 0.0
@@ -63,7 +64,7 @@ def commits(fs: Filesystem, end: float = float("inf")) -> Iterator[None]:
             continue
         nap, until = _state(quiet)
         until = min(changed + until, next_check, end)
-        commit_word.await_other(word, nap, max(int((until - now) / nap), 1))
+        commit_word.await_other(word, nap, min(max(int((until - now) / nap), 1), LOOKS))
 
 
 def _state(quiet: float) -> tuple[float, float]:

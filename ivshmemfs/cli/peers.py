@@ -16,7 +16,7 @@ from ivshmemfs.errors import InUse, UsageError
 from ivshmemfs.format import superblock, words
 from ivshmemfs.format.peer import Occupant
 from ivshmemfs.format.words import under_repair
-from ivshmemfs.fuse.mountpoint import condition
+from ivshmemfs.fuse.lifeline import condition
 from ivshmemfs.manual import Command, Example, Manual
 from ivshmemfs.printing import say, shown
 from ivshmemfs.region import open_region

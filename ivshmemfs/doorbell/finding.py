@@ -22,14 +22,17 @@ import stat
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING, TypeAlias
 
-from ivshmemfs.doorbell.client import ServerBell
-from ivshmemfs.doorbell.device import DeviceBell, bell_of_device, bell_of_vfio
 from ivshmemfs.errors import IvshmemfsError, UsageError
 from ivshmemfs.region import Region
 from ivshmemfs.region.driver import survey
 from ivshmemfs.region.pci import is_ivshmem
 from ivshmemfs.region.roots import HERE, Roots
+
+if TYPE_CHECKING:  # most processes have no doorbell
+    from ivshmemfs.doorbell.client import ServerBell
+    from ivshmemfs.doorbell.device import DeviceBell
 
 SOCKETS = Path("/run/ivshmemfs")
 OFF = "off"  # in place of a socket's path
@@ -81,7 +84,7 @@ class OnDemand:
             self._bell.close()
 
 
-Bell = ServerBell | DeviceBell | OnDemand
+Bell: TypeAlias = "ServerBell | DeviceBell | OnDemand"
 
 
 def usual_socket(region: Region, sockets: Path = SOCKETS) -> Path:
@@ -118,6 +121,8 @@ def doorbell_of(
         raise UsageError(
             f"{region.spec} is a {region.kind}, which has its own doorbell; leave the socket out"
         )
+    from ivshmemfs.doorbell.device import bell_of_device, bell_of_vfio
+
     if region.device is not None:
         return bell_of_vfio(region.device)
     directory = device_of(region, roots)
@@ -125,6 +130,8 @@ def doorbell_of(
 
 
 def _served(region: Region, path: Path) -> ServerBell:
+    from ivshmemfs.doorbell.client import ServerBell
+
     there = os.stat(region.path)
 
     def is_memory(descriptor: int) -> bool:

@@ -85,8 +85,7 @@ def store(
     position = directory.locate(tx, folder, name)
     entry = position.entry
     if entry is None:
-        new_mode = stat.S_IFREG | stat.S_IMODE(mode)
-        inode = tx.new_inode(names.new_record(tx, folder, new_mode, ctx))
+        inode = names.new_inode(tx, folder, stat.S_IFREG | stat.S_IMODE(mode), ctx)
     else:
         inode = _emptied(tx, names.target(tx, entry), ctx)
     for key, value in (notes or {}).items():

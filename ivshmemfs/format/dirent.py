@@ -16,9 +16,9 @@ An interior node stores `n` lower-bound keys (u64 each), then `n` pointers.  The
 tree is 0.  Bounds are multiples of 256, so names of equal hash are in one leaf.
 """
 
-import hashlib
 import struct
 import sys
+from _blake2 import blake2b  # hashlib has the same, and loads OpenSSL before it
 from array import array
 from functools import lru_cache
 from typing import Final
@@ -54,7 +54,7 @@ def name_key(name: bytes, secret: bytes) -> int:
 
     `secret` is the filesystem's UUID; without it an attacker cannot construct collisions.
     """
-    digest = hashlib.blake2b(name, digest_size=8, key=secret).digest()
+    digest = blake2b(name, digest_size=8, key=secret).digest()
     return max(int.from_bytes(digest, "little") >> 9, 1) << 8
 
 

@@ -4,8 +4,8 @@ mkfs writes it.  Only an amendment changes it afterwards (`shm/amendment.py`): a
 another UUID, a larger region.  fsck can restore it from the copy at `COPY_OFFSET`.
 """
 
-import hashlib
 import uuid as _uuid
+from _blake2 import blake2b  # hashlib has the same, and loads OpenSSL before it
 from typing import Annotated, NamedTuple
 
 from ivshmemfs import __version__
@@ -90,7 +90,7 @@ def layout_signature() -> int:
             f"seed {SUPERBLOCK.offset('seed')}",
         )
     )
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+    return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "little")
 
 
 def fsid_of(seed: bytes) -> int:

@@ -9,7 +9,8 @@ doorbell's server is the only other that knows trio:
 - ``pyfuse3_frontend``: serves the same requests where pyfuse3 reads them
 - ``connection``: opens the FUSE connection and negotiates its features
 - ``loop``: waits for the next request
-- ``mountpoint``: checks mount points, lists mounts, mounts and unmounts
+- ``mountpoint``: checks mount points, lists mounts, mounts and unmounts; ``lifeline``: tells
+  whether a mount's daemon lives
 - ``options``: parses the ``-o`` options
 - ``session``: runs one mount from its first request to its last; ``upkeep``: its housekeeping
 - ``daemon``: starts and ends the process; ``logs``: writes its log

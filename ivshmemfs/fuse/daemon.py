@@ -23,7 +23,7 @@ from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
 from ivshmemfs.errors import Interrupted, IvshmemfsError, MountError, UsageError
-from ivshmemfs.fuse import logs, mountpoint
+from ivshmemfs.fuse import lifeline, logs, mountpoint
 from ivshmemfs.fuse.options import MountOptions, mount_flags
 
 if TYPE_CHECKING:
@@ -204,16 +204,16 @@ def _serve(
             log.warning("%s: %s", target, attached.notice)
         attached.fs.name_mount_point(os.fsencode(target))
         session = session_of(attached.fs, target, attached.source, options)
-        lifeline = mountpoint.hold_lifeline(session.device or "")
-        if lifeline is not None:
-            session.hold(lifeline)
+        held = lifeline.hold(session.device or "")
+        if held is not None:
+            session.hold(held)
         try:
             session.run(lambda: on_ready(attached.notice))
         except OSError as error:
             raise MountError(f"the FUSE connection broke: {error}") from error
     # The daemon has left the region; clients that wait for the end of this mount may continue.
-    if lifeline is not None:
-        lifeline.close()
+    if held is not None:
+        held.close()
 
 
 def _load_session() -> type[Session]:
@@ -294,9 +294,9 @@ def umount(path: str, *, lazy: bool = False, seconds: float = 30.0) -> None:
     Detaches a mount with a dead or stopped daemon.  Raises MountError.
     """
     entry = _ours(path)
-    grip = mountpoint.grasp_lifeline(entry.device)
+    grip = lifeline.grasp(entry.device)
     with grip or nullcontext():
-        server = mountpoint.serving(grip) if grip is not None else None
+        server = lifeline.serving(grip) if grip is not None else None
         stopped = server is not None and server.stopped
         try:
             _unmount(entry.path, lazy=lazy or grip is None or stopped)
@@ -312,7 +312,7 @@ def umount(path: str, *, lazy: bool = False, seconds: float = 30.0) -> None:
                 f"{path} is unmounted, but its daemon (process {server.pid}) is stopped and still "
                 f"in the region: 'kill -CONT {server.pid}' lets it leave"
             )
-        if not mountpoint.wait_for_end(grip, seconds):
+        if not lifeline.wait_for_end(grip, seconds):
             raise MountError(
                 f"{path} is unmounted, but its daemon has not ended yet: a container or service "
                 "that was started meanwhile may still have it mounted; "

@@ -7,20 +7,17 @@ mount(2).  Root unmounts by umount2(2).
 A mount with a stopped daemon blocks every caller that looks at its root.  So this module passes no
 path to the kernel that is the root of a mount in /proc/self/mountinfo.  Nor does it pass one that
 leads through the root of an ivshmemfs mount.  The exception is `answers`, which limits its wait.
+
+Most commands only look at the list, so the modules that mounting needs are imported by its
+functions.
 """
 
 from __future__ import annotations
 
-import array
-import ctypes
 import errno
 import os
 import re
-import shutil
-import socket
 import stat
-import struct
-import subprocess
 import threading
 from contextlib import suppress
 from typing import TYPE_CHECKING, NamedTuple
@@ -28,7 +25,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from ivshmemfs.errors import MountError
 
 if TYPE_CHECKING:
-    from ivshmemfs.region import Condition
+    import socket
 
 FSTYPE = "fuse.ivshmemfs"
 AUTOFS = "autofs"
@@ -241,10 +238,12 @@ def _occupied(path: str, entry: MountEntry) -> str:
 
 def refuse_hung(entry: MountEntry) -> None:
     """Raise MountError if the daemon of a mount does not answer."""
-    grip = grasp_lifeline(entry.device)
+    from ivshmemfs.fuse import lifeline
+
+    grip = lifeline.grasp(entry.device)
     if grip is not None:
         with grip:
-            server = serving(grip)
+            server = lifeline.serving(grip)
         if server.stopped:
             raise MountError(
                 f"the mount at {entry.path} does not answer, because its daemon (process "
@@ -273,6 +272,8 @@ def check_fuse_device() -> None:
 
 def helper() -> str | None:
     """Return the path of fusermount3; None if it is not installed."""
+    import shutil
+
     return shutil.which("fusermount3")
 
 
@@ -289,6 +290,8 @@ def open_mount(path: str, options: str) -> int:
 
     *options* are in the syntax of fusermount3 -o.  Raises MountError.
     """
+    import socket
+
     command = _needed_helper()
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
     with ours, theirs:
@@ -328,6 +331,8 @@ def remount(path: str, flags: int) -> None:
 
 def _mount(source: str, path: str, fstype: str | None, flags: int, data: str | None) -> int:
     """Call mount(2); return 0 or the errno."""
+    import ctypes
+
     libc = ctypes.CDLL(None, use_errno=True)
     failed = libc.mount(
         ctypes.c_char_p(os.fsencode(source)),
@@ -352,6 +357,9 @@ def refuses_changes(path: str) -> bool:
 
 
 def _receive_descriptor(channel: socket.socket) -> int:
+    import array
+    import socket
+
     space = array.array("i", [-1])
     _data, ancillary, _flags, _address = channel.recvmsg(
         1, socket.CMSG_SPACE(space.itemsize), socket.MSG_CMSG_CLOEXEC
@@ -376,6 +384,8 @@ def _umount2(path: str, *, lazy: bool) -> bool:
 
     Raises BusyMount.
     """
+    import ctypes
+
     flags = _UMOUNT_NOFOLLOW | (_MNT_DETACH if lazy else 0)
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.umount2(ctypes.c_char_p(os.fsencode(path)), ctypes.c_int(flags)) == 0:
@@ -388,6 +398,8 @@ def _umount2(path: str, *, lazy: bool) -> bool:
 def _run(
     command: list[str], *, pass_fds: tuple[int, ...] = (), env: dict[str, str] | None = None
 ) -> None:
+    import subprocess
+
     try:
         result = subprocess.run(
             command,
@@ -416,157 +428,3 @@ def _failure(stderr: str) -> MountError:
             "root makes it"
         )
     return MountError(text)
-
-
-# --- the end of a daemon ----------------------------------------------------------------------
-#
-# A lifeline is a listening socket that a daemon holds until its process ends.  Its name contains
-# the device number of the mount.  A client connects and waits until the connection breaks.  It
-# needs no answer, so a stopped or hung daemon cannot block it.
-#
-# After an event on the region, the daemon binds a second name, the sign, which ends in a word for
-# the event.  A client sees from the bind alone whether the name exists.
-#
-# The kernel reuses a device number after an unmount, maybe long before the daemon ends.  So the
-# names of one device number have a counter.  The highest one in use belongs to the mount.
-
-#: Maximum number of daemons with the same device number.
-LIFELINES = 16
-#: Maximum number of connections that wait for `tidy`; a stopped daemon does not call it.
-BACKLOG = 256
-
-
-class Lifeline:
-    """The lifeline of one mount, and its sign."""
-
-    def __init__(self, listening: socket.socket) -> None:
-        self._listening = listening
-        listening.setblocking(False)
-        self._callers: list[socket.socket] = []
-        self._sign: socket.socket | None = None
-
-    def tidy(self) -> None:
-        """Accept new clients, and close the connections that clients have closed."""
-        with suppress(OSError):
-            while True:
-                self._callers.append(self._listening.accept()[0])
-        for caller in self._callers[:]:
-            with suppress(BlockingIOError):
-                if not caller.recv(1, socket.MSG_DONTWAIT):
-                    self._callers.remove(caller)
-                    caller.close()
-
-    def show(self, condition: Condition) -> None:
-        """Replace the sign by one for *condition*; a sound region has no sign."""
-        if self._sign is not None:
-            self._sign.close()
-            self._sign = None
-        if condition.explained:
-            self._sign = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-            with suppress(OSError):
-                self._sign.bind(_sign_name(self._listening.getsockname(), condition))
-
-    def close(self) -> None:
-        """Close all sockets, which ends the waits of all clients."""
-        for one in (self._listening, *self._callers, *([self._sign] if self._sign else [])):
-            one.close()
-
-
-def hold_lifeline(device: str) -> Lifeline | None:
-    """Bind the lifeline of the mount *device*; None if LIFELINES of that number exist."""
-    held = _highest_lifeline(device)
-    if held is not None:
-        held[1].close()
-    number = 0 if held is None else held[0] + 1
-    lifeline = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    try:
-        if number < LIFELINES:
-            lifeline.bind(_lifeline_name(device, number))
-            lifeline.listen(BACKLOG)
-            return Lifeline(lifeline)
-    except OSError:
-        pass
-    lifeline.close()
-    return None
-
-
-def grasp_lifeline(device: str) -> socket.socket | None:
-    """Connect to the lifeline of the mount *device*; None if no daemon holds it."""
-    held = _highest_lifeline(device)
-    return None if held is None else held[1]
-
-
-def _highest_lifeline(device: str) -> tuple[int, socket.socket] | None:
-    """Return the highest counter in use for *device* and a connection to that lifeline."""
-    for number in reversed(range(LIFELINES)):
-        grip = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        grip.setblocking(False)
-        try:
-            grip.connect(_lifeline_name(device, number))
-            return number, grip
-        except OSError:
-            grip.close()
-    return None
-
-
-class Serving(NamedTuple):
-    """The process that holds a lifeline; pid 0 if it is in a pid namespace outside ours."""
-
-    pid: int
-    stopped: bool
-
-
-def serving(grip: socket.socket) -> Serving:
-    """Return the process at the other end of *grip*."""
-    raw = grip.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
-    pid: int = struct.unpack("3i", raw)[0]
-    try:
-        with open(f"/proc/{pid}/stat", "rb") as file:
-            state = file.read().rpartition(b") ")[2][:1]
-    except OSError:
-        state = b""
-    return Serving(pid, state in (b"T", b"t"))
-
-
-def wait_for_end(grip: socket.socket, seconds: float) -> bool:
-    """Wait until the process at the other end of *grip* ends; False if it still runs."""
-    grip.settimeout(seconds)
-    try:
-        return grip.recv(1) == b""
-    except TimeoutError:
-        return False
-    except OSError:
-        return True
-
-
-def condition(entry: MountEntry) -> str:
-    """Return the faults of an ivshmemfs mount as words, "" for none.
-
-    Sends nothing to the mount or its daemon, which may be stopped.
-    """
-    from ivshmemfs.region import Condition
-
-    held = _highest_lifeline(entry.device)
-    if held is None:
-        return "daemon dead"
-    number, grip = held
-    with grip:
-        words = ["daemon stopped"] if serving(grip).stopped else []
-    lifeline = _lifeline_name(entry.device, number)
-    words += [
-        condition.value for condition in Condition if _is_bound(_sign_name(lifeline, condition))
-    ]
-    return ", ".join(words)
-
-
-def _is_bound(name: bytes) -> bool:
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as caller:
-        return caller.connect_ex(name) == 0
-
-
-def _sign_name(lifeline: bytes, condition: Condition) -> bytes:
-    return lifeline + b" " + condition.value.encode()
-
-
-def _lifeline_name(device: str, number: int) -> bytes:
-    return f"\0ivshmemfs mount {device} {number}".encode()

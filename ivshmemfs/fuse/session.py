@@ -29,6 +29,7 @@ from ivshmemfs.errors import MountError
 from ivshmemfs.fuse import logs, mountpoint
 from ivshmemfs.fuse.connection import Handshake, Relay
 from ivshmemfs.fuse.kernel_frontend import KernelFrontEnd
+from ivshmemfs.fuse.lifeline import Lifeline
 from ivshmemfs.fuse.loop import Loop
 from ivshmemfs.fuse.notify import Notifier
 from ivshmemfs.fuse.operations import Operations
@@ -85,7 +86,7 @@ class Session:
             Notifier(fs, self._operations, path, self._wakeups) if options.notify else None
         )
         self._options = options
-        self._lifeline: mountpoint.Lifeline | None = None
+        self._lifeline: Lifeline | None = None
         self._handshake = Handshake(
             _open_mount(path, source, options),
             keep=self.loop.polling,
@@ -111,7 +112,7 @@ class Session:
         """The device number of the mount, such as "0:45"."""
         return self._device
 
-    def hold(self, lifeline: mountpoint.Lifeline) -> None:
+    def hold(self, lifeline: Lifeline) -> None:
         """Show the state of the region on `lifeline`."""
         self._lifeline = lifeline
         self._upkeep.on_condition = lifeline.show

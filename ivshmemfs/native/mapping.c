@@ -1,9 +1,13 @@
 /* Mappings: their life, their words, and how the files of this layer touch them. */
 #include <sched.h>
 #include <errno.h>
+#include <fcntl.h>
+#include <linux/magic.h>
 #include <stdlib.h>
 #include <sys/mman.h>
+#include <sys/vfs.h>
 #include <time.h>
+#include <unistd.h>
 
 #include "crc32c.h"
 #include "kernel.h"
@@ -25,6 +29,17 @@ void native_prepare(void)
 
 /* --- life -------------------------------------------------------------------------------------- */
 
+/* A descriptor of the mapped file if write(2) to it changes the very bytes that are mapped; or -1. */
+static int file_behind(const struct mapping *mapping, int file)
+{
+    struct statfs where;
+
+    if (!mapping->writable || mapping->access != ACCESS_NORMAL || fstatfs(file, &where) < 0 ||
+        where.f_type != TMPFS_MAGIC)
+        return -1;
+    return fcntl(file, F_DUPFD_CLOEXEC, 0);
+}
+
 int mapping_map(struct mapping *mapping, int file, uint64_t offset)
 {
     int protection = PROT_READ | (mapping->writable ? PROT_WRITE : 0);
@@ -37,6 +52,8 @@ int mapping_map(struct mapping *mapping, int file, uint64_t offset)
         return STATUS_SYSTEM;
     }
     mapping->base = base;
+    mapping->start = offset;
+    mapping->file = file_behind(mapping, file);
     if (mapping->writable && mapping->access == ACCESS_NORMAL) /* without it, runs are just slower */
         mapping->warmth = calloc(mapping->length / WINDOW + 1, sizeof *mapping->warmth);
     return STATUS_OK;
@@ -44,8 +61,11 @@ int mapping_map(struct mapping *mapping, int file, uint64_t offset)
 
 void mapping_unmap(struct mapping *mapping)
 {
-    if (mapping->base != NULL)
+    if (mapping->base != NULL) {
         munmap(mapping->base, mapping->length);
+        if (mapping->file >= 0)
+            close(mapping->file);
+    }
     mapping->base = NULL;
     free(mapping->warmth);
     mapping->warmth = NULL;

@@ -70,6 +70,8 @@ struct host {
 struct mapping {
     unsigned char *base;
     uint64_t length;
+    uint64_t start; /* byte of the file that `base` shows */
+    int file;   /* descriptor that the kernel may write to in place of the mapping, or -1 */
     int access; /* one of access.h's kinds */
     bool writable;
     bool closed;

@@ -1,10 +1,14 @@
 /* Copies between blocks and an open file.
  *
  * The kernel copies between a file's pages and the blocks by itself, which saves one copy of two.
+ * Where the region is a file of tmpfs it copies from file to file, and no page of a long run needs
+ * to be mapped.  Both ways reach the same memory.
  * In three cases a buffer is used instead.  Device memory may not allow the kernel's way to copy.
  * Some filesystems cannot reach a device's memory (EFAULT).  A trap must see each store. */
 #include <errno.h>
 #include <stdlib.h>
+#include <sys/sendfile.h>
+#include <sys/stat.h>
 #include <sys/uio.h>
 #include <unistd.h>
 
@@ -15,12 +19,14 @@ struct transfer {
     int file;
     uint64_t at; /* in the file, of the first byte of `span` */
     bool filling;
-    bool stale; /* the guard changed */
+    bool sending; /* from file to file, as long as that works */
+    bool stale;   /* the guard changed */
 };
 
 enum {
     ROWS = 64,           /* most parts of one system call */
     FILLED = 4 * WINDOW, /* most bytes stored without a look at the guard */
+    SENT = WINDOW / 2,   /* least bytes of a row for a system call of its own */
 };
 
 /* STATUS_SYSTEM with EFAULT, which tells the caller to take the buffer. */
@@ -58,8 +64,41 @@ static int failed(struct mapping *mapping, int code)
     return STATUS_SYSTEM;
 }
 
-/* One system call.  Returns how many bytes it moved, or minus an errno. */
-static int64_t transfer_step(struct transfer *transfer)
+/* Whether the region still has all its bytes: a write behind the end of a file would add some. */
+static bool whole(const struct mapping *mapping)
+{
+    struct stat now;
+
+    return fstat(mapping->file, &now) == 0 &&
+           (uint64_t)now.st_size >= mapping->start + mapping->length;
+}
+
+/* Send the next row from file to file.  Returns how many bytes it moved, or minus an errno; ENOTSUP
+ * for a row that has to be copied through the mapping. */
+static int64_t send_step(struct transfer *transfer)
+{
+    struct span *span = &transfer->span;
+    struct mapping *mapping = span->blocks->mapping;
+    off_t place, at = (off_t)transfer->at;
+    unsigned char *to;
+    uint64_t length = span_row(span, &to);
+    int64_t moved;
+    void *left;
+
+    if (to == NULL || length < SENT)
+        return -ENOTSUP;
+    place = (off_t)(mapping->start + (uint64_t)(to - mapping->base));
+    if (!whole(mapping) || lseek(mapping->file, place, SEEK_SET) != place)
+        return -ENOTSUP;
+    left = leave(mapping);
+    moved = sendfile(mapping->file, transfer->file, &at, length < FILLED ? length : FILLED);
+    moved = moved < 0 ? -errno : moved;
+    enter(mapping, left);
+    return moved;
+}
+
+/* Copy the next rows through the mapping.  Returns as send_step() does. */
+static int64_t copy_step(struct transfer *transfer)
 {
     static const unsigned char zeros[64 * 1024];
     struct span span = transfer->span;
@@ -87,6 +126,18 @@ static int64_t transfer_step(struct transfer *transfer)
                               : pwritev(transfer->file, rows, count, (off_t)transfer->at);
     moved = moved < 0 ? -errno : moved;
     enter(mapping, left);
+    return moved;
+}
+
+/* One system call.  Returns how many bytes it moved, or minus an errno. */
+static int64_t transfer_step(struct transfer *transfer)
+{
+    int64_t moved = transfer->sending ? send_step(transfer) : -ENOTSUP;
+
+    if (moved < 0 && moved != -EINTR) {
+        transfer->sending &= moved == -ENOTSUP;
+        moved = copy_step(transfer);
+    }
     if (moved > 0)
         transfer->span.position += (uint64_t)moved, transfer->at += (uint64_t)moved;
     return moved;
@@ -176,7 +227,11 @@ int blocks_fill(const struct blocks *blocks, const unsigned char *pointers, uint
                 int file, uint64_t at, uint64_t length, uint64_t *done)
 {
     struct transfer transfer = {
-        .span = {blocks, pointers, 0, length, NULL}, .file = file, .at = at, .filling = true};
+        .span = {blocks, pointers, 0, length, NULL},
+        .file = file,
+        .at = at,
+        .filling = true,
+        .sending = blocks->mapping->file >= 0};
     unsigned char *buffer;
     int status;
 

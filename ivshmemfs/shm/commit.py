@@ -16,6 +16,7 @@ emulation is slow.)  The former holder then commits all the same, or plans again
 from __future__ import annotations
 
 import time
+from typing import Final
 
 from ivshmemfs.format import words
 from ivshmemfs.format.geometry import COMMIT_OFFSET, HINT_OFFSET
@@ -23,6 +24,8 @@ from ivshmemfs.region import Memory
 
 PATIENCE = 0.005  # shortest time without progress before a take-over of the hint, in seconds
 LONGEST = 0.08  # longest such time, in seconds
+#: Naps between two looks at the clock while a peer waits: each may take much longer than it should.
+LOOKS: Final = 16
 
 
 class CommitWord:

@@ -23,7 +23,6 @@ This module ignores /etc/machine-id: cloned images share it.
 from __future__ import annotations
 
 import os
-import socket
 import time
 import uuid as _uuid
 from collections.abc import Container
@@ -208,7 +207,7 @@ def current(incarnation: int) -> peer.SlotRecord:
         pid_namespace=here.pid_namespace,
         machine=here.machine,
         boot=here.boot,
-        host=os.fsencode(socket.gethostname())[: peer.HOST_SIZE],
+        host=os.fsencode(os.uname().nodename)[: peer.HOST_SIZE],
         joined_ns=time.time_ns(),
         capabilities=CHECKS,
         version=__version__.encode()[:16],

@@ -42,14 +42,13 @@ from ivshmemfs.format import queue as fmt
 from ivshmemfs.format.queue import BUFFER_MASK, FULL, QueueGeometry, empty, full, laps_ahead
 from ivshmemfs.format.words import POINTER, WORD
 from ivshmemfs.native import Blocks, Memory
+from ivshmemfs.shm.commit import LOOKS
 
 ATTEMPTS: Final = 256  # looks at a place that other peers change meanwhile
 _CLAIM: Final = 1  # buffers of one `put`
 _FENCED: Final = "another peer declared this one gone in the middle of a message"
 _UNUSABLE: Final = "its programs cannot go on with it: make another under a new name"
 
-#: Looks between two looks at the clock: a nap may take much longer than it should.
-LOOKS: Final = 16
 _BILLION: Final = 10**9
 #: Seconds of a wait in which looks follow each other without a nap.
 SPIN: Final = 0.0002

@@ -53,7 +53,6 @@ def test_every_public_method_of_the_client_is_named() -> None:
         "session",
         "context",
         "spec",
-        "creation_mode",
         "created_ns",
         "closed",
         "readonly",

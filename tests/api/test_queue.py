@@ -29,6 +29,7 @@ from ivshmemfs.api import messages
 from ivshmemfs.format import queue as fmt
 from ivshmemfs.format import words
 from ivshmemfs.native import Memory
+from ivshmemfs.shm.commit import LOOKS
 from ivshmemfs.shm.queue import nap_after
 from tests.support.mounts import ENVIRONMENT, PATIENCE
 from tests.support.regions import TestRegion, new_region
@@ -192,7 +193,7 @@ def test_a_time_that_is_over_is_over(
 ) -> None:
     """Naps take longer on a machine that is busy."""
     slow = _SlowMemory(work._memory)
-    longest = 10 * messages.LOOKS * nap_after(1e9)[0]
+    longest = 10 * LOOKS * nap_after(1e9)[0]
     with fs.map("/shared", create=4096) as mapped:
         monkeypatch.setattr(work, "_memory", slow)
         monkeypatch.setattr(mapped, "_memory", slow)

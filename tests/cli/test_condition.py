@@ -109,15 +109,15 @@ def test_a_daemon_that_is_stopped_or_dead_is_shown(formatted: TestRegion, place:
 
 @pytest.mark.slow
 def test_many_looks_do_not_hide_the_daemon(formatted: TestRegion, place: Path) -> None:
-    from ivshmemfs.fuse import mountpoint
+    from ivshmemfs.fuse import lifeline, mountpoint
 
     assert ivshmemfs("mount", formatted.path, place).returncode == 0
     entry = mountpoint.find(str(place))
     assert entry is not None
     for _ in range(3):
-        assert all(mountpoint.condition(entry) == "" for _ in range(mountpoint.BACKLOG // 2))
-        grip = mountpoint.grasp_lifeline(entry.device)
+        assert all(lifeline.condition(entry) == "" for _ in range(lifeline.BACKLOG // 2))
+        grip = lifeline.grasp(entry.device)
         assert grip is not None
         with grip:
-            assert not mountpoint.wait_for_end(grip, 2)
+            assert not lifeline.wait_for_end(grip, 2)
     assert ivshmemfs("umount", place).returncode == 0

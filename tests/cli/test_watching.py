@@ -18,6 +18,7 @@ import pytest
 from ivshmemfs.cli import commits
 from ivshmemfs.engine import ROOT_INO, Filesystem
 from ivshmemfs.region import Condition
+from ivshmemfs.shm.commit import LOOKS
 from tests.cli.conftest import complains, ivshmemfs
 from tests.support.lab import ENVIRONMENT, Lab, needs_fuse, new_lab
 from tests.support.regions import ROOT, TestRegion, new_region
@@ -274,10 +275,14 @@ def _on_mounts(lab: Lab) -> None:
 
 
 class _Quiet:
-    """A region whose commit word changes at a given second; its clock runs while one waits."""
+    """A region whose commit word changes at a given second; its clock runs while one waits.
 
-    def __init__(self, commit_at: float) -> None:
+    A nap takes `slowness` times as long as it should.
+    """
+
+    def __init__(self, commit_at: float, slowness: float = 1.0) -> None:
         self.now, self.commit_at = 100.0, 100.0 + commit_at
+        self.slowness = slowness
         self.naps: list[tuple[float, float]] = []  # when, and how long each nap is
         self.store = SimpleNamespace(commit_word=self)
         self.bells = None
@@ -292,7 +297,8 @@ class _Quiet:
         assert word == self.load()
         self.naps.append((self.now - 100.0, nap))
         left = self.commit_at - self.now
-        self.now += min(nap * naps, left if left > 0 else nap * naps)
+        taken = nap * naps * self.slowness
+        self.now += min(taken, left if left > 0 else taken)
         return self.load()
 
 
@@ -309,4 +315,14 @@ def test_waiting_gets_quieter_and_wakes_up_by_a_commit(monkeypatch: pytest.Monke
     assert naps(0.0, 0.015) == naps(30.0, 30.015) == {commits.SHORT_NAP}
     assert naps(0.03, 9.9) == naps(30.03, 39.9) == {commits.NAP}
     assert naps(10.1, 29.9) == naps(40.1, 60.0) == {commits.LONG_NAP}
-    assert len(region.naps) < 200  # the interpreter rests while nothing happens
+    assert len(region.naps) < 1500  # the interpreter rests while nothing happens
+
+
+def test_a_wait_ends_in_time_where_naps_take_too_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    for seconds in (0.01, 0.7, 1.3, 5.0, 12.3):
+        region = _Quiet(commit_at=1e9, slowness=3.0)
+        monkeypatch.setattr(commits, "time", SimpleNamespace(monotonic=lambda r=region: r.now))
+        end = region.now + seconds
+        assert len(list(commits.commits(cast("Filesystem", region), end))) == 1
+        longest = region.naps[-1][1] * 3 * LOOKS
+        assert end <= region.now < end + longest

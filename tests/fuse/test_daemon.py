@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from ivshmemfs.errors import MountError
-from ivshmemfs.fuse import daemon, mountpoint
+from ivshmemfs.fuse import daemon, lifeline, mountpoint
 from tests.fuse.fake_mount import FAKE, FakeMount
 from tests.support.mounts import PATIENCE, eventually, mount_lines, needs_fuse, release, run, stop
 
@@ -405,27 +405,27 @@ def test_unmounting_without_fusermount(mnt: FakeMount, monkeypatch: pytest.Monke
 def test_a_daemon_that_lingers_does_not_hold_up_the_next_mount_of_its_number() -> None:
     """The kernel reuses the device number of a mount that is gone before its daemon is."""
     device = f"test {os.getpid()}"
-    assert mountpoint.grasp_lifeline(device) is None
-    lingering = mountpoint.hold_lifeline(device)
-    mounted = mountpoint.hold_lifeline(device)
-    grip = mountpoint.grasp_lifeline(device)
+    assert lifeline.grasp(device) is None
+    lingering = lifeline.hold(device)
+    mounted = lifeline.hold(device)
+    grip = lifeline.grasp(device)
     assert lingering is not None
     assert mounted is not None
     assert grip is not None
-    assert not mountpoint.wait_for_end(grip, 0.1)
+    assert not lifeline.wait_for_end(grip, 0.1)
     mounted.close()
-    assert mountpoint.wait_for_end(grip, PATIENCE)
-    old = mountpoint.grasp_lifeline(device)
+    assert lifeline.wait_for_end(grip, PATIENCE)
+    old = lifeline.grasp(device)
     assert old is not None
-    later = mountpoint.hold_lifeline(device)
+    later = lifeline.hold(device)
     lingering.close()
-    assert mountpoint.wait_for_end(old, PATIENCE)
+    assert lifeline.wait_for_end(old, PATIENCE)
     assert later is not None
-    new = mountpoint.grasp_lifeline(device)  # although its number is not the first
+    new = lifeline.grasp(device)  # although its number is not the first
     assert new is not None
     later.close()
-    assert mountpoint.wait_for_end(new, PATIENCE)
-    assert mountpoint.grasp_lifeline(device) is None
+    assert lifeline.wait_for_end(new, PATIENCE)
+    assert lifeline.grasp(device) is None
     grip.close()
     old.close()
     new.close()

@@ -121,5 +121,7 @@ def looks_like_region(argument: str) -> bool:
 
 def shown(entry: MountEntry) -> str:
     """A mount point, and what is wrong with the mount."""
-    condition = mountpoint.condition(entry)
-    return f"{entry.path} ({condition})" if condition else entry.path
+    from ivshmemfs.fuse.lifeline import condition
+
+    trouble = condition(entry)
+    return f"{entry.path} ({trouble})" if trouble else entry.path

@@ -26,7 +26,7 @@ from ivshmemfs.errors import (
 )
 from ivshmemfs.format import superblock
 from ivshmemfs.format.words import under_repair
-from ivshmemfs.fuse import mountpoint
+from ivshmemfs.fuse import lifeline, mountpoint
 from ivshmemfs.printing import shown
 from ivshmemfs.region import Probe, Region, open_region, probe, uncached
 from ivshmemfs.region.mapped import ACCESS_NAMES
@@ -261,7 +261,7 @@ def _compare_and_swap(spec: str) -> tuple[bool | None, str]:
 
 def _troubles(spec: str) -> tuple[str, ...]:
     """Return what is wrong with the mounts of a region on this machine."""
-    pairs = [(entry, mountpoint.condition(entry)) for entry in mounts_of(spec)]
+    pairs = [(entry, lifeline.condition(entry)) for entry in mounts_of(spec)]
     return tuple(f"{shown(os.fsencode(entry.path))}: {what}" for entry, what in pairs if what)
 
 

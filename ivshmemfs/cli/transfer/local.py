@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import errno
 import os
-import secrets
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -119,7 +118,7 @@ class Folder:
 @contextmanager
 def unfinished(folder: Folder) -> Iterator[bytes]:
     """Give a name for an unfinished file; a file that still has it in the end is removed."""
-    name = b".ivshmemfs-copy-" + secrets.token_hex(8).encode()
+    name = b".ivshmemfs-copy-" + os.urandom(8).hex().encode()
     at = os.dup(folder.fd)
     try:
         yield name
