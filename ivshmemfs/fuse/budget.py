@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import time
 
-#: Maximum number of requests in a row before other tasks get a turn.
-REQUESTS_PER_TURN = 64
+#: Maximum number of requests in a row before other tasks get a turn.  A turn of other tasks costs
+#: as much as a short request, and most turns end by their time.
+REQUESTS_PER_TURN = 256
 #: Maximum time before other tasks get a turn, in seconds.
 SECONDS_PER_TURN = 0.002
 

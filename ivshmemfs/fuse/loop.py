@@ -9,14 +9,14 @@ asyncio mode replaces too.  A `Loop` in that place changes both steps:
 - **the lock** (`ReadLock`): a worker takes a free lock without a scheduling point.  A release does
   not wake another worker, because the same worker usually reads the next request.  It wakes another
   one only if its handler pauses (`Loop.pause`) or if it ends.  Nothing else in a handler suspends.
-- **the wait**: the worker asks the kernel first.  Then it polls for 50 us, but not on a single CPU,
-  where the client could not run meanwhile.  Then it blocks in poll(2) for 5 ms, and then it waits
-  in trio.  Without requests it stays in trio, so an idle mount costs nothing.
+- **the wait**: the worker asks the kernel first.  Then it asks again for 50 us, but not on a single
+  CPU, where the client could not run meanwhile.  Then it blocks in poll(2) for 5 ms, and then it
+  waits in trio.  Without requests it stays in trio, so an idle mount costs nothing.
 
-If `kernel_frontend` reads requests (`answer_first`), it answers them inside the wait.  The wait
-ends with a request that it leaves to pyfuse3.
+If `kernel_frontend` reads requests (`answer_first`), it answers them inside the wait.  To ask is
+then to read the request itself.  The wait ends with a request that it leaves to pyfuse3.
 
-Other tasks (signals, the upkeep) get a turn by a forced checkpoint after 64 requests or 2 ms.
+Other tasks (signals, the upkeep) get a turn by a forced checkpoint when a `Budget` is spent.
 
 States of a worker: *parked* (another one holds the lock) -> *reading* (it holds the lock) ->
 *handling* (it does not) -> *reading* or *parked* again.  Invariant: while a worker exists outside a

@@ -253,7 +253,6 @@ class Operations:
         attr = self._fs.link(ino, folder, name, ctx)
         if self.own is not None:
             self.own.names.add((folder, name))
-        if self.own is not None:
             self.own.inodes.add(ino)
         return attr.ino, attr
 
@@ -285,7 +284,6 @@ class Operations:
         moved, exchanged = self._fs.rename(old, name, new, new_name, flags, ctx)
         if self.own is not None:
             self.own.names.add((old, name))
-        if self.own is not None:
             self.own.names.add((new, new_name))
         self._walks.forget(ctx.pid, moved)
         self._walks.change(old, name)
@@ -393,7 +391,6 @@ class Operations:
         handle, attr = self._fs.create(folder, name, mode, flags, ctx)
         if self.own is not None:
             self.own.names.add((folder, name))
-        if self.own is not None:
             self.own.inodes.add(attr.ino)
         return self._keep(handle), attr
 
@@ -485,9 +482,10 @@ class Operations:
 
     def release(self, fh: int) -> None:
         """Close a file."""
-        if self._locks is not None:
-            self._locks.release(self._handles[fh])
-        self._fs.release(self._handles[fh])
+        handle = self._handles[fh]
+        if self._locks is not None and handle.guard is not None:
+            self._locks.release(handle)
+        self._fs.release(handle)
         del self._handles[fh]
 
     # --- locks ------------------------------------------------------------------------------

@@ -1,8 +1,8 @@
 """The part of the FUSE protocol that this package speaks itself: linux/fuse.h, ABI 7.
 
 A request is an IN header and a body.  An answer is an OUT header and a body.  Both use the
-machine's own byte order.  This module declares only what `connection` and `kernel_frontend` need;
-libfuse speaks the rest.
+machine's own byte order.  This module declares only what `connection` and `kernel_frontend` need.
+`native` takes headers apart and packs entries and attributes; libfuse speaks the rest.
 """
 
 from __future__ import annotations
@@ -142,14 +142,6 @@ WRITE_CACHE = 1
 
 # --- bodies of answers ------------------------------------------------------------------------
 
-#: ino, size, blocks, atime, mtime, ctime, their nanoseconds, mode, nlink, uid, gid, rdev, blksize.
-ATTR = struct.Struct("=QQQqqqIIIIIIIIIxxxx")
-#: The first field of ATTR.
-INO = struct.Struct("=Q")
-#: Bytes before ATTR in the answer to GETATTR: how long the kernel may cache it (0 here).
-ATTR_OUT_SIZE = 16
-#: nodeid; then up to ATTR: generation and cache times of name and attributes (all 0 here).
-ENTRY_OUT = struct.Struct("=Q32x")
 #: fh, open flags.
 OPEN_OUT = struct.Struct("=QIxxxx")
 #: size.

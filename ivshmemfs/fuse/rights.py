@@ -60,14 +60,17 @@ class Rights:
 
     def need(self, ino: int, ctx: Context, mask: int) -> None:
         """Raise EACCES unless the caller may READ, WRITE or EXECUTE an inode."""
-        if not self.enforced:
-            return
+        if self.enforced:
+            self._permitted(ino, ctx, mask)
+
+    def _permitted(self, ino: int, ctx: Context, mask: int) -> Attr:
+        """Do the same where permissions are enforced; return the presented attributes."""
         if ctx.uid:
             raise FsError(errno.EACCES)
         attr = self._presented(self._fs.getattr(ino))
-        if attr.uid == 0 and attr.mode >> 6 & mask == mask:
-            return
-        self._check_permission(attr, ctx, mask)
+        if attr.uid != 0 or attr.mode >> 6 & mask != mask:
+            self._check_permission(attr, ctx, mask)
+        return attr
 
     def _check_permission(self, attr: Attr, ctx: Context, mask: int) -> None:
         """Raise EACCES by the rules of the kernel's generic_permission."""
@@ -110,27 +113,24 @@ class Rights:
                 mask = EXECUTE
             self.need(ino, ctx, mask | (WRITE if flags & os.O_TRUNC else 0))
 
-    def need_removal(self, folder: int, name: bytes, ctx: Context) -> Attr | None:
-        """Raise EACCES or EPERM unless the caller may remove a name; return its attributes."""
+    def need_removal(self, folder: int, name: bytes, ctx: Context) -> None:
+        """Raise EACCES or EPERM unless the caller may remove a name."""
         if not self.enforced:
-            return None
-        self.need(folder, ctx, CHANGE_NAMES)
-        victim = self._fs.find(folder, name)
-        if victim is not None:
-            above = self._presented(self._fs.getattr(folder))
-            owners = above.uid, self._presented(victim).uid
-            if above.mode & stat.S_ISVTX and ctx.uid not in owners:
+            return
+        above = self._permitted(folder, ctx, CHANGE_NAMES)
+        if above.mode & stat.S_ISVTX and ctx.uid != above.uid:
+            victim = self._fs.find(folder, name)
+            if victim is not None and ctx.uid != self._presented(victim).uid:
                 self._need_ownership(ctx)
-        return victim
 
     def need_rename(self, old: int, name: bytes, new: int, new_name: bytes, ctx: Context) -> None:
         """Raise EACCES or EPERM unless the caller may move an entry between two directories."""
         if not self.enforced:
             return
-        moved = self.need_removal(old, name, ctx)
-        replaced = self.need_removal(new, new_name, ctx)
+        self.need_removal(old, name, ctx)
+        self.need_removal(new, new_name, ctx)
         if old != new:
-            for one in (moved, replaced):
+            for one in (self._fs.find(old, name), self._fs.find(new, new_name)):
                 if one is not None and stat.S_ISDIR(one.mode):  # its ".." changes
                     self.need(one.ino, ctx, WRITE)
 

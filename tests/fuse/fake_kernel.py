@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import struct
 from collections.abc import Awaitable, Callable
 
 import trio
@@ -18,6 +19,12 @@ from ivshmemfs.fuse.ownership import Ownership
 from ivshmemfs.fuse.pretence import Pretence
 from tests.fuse.fake_engine import FakeFilesystem
 
+#: ino, size, blocks, atime, mtime, ctime, their nanoseconds, mode, nlink, uid, gid, rdev, blksize.
+ATTR = struct.Struct("=QQQqqqIIIIIIIIIxxxx")
+#: Bytes before ATTR in the answer to GETATTR: how long the kernel may cache it.
+ATTR_OUT_SIZE = 16
+#: nodeid; then up to ATTR: generation and cache times of name and attributes.
+ENTRY_OUT = struct.Struct("=Q32x")
 UNIQUE = 77
 PID = 1  # of the caller
 
@@ -130,8 +137,8 @@ class Kernel:
         """(inode, handle) of a new file."""
         body = protocol.CREATE_IN.pack(os.O_RDWR, 0o644, 0) + name + b"\0"
         answer = self.ask(protocol.CREATE, body)
-        entry = protocol.ENTRY_OUT.size + protocol.ATTR.size
-        (ino,) = protocol.ENTRY_OUT.unpack_from(answer)
+        entry = ENTRY_OUT.size + ATTR.size
+        (ino,) = ENTRY_OUT.unpack_from(answer)
         return ino, protocol.OPEN_OUT.unpack_from(answer, entry)[0]
 
     def close(self) -> None:

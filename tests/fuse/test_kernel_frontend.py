@@ -17,7 +17,7 @@ from ivshmemfs.fuse import protocol, retry
 from ivshmemfs.fuse.budget import REQUESTS_PER_TURN, Budget
 from ivshmemfs.fuse.kernel_frontend import FORGOTTEN_AT_ONCE
 from ivshmemfs.fuse.ownership import Ownership
-from tests.fuse.fake_kernel import UNIQUE, Kernel
+from tests.fuse.fake_kernel import ATTR, ATTR_OUT_SIZE, ENTRY_OUT, UNIQUE, Kernel
 from tests.fuse.fake_mount import FakeMount
 from tests.support.mounts import needs_fuse
 
@@ -46,8 +46,8 @@ from tests.support.mounts import needs_fuse
         (protocol.STATFS_OUT, 80),
         (protocol.BATCH_FORGET_IN, 8),
         (protocol.FORGET_ONE, 16),
-        (protocol.ATTR, 88),
-        (protocol.ENTRY_OUT, 128 - 88),
+        (ATTR, 88),
+        (ENTRY_OUT, 128 - 88),
         (protocol.OPEN_OUT, 16),
         (protocol.LSEEK_IN, 24),
         (protocol.LSEEK_OUT, 8),
@@ -98,10 +98,10 @@ def test_an_entry_and_its_attributes(kernel: Kernel) -> None:
     )
     set_to = kernel.ask(protocol.SETATTR, change, node=ino)
     found = kernel.ask(protocol.LOOKUP, b"f\0")
-    assert protocol.ENTRY_OUT.unpack_from(found) == (ino,)
-    assert found[protocol.ENTRY_OUT.size :] == set_to[protocol.ATTR_OUT_SIZE :]
-    assert set_to[: protocol.ATTR_OUT_SIZE] == bytes(protocol.ATTR_OUT_SIZE)  # not to be kept
-    fields = protocol.ATTR.unpack(found[protocol.ENTRY_OUT.size :])
+    assert ENTRY_OUT.unpack_from(found) == (ino,)
+    assert found[ENTRY_OUT.size :] == set_to[ATTR_OUT_SIZE:]
+    assert set_to[:ATTR_OUT_SIZE] == bytes(ATTR_OUT_SIZE)  # not to be kept
+    fields = ATTR.unpack(found[ENTRY_OUT.size :])
     assert fields[0] == ino
     assert fields[3:5] == (-1, 7)
     assert fields[6:8] == (999_999_999, 8)
@@ -113,9 +113,9 @@ def test_attributes_that_changed_are_not_the_old_ones(kernel: Kernel) -> None:
     ino, handle = kernel.create(b"f")
     before = kernel.ask(protocol.GETATTR, bytes(16), node=ino)
     kernel.ask(protocol.WRITE, protocol.WRITE_IN.pack(handle, 0, 3, 0, 0) + b"abc", node=ino)
-    assert protocol.ATTR.unpack_from(before, protocol.ATTR_OUT_SIZE)[1] == 0
+    assert ATTR.unpack_from(before, ATTR_OUT_SIZE)[1] == 0
     after = kernel.ask(protocol.GETATTR, bytes(16), node=ino)
-    assert protocol.ATTR.unpack_from(after, protocol.ATTR_OUT_SIZE)[1] == 3
+    assert ATTR.unpack_from(after, ATTR_OUT_SIZE)[1] == 3
 
 
 def test_errors_are_answers(kernel: Kernel) -> None:
@@ -162,9 +162,9 @@ def test_removing_and_moving(kernel: Kernel) -> None:
 
 def entry_of(answer: bytes) -> tuple[int, tuple[int, ...]]:
     """(nodeid, the fields of the attributes) of an entry."""
-    assert len(answer) == protocol.ENTRY_OUT.size + protocol.ATTR.size
-    (node,) = protocol.ENTRY_OUT.unpack_from(answer)
-    return node, protocol.ATTR.unpack_from(answer, protocol.ENTRY_OUT.size)
+    assert len(answer) == ENTRY_OUT.size + ATTR.size
+    (node,) = ENTRY_OUT.unpack_from(answer)
+    return node, ATTR.unpack_from(answer, ENTRY_OUT.size)
 
 
 def test_a_device_node(kernel: Kernel) -> None:
@@ -184,7 +184,7 @@ def test_the_umask_comes_with_the_request(kernel: Kernel) -> None:
         (protocol.CREATE, protocol.CREATE_IN.pack(os.O_RDWR, 0o666, 0o027)),
     ]
     answers = [kernel.ask(code, body + b"%d\0" % code) for code, body in made]
-    found = [protocol.ATTR.unpack_from(answer, protocol.ENTRY_OUT.size) for answer in answers]
+    found = [ATTR.unpack_from(answer, ENTRY_OUT.size) for answer in answers]
     assert [stat.S_IMODE(fields[9]) for fields in found] == [0o640, 0o750, 0o640]
 
 
@@ -585,9 +585,7 @@ def test_presented_owners() -> None:
     kernel = Kernel(ownership=Ownership(uid=11, gid=12, umask=0o077))
     try:
         ino, _ = kernel.create(b"f")
-        fields = protocol.ATTR.unpack_from(
-            kernel.ask(protocol.GETATTR, bytes(16), node=ino), protocol.ATTR_OUT_SIZE
-        )
+        fields = ATTR.unpack_from(kernel.ask(protocol.GETATTR, bytes(16), node=ino), ATTR_OUT_SIZE)
         assert fields[9:13] == (0o100600, 1, 11, 12)
         for uid, expected in ((11, 0), (13, errno.EPERM)):
             change = protocol.SETATTR_IN.pack(protocol.SET_UID, 0, 0, 0, 0, 0, 0, 0, uid, 0)

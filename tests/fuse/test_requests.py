@@ -18,9 +18,10 @@ import pytest
 from ivshmemfs.engine import Attr, Context
 from ivshmemfs.fuse import protocol
 from ivshmemfs.native import Requests, cut, packed_attributes, packed_entry
+from tests.fuse.fake_kernel import ATTR, ATTR_OUT_SIZE, ENTRY_OUT
 
 BODY = protocol.IN_HEADER.size
-ATTR = Attr(7, 0o100644, 2, 3, 4, 5, 600, 8, 1_000_000_007, -1, (1 << 63) - 1)
+FOUND = Attr(7, 0o100644, 2, 3, 4, 5, 600, 8, 1_000_000_007, -1, (1 << 63) - 1)
 
 
 class Ends(NamedTuple):
@@ -164,7 +165,7 @@ def test_wrong_arguments(ends: Ends) -> None:
 
 def _attr(number: int, attr: Attr) -> bytes:
     times = [divmod(moment, 10**9) for moment in (attr.atime_ns, attr.mtime_ns, attr.ctime_ns)]
-    return protocol.ATTR.pack(
+    return ATTR.pack(
         number, attr.size, attr.blocks, *(one[0] for one in times), *(one[1] for one in times),
         attr.mode, attr.nlink, attr.uid, attr.gid, attr.rdev, 4096,
     )  # fmt: skip
@@ -172,10 +173,10 @@ def _attr(number: int, attr: Attr) -> bytes:
 
 def test_entries_and_attributes() -> None:
     """Times before 1970 are rounded down, as the kernel has them."""
-    entry = packed_entry(9, 11, ATTR, 4096)
-    assert entry == protocol.ENTRY_OUT.pack(9) + _attr(11, ATTR)
-    assert packed_attributes(7, ATTR, 4096) == bytes(protocol.ATTR_OUT_SIZE) + _attr(7, ATTR)
-    first = struct.unpack_from("=qqq", entry, protocol.ENTRY_OUT.size + 24)
+    entry = packed_entry(9, 11, FOUND, 4096)
+    assert entry == ENTRY_OUT.pack(9) + _attr(11, FOUND)
+    assert packed_attributes(7, FOUND, 4096) == bytes(ATTR_OUT_SIZE) + _attr(7, FOUND)
+    first = struct.unpack_from("=qqq", entry, ENTRY_OUT.size + 24)
     assert first == (1, -1, ((1 << 63) - 1) // 10**9)
 
 
@@ -183,11 +184,11 @@ def test_entries_and_attributes() -> None:
 def test_attributes_that_do_not_fit(field: str) -> None:
     for value in (-1, 1 << 32):
         with pytest.raises(ValueError, match="out of range"):
-            packed_entry(1, 1, ATTR._replace(**{field: value}), 4096)
+            packed_entry(1, 1, FOUND._replace(**{field: value}), 4096)
     with pytest.raises(OverflowError):
-        packed_entry(1, 1, ATTR._replace(mtime_ns=1 << 63), 4096)
+        packed_entry(1, 1, FOUND._replace(mtime_ns=1 << 63), 4096)
     with pytest.raises(ValueError, match="11 attributes"):
-        packed_entry(1, 1, ATTR[:-1], 4096)
+        packed_entry(1, 1, FOUND[:-1], 4096)
 
 
 @pytest.mark.parametrize("kind", [bytes, bytearray, memoryview])
