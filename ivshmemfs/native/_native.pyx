@@ -25,6 +25,8 @@ from struct import error as StructError
 
 cdef extern from *:
     """
+    _Static_assert(sizeof(unsigned long) == sizeof(uint64_t), "arguments are taken as long");
+
     #ifdef Py_LIMITED_API /* functions where the full interface has macros */
     #define BYTES_DATA PyBytes_AsString
     #define BYTES_SIZE PyBytes_Size
@@ -101,7 +103,7 @@ cdef extern from *:
 
 cdef extern from "Python.h":
     PyObject *PyExc_OverflowError
-    uint64_t PyLong_AsUnsignedLongLong(object) noexcept
+    uint64_t PyLong_AsUnsignedLong(object) noexcept  # faster than ...LongLong above 2^30
     PyObject *PyErr_Occurred() noexcept
     int PyErr_ExceptionMatches(PyObject *) noexcept
     void PyErr_Clear() noexcept
@@ -127,7 +129,7 @@ cdef int not_a_word(object value, str name) except -1:
 
 cdef inline int take(object value, str name, uint64_t *out) except -1:
     """Take an argument that must be an int from 0 to 2^64 - 1."""
-    out[0] = PyLong_AsUnsignedLongLong(value)
+    out[0] = PyLong_AsUnsignedLong(value)
     if out[0] == UINT64_MAX and PyErr_Occurred() != NULL:
         return not_a_word(value, name)
     return 0
