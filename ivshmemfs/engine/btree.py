@@ -159,21 +159,23 @@ def path_to(view: View, inode: Inode, key: int) -> tuple[list[Step], Leaf]:
 # --- changing -------------------------------------------------------------------------------
 
 
-_EDITED: Final = INODE.places(
-    "nlink", "mtime_ns", "ctime_ns", "entries", "blocks", "payload", "height", "payload_size"
-)
+_FILLED: Final = INODE.places("entries", "blocks", "payload", "height", "payload_size")
+_EDITED: Final = _FILLED + INODE.places("nlink", "mtime_ns", "ctime_ns")
+_PAYLOAD: Final = fmt.PAYLOAD_OFFSET  # read without a look-up
 
 
-class Edit:
-    """One change of one directory: of its number of entries by `entries`.
+class Edit(BlockCount):
+    """One change of one directory: of its number of entries by `entries`, and of its blocks.
 
     It gets `links` more links, and new times; with None, neither.
     """
 
+    __slots__ = ("entries", "inode", "links", "tx")
+
     def __init__(self, tx: Transaction, inode: Inode, links: int | None, entries: int) -> None:
+        super().__init__(tx.space, inode)
         self.tx: Final = tx
         self.inode: Final = inode
-        self.count: Final = BlockCount(tx.space, inode)
         self.links: Final = links
         self.entries: Final = entries
 
@@ -181,12 +183,15 @@ class Edit:
         """Return the directory with this payload and its new number of blocks."""
         inode, links = self.inode, self.links
         record = inode.record
-        nlink, mtime, ctime = record.nlink, record.mtime_ns, record.ctime_ns
-        if links is not None:
-            nlink, mtime, ctime = nlink + links, self.tx.now, self.tx.now
-        entries, blocks = record.entries + self.entries, self.count.total()
-        values = (nlink, mtime, ctime, entries, blocks, kind, height, len(data))
-        return Inode(inode.ino, INODE.placed(record, _EDITED, values), data, inode.xattr)
+        entries = record.entries + self.entries
+        if links is None:
+            kept = (entries, self.total(), kind, height, len(data))
+            new = INODE.placed(record, _FILLED, kept)
+        else:
+            nlink, now = record.nlink + links, self.tx.now
+            values = (entries, self.total(), kind, height, len(data), nlink, now, now)
+            new = INODE.placed(record, _EDITED, values)
+        return Inode(inode.ino, new, data, inode.xattr)
 
 
 def _leaf_capacity(tx: Transaction) -> int:
@@ -196,7 +201,7 @@ def _leaf_capacity(tx: Transaction) -> int:
 
 def _top_capacity(tx: Transaction, inode: Inode) -> int:
     """Bytes of entries, or of children, that the inode block holds."""
-    return fmt.payload_capacity(tx.block_size) - len(inode.xattr)
+    return tx.block_size - _PAYLOAD - len(inode.xattr)
 
 
 def store_leaf(edit: Edit, path: list[Step], leaf: Leaf) -> Inode:
@@ -223,6 +228,30 @@ def store_smaller_leaf(edit: Edit, path: list[Step], leaf: Leaf) -> Inode:
     if path and leaf.size < _leaf_capacity(tx) // 4:
         return _merge(edit, path, leaf)
     return store_leaf(edit, path, leaf)
+
+
+def is_same_leaf(path: list[Step], other: list[Step]) -> bool:
+    """Return whether two paths in one directory lead to one leaf."""
+    return all(step.at == other[depth].at for depth, step in enumerate(path))
+
+
+def store_leaves(
+    edit: Edit, path: list[Step], leaf: Leaf, other_path: list[Step], other: Leaf
+) -> Inode | None:
+    """Return the directory with two leaves at the ends of two paths; the first one lost an entry.
+
+    For the usual case: both leaves are below the top, one is not merged and the other not split.
+    Returns None, and changes nothing, in other cases.
+    """
+    tx, inode, most = edit.tx, edit.inode, _leaf_capacity(edit.tx)
+    if len(path) != 1 or leaf.size < most // 4 or other.size > most:
+        return None
+    step, second = path[0], other_path[0]
+    tx.space.replace(step.taken)
+    tx.space.replace(second.taken)
+    top = step.interior.with_pointer(step.at, _leaf_node(tx, inode.ino, leaf))
+    top = top.with_pointer(second.at, _leaf_node(tx, inode.ino, other))
+    return _top_put(edit, top, 1)
 
 
 def _inline(edit: Edit, leaf: Leaf) -> Inode:

@@ -178,12 +178,13 @@ class Committer:
                 try:
                     result = plan(tx)
                     if not tx.changed:
+                        volume.latest = View(store, word, root, tx.cache, tx.before)
                         return result
                     new_root = tx.seal()
                 except Restart as overtaken:
                     if store.commit_word.load() == word:
                         raise Corrupt(f"the present root leads astray: {overtaken}") from None
-                except Unfinished:
+                except IvshmemfsError:  # also Unfinished: what was read is known to the next plan
                     volume.latest = View(store, word, root, tx.cache, tx.before)
                     raise
                 else:

@@ -29,6 +29,7 @@ from ivshmemfs.format.inode import INODE
 _WRITTEN: Final = INODE.places(
     "size", "blocks", "mtime_ns", "ctime_ns", "payload", "height", "payload_size"
 )
+_PAYLOAD: Final = fmt.PAYLOAD_OFFSET  # read without a look-up
 Buffer = bytes | bytearray | memoryview
 
 
@@ -89,7 +90,7 @@ def _about_file() -> Iterator[None]:
 
 def _capacity(tx: Transaction, inode: Inode) -> int:
     """Return how many bytes of payload the inode block holds."""
-    return fmt.payload_capacity(tx.block_size) - len(inode.xattr)
+    return tx.block_size - _PAYLOAD - len(inode.xattr)
 
 
 def slots(tx: Transaction, inode: Inode) -> int:
@@ -105,8 +106,9 @@ def write(tx: Transaction, inode: Inode, offset: int, data: Buffer) -> Inode:
     record = inode.record
     if record.fixed:
         return fixed.write(tx, inode, offset, data)
-    size = max(record.size, end)
-    small = record.payload == fmt.INLINE or (record.payload == fmt.EMPTY and not record.size)
+    had, kind = record.size, record.payload
+    size = max(had, end)
+    small = kind == fmt.INLINE or (kind == fmt.EMPTY and not had)
     if small and size <= _capacity(tx, inode):
         old = inode.data
         if len(old) < offset:
@@ -117,10 +119,10 @@ def write(tx: Transaction, inode: Inode, offset: int, data: Buffer) -> Inode:
         return Inode(inode.ino, INODE.placed(record, _WRITTEN, values), new, inode.xattr)
     count = BlockCount(tx.space, inode)
     inode = _as_map(tx, inode)
-    first, buffer = _whole_blocks(tx, inode, offset, data)
+    buffer = _whole_blocks(tx, inode, offset, data, had)
     pointers = tx.space.claim(-(-len(buffer) // tx.block_size))
     tx.space.fill(pointers, buffer)
-    return _with_blocks(tx, inode, first, pointers, size, count)
+    return _with_blocks(tx, inode, offset // tx.block_size, pointers, size, count)
 
 
 def write_from(
@@ -160,11 +162,12 @@ def _with_blocks(
     tx: Transaction, inode: Inode, first: int, pointers: bytes, size: int, count: BlockCount
 ) -> Inode:
     """Return the file with filled blocks from block `first` on; `count` began before them."""
-    tree = RadixTree(inode.record.height, inode.data)
+    record = inode.record
+    tree = RadixTree(record.height, inode.data)
     tree = radix.store(tx.space, tree, inode.ino, first, pointers, slots(tx, inode))
-    now, data = tx.modified(inode.record.mtime_ns), tree.slots
+    now, data = tx.modified(record.mtime_ns), tree.slots
     values = (size, count.total(), now, now, fmt.MAP, tree.height, len(data))
-    return Inode(inode.ino, INODE.placed(inode.record, _WRITTEN, values), data, inode.xattr)
+    return Inode(inode.ino, INODE.placed(record, _WRITTEN, values), data, inode.xattr)
 
 
 def _as_map(tx: Transaction, inode: Inode) -> Inode:
@@ -178,20 +181,19 @@ def _as_map(tx: Transaction, inode: Inode) -> Inode:
     return inode.evolve(data=pointer, payload=fmt.MAP, height=0)
 
 
-def _whole_blocks(tx: Transaction, inode: Inode, offset: int, data: Buffer) -> tuple[int, Buffer]:
-    """Return (first block, bytes from its start on): `data` completed to whole blocks.
+def _whole_blocks(tx: Transaction, inode: Inode, offset: int, data: Buffer, had: int) -> Buffer:
+    """Return `data` completed to whole blocks by the old contents of the file, `had` bytes.
 
-    The old contents of the file complete it; the last block may end with the file.
+    The last block may end with the file.
     """
     size = tx.block_size
-    first, skip = divmod(offset, size)
-    end = offset + len(data)
-    rest = min(-end % size, max(inode.record.size - end, 0))
+    skip, end = offset % size, offset + len(data)
+    rest = min(-end % size, max(had - end, 0))
     if not skip and not rest:
-        return first, data
+        return data
     head = _old_bytes(tx, inode, offset - skip, skip) if skip else b""
     tail = _old_bytes(tx, inode, end, rest) if rest else b""
-    return first, b"".join((head, data, tail))
+    return b"".join((head, data, tail))
 
 
 def _old_bytes(tx: Transaction, inode: Inode, offset: int, length: int) -> Buffer:

@@ -13,11 +13,12 @@ import errno
 from collections.abc import Iterator
 from typing import Final
 
+from ivshmemfs import native
 from ivshmemfs.engine import btree
 from ivshmemfs.engine.btree import Edit, Step
 from ivshmemfs.engine.inode import Inode
 from ivshmemfs.engine.transaction import Transaction, View
-from ivshmemfs.errors import Corrupt, FsError, NoSpace
+from ivshmemfs.errors import Corrupt, FsError
 from ivshmemfs.format import inode as fmt
 from ivshmemfs.format.dirent import (
     COLLISIONS,
@@ -28,8 +29,10 @@ from ivshmemfs.format.dirent import (
     Leaf,
     name_key,
 )
-from ivshmemfs.native import is_name
 
+# The compiler looks an imported function up at each call, but not a constant.
+_is_name: Final = native.is_name
+_name_key: Final = name_key
 LISTED: Final = 128  # entries that one call of `leaf_after` returns at most
 
 
@@ -77,7 +80,7 @@ def check_name(name: bytes) -> None:
     """Raise ENAMETOOLONG for more than NAME_MAX bytes, EINVAL for another invalid name."""
     if len(name) > NAME_MAX:
         raise FsError(errno.ENAMETOOLONG)
-    if not is_name(name):
+    if not _is_name(name):
         raise FsError(errno.EINVAL)
 
 
@@ -86,7 +89,7 @@ def check_name(name: bytes) -> None:
 
 def locate(view: View, inode: Inode, name: bytes) -> LeafPosition:
     """Return the position of `name`, present or not."""
-    key = name_key(name, view.secret)
+    key = _name_key(name, view.secret)
     path, leaf = btree.path_to(view, inode, key)
     return LeafPosition(name, key, path, leaf)
 
@@ -168,9 +171,15 @@ def insert(
     NoSpace.
     """
     edit = Edit(tx, inode, links, 1)
-    key = _free_key(position.leaf, position.base)
-    leaf = position.leaf.insert(key, ino | kind << TYPE_SHIFT, position.name)
-    return btree.store_leaf(edit, position.path, leaf)
+    return btree.store_leaf(edit, position.path, _entered(position, ino, kind))
+
+
+def _entered(position: LeafPosition, ino: int, kind: int) -> Leaf:
+    """Return the leaf whose entry at `position`, old or new, leads to an inode; raises NoSpace."""
+    target = ino | kind << TYPE_SHIFT
+    if position.at >= 0:
+        return position.leaf.replace(position.at, target)
+    return position.leaf.insert(position.base, target, position.name)
 
 
 def remove(
@@ -199,17 +208,35 @@ def replace(
     return btree.store_leaf(edit, position.path, leaf)
 
 
+def move(
+    tx: Transaction, inode: Inode, old: LeafPosition, new: LeafPosition, ino: int, kind: int
+) -> Inode:
+    """Return the directory whose entry at `old` is at `new` instead, over the entry there.
+
+    The entry leads to inode `ino`.  Both positions are those in `inode`.  Raises ENOENT, NoSpace.
+    """
+    edit, at = Edit(tx, inode, 0, 0 if new.at < 0 else -1), _present(old)
+    if btree.is_same_leaf(old.path, new.path):
+        return btree.store_smaller_leaf(edit, old.path, _moved(old.leaf, at, new, ino, kind))
+    left, right = old.leaf.remove(at), _entered(new, ino, kind)
+    both = btree.store_leaves(edit, old.path, left, new.path, right)
+    if both is not None:
+        return both
+    less = btree.store_smaller_leaf(Edit(tx, inode, 0, -1), old.path, left)
+    place = locate(tx, less, new.name)
+    enter = insert if new.at < 0 else replace
+    return enter(tx, less, place, ino, kind, 0)
+
+
+def _moved(leaf: Leaf, at: int, new: LeafPosition, ino: int, kind: int) -> Leaf:
+    """Return the leaf whose entry `at` is at `new` instead, over the entry there."""
+    target = ino | kind << TYPE_SHIFT
+    if new.at < 0:
+        return leaf.move(at, new.base, target, new.name)
+    return leaf.replace(new.at, target).remove(at)
+
+
 def _present(position: LeafPosition) -> int:
     if position.at < 0:
         raise FsError(errno.ENOENT)
     return position.at
-
-
-def _free_key(leaf: Leaf, base: int) -> int:
-    """Return the lowest free key from `base` on; raises NoSpace after COLLISIONS keys."""
-    at, key = leaf.lower(base), base
-    while at < leaf.count and leaf.key(at) == key:
-        at, key = at + 1, key + 1
-    if key >= base + COLLISIONS:
-        raise NoSpace("the directory holds too many names of the same hash")
-    return key

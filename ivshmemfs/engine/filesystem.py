@@ -64,7 +64,7 @@ EARLIEST, LATEST = (
     -(1 << 63),
     (1 << 63) - 1,
 )  # timestamps that the inode record can store, in ns since 1970
-_RENAME_FLAGS = RENAME_NOREPLACE | RENAME_EXCHANGE | RENAME_WHITEOUT
+_RENAME_FLAGS: Final = RENAME_NOREPLACE | RENAME_EXCHANGE | RENAME_WHITEOUT
 KEEP_SIZE, PUNCH_HOLE, ZERO_RANGE = 1, 2, 16  # modes of fallocate(2)
 EVERY = 1 << 60  # looks of one listing without a limit; no directory needs as many
 FILLED_AT_ONCE = 1 << 20  # bytes of holes that one commit fills

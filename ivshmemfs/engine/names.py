@@ -28,7 +28,9 @@ from ivshmemfs.errors import Corrupt, FsError
 from ivshmemfs.format.dirent import NAME_MAX
 from ivshmemfs.format.inode import INODE, ORPHANS_INO, ROOT_INO, InodeRecord, orphan_name
 
-RENAME_NOREPLACE, RENAME_EXCHANGE, RENAME_WHITEOUT = 1, 2, 4
+RENAME_NOREPLACE: Final = 1
+RENAME_EXCHANGE: Final = 2
+RENAME_WHITEOUT: Final = 4
 # The values of the module `stat`, as constants at compile time.
 _FORMAT: Final = 0o170000
 _DIRECTORY: Final = 0o040000
@@ -36,11 +38,13 @@ _LINK: Final = 0o120000
 _SET_GROUP_ID: Final = 0o2000
 LINK_MAX = (1 << 31) - 1  # names of one inode
 DEPTH_MAX = 1000  # directories above the place to which a directory is moved; limits the check
-_BLANK = INODE.unpack(bytes(INODE.size))._replace(blocks=1)
+_BLANK: Final = INODE.unpack(bytes(INODE.size))._replace(blocks=1)
 _NEW: Final = INODE.places(
     "mode", "nlink", "uid", "gid", "rdev", "parent",
     "atime_ns", "mtime_ns", "ctime_ns", "btime_ns",
 )  # fmt: skip
+_RENAMED: Final = INODE.places("ctime_ns")
+_MOVED: Final = INODE.places("ctime_ns", "parent")
 
 
 def folder_of(view: View, ino: int) -> Inode:
@@ -412,18 +416,18 @@ def rename(
     """
     _, position, inode = _existing(tx, parent, name)
     folder = parent_of(tx, new_parent, new_name)
-    entry = directory.find(tx, folder, new_name)
+    place = directory.locate(tx, folder, new_name)
     if inode.is_dir:
         _forbid_cycle(tx, inode.ino, new_parent)
     if flags == RENAME_EXCHANGE:
-        return _exchange(tx, (parent, name), (new_parent, new_name), inode, entry)
-    if entry is not None:
+        return _exchange(tx, (parent, name), (new_parent, new_name), inode, place.entry)
+    if place.at >= 0:
         if flags & RENAME_NOREPLACE:
             raise FsError(errno.EEXIST)
-        if entry.ino == inode.ino:
+        if place.ino == inode.ino:
             return inode.ino, 0
-        _take_away(tx, new_parent, inode, target(tx, entry))
-    _move(tx, parent, position, new_parent, new_name, inode, over=entry is not None)
+        _take_away(tx, new_parent, inode, _target(tx, place.ino, new_name))
+    _move(tx, parent, position, new_parent, place, inode)
     if flags & RENAME_WHITEOUT:
         make(tx, parent, name, stat.S_IFCHR, ctx)
     return inode.ino, 0
@@ -475,20 +479,29 @@ def _move(
     old: int,
     position: LeafPosition,
     new: int,
-    name: bytes,
+    place: LeafPosition,
     inode: Inode,
-    *,
-    over: bool,
 ) -> None:
-    """Move the entry at `position` of directory `old` to `name` in directory `new`."""
-    links = int(inode.is_dir and old != new)
-    source = tx.inode(old)
-    tx.put(directory.remove(tx, source, position, -links))
-    folder = tx.inode(new)
-    place = directory.locate(tx, folder, name)
-    enter = directory.replace if over else directory.insert
-    tx.put(enter(tx, folder, place, inode.ino, _kind(inode), links))
-    tx.touch(inode.ino, **({"parent": new} if inode.is_dir else {}))
+    """Move the entry at `position` of directory `old` to `place` in directory `new`."""
+    ino, kind, folder = inode.ino, _kind(inode), tx.inode(new)
+    if old == new:
+        tx.put(directory.move(tx, folder, position, place, ino, kind))
+    else:
+        links = int(inode.is_dir)
+        tx.put(directory.remove(tx, tx.inode(old), position, -links))
+        enter = directory.insert if place.at < 0 else directory.replace
+        tx.put(enter(tx, folder, place, ino, kind, links))
+    _moved(tx, ino, new)
+
+
+def _moved(tx: Transaction, ino: int, parent: int) -> None:
+    """Note in an inode that it has another name, in directory `parent`."""
+    inode = tx.inode(ino)
+    if inode.is_dir:
+        record = INODE.placed(inode.record, _MOVED, (tx.now, parent))
+    else:
+        record = INODE.placed(inode.record, _RENAMED, (tx.now,))
+    tx.put(Inode(ino, record, inode.data, inode.xattr))
 
 
 def _exchange(
@@ -511,5 +524,5 @@ def _exchange(
         inside = tx.inode(folder)
         position = directory.locate(tx, inside, name)
         tx.put(directory.replace(tx, inside, position, comes.ino, _kind(comes), links))
-        tx.touch(comes.ino, **({"parent": folder} if comes.is_dir else {}))
+        _moved(tx, comes.ino, folder)
     return inode.ino, other.ino

@@ -23,16 +23,10 @@ from array import array
 from functools import lru_cache
 from typing import Final
 
+from ivshmemfs import native
+from ivshmemfs.errors import NoSpace
 from ivshmemfs.format.words import POINTER_SIZE, WORD
-from ivshmemfs.native import (
-    ascending,
-    is_name,
-    leaf_find,
-    leaf_insert,
-    leaf_remove,
-    lower_bound,
-    sum_bytes,
-)
+from ivshmemfs.native import ascending, is_name, lower_bound, sum_bytes
 
 assert sys.byteorder == "little", "columns are used without conversion"
 
@@ -44,8 +38,16 @@ TYPE_SHIFT: Final = 56
 INO_MASK: Final = (1 << 56) - 1
 FIRST_KEY: Final = COLLISIONS  # smaller keys are cookies of "." and ".."
 LAST_KEY: Final = (1 << 63) - 1
+# The compiler looks an imported function up at each call, but not a constant.
+_leaf_find: Final = native.leaf_find
+_leaf_insert: Final = native.leaf_insert
+_leaf_move: Final = native.leaf_move
+_leaf_remove: Final = native.leaf_remove
+_put_bytes: Final = native.put_bytes
+_range_of: Final = native.range_of
+_word_at: Final = native.word_at
+_CROWDED = "the directory holds too many names of the same hash"
 _pack_word = struct.Struct("<Q").pack
-_unpack_word = struct.Struct("<Q").unpack_from
 
 
 @lru_cache(maxsize=4096)  # the engine looks a name up before it makes or removes it
@@ -117,13 +119,11 @@ class Leaf:
 
     def key(self, at: int) -> int:
         """Return the key of entry `at`."""
-        found: int = _unpack_word(self.raw, WORD * at)[0]
-        return found
+        return _word_at(self.raw, at)
 
     def ino(self, at: int) -> int:
         """Return the inode number and type of entry `at`."""
-        found: int = _unpack_word(self.raw, WORD * (self.count + at))[0]
-        return found
+        return _word_at(self.raw, self.count + at)
 
     def name_at(self, at: int) -> int:
         """Return the byte at which the name of entry `at` begins."""
@@ -132,20 +132,33 @@ class Leaf:
 
     def find(self, key: int, name: bytes) -> int:
         """Return the index of `name`, whose lowest possible key is `key`; -1 if it is not here."""
-        return leaf_find(self.raw, self.count, key, COLLISIONS, name)
+        return _leaf_find(self.raw, self.count, key, COLLISIONS, name)
 
-    def insert(self, key: int, ino_and_type: int, name: bytes) -> "Leaf":
-        """Return a leaf with this entry added."""
-        return Leaf(leaf_insert(self.raw, self.count, key, ino_and_type, name), self.count + 1)
+    def insert(self, base: int, ino_and_type: int, name: bytes) -> "Leaf":
+        """Return a leaf with this entry added, under the lowest free key from `base` on.
+
+        Raises NoSpace when no key of this hash is free.
+        """
+        raw = _leaf_insert(self.raw, self.count, base, COLLISIONS, ino_and_type, name)
+        if raw is None:
+            raise NoSpace(_CROWDED)
+        return Leaf(raw, self.count + 1)
+
+    def move(self, at: int, base: int, ino_and_type: int, name: bytes) -> "Leaf":
+        """Return a leaf with this entry instead of entry `at`, whose key is free for it."""
+        raw = _leaf_move(self.raw, self.count, at, base, COLLISIONS, ino_and_type, name)
+        if raw is None:
+            raise NoSpace(_CROWDED)
+        return Leaf(raw, self.count)
 
     def remove(self, at: int) -> "Leaf":
         """Return a leaf without entry `at`."""
-        return Leaf(leaf_remove(self.raw, self.count, at), self.count - 1)
+        return Leaf(_leaf_remove(self.raw, self.count, at), self.count - 1)
 
     def replace(self, at: int, ino_and_type: int) -> "Leaf":
         """Return a leaf whose entry `at` leads to another inode."""
-        raw, place = self.raw, WORD * (self.count + at)
-        return Leaf(raw[:place] + _pack_word(ino_and_type) + raw[place + WORD :], self.count)
+        place = WORD * (self.count + at)
+        return Leaf(_put_bytes(self.raw, place, _pack_word(ino_and_type)), self.count)
 
     def part(self, start: int, stop: int) -> "Leaf":
         """Return a leaf of the entries [start, stop)."""
@@ -223,8 +236,7 @@ class Interior:
 
     def key(self, at: int) -> int:
         """Return the lower bound of child `at`."""
-        found: int = _unpack_word(self.raw, WORD * at)[0]
-        return found
+        return _word_at(self.raw, at)
 
     def pointer(self, at: int) -> bytes:
         """Return the pointer to child `at`."""
@@ -233,7 +245,7 @@ class Interior:
 
     def pick(self, key: int) -> int:
         """Return the index of the child whose range holds `key`."""
-        return max(lower_bound(self.raw, self.count, min(key, LAST_KEY) + 1) - 1, 0)
+        return _range_of(self.raw, self.count, key)
 
     def replace(self, at: int, children: "Interior") -> "Interior":
         """Return the node with `children` in the place of child `at`."""
@@ -251,8 +263,7 @@ class Interior:
     def with_pointer(self, at: int, pointer: bytes) -> "Interior":
         """Return the node with another pointer to child `at`."""
         place = WORD * self.count + POINTER_SIZE * at
-        raw = self.raw
-        return Interior(raw[:place] + pointer + raw[place + POINTER_SIZE :], self.count)
+        return Interior(_put_bytes(self.raw, place, pointer), self.count)
 
     def part(self, start: int, stop: int) -> "Interior":
         """Return a node of the children [start, stop)."""

@@ -21,6 +21,7 @@ from ivshmemfs.native._native import (
     is_name,
     leaf_find,
     leaf_insert,
+    leaf_move,
     leaf_remove,
     lower_bound,
     packed_attributes,
@@ -28,7 +29,9 @@ from ivshmemfs.native._native import (
     packed_node,
     packed_tuple,
     placed_tuple,
+    put_bytes,
     put_slots,
+    range_of,
     record_node,
     split_pointers,
     sum_bytes,
@@ -36,6 +39,7 @@ from ivshmemfs.native._native import (
     swapped_node,
     weight_of,
     with_weight,
+    word_at,
 )
 
 __all__ = [
@@ -54,6 +58,7 @@ __all__ = [
     "is_name",
     "leaf_find",
     "leaf_insert",
+    "leaf_move",
     "leaf_remove",
     "lower_bound",
     "packed_attributes",
@@ -61,7 +66,9 @@ __all__ = [
     "packed_node",
     "packed_tuple",
     "placed_tuple",
+    "put_bytes",
     "put_slots",
+    "range_of",
     "record_node",
     "split_pointers",
     "sum_bytes",
@@ -69,4 +76,5 @@ __all__ = [
     "swapped_node",
     "weight_of",
     "with_weight",
+    "word_at",
 ]

@@ -222,6 +222,7 @@ cdef extern from "native.h" nogil:
                  const unsigned char *pointers, uint64_t count, uint64_t hint)
 
     uint64_t packed_lower_bound(const unsigned char *words, uint64_t count, uint64_t value)
+    uint64_t packed_range(const unsigned char *words, uint64_t count, uint64_t value)
     bint packed_ascending(const unsigned char *words, uint64_t count)
     uint64_t packed_sum(const unsigned char *data, uint64_t start, uint64_t stop)
     uint64_t packed_weight(const unsigned char *pointers, uint64_t count)
@@ -233,5 +234,7 @@ cdef extern from "native.h" nogil:
                                     const unsigned char *name, uint64_t length)
     uint64_t leaf_size_without(const leaf *leaf, uint64_t at)
     void leaf_without(const leaf *leaf, uint64_t at, unsigned char *to)
-    void leaf_with(const leaf *leaf, uint64_t key, uint64_t value, const unsigned char *name,
-                   uint64_t length, unsigned char *to)
+    bint leaf_free_key(const leaf *leaf, uint64_t gone, uint64_t span, uint64_t *key)
+    uint64_t leaf_size_with(const leaf *leaf, uint64_t gone, uint64_t length)
+    void leaf_with(const leaf *leaf, uint64_t gone, uint64_t key, uint64_t value,
+                   const unsigned char *name, uint64_t length, unsigned char *to)

@@ -25,6 +25,8 @@ from struct import error as StructError
 
 cdef extern from *:
     """
+    _Static_assert(sizeof(unsigned long) == sizeof(uint64_t), "arguments are taken as long");
+
     #ifdef Py_LIMITED_API /* functions where the full interface has macros */
     #define BYTES_DATA PyBytes_AsString
     #define BYTES_SIZE PyBytes_Size
@@ -1293,6 +1295,48 @@ def lower_bound(buffer, count, value):
     return length
 
 
+def range_of(buffer, count, value):
+    """Index of the last of count packed ascending words that is not above value; 0 if all are."""
+    cdef uint64_t length, sought
+    cdef view taken
+    take(value, "value", &sought)
+    take_words(&taken, buffer, count, &length)
+    length = packed_range(taken.data, length, sought)
+    view_drop(&taken)
+    return length
+
+
+def word_at(buffer, at):
+    """The packed word at this index."""
+    cdef uint64_t index, word = 0
+    cdef bint inside
+    cdef view taken
+    take(at, "at", &index)
+    view_take(&taken, buffer)
+    inside = index < taken.size // WORD_SIZE
+    if inside:
+        memcpy(&word, taken.data + WORD_SIZE * index, sizeof(word))
+    view_drop(&taken)
+    if not inside:
+        raise ValueError(f"there is no word {at!r}")
+    return word
+
+
+def put_bytes(raw, at, part):
+    """The bytes with a part of them, from byte `at` on, replaced by others."""
+    cdef uint64_t place, size = bytes_size(raw), length = bytes_size(part)
+    cdef unsigned char *made
+    cdef bytes result
+    take(at, "at", &place)
+    if place > size or length > size - place:
+        raise ValueError(f"{length} bytes do not fit {size} bytes from byte {at!r} on")
+    result = new_bytes(size)
+    made = <unsigned char *>BYTES_DATA(result)
+    memcpy(made, BYTES_DATA(raw), size)
+    memcpy(made + place, BYTES_DATA(part), length)
+    return result
+
+
 def ascending(buffer, count):
     """Whether each of count packed words is above the one before it."""
     cdef uint64_t length
@@ -1327,7 +1371,7 @@ cdef inline int take_pointer(object pointer, unsigned char **data) except -1:
 
 cdef inline uint64_t bytes_size(object part) except? 1:
     if not PyBytes_CheckExact(part):
-        raise TypeError("the parts of a node must be bytes")
+        raise TypeError(f"bytes are wanted, not {part!r}")
     return <uint64_t>BYTES_SIZE(part)
 
 
@@ -1610,28 +1654,53 @@ def leaf_find(raw, count, key, span, name):
     return found
 
 
-def leaf_insert(raw, count, key, value, name):
-    """The packed leaf with one entry more, before those with keys from this one on."""
-    cdef uint64_t lowest, word
-    cdef leaf old
-    cdef view taken, added
-    cdef bytes result
+cdef bytes leaf_entered(const leaf *old, uint64_t gone, object key, object span, object value,
+                        object name):
+    """The packed leaf with one entry more, and without entry `gone`; None: no key is free."""
+    cdef uint64_t lowest, width, word
+    cdef view added
+    cdef bytes result = None
     take(key, "key", &lowest)
+    take(span, "span", &width)
     take(value, "value", &word)
+    view_take(&added, name)
+    try:
+        if not 1 <= added.size <= LEAF_NAME_MAX:
+            raise ValueError(f"a name has 1 to {LEAF_NAME_MAX} bytes, not {added.size}")
+        if leaf_free_key(old, gone, width, &lowest):
+            result = new_bytes(leaf_size_with(old, gone, added.size))
+            leaf_with(old, gone, lowest, word, added.data, added.size,
+                      <unsigned char *>BYTES_DATA(result))
+    finally:
+        view_drop(&added)
+    return result
+
+
+def leaf_insert(raw, count, key, span, value, name):
+    """The packed leaf with one entry more. It has the lowest free key in [key, key + span); None when
+there is none."""
+    cdef leaf old
+    cdef view taken
     take_leaf(&taken, raw, count, &old)
     try:
-        view_take(&added, name)
-        try:
-            if not 1 <= added.size <= LEAF_NAME_MAX:
-                raise ValueError(f"a name has 1 to {LEAF_NAME_MAX} bytes, not {added.size}")
-            result = new_bytes(old.length + ENTRY_FIXED + added.size)
-            leaf_with(&old, lowest, word, added.data, added.size,
-                      <unsigned char *>BYTES_DATA(result))
-        finally:
-            view_drop(&added)
+        return leaf_entered(&old, old.count, key, span, value, name)
     finally:
         view_drop(&taken)
-    return result
+
+
+def leaf_move(raw, count, at, key, span, value, name):
+    """The packed leaf with another entry instead of entry `at`; its key as for leaf_insert."""
+    cdef uint64_t gone
+    cdef leaf old
+    cdef view taken
+    take(at, "at", &gone)
+    take_leaf(&taken, raw, count, &old)
+    try:
+        if gone >= old.count:
+            raise ValueError(f"there is no entry {at!r}")
+        return leaf_entered(&old, gone, key, span, value, name)
+    finally:
+        view_drop(&taken)
 
 
 def leaf_remove(raw, count, at):

@@ -280,6 +280,8 @@ int turn_end(struct turn *turn, uint64_t active, uint64_t idle, uint64_t repairs
 /* --- packed.c ---------------------------------------------------------------------------------- */
 
 uint64_t packed_lower_bound(const unsigned char *words, uint64_t count, uint64_t value);
+/* Index of the last of `count` ascending words that is not above `value`; 0 if all are. */
+uint64_t packed_range(const unsigned char *words, uint64_t count, uint64_t value);
 bool packed_ascending(const unsigned char *words, uint64_t count);
 uint64_t packed_sum(const unsigned char *bytes, uint64_t start, uint64_t stop);
 /* The blocks that `count` packed pointers lead to: the sum of their weights. */
@@ -306,8 +308,11 @@ int64_t leaf_find(const struct leaf *leaf, uint64_t key, uint64_t span, const un
 /* Bytes of the leaf without entry `at`, which must exist. */
 uint64_t leaf_size_without(const struct leaf *leaf, uint64_t at);
 void leaf_without(const struct leaf *leaf, uint64_t at, unsigned char *to);
-/* The leaf with one entry more: ENTRY_FIXED + `length` bytes more. */
-void leaf_with(const struct leaf *leaf, uint64_t key, uint64_t value, const unsigned char *name,
-               uint64_t length, unsigned char *to);
+/* The lowest of `span` keys from *key on that no entry has but `gone`; false when there is none. */
+bool leaf_free_key(const struct leaf *leaf, uint64_t gone, uint64_t span, uint64_t *key);
+/* The leaf with one entry more, and without entry `gone`, if there is such an entry. */
+uint64_t leaf_size_with(const struct leaf *leaf, uint64_t gone, uint64_t length);
+void leaf_with(const struct leaf *leaf, uint64_t gone, uint64_t key, uint64_t value,
+               const unsigned char *name, uint64_t length, unsigned char *to);
 
 #endif

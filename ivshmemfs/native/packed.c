@@ -15,6 +15,13 @@ uint64_t packed_lower_bound(const unsigned char *words, uint64_t count, uint64_t
     return low;
 }
 
+uint64_t packed_range(const unsigned char *words, uint64_t count, uint64_t value)
+{
+    uint64_t above = value < UINT64_MAX ? packed_lower_bound(words, count, value + 1) : count;
+
+    return above > 0 ? above - 1 : 0;
+}
+
 bool packed_ascending(const unsigned char *words, uint64_t count)
 {
     uint64_t before = count > 0 ? u64_at(words, 0) : 0;
@@ -30,8 +37,14 @@ bool packed_ascending(const unsigned char *words, uint64_t count)
 
 uint64_t packed_sum(const unsigned char *bytes, uint64_t start, uint64_t stop)
 {
-    uint64_t sum = 0;
+    const uint64_t even = UINT64_C(0x00ff00ff00ff00ff), ones = UINT64_C(0x0001000100010001);
+    uint64_t sum = 0, pairs;
 
+    for (; start < stop && stop - start >= 8; start += 8) {
+        memcpy(&pairs, bytes + start, 8);
+        pairs = (pairs & even) + (pairs >> 8 & even);
+        sum += pairs * ones >> 48; /* the four pairs */
+    }
     for (; start < stop; start++)
         sum += bytes[start];
     return sum;
@@ -124,22 +137,70 @@ static unsigned char *put(unsigned char *to, const void *from, uint64_t length)
     return to + length;
 }
 
-void leaf_with(const struct leaf *leaf, uint64_t key, uint64_t value, const unsigned char *name,
-               uint64_t length, unsigned char *to)
+bool leaf_free_key(const struct leaf *leaf, uint64_t gone, uint64_t span, uint64_t *key)
 {
-    const unsigned char *raw = leaf->raw, *sizes = leaf_sizes(leaf);
-    uint64_t at = packed_lower_bound(raw, leaf->count, key), cut = name_at(leaf, at);
-    unsigned char size = (unsigned char)length;
+    uint64_t at = packed_lower_bound(leaf->raw, leaf->count, *key), offset = 0;
 
-    to = put(to, raw, 8 * at);
-    to = put(to, &key, 8);
-    to = put(to, raw + 8 * at, 8 * leaf->count); /* with the values before it */
-    to = put(to, &value, 8);
-    to = put(to, leaf_values(leaf) + 8 * at, 8 * (leaf->count - at) + at);
-    to = put(to, &size, 1);
-    to = put(to, sizes + at, cut - (uint64_t)(sizes + at - raw));
-    to = put(to, name, length);
-    put(to, raw + cut, leaf->length - cut);
+    for (; at < leaf->count && offset < span; at++) {
+        if (at == gone)
+            continue;
+        if (u64_at(leaf->raw, at) != *key + offset)
+            break;
+        offset++;
+    }
+    *key += offset;
+    return offset < span && *key >= offset;
+}
+
+/* What changes in a column: `gone` bytes from `cut` on are left out, and `size` bytes of `item` are
+ * put in before byte `place`, which is not behind `cut` within what is left out. */
+struct change {
+    uint64_t cut;
+    uint64_t gone;
+    uint64_t place;
+    const void *item;
+    uint64_t size;
+};
+
+static unsigned char *put_changed(unsigned char *to, const unsigned char *column, uint64_t length,
+                                  const struct change *change)
+{
+    const uint64_t cut = change->cut, behind = cut + change->gone, place = change->place;
+
+    if (place <= cut) {
+        to = put(to, column, place);
+        to = put(to, change->item, change->size);
+        to = put(to, column + place, cut - place);
+        return put(to, column + behind, length - behind);
+    }
+    to = put(to, column, cut);
+    to = put(to, column + behind, place - behind);
+    to = put(to, change->item, change->size);
+    return put(to, column + place, length - place);
+}
+
+uint64_t leaf_size_with(const struct leaf *leaf, uint64_t gone, uint64_t length)
+{
+    return ENTRY_FIXED + length + (gone < leaf->count ? leaf_size_without(leaf, gone)
+                                                      : leaf->length);
+}
+
+void leaf_with(const struct leaf *leaf, uint64_t gone, uint64_t key, uint64_t value,
+               const unsigned char *name, uint64_t length, unsigned char *to)
+{
+    const uint64_t count = leaf->count, names = ENTRY_FIXED * count;
+    const uint64_t at = packed_lower_bound(leaf->raw, count, key), place = name_at(leaf, at);
+    const uint64_t cut = gone < count ? gone : at, one = gone < count;
+    const uint64_t named = one ? name_at(leaf, cut) : place;
+    const uint64_t freed = one ? name_end(leaf, cut, named) - named : 0;
+    const unsigned char size = (unsigned char)length;
+
+    to = put_changed(to, leaf->raw, 8 * count, &(struct change){8 * cut, 8 * one, 8 * at, &key, 8});
+    to = put_changed(to, leaf_values(leaf), 8 * count,
+                     &(struct change){8 * cut, 8 * one, 8 * at, &value, 8});
+    to = put_changed(to, leaf_sizes(leaf), count, &(struct change){cut, one, at, &size, 1});
+    put_changed(to, leaf->raw + names, leaf->length - names,
+                &(struct change){named - names, freed, place - names, name, length});
 }
 
 uint64_t leaf_size_without(const struct leaf *leaf, uint64_t at)

@@ -84,10 +84,12 @@ class Workspace(NodeSource):
         if count >= BULK:
             return self._claim_many(count)
         if len(self._pool) < count:
-            self._fill_pool(count - len(self._pool))
+            # The nodes above the first data blocks are claimed by the same call.
+            nodes = SMALL_CLAIM if not self._claims and count + SMALL_CLAIM < BULK else 0
+            self._fill_pool(count + nodes - len(self._pool))
             if len(self._pool) < count:
                 raise NoSpace("no free blocks are left on the region")
-        pointers = b"".join(self._pool[:count])
+        pointers = b"".join(self._pool[:count]) if count != 1 else self._pool[0]
         del self._pool[:count]
         return pointers
 

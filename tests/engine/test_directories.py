@@ -88,6 +88,31 @@ def test_random_changes_match_a_set(roomy: TestRegion) -> None:
     assert_adds_up(mounts[0])
 
 
+@pytest.mark.parametrize("pool", [12, 60, 900])
+def test_random_renames_match_a_dict(roomy: TestRegion, pool: int) -> None:
+    """Renames within a leaf and between leaves, which split and merge, also over other names."""
+    mounts, chance = [roomy.mount(), roomy.mount()], random.Random(pool)
+    called, there = varied_names(2 * pool, chance), dict[bytes, int]()
+    folder = mounts[0].mkdir(ROOT_INO, b"dir", 0o755, ROOT).ino
+    for name in called[:pool]:
+        there[name] = mounts[0].mknod(folder, name, 0o100644, 0, ROOT).ino
+    heights = {shape(mounts[0], folder)}
+    for _ in range(1500):
+        fs, old, new = chance.choice(mounts), chance.choice(list(there)), chance.choice(called)
+        if new in there and (len(there) < pool // 2 or chance.random() < 0.5):
+            continue
+        fs.rename(folder, old, folder, new, 0, ROOT)
+        there[new] = there.pop(old)
+        record = fs.view().inode(folder).record
+        assert record.entries == len(there)
+        heights.add(shape(fs, folder))
+    for fs in mounts:
+        assert names(fs, folder) == sorted(there)
+        assert {name: fs.lookup(folder, name).ino for name in there} == there
+    assert max(heights)[1] == {12: 1, 60: 1, 900: 2}[pool]
+    assert_adds_up(mounts[0])
+
+
 def test_a_tree_returns_into_the_inode(roomy: TestRegion) -> None:
     fs = roomy.mount()
     file = fs.mknod(ROOT_INO, b"file", 0o100644, 0, ROOT).ino

@@ -57,6 +57,35 @@ def test_what_is_known_is_what_stands_there(made: TestRegion) -> None:
     assert len(set(numbers)) > 20
 
 
+def test_a_change_that_fails_forgets_nothing(made: TestRegion) -> None:
+    fs = made.mount()
+    ino = put(fs, ROOT_INO, b"file", b"abc").ino
+    fs.mkdir(ROOT_INO, b"full", 0o755, ROOT)
+    inside = fs.lookup(ROOT_INO, b"full").ino
+    put(fs, inside, b"inner", b"")
+
+    def refused() -> None:
+        with pytest.raises(FsError):
+            fs.mkdir(ROOT_INO, b"file", 0o755, ROOT)
+        with pytest.raises(FsError):
+            fs.unlink(ROOT_INO, b"missing", ROOT)
+        with pytest.raises(FsError):
+            fs.rmdir(ROOT_INO, b"full", ROOT)
+        fs.rename(ROOT_INO, b"file", ROOT_INO, b"file", 0, ROOT)  # changes nothing
+
+    fs.lookup(ROOT_INO, b"file")
+    known = fs.view().cache
+    refused()
+    assert fs.view().cache is known
+    assert known.find_name(ROOT_INO, b"file") == ino
+    # What a failed change has read is known as well, when it is the first look at a commit.
+    other = made.mount()
+    other.setattr(ino, ROOT, mode=0o600)
+    refused()
+    assert ino in fs.view().cache.inodes
+    assert fs.lookup_number(ino) == other.lookup_number(ino)
+
+
 def test_more_than_is_remembered() -> None:
     with new_region(128 << 20) as made:
         fs = made.mount()

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from ivshmemfs.errors import NoSpace
 from ivshmemfs.format import words
 from ivshmemfs.format.dirent import (
     COLLISIONS,
@@ -55,6 +56,17 @@ class LeafMachine(RuleBasedStateMachine):
         del self.model[name]
         assert self.at(name) == -1
 
+    @precondition(lambda self: self.model)
+    @rule(data=st.data(), name=NAMES)
+    def move(self, data: st.DataObject, name: bytes) -> None:
+        if name in self.model:
+            return
+        old = data.draw(st.sampled_from(sorted(self.model)))
+        self.leaf = self.leaf.move(self.at(old), name_key(name, SECRET), 5, name)
+        del self.model[old]
+        self.model[name] = 5
+        assert self.at(old) == -1
+
     @rule(data=st.data())
     def divide_and_join(self, data: st.DataObject) -> None:
         cut = data.draw(st.integers(0, len(self.leaf.keys)))
@@ -90,6 +102,20 @@ def test_names_of_equal_hash_are_told_apart() -> None:
         leaf = leaf.insert(base + at, at, name)
     assert [leaf.find(base, name) for name in (b"one", b"two", b"three", b"on")] == [0, 1, 2, -1]
     assert leaf.find(base + COLLISIONS, b"two") == -1
+
+
+def test_keys_of_one_hash_are_used_up() -> None:
+    base, leaf = name_key(b"one", SECRET), EMPTY_LEAF
+    for at in range(COLLISIONS):
+        leaf = leaf.insert(base, at, b"%d" % at)
+    assert list(leaf.keys) == list(range(base, base + COLLISIONS))
+    with pytest.raises(NoSpace, match="same hash"):
+        leaf.insert(base, 1, b"one")
+    moved = leaf.move(7, base, 1, b"one")
+    assert moved.key(moved.find(base, b"one")) == base + 7
+    assert moved.find(base, b"7") == -1
+    with pytest.raises(NoSpace, match="same hash"):
+        leaf.insert(base + COLLISIONS, 0, b"next").move(COLLISIONS, base, 1, b"one")
 
 
 @given(NAMES)

@@ -25,11 +25,20 @@ static void words_of(void)
 {
     uint64_t words[] = {1, 5, 5, 9};
     const unsigned char *raw = (const unsigned char *)words;
+    unsigned char full[40];
 
     check(packed_lower_bound(raw, 4, 0) == 0 && packed_lower_bound(raw, 4, 5) == 1);
     check(packed_lower_bound(raw, 4, 10) == 4 && packed_lower_bound(raw, 0, 1) == 0);
+    check(packed_range(raw, 4, 0) == 0 && packed_range(raw, 4, 1) == 0);
+    check(packed_range(raw, 4, 8) == 2 && packed_range(raw, 4, UINT64_MAX) == 3);
+    check(packed_range(raw, 0, 1) == 0);
     check(packed_ascending(raw, 2) && !packed_ascending(raw, 3) && packed_ascending(raw, 0));
     check(packed_sum(raw, 0, 8) == 1 && packed_sum(raw, 9, 8) == 0);
+    check(packed_sum(raw, 0, 32) == 20 && packed_sum(raw, 1, 25) == 19);
+    memset(full, 0xff, sizeof full);
+    for (uint64_t stop = 0; stop <= sizeof full; stop++)
+        check(packed_sum(full, 0, stop) == 255 * stop && packed_sum(full, stop, sizeof full) ==
+                                                            255 * (sizeof full - stop));
     check(slots_trimmed(raw, 32) == 32 && slots_trimmed((unsigned char[48]){1}, 48) == 16);
     check(slots_trimmed((unsigned char[16]){0}, 16) == 0);
     check(packed_weight((unsigned char[32]){[4] = 3, [16] = 9, [20] = 2, [23] = 1}, 2) == 16777221);
@@ -62,6 +71,27 @@ static void names(void)
     check(!fit("a/", 2) && !fit("/", 1) && !fit("a\0b", 3));
 }
 
+/* One call with an entry gone and another there, beside two calls. */
+static void moved(const struct leaf *leaf, uint64_t gone, uint64_t key)
+{
+    const unsigned char name[] = "another";
+    struct leaf less = {NULL, leaf_size_without(leaf, gone), leaf->count - 1};
+    const uint64_t size = leaf_size_with(leaf, gone, 7);
+    unsigned char *without = malloc(less.length), *two = malloc(size), *one = malloc(size);
+    uint64_t first = key, second = key;
+
+    leaf_without(leaf, gone, without);
+    less.raw = without;
+    check(leaf_free_key(&less, less.count, 256, &first) && leaf_free_key(leaf, gone, 256, &second));
+    check(first == second && leaf_size_with(&less, less.count, 7) == size);
+    leaf_with(&less, less.count, first, 5, name, 7, two);
+    leaf_with(leaf, gone, first, 5, name, 7, one);
+    check(memcmp(one, two, size) == 0);
+    free(without);
+    free(two);
+    free(one);
+}
+
 static void leaves(void)
 {
     struct leaf leaf, more;
@@ -73,10 +103,14 @@ static void leaves(void)
     check(leaf_find(&leaf, 0, UINT64_MAX, (const unsigned char *)"namf", 4) == 5);
     for (uint64_t key = 0; key < 2000; key += 130) {
         const unsigned char name[] = "a longer name";
-        more = (struct leaf){NULL, leaf.length + ENTRY_FIXED + 13, ENTRIES + 1};
+        uint64_t free_key = key;
+        more = (struct leaf){NULL, leaf_size_with(&leaf, ENTRIES, 13), ENTRIES + 1};
+        check(more.length == leaf.length + ENTRY_FIXED + 13);
         more.raw = grown = malloc(more.length);
-        leaf_with(&leaf, key, 77, name, 13, grown);
-        int64_t at = leaf_find(&more, key, 1, name, 13);
+        check(leaf_free_key(&leaf, ENTRIES, 2, &free_key) && free_key <= key + 1);
+        leaf_with(&leaf, ENTRIES, free_key, 77, name, 13, grown);
+        check(packed_ascending(grown, ENTRIES + 1));
+        int64_t at = leaf_find(&more, key, 2, name, 13);
         check(at >= 0);
         check(leaf_size_without(&more, (uint64_t)at) == leaf.length);
         back = malloc(leaf.length);
@@ -84,7 +118,12 @@ static void leaves(void)
         check(memcmp(back, raw, leaf.length) == 0);
         free(back);
         free(grown);
+        for (uint64_t gone = 0; gone < ENTRIES; gone++)
+            moved(&leaf, gone, key);
     }
+    check(!leaf_free_key(&leaf, ENTRIES, 1, &(uint64_t){512}));
+    check(leaf_free_key(&leaf, 1, 1, &(uint64_t){512}));
+    check(!leaf_free_key(&leaf, ENTRIES, 0, &(uint64_t){1}));
     leaf.count = leaf.length / ENTRY_FIXED + 1;
     check(leaf_check(&leaf) == STATUS_RANGE);
     free(raw);
@@ -101,11 +140,14 @@ static void contradictions(void)
         for (int at = 0; at < ENTRIES; at++)
             raw[16 * ENTRIES + at] = (unsigned char)((state = state * 1103515245 + 12345) >> 16);
         check(leaf_find(&leaf, 0, UINT64_MAX, name, state % 256) >= -1);
-        made = malloc(leaf.length + ENTRY_FIXED + 255);
-        leaf_with(&leaf, state, 1, name, 255, made);
+        made = malloc(leaf_size_with(&leaf, ENTRIES, 255));
+        leaf_with(&leaf, ENTRIES, state, 1, name, 255, made);
         for (uint64_t at = 0; at < ENTRIES; at++) {
             unsigned char *less = malloc(leaf_size_without(&leaf, at));
             leaf_without(&leaf, at, less);
+            free(less);
+            less = malloc(leaf_size_with(&leaf, at, 255));
+            leaf_with(&leaf, at, state % 2000, 1, name, 255, less);
             free(less);
         }
         free(made);

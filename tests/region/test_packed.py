@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from array import array
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from typing import Any, NamedTuple
 
 import pytest
@@ -16,10 +16,14 @@ from ivshmemfs.native import (
     changed_tuple,
     leaf_find,
     leaf_insert,
+    leaf_move,
     leaf_remove,
     lower_bound,
+    put_bytes,
     put_slots,
+    range_of,
     sum_bytes,
+    word_at,
 )
 
 WORDS = st.lists(st.integers(0, 2**64 - 1), max_size=40)
@@ -30,6 +34,7 @@ def test_lower_bound(words: list[int], value: int, behind: bytes) -> None:
     raw = array("Q", words).tobytes() + behind
     for sought in {value, *words}:
         assert lower_bound(raw, len(words), sought) == bisect_left(words, sought)
+        assert range_of(raw, len(words), sought) == max(bisect_right(words, sought) - 1, 0)
 
 
 @given(WORDS | WORDS.map(sorted))
@@ -102,6 +107,36 @@ class Rows:
         return keys + values + bytes(map(len, names)) + b"".join(names)
 
 
+SPAN = 3
+
+
+def lowest_free(rows: list[tuple[int, int, bytes]], key: int, span: int) -> int | None:
+    """The lowest of `span` keys from `key` on that no row has."""
+    known = {row[0] for row in rows}
+    return next((at for at in range(key, min(key + span, 1 << 64)) if at not in known), None)
+
+
+@given(st.binary(max_size=40), st.integers(0, 50), st.binary(max_size=20))
+def test_words_and_parts_of_bytes(raw: bytes, at: int, part: bytes) -> None:
+    if 8 * at + 8 <= len(raw):
+        assert word_at(raw, at) == int.from_bytes(raw[8 * at : 8 * at + 8], "little")
+    else:
+        with pytest.raises(ValueError, match="no word"):
+            word_at(raw, at)
+    if at + len(part) <= len(raw):
+        assert put_bytes(raw, at, part) == raw[:at] + part + raw[at + len(part) :]
+    else:
+        with pytest.raises(ValueError, match="do not fit"):
+            put_bytes(raw, at, part)
+    with pytest.raises(TypeError, match="bytes are wanted"):
+        put_bytes(raw, at, bytearray(part))  # type: ignore[arg-type]
+    for wrong in (-1, 1 << 64):
+        with pytest.raises(ValueError, match="out of range"):
+            put_bytes(raw, wrong, part)
+        with pytest.raises(ValueError, match="out of range"):
+            word_at(raw, wrong)
+
+
 NAME = st.binary(min_size=1, max_size=255)
 WORD = st.integers(0, 2**64 - 1)
 ROWS = st.lists(
@@ -111,10 +146,18 @@ ROWS = st.lists(
 
 @given(ROWS, st.integers(0, 300) | WORD, WORD, NAME)
 def test_an_entry_more(leaf: Rows, key: int, value: int, name: bytes) -> None:
-    if key in [known for known, _, _ in leaf.rows]:
-        return
-    more = Rows([*leaf.rows, (key, value, name)])
-    assert leaf_insert(leaf.packed(), len(leaf.rows), key, value, name) == more.packed()
+    free = lowest_free(leaf.rows, key, SPAN)
+    more = Rows([*leaf.rows, (free, value, name)]).packed() if free is not None else None
+    assert leaf_insert(leaf.packed(), len(leaf.rows), key, SPAN, value, name) == more
+
+
+@given(ROWS, st.integers(0, 300) | WORD, WORD, NAME)
+def test_another_entry(leaf: Rows, key: int, value: int, name: bytes) -> None:
+    for at in range(len(leaf.rows)):
+        rest = leaf.rows[:at] + leaf.rows[at + 1 :]
+        free = lowest_free(rest, key, SPAN)
+        other = Rows([*rest, (free, value, name)]).packed() if free is not None else None
+        assert leaf_move(leaf.packed(), len(leaf.rows), at, key, SPAN, value, name) == other
 
 
 @given(ROWS)
@@ -142,21 +185,31 @@ def test_a_leaf_of_anything_is_survived(raw: bytes, count: int, key: int, name: 
         with pytest.raises(ValueError, match="more than"):
             leaf_find(raw, count, key, 256, name)
         with pytest.raises(ValueError, match="more than"):
-            leaf_insert(raw, count, key, 1, name)
+            leaf_insert(raw, count, key, 256, 1, name)
+        with pytest.raises(ValueError, match="more than"):
+            leaf_move(raw, count, 0, key, 256, 1, name)
         return
     assert -1 <= leaf_find(raw, count, key, 256, name) < count
-    assert len(leaf_insert(raw, count, key, 1, name)) == len(raw) + 17 + len(name)
+    more = leaf_insert(raw, count, key, 256, 1, name)
+    assert more is None or len(more) == len(raw) + 17 + len(name)
     for at in range(count):
-        assert len(leaf_remove(raw, count, at)) <= len(raw) - 17
+        less = leaf_remove(raw, count, at)
+        assert len(less) <= len(raw) - 17
+        other = leaf_move(raw, count, at, key, 256, 1, name)
+        assert other is None or len(other) == len(less) + 17 + len(name)
 
 
 def test_entries_that_cannot_be() -> None:
     with pytest.raises(ValueError, match="1 to 255 bytes"):
-        leaf_insert(b"", 0, 1, 1, b"")
+        leaf_insert(b"", 0, 1, 256, 1, b"")
     with pytest.raises(ValueError, match="1 to 255 bytes"):
-        leaf_insert(b"", 0, 1, 1, bytes(256))
+        leaf_insert(b"", 0, 1, 256, 1, bytes(256))
     with pytest.raises(ValueError, match="no entry"):
         leaf_remove(bytes(17), 1, 1)
+    with pytest.raises(ValueError, match="no entry"):
+        leaf_move(bytes(17), 1, 1, 1, 256, 1, b"x")
+    with pytest.raises(ValueError, match="out of range"):
+        leaf_insert(b"", 0, 1, -1, 1, b"x")
     with pytest.raises(ValueError, match="out of range"):
         leaf_find(bytes(17), 1, -1, 1, b"x")
 
