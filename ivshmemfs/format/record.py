@@ -102,6 +102,10 @@ class Layout(Generic[T]):
         """Return `size` bytes; raises struct.error if a value does not fit its field."""
         return packed_tuple(record, self.plan, self.size)
 
+    def plan_of(self, *names: str) -> bytes:
+        """Return the plan of these fields in this order, for `record_node`."""
+        return b"".join([_row(self.fields[self._places[name]]) for name in names])
+
     def places(self, *names: str) -> tuple[int, ...]:
         """Return the places of these fields in the record, for `placed`."""
         return tuple([self._places[name] for name in names])

@@ -24,7 +24,6 @@ from typing import Any, Final
 
 from ivshmemfs.errors import Fenced, FsError, NoSpace
 from ivshmemfs.format.node import HEADER_SIZE
-from ivshmemfs.format.record import Layout
 from ivshmemfs.format.words import NULL, TAG_AT, WEIGHT_AT, WORD
 from ivshmemfs.native import packed_node, record_node, swapped_node, weight_of, with_weight
 from ivshmemfs.shm.freelist import BULK, RECOUNT, SIZE, FreeList
@@ -165,14 +164,18 @@ class Workspace(NodeSource):
         self,
         kind: int,
         owner: int,
-        layout: Layout[Any],
-        record: tuple[Any, ...],
+        values: tuple[Any, ...],
+        plan: bytes,
+        size: int,
         more: bytes,
         rest: bytes = b"",
     ) -> Node:
-        """Make a private node with a record, `more` and `rest` after its header."""
+        """Make a private node with a record of `size` bytes, `more` and `rest` after its header.
+
+        `plan` is a plan of a `Layout` for the values.
+        """
         pointer = self._take()
-        data = record_node(pointer, kind, owner, record, layout.plan, layout.size, more, rest)
+        data = record_node(pointer, kind, owner, values, plan, size, more, rest)
         node = Node(pointer, kind, 0, owner, 0, data)
         self._nodes[pointer] = node
         return node
