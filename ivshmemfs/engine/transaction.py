@@ -302,8 +302,11 @@ class Transaction(View):
 
     def find_inode(self, ino: int) -> Inode | None:
         """Return an inode with the changes of the plan, or None; raises Corrupt."""
-        if ino in self._dirty:
-            return self._dirty[ino]
+        found = self._dirty.get(ino)
+        if found is not None:
+            return found
+        if self.removed and ino in self._dirty:
+            return None
         return super().find_inode(ino)
 
     def hand_over(self) -> CommitCache:

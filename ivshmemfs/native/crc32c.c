@@ -5,8 +5,8 @@
  * to the first one, with four table look-ups.
  *
  * Processors with wide carry-less multiplication take WIDE bytes at once, in less than half of the
- * time.  A vector of the buffer is replaced by a remainder of its product with x^n, which is as
- * long: n is the number of bits that it is moved on.
+ * time.  The remainder of a vector's product with x^n, where n is a number of bits, takes the place
+ * of the vector n bits further on.
  */
 #include "crc32c.h"
 
