@@ -18,7 +18,9 @@ from ivshmemfs.format.inode import INODE, PAYLOAD_OFFSET, InodeRecord
 from ivshmemfs.native import picked_tuple
 
 SECTOR: Final = 512  # bytes; the unit of `Attr.blocks`
-_LAYOUT: Final = INODE  # a name that the compiler binds
+# Names of this module are bound by the compiler; those of others are looked up at each use.
+_LAYOUT: Final = INODE
+_picked_tuple: Final = picked_tuple
 # The values of the module `stat`, as constants at compile time.
 _FORMAT: Final = 0o170000
 _DIRECTORY: Final = 0o040000
@@ -185,5 +187,5 @@ def attributes(inode: Inode, block_size: int) -> Attr:
             held -= 1  # other file systems do not count the inode block either
         size = record.blocks * block_size if inode.is_dir else record.size
         computed = (inode.ino, size, held * block_size // SECTOR)
-        inode.attr = picked_tuple(_NO_ATTR, _PICKED, record, computed)
+        inode.attr = _picked_tuple(_NO_ATTR, _PICKED, record, computed)
     return inode.attr

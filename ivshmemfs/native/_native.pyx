@@ -37,6 +37,28 @@ cdef extern from *:
     #define TUPLE_GIVE PyTuple_SET_ITEM
     #endif
 
+    /* The integer of a Python object; all ones with an exception if it has none. */
+    static inline uint64_t word_of(PyObject *value)
+    {
+    #if !defined(Py_LIMITED_API) && PYLONG_BITS_IN_DIGIT == 30 && PY_VERSION_HEX < 0x030f0000
+    #if PY_VERSION_HEX < 0x030c0000
+        const digit *digits = ((PyLongObject *)value)->ob_digit;
+        const Py_ssize_t count = PyLong_CheckExact(value) ? Py_SIZE(value) : 0;
+    #else /* the low bits: 0 a positive integer, 1 zero */
+        const digit *digits = ((PyLongObject *)value)->long_value.ob_digit;
+        const uintptr_t tag = PyLong_CheckExact(value) ? ((PyLongObject *)value)->long_value.lv_tag : 1;
+        const Py_ssize_t count = (tag & 3) == 0 ? (Py_ssize_t)(tag >> 3) : 0;
+    #endif
+        if (count == 1)
+            return digits[0];
+        if (count == 2)
+            return digits[0] | (uint64_t)digits[1] << 30;
+        if (count == 3 && digits[2] < 16)
+            return digits[0] | (uint64_t)digits[1] << 30 | (uint64_t)digits[2] << 60;
+    #endif
+        return PyLong_AsUnsignedLongLong(value);
+    }
+
     /* The low bytes of a word; the machine is little-endian. */
     static inline void word_put(unsigned char *to, size_t width, uint64_t word)
     {
@@ -109,6 +131,7 @@ cdef extern from *:
         return 0;
     }
     """
+    uint64_t word_of(object value) noexcept
     void word_put(unsigned char *to, size_t width, uint64_t word) noexcept nogil
     void *gil_leave() noexcept nogil
     void gil_enter(void *state) noexcept nogil
@@ -121,7 +144,6 @@ cdef extern from *:
 
 cdef extern from "Python.h":
     PyObject *PyExc_OverflowError
-    uint64_t PyLong_AsUnsignedLongLong(object) noexcept
     PyObject *PyErr_Occurred() noexcept
     int PyErr_ExceptionMatches(PyObject *) noexcept
     void PyErr_Clear() noexcept
@@ -147,7 +169,7 @@ cdef int not_a_word(object value, str name) except -1:
 
 cdef inline int take(object value, str name, uint64_t *out) except -1:
     """Take an argument that must be an int from 0 to 2^64 - 1."""
-    out[0] = PyLong_AsUnsignedLongLong(value)
+    out[0] = word_of(value)
     if out[0] == UINT64_MAX and PyErr_Occurred() != NULL:
         return not_a_word(value, name)
     return 0

@@ -30,6 +30,12 @@ from ivshmemfs.shm.freelist import BULK, RECOUNT, SIZE, FreeList
 from ivshmemfs.shm.nodes import Node, NodeSource
 from ivshmemfs.shm.published import Store
 
+# Names of this module are bound by the compiler; those of others are looked up at each use.
+_packed_node: Final = packed_node
+_record_node: Final = record_node
+_swapped_node: Final = swapped_node
+_with_weight: Final = with_weight
+_NULL: Final = NULL
 _FREE: Final = bytes(WORD)
 _ONE: Final = (1).to_bytes(TAG_AT - WEIGHT_AT, "little")
 FIRST_CLAIM: Final = 6  # blocks that an ordinary transaction needs
@@ -153,8 +159,8 @@ class Workspace(NodeSource):
         """
         pointer = self._take()
         if weight != 1:
-            pointer = with_weight(pointer, weight)
-        data = packed_node(pointer, kind, level, owner, count, body, more, rest)
+            pointer = _with_weight(pointer, weight)
+        data = _packed_node(pointer, kind, level, owner, count, body, more, rest)
         node = Node(pointer, kind, level, owner, count, data)
         node.parsed = parsed
         self._nodes[pointer] = node
@@ -175,7 +181,7 @@ class Workspace(NodeSource):
         `plan` is a plan of a `Layout` for the values.
         """
         pointer = self._take()
-        data = record_node(pointer, kind, owner, values, plan, size, more, rest)
+        data = _record_node(pointer, kind, owner, values, plan, size, more, rest)
         node = Node(pointer, kind, 0, owner, 0, data)
         self._nodes[pointer] = node
         return node
@@ -199,11 +205,11 @@ class Workspace(NodeSource):
         pointers.
         """
         claim = self._take()
-        pointer, data, gone = swapped_node(claim, kind, owner, old, had, runs, first, stop, base)
+        pointer, data, gone = _swapped_node(claim, kind, owner, old, had, runs, first, stop, base)
         self.replace_leaves(gone)
         if len(data) == HEADER_SIZE:
             self._pool.append(claim)
-            return NULL
+            return _NULL
         self._nodes[pointer] = Node(pointer, kind, 0, owner, 0, data)
         return pointer
 
