@@ -17,7 +17,7 @@ from __future__ import annotations
 import time
 from typing import Final
 
-_REALTIME_COARSE = 5  # clock id of Linux; the module `time` has no name for it
+_REALTIME_COARSE: Final = 5  # clock id of Linux; the module `time` has no name for it
 TRUSTED_NS: Final = 10 * 10**9  # ns that the last commit may be ahead of the machine's own clock
 
 

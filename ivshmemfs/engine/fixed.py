@@ -79,7 +79,7 @@ def make(tx: Transaction, inode: Inode, size: int, head: bytes = b"") -> Inode:
         )
     geometry = tx.store.geometry
     count = -(-size // tx.block_size)
-    if tx.root.record.used + count > geometry.block_count - geometry.reserve:
+    if tx.root.used + count > geometry.block_count - geometry.reserve:
         raise NoSpace(f"the region has no room for {size} more bytes")
     blocks = BlockCount(tx.space, inode)
     pointers = tx.space.claim_row(count, _steps(geometry, size))

@@ -15,9 +15,12 @@ from ivshmemfs.format import node as node_format
 from ivshmemfs.format import words
 from ivshmemfs.format.dirent import Interior, Leaf
 from ivshmemfs.format.inode import INODE, PAYLOAD_OFFSET, InodeRecord
-from ivshmemfs.native import placed_tuple
+from ivshmemfs.native import picked_tuple
 
 SECTOR: Final = 512  # bytes; the unit of `Attr.blocks`
+# Names of this module are bound by the compiler; those of others are looked up at each use.
+_LAYOUT: Final = INODE
+_picked_tuple: Final = picked_tuple
 # The values of the module `stat`, as constants at compile time.
 _FORMAT: Final = 0o170000
 _DIRECTORY: Final = 0o040000
@@ -41,7 +44,14 @@ class Attr(NamedTuple):
 
 
 _NO_ATTR: Final = Attr(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0)
-_ALL: Final = tuple(range(len(_NO_ATTR)))
+_COMPUTED: Final = ("ino", "size", "blocks")
+# The items of an `Attr` in a record with the computed fields behind it.
+_PICKED: Final = tuple(
+    [
+        len(INODE.fields) + _COMPUTED.index(name) if name in _COMPUTED else INODE.places(name)[0]
+        for name in Attr._fields
+    ]
+)
 
 
 class Context(NamedTuple):
@@ -68,13 +78,14 @@ class StatFs(NamedTuple):
 class Inode:
     """One inode: its record, its payload and its inline extended attributes."""
 
-    __slots__ = ("attr", "data", "ino", "leaf", "record", "top", "xattr")
+    __slots__ = ("_format", "attr", "data", "ino", "leaf", "record", "top", "xattr")
 
     def __init__(self, ino: int, record: InodeRecord, data: bytes, xattr: bytes) -> None:
         self.ino: Final = ino
         self.record: Final = record
         self.data: Final = data  # the payload
         self.xattr: Final = xattr
+        self._format = 0  # `format` fills it
         self.attr: Attr | None = None  # `attributes` fills it
         self.leaf: Leaf | None = None  # parsed payload of an EMPTY or DIRLEAF directory
         self.top: Interior | None = None  # parsed payload of a DIRTREE directory
@@ -97,17 +108,24 @@ class Inode:
             xattr = self.xattr
         else:
             changes["xattr_inline"] = len(xattr)
-        return Inode(self.ino, INODE.changed(self.record, changes), data, xattr)
+        return Inode(self.ino, _LAYOUT.changed(self.record, changes), data, xattr)
+
+    @property
+    def format(self) -> int:
+        """The file type, as bits of the mode."""
+        if not self._format:
+            self._format = self.record.mode & _FORMAT
+        return self._format
 
     @property
     def is_dir(self) -> bool:
         """Whether it is a directory."""
-        return self.record.mode & _FORMAT == _DIRECTORY
+        return self.format == _DIRECTORY
 
     @property
     def is_regular(self) -> bool:
         """Whether it is a regular file."""
-        return self.record.mode & _FORMAT == _REGULAR
+        return self.format == _REGULAR
 
 
 def parse(ino: int, data: bytes, block_size: int) -> Inode:
@@ -167,19 +185,7 @@ def attributes(inode: Inode, block_size: int) -> Attr:
             held = 1 if record.size else 0
         elif inode.is_regular:
             held -= 1  # other file systems do not count the inode block either
-        values = (
-            inode.ino,
-            record.mode,
-            record.nlink,
-            record.uid,
-            record.gid,
-            record.rdev,
-            record.blocks * block_size if inode.is_dir else record.size,
-            held * block_size // SECTOR,
-            record.atime_ns,
-            record.mtime_ns,
-            record.ctime_ns,
-        )
-        # As Attr(*values), without a call of Python code.
-        inode.attr = placed_tuple(_NO_ATTR, _ALL, values)
+        size = record.blocks * block_size if inode.is_dir else record.size
+        computed = (inode.ino, size, held * block_size // SECTOR)
+        inode.attr = _picked_tuple(_NO_ATTR, _PICKED, record, computed)
     return inode.attr

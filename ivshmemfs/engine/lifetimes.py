@@ -167,6 +167,6 @@ class Lifetimes:
 
     def _pinnable(self) -> int:
         """Return the number of blocks that all pins together may keep."""
-        used = self._volume.look(lambda view: view.root.record.used)
+        used = self._volume.look(lambda view: view.root.used)
         free = self._volume.superblock.geometry.block_count - used
         return max(free, 0) // PINNED_SHARE

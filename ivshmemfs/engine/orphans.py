@@ -43,7 +43,7 @@ class Orphans:
         self._openfiles.nameless.discard(ino)
         volume = self._volume
         with suppress(Busy, FsError):  # a later tick of any mount frees it
-            if volume.member is not None and volume.view().root.record.orphans:
+            if volume.member is not None and volume.view().root.orphans:
                 inode = volume.look(lambda view: view.find_inode(ino))
                 if inode is not None and inode.record.nlink == 0:
                     self._free(ino)

@@ -24,6 +24,10 @@ from ivshmemfs.shm.workspace import Workspace
 
 SIZE: Final = words.POINTER_SIZE
 NULL: Final = words.NULL
+# Names of this module are bound by the compiler; those of others are looked up at each use.
+_put_slots: Final = put_slots
+_swap_slots: Final = swap_slots
+_weight_of: Final = weight_of
 _NO_NODE: Final = bytes(HEADER_SIZE)  # a node without slots
 
 
@@ -141,7 +145,7 @@ def _next(
         if pointer == NULL:
             if not present:
                 return first
-        elif present or weight_of(pointer) < _full_weight(nodes.fanout, height):
+        elif present or _weight_of(pointer) < _full_weight(nodes.fanout, height):
             below = slots_at(nodes, pointer, height - 1, owner)
             found = _next(nodes, below, height - 1, owner, inner, present)
             if 0 <= found < span:
@@ -157,7 +161,7 @@ def _next(
     found = _next(nodes, below, height - 1, owner, 0, present)
     if not 0 <= found < span:
         what = "no pointer" if present else "no hole"
-        raise Corrupt(f"inode {owner}: a subtree of weight {weight_of(pointer)} has {what}")
+        raise Corrupt(f"inode {owner}: a subtree of weight {_weight_of(pointer)} has {what}")
     return top * span + found
 
 
@@ -207,7 +211,7 @@ def count_pointers(pointers: bytes) -> int:
     """Return how many packed leaf pointers are not null."""
     if len(pointers) == SIZE:
         return int(pointers != NULL)
-    return weight_of(pointers)
+    return _weight_of(pointers)
 
 
 def store(
@@ -254,7 +258,7 @@ def _store(
     `runs` are (index of the first leaf, packed pointers) by ascending index.
     """
     if height == 0:
-        slots, gone, gain = swap_slots(node, start, runs)
+        slots, gone, gain = _swap_slots(node, start, runs)
         space.replace_leaves(gone)
         return slots, gain
     total, changes = 0, list[tuple[int, bytes]]()
@@ -263,13 +267,13 @@ def _store(
         below = _below(space, child, height - 1, owner)
         if height == 1:
             pointer = _swapped(space, child, owner, below, here, 0, len(here), 0)
-            delta = weight_of(pointer) - weight_of(child)
+            delta = _weight_of(pointer) - _weight_of(child)
         else:
             slots, delta = _store(space, below, HEADER_SIZE, height - 1, owner, here)
             pointer, delta = _renewed(space, child, height - 1, owner, slots, delta)
         changes.append((top, pointer))
         total += delta
-    return put_slots(node, start, changes), total
+    return _put_slots(node, start, changes), total
 
 
 def _store_lowest(
@@ -287,7 +291,7 @@ def _store_lowest(
         pointer = _swapped(space, child, owner, below, runs, first, stop, top * fanout)
         changes.append((top, pointer))
         first = stop
-    return put_slots(slots, 0, changes)
+    return _put_slots(slots, 0, changes)
 
 
 def _by_child(
@@ -334,7 +338,7 @@ def _node(space: Workspace, level: int, owner: int, slots: bytes) -> bytes:
     slots = trim(slots)
     if not slots:
         return NULL
-    return space.add_node(INDEX, level, owner, 0, slots, 1 + weight_of(slots))
+    return space.add_node(INDEX, level, owner, 0, slots, 1 + _weight_of(slots))
 
 
 def _below(space: Workspace, child: bytes, level: int, owner: int) -> bytes:
@@ -351,7 +355,7 @@ def _renewed(
     """
     old_weight = 0
     if child != NULL:
-        old_weight = weight_of(child)
+        old_weight = _weight_of(child)
         space.replace(child)
     if not below:
         return NULL, -old_weight
@@ -408,7 +412,7 @@ def _clear(
         if not count:
             return slots, 0
         space.replace_many(gone, count)
-        return put_slots(slots, 0, [(first, bytes(len(gone)))]), -count
+        return _put_slots(slots, 0, [(first, bytes(len(gone)))]), -count
     span, total = span_of(space.fanout, height), 0
     changes = list[tuple[int, bytes]]()
     last = min(last, len(slots) // SIZE * span)
@@ -422,7 +426,7 @@ def _clear(
                 changes.append((top, pointer))
                 total += delta
         first += here
-    return put_slots(slots, 0, changes) if changes else slots, total
+    return _put_slots(slots, 0, changes) if changes else slots, total
 
 
 def _cleared(
@@ -431,7 +435,7 @@ def _cleared(
     """Return (pointer to `child` without `count` leaves from `first` on, change of weight)."""
     if count == span_of(space.fanout, level + 1):
         space.drop(child, INDEX, level, owner)
-        return NULL, -weight_of(child)
+        return NULL, -_weight_of(child)
     before = _below(space, child, level, owner)[HEADER_SIZE:]
     below, delta = _clear(space, before, level, owner, first, first + count)
     if below == before:

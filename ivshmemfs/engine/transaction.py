@@ -47,24 +47,30 @@ from ivshmemfs.shm.published import Store
 from ivshmemfs.shm.workspace import Workspace
 
 LARGEST_CLAIM: Final = 2048  # blocks; no request needs more: 1 MiB in blocks of 1 KiB, and its map
-_SEALED: Final = ROOT_RECORD.places(
-    "sequence", "next_ino", "used", "inodes", "orphans", "time_ns", "height", "slots"
+# The order in which `Transaction.seal` has the fields of the new root.
+_SEALED: Final = ROOT_RECORD.plan_of(
+    "fsid", "sequence", "next_ino", "used", "inodes", "orphans", "time_ns", "height", "slots"
 )
+_ROOT_SIZE: Final = ROOT_RECORD.size
+_INODE_PLAN: Final = INODE_RECORD.plan
+_INODE_SIZE: Final = INODE_RECORD.size
 CACHED_MAX: Final = 8192  # inodes, and as many names, that a mount caches beside the node cache
 
 
 class RootNode:
     """A parsed root block; `table` is the inode table.
 
-    The numbers are those of `record`, for transactions: each look-up in a record takes 30 ns.
+    The numbers are fields of `record`.  They are here for transactions, which read them all: a
+    look-up in a record takes 30 ns.
     """
 
     __slots__ = (
+        "data",
+        "fsid",
         "inodes",
         "next_ino",
         "orphans",
         "pointer",
-        "record",
         "sequence",
         "table",
         "time_ns",
@@ -73,9 +79,9 @@ class RootNode:
 
     def __init__(
         self,
-        record: RootRecord,
+        node: Node,
         table: RadixTree,
-        pointer: bytes,
+        fsid: int,
         sequence: int,
         next_ino: int,
         used: int,
@@ -83,15 +89,21 @@ class RootNode:
         orphans: int,
         time_ns: int,
     ) -> None:
-        self.record: Final = record
+        self.pointer: Final = node.pointer
+        self.data: Final = node.data
         self.table: Final = table
-        self.pointer: Final = pointer
+        self.fsid: Final = fsid
         self.sequence: Final = sequence
         self.next_ino: Final = next_ino
         self.used: Final = used
         self.inodes: Final = inodes
         self.orphans: Final = orphans
         self.time_ns: Final = time_ns
+
+    @property
+    def record(self) -> RootRecord:
+        """All fields of the root."""
+        return ROOT_RECORD.unpack(self.data, HEADER_SIZE)
 
 
 def parse_root(node: Node) -> RootNode:
@@ -104,7 +116,7 @@ def parse_root(node: Node) -> RootNode:
         raise Corrupt(f"the root in block {node.block} has {record.slots} pointers, "
                       f"{len(slots)} bytes of them, height {record.height}")  # fmt: skip
     return RootNode(
-        record, RadixTree(record.height, slots), node.pointer, record.sequence, record.next_ino,
+        node, RadixTree(record.height, slots), record.fsid, record.sequence, record.next_ino,
         record.used, record.inodes, record.orphans, record.time_ns,
     )  # fmt: skip
 
@@ -192,10 +204,17 @@ class View:
         if root.parsed is None:
             root.parsed = parse_root(root)
         self.root: RootNode = root.parsed
-        self.cache = cache
+        self._cache: CommitCache | None = cache
         # The inode table that this mount knew before commits of other peers; None without any.
         self.before = before
-        self.tables: dict[bytes, Any] = {}  # `xattr.Table`s of this plan, by their key
+        self.tables: dict[bytes, Any] | None = None  # `xattr.Table`s of this plan, by their key
+
+    @property
+    def cache(self) -> CommitCache:
+        """What the mount knows of this commit; empty after `hand_over`."""
+        if self._cache is None:
+            self._cache = CommitCache()
+        return self._cache
 
     def inode(self, ino: int) -> Inode:
         """Return an inode; raises StaleHandle when none has that number, Corrupt."""
@@ -219,7 +238,8 @@ class View:
 
     def hand_over(self) -> CommitCache:
         """Return the cache to the view of the next commit; this view goes on with an empty one."""
-        cache, self.cache = self.cache, CommitCache()
+        cache = self.cache
+        self._cache = None
         return cache
 
     def pointer_to(self, ino: int) -> bytes:
@@ -282,16 +302,20 @@ class Transaction(View):
 
     def find_inode(self, ino: int) -> Inode | None:
         """Return an inode with the changes of the plan, or None; raises Corrupt."""
-        if ino in self._dirty:
-            return self._dirty[ino]
+        found = self._dirty.get(ino)
+        if found is not None:
+            return found
+        if self.removed and ino in self._dirty:
+            return None
         return super().find_inode(ino)
 
     def hand_over(self) -> CommitCache:
         """Return the cache of the new root; the caller has published it."""
         cache = super().hand_over()
         cache.apply(self._dirty)
-        for key, table in self.tables.items():
-            self.store.recent.put(key, table)
+        if self.tables is not None:
+            for key, table in self.tables.items():
+                self.store.recent.put(key, table)
         return cache
 
     # --- changes ---
@@ -321,6 +345,12 @@ class Transaction(View):
         if self.now <= mtime_ns:
             self.now = self.clock.between()
         return self.now
+
+    def keep_table(self, key: bytes, table: Any) -> None:
+        """Keep an `xattr.Table` that the plan has made, for it and for later views."""
+        if self.tables is None:
+            self.tables = {}
+        self.tables[key] = table
 
     def touch(self, ino: int, **changes: Any) -> Inode:
         """Change fields of an inode's record, and its ctime; raises StaleHandle."""
@@ -393,18 +423,14 @@ class Transaction(View):
         used = used if used > 1 else 1
         inodes = self._inodes if self._inodes > 0 else 0
         orphans = self.orphans if self.orphans > 0 else 0
-        new = ROOT_RECORD.placed(
-            root.record,
-            _SEALED,
-            (
-                sequence, next_ino, used, inodes, orphans, now,
-                table.height, len(table.slots) // radix.SIZE,
-            ),
+        values = (
+            root.fsid, sequence, next_ino, used, inodes, orphans, now,
+            table.height, len(table.slots) // radix.SIZE,
         )  # fmt: skip
         space.replace(root.pointer)
-        node = space.add_record(ROOT, 0, ROOT_RECORD, new, table.slots)
+        node = space.add_record(ROOT, 0, values, _SEALED, _ROOT_SIZE, table.slots)
         node.parsed = RootNode(
-            new, table, node.pointer, sequence, next_ino, used, inodes, orphans, now
+            node, table, root.fsid, sequence, next_ino, used, inodes, orphans, now
         )
         return node
 
@@ -421,7 +447,7 @@ class Transaction(View):
         if inode is None:
             return NULL
         node = self.space.add_record(
-            INODE, ino, INODE_RECORD, inode.record, inode.data, inode.xattr
+            INODE, ino, inode.record, _INODE_PLAN, _INODE_SIZE, inode.data, inode.xattr
         )
         node.parsed = inode
         return node.pointer

@@ -87,7 +87,7 @@ class Upkeep:
             return False
         try:
             self._work_piece(member)
-            orphans = volume.view().root.record.orphans
+            orphans = volume.view().root.orphans
         except DAMAGE as error:
             self._garbage.collector = None
             raise volume.contained(error) from error

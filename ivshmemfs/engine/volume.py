@@ -232,7 +232,7 @@ class Volume:
 
         Raises Unfinished while it counts the free blocks.
         """
-        return self.supply.lacking(self.view().root.record.used)
+        return self.supply.lacking(self.view().root.used)
 
     def _has_leaked(self) -> bool:
         while True:

@@ -103,7 +103,9 @@ def table(view: View, inode: Inode) -> Table:
     if not inode.record.xattr_size and not inode.xattr:
         return NO_ATTRIBUTES
     key = _key(inode)
-    known = view.tables.get(key) or (view.store.recent.get(key) if key else None)
+    known = None if view.tables is None else view.tables.get(key)
+    if known is None and key:
+        known = view.store.recent.get(key)
     if isinstance(known, Table):
         return known
     raw = _string(view, inode)
@@ -225,5 +227,5 @@ def _stored(tx: Transaction, inode: Inode, new: Table, *, silent: bool = False) 
     )
     key = _key(inode)
     if key:
-        tx.tables[key] = new
+        tx.keep_table(key, new)
     return inode

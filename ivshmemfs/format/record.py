@@ -18,6 +18,10 @@ from ivshmemfs.native import changed_tuple, packed_tuple, placed_tuple
 
 T = TypeVar("T", bound=tuple[Any, ...])
 Buffer = bytes | bytearray | memoryview
+# Names of this module are bound by the compiler; those of others are looked up at each use.
+_changed_tuple: Final = changed_tuple
+_packed_tuple: Final = packed_tuple
+_placed_tuple: Final = placed_tuple
 
 
 class At(NamedTuple):
@@ -95,12 +99,16 @@ class Layout(Generic[T]):
 
     def changed(self, record: T, changes: dict[str, Any]) -> T:
         """Return the record with other values in the fields that `changes` names."""
-        new: T = changed_tuple(record, self._places, changes)
+        new: T = _changed_tuple(record, self._places, changes)
         return new
 
     def pack(self, record: T) -> bytes:
         """Return `size` bytes; raises struct.error if a value does not fit its field."""
-        return packed_tuple(record, self.plan, self.size)
+        return _packed_tuple(record, self.plan, self.size)
+
+    def plan_of(self, *names: str) -> bytes:
+        """Return the plan of these fields in this order, for `record_node`."""
+        return b"".join([_row(self.fields[self._places[name]]) for name in names])
 
     def places(self, *names: str) -> tuple[int, ...]:
         """Return the places of these fields in the record, for `placed`."""
@@ -108,7 +116,7 @@ class Layout(Generic[T]):
 
     def placed(self, record: T, places: tuple[int, ...], values: tuple[Any, ...]) -> T:
         """Return the record with other values at these places; `changed` for hot paths."""
-        return placed_tuple(record, places, values)
+        return _placed_tuple(record, places, values)
 
     def offset(self, name: str) -> int:
         """Return the byte offset of a field in the record."""

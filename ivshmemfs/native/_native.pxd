@@ -14,6 +14,7 @@ cdef extern from "access.h" nogil:
 
 cdef extern from "crc32c.h" nogil:
     uint32_t crc32c_of(uint32_t seed, const unsigned char *data, size_t length)
+    uint32_t crc32c_by_instruction_of(uint32_t seed, const unsigned char *data, size_t length)
     uint32_t crc32c_by_table_of(uint32_t seed, const unsigned char *data, size_t length)
 
 cdef extern from "requests.h" nogil:

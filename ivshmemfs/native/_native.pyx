@@ -78,14 +78,19 @@ cdef extern from *:
     }
 
     /* Replace one item; the tuple is still private.  -1 with IndexError or TypeError. */
+    static int tuple_set(PyObject *copy, Py_ssize_t at, PyObject *value)
+    {
+        Py_INCREF(value);
+        return PyTuple_SetItem(copy, at, value);
+    }
+
     static int tuple_put(PyObject *copy, PyObject *place, PyObject *value)
     {
         Py_ssize_t at = PyLong_AsSsize_t(place);
 
         if (at == -1 && PyErr_Occurred())
             return -1;
-        Py_INCREF(value);
-        return PyTuple_SetItem(copy, at, value);
+        return tuple_set(copy, at, value);
     }
 
     /* Replace items by name; the tuple is still private.  -1 with KeyError or TypeError. */
@@ -113,6 +118,7 @@ cdef extern from *:
     Py_ssize_t BYTES_SIZE(object) noexcept
     object tuple_copy(object values)
     int tuple_put(object copy, object place, object value) except -1
+    int tuple_set(object copy, Py_ssize_t at, object value) except -1
     int tuple_change(object copy, dict places, dict changes) except -1
 
 cdef extern from "Python.h":
@@ -1257,8 +1263,19 @@ def crc32c(buffer, seed=0):
     return crc
 
 
+def _crc32c_by_instruction(buffer, seed=0):
+    """crc32c as on a processor that has the CRC instruction alone, for tests."""
+    cdef uint32_t crc
+    cdef view taken
+    take_seed(seed, &crc)
+    view_take(&taken, buffer)
+    crc = crc32c_by_instruction_of(crc, taken.data, taken.size)
+    view_drop(&taken)
+    return crc
+
+
 def _crc32c_by_table(buffer, seed=0):
-    """crc32c as on a processor without the instruction, for tests."""
+    """crc32c as on a processor without such an instruction, for tests."""
     cdef uint32_t crc
     cdef view taken
     take_seed(seed, &crc)
@@ -1833,6 +1850,25 @@ def placed_tuple(values, places, new):
     copy = tuple_copy(values)
     for at in range(len(<tuple>places)):
         tuple_put(copy, (<tuple>places)[at], (<tuple>new)[at])
+    return copy
+
+
+def picked_tuple(model, places, first, second):
+    """A tuple of the type of `model` with the items at these places of two tuples in a row."""
+    cdef Py_ssize_t at, place, before
+    if not (isinstance(model, tuple) and isinstance(places, tuple) and isinstance(first, tuple)
+            and isinstance(second, tuple)):
+        raise TypeError("four tuples are wanted")
+    if len(<tuple>places) != len(<tuple>model):
+        raise ValueError("as many places as items are wanted")
+    before = len(<tuple>first)
+    copy = tuple_copy(model)
+    for at in range(len(<tuple>places)):
+        place = (<tuple>places)[at]
+        if place < 0 or place >= before + len(<tuple>second):
+            raise IndexError(f"there is no item {place}")
+        tuple_set(copy, at, (<tuple>first)[place] if place < before
+                  else (<tuple>second)[place - before])
     return copy
 
 

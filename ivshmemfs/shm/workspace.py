@@ -24,13 +24,18 @@ from typing import Any, Final
 
 from ivshmemfs.errors import Fenced, FsError, NoSpace
 from ivshmemfs.format.node import HEADER_SIZE
-from ivshmemfs.format.record import Layout
 from ivshmemfs.format.words import NULL, TAG_AT, WEIGHT_AT, WORD
 from ivshmemfs.native import packed_node, record_node, swapped_node, weight_of, with_weight
 from ivshmemfs.shm.freelist import BULK, RECOUNT, SIZE, FreeList
 from ivshmemfs.shm.nodes import Node, NodeSource
 from ivshmemfs.shm.published import Store
 
+# Names of this module are bound by the compiler; those of others are looked up at each use.
+_packed_node: Final = packed_node
+_record_node: Final = record_node
+_swapped_node: Final = swapped_node
+_with_weight: Final = with_weight
+_NULL: Final = NULL
 _FREE: Final = bytes(WORD)
 _ONE: Final = (1).to_bytes(TAG_AT - WEIGHT_AT, "little")
 SMALL_CLAIM: Final = 4  # blocks of each claim of an ordinary transaction but the first
@@ -155,8 +160,8 @@ class Workspace(NodeSource):
         """
         pointer = self._take()
         if weight != 1:
-            pointer = with_weight(pointer, weight)
-        data = packed_node(pointer, kind, level, owner, count, body, more, rest)
+            pointer = _with_weight(pointer, weight)
+        data = _packed_node(pointer, kind, level, owner, count, body, more, rest)
         node = Node(pointer, kind, level, owner, count, data)
         node.parsed = parsed
         self._nodes[pointer] = node
@@ -166,14 +171,18 @@ class Workspace(NodeSource):
         self,
         kind: int,
         owner: int,
-        layout: Layout[Any],
-        record: tuple[Any, ...],
+        values: tuple[Any, ...],
+        plan: bytes,
+        size: int,
         more: bytes,
         rest: bytes = b"",
     ) -> Node:
-        """Make a private node with a record, `more` and `rest` after its header."""
+        """Make a private node with a record of `size` bytes, `more` and `rest` after its header.
+
+        `plan` is a plan of a `Layout` for the values.
+        """
         pointer = self._take()
-        data = record_node(pointer, kind, owner, record, layout.plan, layout.size, more, rest)
+        data = _record_node(pointer, kind, owner, values, plan, size, more, rest)
         node = Node(pointer, kind, 0, owner, 0, data)
         self._nodes[pointer] = node
         return node
@@ -197,11 +206,11 @@ class Workspace(NodeSource):
         pointers.
         """
         claim = self._take()
-        pointer, data, gone = swapped_node(claim, kind, owner, old, had, runs, first, stop, base)
+        pointer, data, gone = _swapped_node(claim, kind, owner, old, had, runs, first, stop, base)
         self.replace_leaves(gone)
         if len(data) == HEADER_SIZE:
             self._pool.append(claim)
-            return NULL
+            return _NULL
         self._nodes[pointer] = Node(pointer, kind, 0, owner, 0, data)
         return pointer
 

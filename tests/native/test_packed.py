@@ -14,6 +14,7 @@ from ivshmemfs.format.inode import INODE
 from ivshmemfs.native import (
     packed_node,
     packed_tuple,
+    picked_tuple,
     placed_tuple,
     record_node,
     split_pointers,
@@ -106,10 +107,10 @@ def test_swapped_slots_are_those_of_a_list(
         for base in (0, 254 << 40):
             there = [(base + at, slots) for at, slots in given_runs]
             part = [(0, b"?"), *there, (base, pointer(9))]
-            place, made, lost = swapped_node(
+            place, made, left = swapped_node(
                 pointer(2), node.INDEX, 5, pointer(1, 40), before, part, 1, len(part) - 1, base
             )
-            assert (made, lost) == (after, gone)
+            assert (made, left) == (after, gone)
             assert place == pointer(2, 40 + gain if len(after) > node.HEADER_SIZE else 0)
 
 
@@ -154,6 +155,20 @@ def test_placed_values_keep_the_type_and_the_others() -> None:
         placed_tuple(record, places, (1,))
     with pytest.raises(IndexError):
         placed_tuple(record, (99,), (1,))
+
+
+def test_picked_items_come_from_two_tuples() -> None:
+    model = Sample(0, 0, b"")
+    picked = picked_tuple(model, (3, 0, 2), (1, 2), (b"x", 4))
+    assert picked == (4, 1, b"x")
+    assert type(picked) is Sample
+    for places in ((4, 0, 0), (-1, 0, 0)):
+        with pytest.raises(IndexError):
+            picked_tuple(model, places, (1, 2), (b"x", 4))
+    with pytest.raises(ValueError, match="as many"):
+        picked_tuple(model, (0, 0), (1,), (2,))
+    with pytest.raises(TypeError):
+        picked_tuple(model, [0, 0, 0], (1,), (2,))  # type: ignore[arg-type]
 
 
 class Sample(NamedTuple):

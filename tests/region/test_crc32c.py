@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ivshmemfs.native._native import _crc32c_by_table
+from ivshmemfs.native._native import _crc32c_by_instruction, _crc32c_by_table
 from ivshmemfs.region import crc32c
 from tests.region.conftest import PATIENT
 
@@ -32,7 +32,7 @@ def bit_by_bit(data: bytes, seed: int = 0) -> int:
     return crc ^ 0xFFFFFFFF
 
 
-@pytest.mark.parametrize("function", [crc32c, _crc32c_by_table])
+@pytest.mark.parametrize("function", [crc32c, _crc32c_by_instruction, _crc32c_by_table])
 @pytest.mark.parametrize(("data", "expected"), VECTORS)
 def test_known_vectors(function: Callable[[bytes], int], data: bytes, expected: int) -> None:
     assert function(data) == expected
@@ -43,15 +43,22 @@ def test_known_vectors(function: Callable[[bytes], int], data: bytes, expected: 
 def test_equals_the_definition(data: bytes, seed: int) -> None:
     expected = bit_by_bit(data, seed)
     assert crc32c(data, seed) == expected
+    assert _crc32c_by_instruction(data, seed) == expected
     assert _crc32c_by_table(data, seed) == expected
 
 
-@pytest.mark.parametrize("length", [767, 768, 769, 1535, 1536, 4092, 4096, 70_000])
+LENGTHS = [255, 256, 257, 319, 320, 511, 512, 767, 768, 769, 1535, 1536, 4092, 4096, 70_000]
+
+
+@pytest.mark.parametrize("length", LENGTHS)
 @pytest.mark.parametrize("start", [0, 1, 3, 7])
-def test_long_buffers_in_lanes_equal_the_table(length: int, start: int) -> None:
+def test_long_buffers_equal_the_table(length: int, start: int) -> None:
     data = bytes((i * 197 + (i >> 8)) & 0xFF for i in range(length + start))
     view = memoryview(data)[start:]
-    assert crc32c(view) == _crc32c_by_table(view)
+    for seed in (0, 0x12345678):
+        expected = _crc32c_by_table(view, seed)
+        assert crc32c(view, seed) == expected
+        assert _crc32c_by_instruction(view, seed) == expected
 
 
 @settings(PATIENT)
