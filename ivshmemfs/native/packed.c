@@ -152,8 +152,8 @@ bool leaf_free_key(const struct leaf *leaf, uint64_t gone, uint64_t span, uint64
     return offset < span && *key >= offset;
 }
 
-/* What changes in a column: `gone` bytes from `cut` on are left out, and `size` bytes of `item` are
- * put in before byte `place`, which is not behind `cut` within what is left out. */
+/* What changes in a column.  `gone` bytes from `cut` on are left out.  `size` bytes of `item` are put
+ * in before byte `place`, which is not inside of what is left out. */
 struct change {
     uint64_t cut;
     uint64_t gone;
