@@ -1,7 +1,8 @@
 """Several mounts that write at once, and what bounds them.
 
 Commits of mounts of one region wait for each other.  Mounts of a region each and C passthroughs of
-a folder each wait for no other mount.  So they show what the processor allows.  On one CPU, each turn of a mount begins with caches full of what the other processes left.
+a folder each wait for no other mount.  So they show what the processor allows.  On one CPU, each
+turn of a mount begins with caches full of what the other processes left.
 """
 
 from __future__ import annotations
