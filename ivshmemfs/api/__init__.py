@@ -4,7 +4,7 @@
 - ``client``: `Client`, the operations on paths
 - ``file``: open files, as the module `io` has them
 - ``session``: the peer behind a client: its lock, its retries, its upkeep and its end
-- ``signals``: signals wait while a call of the engine runs
+- ``signals``: signals wait while a call of the engine runs; ``closing``: what a `with` closes
 - ``walk``: paths; ``locks``: locks between machines; ``watching``: what any machine changes
 - ``kv``: a directory as a key-value store
 - ``mapped_file``: a fixed file as memory of programs; ``messages``: a queue of records in one

@@ -16,11 +16,11 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import partial
 from itertools import islice
-from types import TracebackType
-from typing import IO, TYPE_CHECKING, Any, Literal, Self, overload
+from typing import IO, TYPE_CHECKING, Any, Literal, overload
 
 from ivshmemfs.api import file as files
 from ivshmemfs.api import walk
+from ivshmemfs.api.closing import Closing
 from ivshmemfs.api.file import RegionFile
 from ivshmemfs.api.kv import KeyValue
 from ivshmemfs.api.locks import FileLock
@@ -116,7 +116,7 @@ class DirEntry:
         return stat_result(self._attr, self._block_size)
 
 
-class Client:
+class Client(Closing):
     """A region as one process uses it; `ivshmemfs.open` makes it.  Thread-safe.
 
     Close it, or use it in a `with`: then its slot is free at once.  The collection of the client
@@ -150,17 +150,6 @@ class Client:
     def close(self) -> None:
         """Close the files that are open, leave the peers, unmap the region; once."""
         self._finalizer()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        _kind: type[BaseException] | None,
-        _error: BaseException | None,
-        _trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def __repr__(self) -> str:
         return f"<ivshmemfs.Client of {self.spec!r}{' closed' if self.closed else ''}>"

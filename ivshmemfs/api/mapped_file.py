@@ -22,10 +22,10 @@ import mmap
 import os
 import stat
 import time
-from types import TracebackType
-from typing import TYPE_CHECKING, Final, Self
+from typing import TYPE_CHECKING, Final
 
 from ivshmemfs.api import walk
+from ivshmemfs.api.closing import Closing
 from ivshmemfs.engine import fixed, names
 from ivshmemfs.errors import FsError, StaleHandle
 from ivshmemfs.shm.commit import LOOKS
@@ -42,7 +42,7 @@ NAP: Final = 50_000  # ns between two looks of `wait`; the kernel adds about as 
 _SECOND: Final = 10**9
 
 
-class MappedFile:
+class MappedFile(Closing):
     """A fixed file of a region; a context manager.  Thread-safe.
 
     `offset` is its place in the region (so in the BAR), `size` its size.  Both are in bytes, and
@@ -99,17 +99,6 @@ class MappedFile:
         handle, self._handle = self._handle, None
         if handle is not None:
             self._session.release(handle)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        _kind: type[BaseException] | None,
-        _error: BaseException | None,
-        _trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def _at(self, at: int, length: int) -> int:
         """Return the place of `length` bytes in the region; raises ValueError outside the file."""

@@ -17,13 +17,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from types import TracebackType
-from typing import TYPE_CHECKING, Final, Self, TypeVar
+from typing import TYPE_CHECKING, Final, TypeVar
 
+from ivshmemfs.api.closing import Closing
 from ivshmemfs.api.mapped_file import MappedFile
 from ivshmemfs.errors import FsError
 from ivshmemfs.format import queue as fmt
-from ivshmemfs.shm.queue import await_cell
+from ivshmemfs.shm.queue import Reader, await_cell
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
@@ -42,7 +42,7 @@ CONDITION_SECONDS: Final = 1.0
 CLAIMED_SECONDS: Final = 1.0
 
 
-class Queue:
+class Queue(Closing):
     """A queue in a file; a context manager.  Thread-safe.
 
     `put` and `get` raise `queue.Full` and `queue.Empty` of the standard library when their time is
@@ -86,12 +86,9 @@ class Queue:
         self.broadcast: Final = messages.ring.is_broadcast
         self.records: Final = messages.ring.geometry.cells
         self.record_size: Final = messages.ring.geometry.record
-        #: Records of a broadcast that this reader missed, because it was too slow.
-        self.lost = 0
-        self._turn = threading.Lock()  # around `_next`
+        self._turn = threading.Lock()  # around the place in a broadcast
         self._claimed_since = 0.0  # when `put` first met no free buffer, without one since; or 0
-        tail = self._ring.tail
-        self._next = max(tail - self.records, 0) if replay else tail
+        self._reader = Reader(self._ring, replay=replay)
 
     def _open(self, fs: Filesystem) -> Messages:
         return fs.messages(self._file.ino)
@@ -99,6 +96,11 @@ class Queue:
     def __repr__(self) -> str:
         kind = "broadcast" if self.broadcast else "work"
         return f"<Queue {self.path!r}: {kind}, {self.records} records of {self.record_size} bytes>"
+
+    @property
+    def lost(self) -> int:
+        """Records of a broadcast that this reader missed, because it was too slow."""
+        return self._reader.lost
 
     def close(self) -> None:
         """Let go of the file; once."""
@@ -110,17 +112,6 @@ class Queue:
         if file is not None:
             with suppress(OSError):
                 file.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        _kind: type[BaseException] | None,
-        _error: BaseException | None,
-        _trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     # --- putting and getting ----------------------------------------------------------------------
 
@@ -170,8 +161,7 @@ class Queue:
         end = _end_of(timeout)
         waiting = _Waiting(self)
         while True:
-            number = self._next if self.broadcast else self._ring.head
-            at = self._ring.cell_at(number)
+            at = self._ring.cell_at(self._reader.number)
             word = self._memory.load(at)
             record = self._next_record()
             if record is not None:
@@ -189,15 +179,11 @@ class Queue:
             return self._call(self._messages.take)
         with self._turn:
             try:
-                record, number = self._call(lambda: self._messages.peek(self._next))
+                return self._call(lambda: self._reader.next(self._messages))
             except OSError as error:
-                # The next call goes on behind a damaged record, but not ahead of the writers.
-                if error.errno == errno.EUCLEAN and self._ring.tail > self._next:
-                    self._next += 1
+                if error.errno == errno.EUCLEAN:
+                    self._reader.skip()
                 raise
-            self.lost += number - self._next
-            self._next = number if record is None else number + 1
-            return record
 
     def _call(self, action: Callable[[], T]) -> T:
         if self._file.closed:

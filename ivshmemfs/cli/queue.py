@@ -136,16 +136,18 @@ def receive_command(
     FILE is on a mount, or REGION:/path.  It is made if there is none.  A record of a work queue
     is taken: no other reader gets it.
     """
+    from ivshmemfs.shm.queue import Reader
+
     out, end_mark = sys.stdout.buffer, b"\0" if null else b"\n"
     with _opened(file, (256, 4096, broadcast)) as (fs, queue):
-        pulse, reader = _Waiting(fs), _Reader(queue, replay=replay)
+        pulse, reader = _Waiting(fs), Reader(queue.ring, replay=replay)
         done = 0
         while follow or done < count:
             end = _end_of(timeout)
             while True:
                 at = queue.ring.cell_at(reader.number)
                 word = fs.region.memory.load(at)
-                if (record := patiently(reader.next)) is not None:
+                if (record := patiently(lambda: reader.next(queue))) is not None:
                     break
                 if not pulse.wait(at, word, end):
                     return TIMED_OUT
@@ -154,28 +156,6 @@ def receive_command(
             out.flush()
             done += 1
     return 0
-
-
-class _Reader:
-    """The place of this command in a queue."""
-
-    def __init__(self, queue: Messages, *, replay: bool) -> None:
-        self._queue = queue
-        ring = queue.ring
-        self._next = max(ring.tail - ring.geometry.cells, 0) if replay else ring.tail
-
-    @property
-    def number(self) -> int:
-        """The number of the record that it waits for."""
-        return self._next if self._queue.ring.is_broadcast else self._queue.ring.head
-
-    def next(self) -> bytes | None:
-        """Return the next record; None when there is none.  Raises Busy, Corrupt."""
-        if not self._queue.ring.is_broadcast:
-            return self._queue.take()
-        record, number = self._queue.peek(self._next)
-        self._next = number if record is None else number + 1
-        return record
 
 
 class _Waiting:

@@ -35,7 +35,7 @@ from __future__ import annotations
 import mmap
 from array import array
 from collections.abc import Callable
-from typing import Final
+from typing import Final, Protocol
 
 from ivshmemfs.errors import Busy, Corrupt, Fenced
 from ivshmemfs.format import queue as fmt
@@ -315,3 +315,46 @@ class Ring:
 
     def _damaged(self, why: str) -> Corrupt:
         return Corrupt(f"the queue is damaged: {why}")
+
+
+class Records(Protocol):
+    """What a `Reader` reads from: a `Ring`, or what contains its errors."""
+
+    def take(self) -> bytes | None:
+        """Take the oldest record of a work queue; see `Ring.take`."""
+
+    def peek(self, number: int) -> tuple[bytes | None, int]:
+        """Look at record `number` of a broadcast; see `Ring.peek`."""
+
+
+class Reader:
+    """The place of one reader in a queue.  Not thread-safe.
+
+    A reader of a broadcast begins with what is put from now on; with `replay`, with the oldest
+    record that is there.  A work queue has one place for all its readers, the head.
+    """
+
+    def __init__(self, ring: Ring, *, replay: bool) -> None:
+        self._ring: Final = ring
+        self._next = max(ring.tail - ring.geometry.cells, 0) if replay else ring.tail
+        #: Records of a broadcast that this reader missed, because it was too slow.
+        self.lost = 0
+
+    @property
+    def number(self) -> int:
+        """The number of the record that it waits for."""
+        return self._next if self._ring.is_broadcast else self._ring.head
+
+    def next(self, source: Records) -> bytes | None:
+        """Return the next record; None when there is none.  Raises what `source` raises."""
+        if not self._ring.is_broadcast:
+            return source.take()
+        record, number = source.peek(self._next)
+        self.lost += number - self._next
+        self._next = number if record is None else number + 1
+        return record
+
+    def skip(self) -> None:
+        """Go on behind a damaged record of a broadcast, but not ahead of the writers."""
+        if self._ring.tail > self._next:
+            self._next += 1

@@ -172,7 +172,12 @@ class TestContract:
         before = len(os.listdir("/proc/self/fd"))
         with backend.open() as one, backend.open(readonly=True) as two:
             anchors = (one.anchor is not None) + (two.anchor is not None)
-            assert len(os.listdir("/proc/self/fd")) == before + anchors
+            more = len(os.listdir("/proc/self/fd")) - before - anchors
+            # The kernel may write to a file of tmpfs in place of its mapping.
+            if backend.file.is_relative_to("/dev/shm"):
+                assert more == 1
+            else:
+                assert more in (0, 1), "the temporary directory may be on tmpfs"
         assert len(os.listdir("/proc/self/fd")) == before
 
     def test_what_vanishes_is_an_error(self, backend: Backend) -> None:
