@@ -10,6 +10,7 @@
  *     transfer.c  copy between blocks and an open file
  *     packed.c    packed words, slots and directory leaves in private memory
  *     crc32c.c    checksums
+ *     requests.c  requests of FUSE (requests.h); they touch no region
  *
  * Three rules hold everywhere:
  *
