@@ -11,6 +11,7 @@
  *     turn.c      the words with which a transaction begins, commits and ends
  *     packed.c    packed words, slots and directory leaves in private memory
  *     crc32c.c    checksums
+ *     requests.c  requests of FUSE (requests.h); they touch no region
  *
  * Three rules hold everywhere:
  *
