@@ -219,7 +219,8 @@ class KeyValue:
         try:
             return self._run(store, name)
         except _Refused as refused:
-            raise refused.error from None
+            error = refused.error
+        raise error  # out of the handler, so that its own cause and context stay
 
     def delete(self, key: Key, version: int | None = None) -> bool:
         """Remove a key, with `version` only that version of it; returns whether it did."""

@@ -77,14 +77,24 @@ def deferred(call: Callable[[*Arguments], T], *arguments: *Arguments) -> T:
 
 
 def _restore(kept: _Kept) -> None:
-    """Put the handlers back and raise what was noted; a handler that raises delays neither."""
+    """Put the handlers back and raise what was noted; a handler that raises delays neither.
+
+    A handler may have called the engine before the call around it has put back all handlers.  That
+    call raises what is noted for the rest of them.
+    """
     try:
         while kept:
             number, handler = kept[-1]
             _set(number, handler)
             kept.pop()
-        while _noted:
-            signal.raise_signal(_noted.pop())
+        while _noted and (due := _due()):
+            _noted.remove(due[-1])
+            signal.raise_signal(due[-1])
     finally:
-        if kept or _noted:
+        if kept or (_noted and _due()):
             _restore(kept)
+
+
+def _due() -> list[int]:
+    """Return the signals that were noted and whose handlers are back."""
+    return [number for number in _noted if _get(number) is not _note]

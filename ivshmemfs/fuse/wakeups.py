@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Final
 
 import trio
 
+from ivshmemfs.errors import IvshmemfsError
+
 if TYPE_CHECKING:
     from ivshmemfs.engine import Filesystem
 
@@ -39,8 +41,14 @@ class Wakeups:
         self._listeners.append(listener)
 
     def announce(self) -> bool:
-        """Let the next commit ring; whether it will.  The caller looks again before it sleeps."""
-        return self._bells is not None and self._bells.announce()
+        """Let the next commit ring; whether it will.  The caller looks again before it sleeps.
+
+        False where the region cannot be reached any more: the caller finds that out by itself.
+        """
+        try:
+            return self._bells is not None and self._bells.announce()
+        except (IvshmemfsError, OSError):
+            return False
 
     async def run(self) -> None:
         """Wait for rings as long as there is a doorbell."""
@@ -53,9 +61,17 @@ class Wakeups:
             bells.doorbell.quiet()
             for listener in self._listeners:
                 listener()
-            before, word = word, self._fs.commit_word()
+            before, word = word, _commit_word(self._fs)
             if before == word:
                 await trio.sleep(REST)
+
+
+def _commit_word(fs: Filesystem) -> int:
+    """Return the commit word; 0, which no commit has, where the region cannot be read any more."""
+    try:
+        return fs.commit_word()
+    except (IvshmemfsError, OSError):  # the upkeep says why
+        return 0
 
 
 class Naps:
@@ -92,4 +108,4 @@ class Naps:
     def _announced(self, word: int) -> bool:
         """Announce the mount; whether the next commit rings, and is still to come."""
         announced = self._wakeups is not None and self._wakeups.announce()
-        return announced and self._fs.commit_word() == word
+        return announced and _commit_word(self._fs) == word

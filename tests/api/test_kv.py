@@ -173,13 +173,15 @@ def test_update_may_change_nothing(fs: Client) -> None:
 def test_what_an_update_raises_reaches_the_caller(fs: Client, raised: Exception) -> None:
     cache = fs.kv("/cache")
     cache["k"] = b"old"
+    cause = KeyError("why")
 
     def fail(_old: Item | None) -> Item | None:
-        raise raised
+        raise raised from cause
 
     with pytest.raises(type(raised)) as caught:
         cache.update("k", fail)
     assert caught.value is raised
+    assert raised.__cause__ is cause
     assert cache["k"] == b"old"
 
 

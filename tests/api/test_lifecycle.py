@@ -21,6 +21,7 @@ import pytest
 import ivshmemfs
 from ivshmemfs import Client
 from ivshmemfs.api import session as sessions
+from ivshmemfs.api import signals
 from ivshmemfs.api.signals import NUMBERS
 from ivshmemfs.engine import Filesystem
 from ivshmemfs.errors import Busy, LockLost, RegionMissing, Unfinished
@@ -370,6 +371,47 @@ def test_a_signal_in_a_call_within_the_call_of_another_client_waits_for_both(
     finally:
         signal.signal(signal.SIGUSR1, before)
     assert told == ["the outer call ends", "handled"]
+
+
+def test_a_handler_that_uses_the_region_while_handlers_are_put_back(
+    fs: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its call ends, and leaves the signal that another handler waits for to the call around it."""
+    told: list[str] = []
+
+    def use(_number: int, _frame: object) -> None:
+        told.append(f"used {fs.exists('/')}")
+
+    def put_back(number: int, handler: object) -> None:
+        put(number, handler)
+        if handler is use and told == ["called"]:
+            told.append("back")
+            signal.raise_signal(signal.SIGUSR2)
+
+    def call(_engine: Filesystem) -> None:
+        signal.raise_signal(signal.SIGUSR1)
+        told.append("called")
+
+    raised: list[int] = []
+
+    def raise_signal(number: int) -> None:
+        raised.append(number)
+        assert len(raised) < 10
+        again(number)
+
+    put, again = signals._set, signal.raise_signal
+    first = signal.signal(signal.SIGUSR1, lambda _number, _frame: told.append("handled"))
+    second = signal.signal(signal.SIGUSR2, use)
+    try:
+        handlers = {number: signal.getsignal(number) for number in NUMBERS}
+        monkeypatch.setattr(signals, "_set", put_back)
+        monkeypatch.setattr(signal, "raise_signal", raise_signal)
+        fs.session.call(call)
+        assert {number: signal.getsignal(number) for number in NUMBERS} == handlers
+    finally:
+        signal.signal(signal.SIGUSR1, first)
+        signal.signal(signal.SIGUSR2, second)
+    assert told == ["called", "back", "used True", "handled"]
 
 
 def test_the_error_of_a_handler_is_not_taken_for_one_of_the_region(fs: Client) -> None:

@@ -319,3 +319,33 @@ def test_a_mount_that_keeps_pages_sleeps_until_another_machine_commits(tmp_path:
                 assert eventually(lambda: seen[:1] == letter, PATIENCE)  # noqa: B023
             writer.unmount()
             doorbell.close()
+
+
+@needs_fuse
+@pytest.mark.parametrize("more", ["", ",notify"])
+def test_a_mount_that_sleeps_outlives_the_end_of_its_region(tmp_path: Path, more: str) -> None:
+    """It looks, announces itself and is rung where there is no memory any more."""
+    with new_lab(SIZE, mounts=0) as lab, serving(tmp_path / "socket", lab.region):
+        mount = lab.add(f"doorbell={tmp_path / 'socket'}{more}")
+        (mount.path / "mapped").write_bytes(b"a" * 4096)
+        with (
+            open_region(str(lab.region), readonly=True) as region,
+            (mount.path / "mapped").open("rb") as file,
+            mmap.mmap(file.fileno(), 0, mmap.MAP_PRIVATE, mmap.PROT_READ) as seen,
+            Inotify(mount.path),
+        ):
+            assert seen[0] == ord("a")
+            look = Filesystem.mount(region, readonly=True)
+            doorbell = doorbell_of(region, str(tmp_path / "socket"))
+            assert doorbell is not None
+            assert asleep(look, mount.process.pid) <= MOST
+            numbers = bell.numbers(region.memory.load(bell.BELLS_OFFSET))
+            kept = lab.region.read_bytes()
+            os.truncate(lab.region, 0)
+            assert doorbell.keep()
+            doorbell.ring(numbers)
+            time.sleep(WATCHED_SECONDS)
+            assert mount.process.poll() is None
+            lab.region.write_bytes(kept)
+            doorbell.close()
+        lab.expected = "region"  # the log says what happened to it
