@@ -161,7 +161,6 @@ class Committer:
         volume, store = self._volume, self._store
         tag = self._begin(member) if entered == _NOT_BEGUN else member.tag
         space = Workspace(store, tag, self._supply)
-        published = False
         try:
             for _ in range(ATTEMPTS):
                 if entered >= 0:
@@ -189,7 +188,6 @@ class Committer:
                     raise
                 else:
                     if new_word := space.publish(word, new_root):
-                        published = True
                         self._unrung = self._rings
                         volume.note_commit(word, new_word)
                         volume.latest = View(store, new_word, new_root, tx.hand_over())
@@ -202,8 +200,9 @@ class Committer:
                     break
             raise Busy("other peers commit faster than this one can plan")
         finally:
-            if not (published and member.active and space.is_small and self._leave(member, space)):
-                space.settle(published, self._end(member))
+            plain = space.published and member.active and space.is_small
+            if not (plain and self._leave(member, space)):
+                space.settle(self._end(member))
 
     def _leave(self, member: Membership, space: Workspace) -> bool:
         """Do after a commit what `_end`, `settle` and giving the hint do, in one call.

@@ -68,6 +68,7 @@ class Workspace(NodeSource):
         self.replaced_count = 0
         self.keep = 0  # free blocks that this transaction must leave; 0: no limit
         self.used = 0  # blocks that the root reaches on which the plan is based
+        self.published = False  # whether other peers can read the blocks of the plan
 
     # --- taking blocks ---
 
@@ -317,6 +318,7 @@ class Workspace(NodeSource):
         if word < 0:
             raise Fenced(_NOT_OURS)
         if word:
+            self.published = True  # whatever fails from here on
             store.cache.renew(self._replaced, nodes)
             store.know(word, root)
             self._free_list.note_use(len(self._claims) - len(self._pool))
@@ -343,13 +345,13 @@ class Workspace(NodeSource):
         self.dropped.clear()
         self.replaced_count = 0
 
-    def settle(self, published: bool, ended: bool) -> None:
-        """Release the replaced blocks, if `published`, and all claims that are not published.
+    def settle(self, ended: bool) -> None:
+        """Release the replaced blocks, if the plan is published, and all claims that are not.
 
         The claims are released only if this mount `ended` the transaction itself.  Otherwise they
         may be published by now, or are garbage for a collector.
         """
-        if not published:
+        if not self.published:
             self.forget_plan()
         few = b"".join(self._pool + self._replaced if ended else self._replaced)
         if few:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import pytest
 
-from ivshmemfs.engine import ROOT_INO, Filesystem
+from ivshmemfs.engine import ROOT_INO, Filesystem, names
 from ivshmemfs.engine.inode import Context
 from ivshmemfs.engine.transaction import Transaction
 from ivshmemfs.errors import Busy
 from ivshmemfs.format import peer, words
 from ivshmemfs.format.geometry import HINT_OFFSET, REPAIR_OFFSET
+from ivshmemfs.format.words import NULL
+from tests.support.checks import assert_adds_up
 
 ME = Context(0, 0)
 
@@ -105,3 +107,18 @@ def test_a_slot_that_another_peer_freed(fs: Filesystem) -> None:
     fs.mkdir(ROOT_INO, b"one", 0o755, ME)
     assert fs.peer_id != (slot, incarnation)
     assert is_at_rest(fs)
+
+
+def test_an_error_right_after_the_commit_frees_nothing_in_use(fs: Filesystem) -> None:
+    """As when the note of the new nodes finds no memory."""
+
+    def plan(tx: Transaction) -> None:
+        names.mkdir(tx, ROOT_INO, b"one", 0o755, ME)
+        tx.space._replaced.append(bytearray(NULL))  # type: ignore[arg-type]
+
+    with pytest.raises(TypeError):
+        fs.change(plan)
+    assert is_at_rest(fs)
+    assert_adds_up(fs)
+    assert fs.lookup(ROOT_INO, b"one").nlink == 2
+    fs.rmdir(ROOT_INO, b"one", ME)
