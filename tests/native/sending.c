@@ -100,7 +100,7 @@ static void a_file_that_cannot_be_written(struct blocks *blocks, unsigned char *
     check(memcmp(into, source, ROW) == 0);
 }
 
-/* A source of which the kernel knows an old size, as of a file on a network, is read to its end. */
+/* A source of which the kernel knows an old size, maybe on another machine, is read to its end. */
 static void a_file_that_is_longer_than_known(struct blocks *blocks, unsigned char *pointers,
                                              int file)
 {
