@@ -130,6 +130,18 @@ static void a_cut_region(struct blocks *blocks, unsigned char *pointers, int fil
     check(ftruncate(region_file, SIZE) == 0);
 }
 
+/* A device is reached through its mapping, also where its node is on a tmpfs, as in /dev. */
+static void a_device(void)
+{
+    struct mapping mapping = {.length = SIZE, .writable = true, .access = ACCESS_NORMAL};
+    int device = open("/dev/zero", O_RDWR | O_CLOEXEC);
+
+    check(device >= 0 && mapping_map(&mapping, device, 0) == STATUS_OK);
+    check(mapping.file < 0);
+    mapping_close(&mapping);
+    close(device);
+}
+
 int main(void)
 {
     struct mapping mapping;
@@ -156,6 +168,7 @@ int main(void)
     region_map(&mapping, ACCESS_DEVICE);
     check(mapping.file < 0);
     mapping_close(&mapping);
+    a_device();
     close(region_file);
     return 0;
 }
