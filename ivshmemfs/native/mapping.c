@@ -5,6 +5,7 @@
 #include <linux/magic.h>
 #include <stdlib.h>
 #include <sys/mman.h>
+#include <sys/stat.h>
 #include <sys/vfs.h>
 #include <time.h>
 #include <unistd.h>
@@ -29,13 +30,15 @@ void native_prepare(void)
 
 /* --- life -------------------------------------------------------------------------------------- */
 
-/* A descriptor of the mapped file if write(2) to it changes the very bytes that are mapped; or -1. */
+/* A descriptor of the mapped file if write(2) to it changes the very bytes that are mapped; or -1.
+ * /dev is a tmpfs, too, so the device nodes there are sorted out. */
 static int file_behind(const struct mapping *mapping, int file)
 {
     struct statfs where;
+    struct stat what;
 
     if (!mapping->writable || mapping->access != ACCESS_NORMAL || fstatfs(file, &where) < 0 ||
-        where.f_type != TMPFS_MAGIC)
+        where.f_type != TMPFS_MAGIC || fstat(file, &what) < 0 || !S_ISREG(what.st_mode))
         return -1;
     return fcntl(file, F_DUPFD_CLOEXEC, 0);
 }

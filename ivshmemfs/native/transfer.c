@@ -129,12 +129,13 @@ static int64_t copy_step(struct transfer *transfer)
     return moved;
 }
 
-/* One system call.  Returns how many bytes it moved, or minus an errno. */
+/* Returns how many bytes the last system call moved, or minus an errno.  That sendfile(2) sends
+ * nothing does not show the end of a file: it goes by a size that the kernel may have kept. */
 static int64_t transfer_step(struct transfer *transfer)
 {
     int64_t moved = transfer->sending ? send_step(transfer) : -ENOTSUP;
 
-    if (moved < 0 && moved != -EINTR) {
+    if (moved <= 0 && moved != -EINTR) {
         transfer->sending &= moved == -ENOTSUP;
         moved = copy_step(transfer);
     }

@@ -224,6 +224,7 @@ TABLE = [
     Row("write", DATA, 1,
         lambda fs, s: opened(fs, s.queue, lambda h: fs.write(h, 2 * MIB, bytes(MIB)))),
     Row("write", DATA, 1, lambda fs, s: opened(fs, s.sparse, lambda h: fs.write(h, 1 << 61, b"x"))),
+    Row("value", 2 * LOOK, 1, lambda fs, s: fs.value(s.crowd, b"2345", MIB)),
     Row("read_to", 2 * DATA, 1, _copied),
     Row("write_from", 2 * DATA, 1, _copied),
     Row("fsync", LOOK, 1, lambda fs, s: opened(fs, s.child, fs.fsync)),

@@ -1,13 +1,22 @@
 /* Long rows of blocks are filled from file to file, where the region is a file of tmpfs. */
 #include <fcntl.h>
 #include <sys/mman.h>
+#include <sys/sendfile.h>
 #include <sys/stat.h>
+#include <sys/syscall.h>
 
 #include "check.h"
 
 enum { ROW = COUNT * BLOCK, PLACE = 3 * 4096 };
 
 static unsigned char source[ROW], into[ROW];
+static bool sends_nothing;
+
+/* In place of the C library's. */
+ssize_t sendfile(int to, int from, off_t *at, size_t length)
+{
+    return sends_nothing ? 0 : syscall(SYS_sendfile, to, from, at, length);
+}
 
 static int source_file(void)
 {
@@ -91,6 +100,22 @@ static void a_file_that_cannot_be_written(struct blocks *blocks, unsigned char *
     check(memcmp(into, source, ROW) == 0);
 }
 
+/* A source of which the kernel knows an old size, maybe on another machine, is read to its end. */
+static void a_file_that_is_longer_than_known(struct blocks *blocks, unsigned char *pointers,
+                                             int file)
+{
+    uint64_t done;
+
+    memset(into, 0, ROW);
+    check(range_write(blocks->mapping, DATA, into, ROW) == STATUS_OK);
+    sends_nothing = true;
+    check(blocks_fill(blocks, pointers, COUNT, file, PLACE, ROW, &done) == STATUS_OK);
+    sends_nothing = false;
+    check(done == ROW);
+    check(blocks_gather(blocks, pointers, COUNT, 0, ROW, into) == STATUS_OK);
+    check(memcmp(into, source, ROW) == 0);
+}
+
 /* A region that was cut stays as it is. */
 static void a_cut_region(struct blocks *blocks, unsigned char *pointers, int file)
 {
@@ -103,6 +128,18 @@ static void a_cut_region(struct blocks *blocks, unsigned char *pointers, int fil
     check(blocks_fill(blocks, pointers, COUNT, file, PLACE, ROW, &done) == STATUS_FAULT);
     check(region_size() == DATA + 4096);
     check(ftruncate(region_file, SIZE) == 0);
+}
+
+/* A device is reached through its mapping, also where its node is on a tmpfs, as in /dev. */
+static void a_device(void)
+{
+    struct mapping mapping = {.length = SIZE, .writable = true, .access = ACCESS_NORMAL};
+    int device = open("/dev/zero", O_RDWR | O_CLOEXEC);
+
+    check(device >= 0 && mapping_map(&mapping, device, 0) == STATUS_OK);
+    check(mapping.file < 0);
+    mapping_close(&mapping);
+    close(device);
 }
 
 int main(void)
@@ -123,6 +160,7 @@ int main(void)
     the_end_of_the_file(&blocks, pointers, file);
     a_guard_that_changed(&blocks, pointers, file);
     a_file_that_cannot_be_written(&blocks, pointers, file);
+    a_file_that_is_longer_than_known(&blocks, pointers, file);
     a_cut_region(&blocks, pointers, file);
     file = (close(file), mapping.file);
     mapping_close(&mapping);
@@ -130,6 +168,7 @@ int main(void)
     region_map(&mapping, ACCESS_DEVICE);
     check(mapping.file < 0);
     mapping_close(&mapping);
+    a_device();
     close(region_file);
     return 0;
 }
