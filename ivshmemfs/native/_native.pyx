@@ -1189,6 +1189,7 @@ names the block of pointer root. Returns it; 0 when it was not planned_on; -1 wh
         cdef uint32_t block = 0
         cdef unsigned char *claim = NULL
         cdef int status
+        self.words.passed = 0
         take(planned_on, "planned_on", &word)
         take_pointer(root, &claim)
         memcpy(&block, claim, sizeof(block))

@@ -39,6 +39,7 @@ _NULL: Final = NULL
 _FREE: Final = bytes(WORD)
 _ONE: Final = (1).to_bytes(TAG_AT - WEIGHT_AT, "little")
 SMALL_CLAIM: Final = 4  # blocks of each claim of an ordinary transaction but the first
+COMMITTED: Final = 1  # steps of `Turn.commit` after which the plan is published
 _ZEROED: Final = 256  # blocks of a row that are filled with zeros at once
 _NOT_OURS = "another peer declared this mount gone in the middle of a transaction"
 
@@ -313,12 +314,15 @@ class Workspace(NodeSource):
         Returns the new commit word, or 0 when another peer committed first.  Raises Fenced.
         """
         nodes, store = self._nodes, self._store
-        data = [node.data for node in nodes.values()]
-        word = store.turn.commit(list(nodes.keys()), data, planned_on, root.pointer)
+        turn, pointers = store.turn, list(nodes.keys())
+        data, root_pointer = [node.data for node in nodes.values()], root.pointer
+        try:
+            word = turn.commit(pointers, data, planned_on, root_pointer)
+        finally:  # the handler of a signal may raise right after the call
+            self.published = turn.passed == COMMITTED
         if word < 0:
             raise Fenced(_NOT_OURS)
         if word:
-            self.published = True  # whatever fails from here on
             store.cache.renew(self._replaced, nodes)
             store.know(word, root)
             self._free_list.note_use(len(self._claims) - len(self._pool))

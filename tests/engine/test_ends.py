@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
+import signal
+from collections.abc import Iterator
+from contextlib import suppress
+from functools import partial
+
 import pytest
 
 from ivshmemfs.engine import ROOT_INO, Filesystem, names
@@ -11,7 +17,7 @@ from ivshmemfs.errors import Busy
 from ivshmemfs.format import peer, words
 from ivshmemfs.format.geometry import HINT_OFFSET, REPAIR_OFFSET
 from ivshmemfs.format.words import NULL
-from tests.support.checks import assert_adds_up
+from tests.support.checks import assert_adds_up, assert_sound
 
 ME = Context(0, 0)
 
@@ -122,3 +128,44 @@ def test_an_error_right_after_the_commit_frees_nothing_in_use(fs: Filesystem) ->
     assert_adds_up(fs)
     assert fs.lookup(ROOT_INO, b"one").nlink == 2
     fs.rmdir(ROOT_INO, b"one", ME)
+
+
+class Cut(Exception):
+    """What the handler of a signal raises."""
+
+
+@pytest.fixture
+def handled() -> Iterator[None]:
+    """A handler of SIGUSR1 that raises."""
+
+    def cut(_number: int, _frame: object) -> None:
+        raise Cut
+
+    before = signal.signal(signal.SIGUSR1, cut)
+    yield
+    signal.signal(signal.SIGUSR1, before)
+
+
+@pytest.mark.usefixtures("handled")
+def test_a_signal_during_any_store(fs: Filesystem) -> None:
+    """Its handler runs when the native call returns, and raises before that call is noted."""
+    memory, slot = fs.store.memory, fs.peer_id
+    # Unlike the functions of Python, this one does not run the handler itself.
+    strike = partial(getattr(ctypes.CDLL(None), "raise"), int(signal.SIGUSR1))
+    strikes, passed = 0, False
+    while not passed:
+        before = memory.stores
+        memory.trap(strikes, strike)
+        with suppress(Cut):
+            fs.mkdir(ROOT_INO, b"one", 0o755, ME)
+        memory.trap(0, None)
+        passed = memory.stores - before <= strikes
+        strikes += 1
+        assert is_at_rest(fs)
+        assert_sound(memory)
+        if fs.find(ROOT_INO, b"one"):
+            fs.rmdir(ROOT_INO, b"one", ME)
+    assert strikes > 10
+    assert fs.peer_id == slot
+    fs.collect()
+    assert_adds_up(fs)
