@@ -178,7 +178,8 @@ def _first_slot(slots: bytes, start: int, full: int, present: bool) -> int:
     if present:
         rest = slots[start * SIZE :]
         return start + (len(rest) - len(rest.lstrip(b"\0"))) // SIZE
-    weights = memoryview(slots).cast("I")[1::4].tolist()
+    whole = len(slots) // SIZE * SIZE  # a damaged node may end within a slot
+    weights = memoryview(slots)[:whole].cast("I")[1::4].tolist()
     for at in range(start, len(weights)):
         if weights[at] < full:
             return at
