@@ -110,6 +110,7 @@ class Resumed:
         self.original = False
         self.state = b""
         self.tags: list[int] = []
+        self.hurt: list[int] = []  # blocks of others that the store it was doing has changed
 
     def __call__(self) -> None:
         pid = os.fork()
@@ -119,6 +120,11 @@ class Resumed:
         assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0, "the original failed"
         self.state = self.scene.laboratory.save()
         self.tags = tags(self.scene.other)
+        self.scene.victim.memory.trap(1, self.note_store)
+
+    def note_store(self) -> None:
+        """Look at once: the operation may copy a block that it hurt, and release it."""
+        self.hurt = self._changed()
 
     def finish_original(self) -> None:
         status = 1
@@ -132,6 +138,10 @@ class Resumed:
 
     def harmed(self) -> list[int]:
         """Blocks that a peer had claimed and has still, with other contents."""
+        self.scene.victim.memory.trap(0, None)
+        return sorted({*self.hurt, *self._changed()})
+
+    def _changed(self) -> list[int]:
         laboratory, geometry = self.scene.laboratory, self.scene.other.fs.superblock.geometry
         now, found = laboratory.save(), []
         for block, (old, new) in enumerate(zip(self.tags, tags(self.scene.other), strict=True)):
