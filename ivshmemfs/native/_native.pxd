@@ -13,9 +13,9 @@ cdef extern from "access.h" nogil:
         ACCESS_WRITE_COMBINING
 
 cdef extern from "crc32c.h" nogil:
-    uint32_t crc32c_of(uint32_t seed, const unsigned char *data, size_t length)
-    uint32_t crc32c_by_instruction_of(uint32_t seed, const unsigned char *data, size_t length)
-    uint32_t crc32c_by_table_of(uint32_t seed, const unsigned char *data, size_t length)
+    uint32_t crc32c_of(uint32_t seed, const unsigned char *data, size_t length) noexcept
+    uint32_t crc32c_by_instruction_of(uint32_t seed, const unsigned char *data, size_t length) noexcept
+    uint32_t crc32c_by_table_of(uint32_t seed, const unsigned char *data, size_t length) noexcept
 
 cdef extern from "requests.h" nogil:
     struct fuse_in_header:

@@ -1149,7 +1149,6 @@ The words with which the transactions of one mount begin, commit and end."""
 
     cdef int use(self) except -1:
         cdef int status
-        self.words.passed = 0
         status = mapping_use_for_stores(self.words.blocks.mapping)
         if status != STATUS_OK:
             self.blocks.memory.fail(status)
@@ -1253,37 +1252,33 @@ cdef int take_seed(object seed, uint32_t *out) except -1:
     return 0
 
 
-def crc32c(buffer, seed=0):
-    """CRC-32C of a buffer; seed is the result for what precedes it."""
+# A way to compute the sum: seed, data, length.
+ctypedef uint32_t (*sum_way)(uint32_t, const unsigned char *, size_t) noexcept nogil
+
+
+cdef object checksum(sum_way way, object buffer, object seed):
     cdef uint32_t crc
     cdef view taken
     take_seed(seed, &crc)
     view_take(&taken, buffer)
-    crc = crc32c_of(crc, taken.data, taken.size)
+    crc = way(crc, taken.data, taken.size)
     view_drop(&taken)
     return crc
+
+
+def crc32c(buffer, seed=0):
+    """CRC-32C of a buffer; seed is the result for what precedes it."""
+    return checksum(crc32c_of, buffer, seed)
 
 
 def _crc32c_by_instruction(buffer, seed=0):
     """crc32c as on a processor that has the CRC instruction alone, for tests."""
-    cdef uint32_t crc
-    cdef view taken
-    take_seed(seed, &crc)
-    view_take(&taken, buffer)
-    crc = crc32c_by_instruction_of(crc, taken.data, taken.size)
-    view_drop(&taken)
-    return crc
+    return checksum(crc32c_by_instruction_of, buffer, seed)
 
 
 def _crc32c_by_table(buffer, seed=0):
     """crc32c as on a processor without such an instruction, for tests."""
-    cdef uint32_t crc
-    cdef view taken
-    take_seed(seed, &crc)
-    view_take(&taken, buffer)
-    crc = crc32c_by_table_of(crc, taken.data, taken.size)
-    view_drop(&taken)
-    return crc
+    return checksum(crc32c_by_table_of, buffer, seed)
 
 
 # --- packed words and bytes in private memory --------------------------------------------------
