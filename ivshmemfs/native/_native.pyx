@@ -1602,10 +1602,10 @@ replaced, without nulls alone, change of the weight)."""
 
 
 def swapped_node(pointer, kind, owner, old, had, changes, first, stop, base):
-    """Do the same with the slots of a lowest node `had`, which begins at index `base` and has the
-packed pointer `old` (or null), and with changes `first` to before `stop`. Returns (the packed
-pointer with the new weight, a node for its block with header and checksum, what each change
-replaced). A node without slots has the weight 0."""
+    """The lowest node `had` with changes `first` to before `stop` put in. That node begins at index
+`base`; `old` is its packed pointer, or null. Returns (the packed pointer with the new weight, a node
+for its block with header and checksum, what each change replaced). A node without slots has the
+weight 0."""
     cdef node_header header
     cdef int64_t gain
     cdef uint64_t size
