@@ -47,6 +47,8 @@ T = TypeVar("T")
 
 #: Seconds between two signs of life; others take 3 s without one for silence.
 BEAT = 0.7
+#: Seconds between two pieces of upkeep work, in which calls have a turn.
+WORK_PAUSE = 0.001
 #: Seconds after which a call that finds the region busy all the time raises TimeoutError.
 PATIENCE = 30.0
 #: Seconds between two attempts: the first pause, and the longest.
@@ -238,8 +240,8 @@ class Session:
             try:
                 self._upkeep(self._look_at_maps)
                 more = self._upkeep(lambda fs: fs.tick())
-                while more and not self._ended.is_set():
-                    time.sleep(0)  # let others have a turn
+                until = time.monotonic() + BEAT
+                while more and time.monotonic() < until and not self._ended.wait(WORK_PAUSE):
                     more = self._upkeep(lambda fs: fs.work())
                 told = ""
             except Busy:

@@ -83,6 +83,7 @@ class Filesystem:
         self._committer: Final = Committer(volume, self._openfiles, self._garbage)
         self._orphans: Final = Orphans(volume, self._openfiles, self._committer)
         self._lifetimes: Final = Lifetimes(volume, self._openfiles, self._orphans)
+        self._committer.make_way = self._lifetimes.make_way
         self._upkeep: Final = Upkeep(
             volume, self._openfiles, self._garbage, self._orphans, self._lifetimes
         )
@@ -472,6 +473,8 @@ class Filesystem:
         except BaseException:
             self._openfiles.let_go(ino)
             raise
+        if self._lifetimes.pins:
+            self._lifetimes.opened(ino)
         return handle
 
     def create(
@@ -681,6 +684,8 @@ class Filesystem:
         record = self._volume.look(lambda view: _file(view, handle).record)
         missing = (end - offset) // self.block_size - record.blocks
         if missing > self.statfs().blocks_avail:
+            if self._lifetimes.make_way():
+                raise Unfinished("files that nobody holds open are being freed")
             raise NoSpace("the region has fewer free blocks than that")
         self._fill(handle, offset, end, grow=grow)
 

@@ -5,9 +5,9 @@ may remove it.  Two things bridge that time:
 
 * *Ghosts* keep the attributes of removed inodes, without links, until the caller forgets them.
   Examples: a process's working directory, an open fifo, a path that a process holds.
-* *Pins* list looked-up files as open for PINNED seconds.  They are made only for CAREFUL seconds
-  after a file vanished under a caller (ESTALE).  The kernel then walks the path again, and the
-  second walk cannot fail in the same way.
+* *Pins* list looked-up files as open for PINNED seconds, or until the caller opens them.  They are
+  made only for CAREFUL seconds after a file vanished under a caller (ESTALE).  The kernel then
+  walks the path again, and the second walk cannot fail in the same way.
 
 Calls on behalf of no caller (`unattended`) make and need no pins.
 
@@ -24,7 +24,8 @@ The states of a pin:
 
     pinned       `_secure` listed the inode as open
     expired      its time is over, or newer pins exceed PINS or the share of free blocks
-    let go       `unpin` closed it, UNPINNED_AT_ONCE at most per call
+    let go       `unpin` closed it, UNPINNED_AT_ONCE at most per call; or `opened` did, because a
+                 handle holds the file now
 """
 
 from __future__ import annotations
@@ -154,16 +155,41 @@ class Lifetimes:
         self.unpin(now)
         return True
 
-    def unpin(self, now: float) -> None:
-        """Let go pins that are expired at `now` (monotonic seconds), UNPINNED_AT_ONCE at most."""
-        for _ in range(min(UNPINNED_AT_ONCE, len(self.pins))):
+    def unpin(self, now: float) -> bool:
+        """Let go pins that are expired at `now` (monotonic seconds), UNPINNED_AT_ONCE at most.
+
+        Returns whether it let go so many, so that there may be more.
+        """
+        for _ in range(UNPINNED_AT_ONCE):
+            if not self.pins:
+                return False
             ino, (until, blocks) = next(iter(self.pins.items()))
             many = len(self.pins) > PINS or self._pinned_blocks > self._pinnable()
             if until >= now and not (many and len(self.pins) > 1):
-                break
+                return False
             del self.pins[ino]
             self._pinned_blocks -= blocks
             self._orphans.close(ino)
+        return True
+
+    def opened(self, ino: int) -> None:
+        """Let go the pin of an inode that the caller has opened; nothing without one.
+
+        Pins of dead peers keep every file of the same filter bits, so few should be left behind.
+        """
+        pin = self.pins.pop(ino, None)
+        if pin is not None:
+            self._pinned_blocks -= pin[1]
+            self._openfiles.let_go(ino)
+
+    def make_way(self) -> bool:
+        """Free some files that nobody needs, for a change that found no space; whether any is left.
+
+        Raises Busy.
+        """
+        if self.unpin(time.monotonic()):
+            return True
+        return bool(self._volume.view().root.orphans) and self._orphans.reap_piece()
 
     def _pinnable(self) -> int:
         """Return the number of blocks that all pins together may keep."""

@@ -2,11 +2,12 @@
 
     linked     a directory entry leads to the inode
     orphan     its last link was removed while a peer held it open; the orphan directory lists it
-    freed      the last close of the mount that held it freed it (`close`), or the upkeep of any
-               mount did, after the holder died or found the region busy (`reap_piece`)
+    freed      the last close of the mount that held it freed it (`close`).  Or any mount did, after
+               the holder died or found the region busy (`reap_piece`): in its upkeep, or because it
+               needed the space
 
-The upkeep goes through the orphan directory in the order of its keys.  `_last_key` is where its
-present pass continues; 0 starts a new pass.
+A pass goes through the orphan directory in the order of its keys, in pieces.  `_last_key` is where
+the present pass continues; 0 starts a new pass.
 """
 
 from __future__ import annotations
@@ -51,13 +52,13 @@ class Orphans:
     def reap(self) -> None:
         """Free all orphans that no peer holds open.  Raises Busy."""
         self._last_key = 0
-        while self.reap_piece() or self._last_key:
+        while self.reap_piece():
             pass
 
-    def reap_piece(self) -> int:
-        """Check the next orphans of this pass and free some; returns how many it freed.
+    def reap_piece(self) -> bool:
+        """Check the next orphans of this pass and free some; whether there may be more to free.
 
-        The pass is over when `_last_key` is 0.
+        Returns False when the pass is over and this piece freed nothing.  Raises Busy.
         """
 
         def read(view: View) -> list[Dirent]:
@@ -71,13 +72,13 @@ class Orphans:
                 break
             for entry in found:
                 if freed == FREED_AT_ONCE:
-                    return freed
+                    return True
                 self._last_key = entry.key
                 ino = entry.ino
                 if ino not in self._openfiles.counts and not member.listed_elsewhere(ino):
                     freed += self._free(ino)
             seen += len(found)
-        return freed
+        return freed > 0 or self._last_key != 0
 
     def _free(self, ino: int) -> bool:
         return self._committer.change(lambda tx: names.free_orphan(tx, ino), removal=True)

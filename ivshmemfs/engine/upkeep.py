@@ -2,18 +2,20 @@
 
 Each `tick`, about once a second, does in this order:
 
-    unpin        some expired pins
     beat         a new heartbeat and nonce, and statistics; rejoin if another peer retired this one
     watch        look at the slots of all peers
     check        ask another peer whether it sees the same memory, and answer
     decide       at every RETIRE_TICKS-th tick, or when space is short: begin to judge silent peers
     work         one piece, as below
 
-Each `work` does one piece of the most urgent kind, then one piece of orphans:
+Each `work` does one piece of the most urgent kind, then one piece of each of the last two:
 
     retire       peers that are gone, which leaves garbage
     release      what commits of this mount cut off
     collect      what leaked
+
+    unpin        some expired pins
+    reap         orphans that nobody holds open
 
 A repair shuts the mount out (UnderRepair): it still beats, and does no work until the repair ends.
 """
@@ -68,8 +70,6 @@ class Upkeep:
         Returns whether there is more work, for which the caller calls `work` soon.  Raises Busy,
         Corrupt, EIO, ESTALE.
         """
-        with suppress(Busy, FsError):  # neither may prevent the beat
-            self._lifetimes.unpin(time.monotonic())
         self.ticks += 1
         try:
             member = self._volume.member
@@ -91,8 +91,19 @@ class Upkeep:
         except DAMAGE as error:
             self._garbage.collector = None
             raise volume.contained(error) from error
-        freed = self._orphans.reap_piece() if orphans else 0
-        return bool(freed) or self._retirement.pending or self._garbage.has_work(member)
+        more = self._lifetimes.unpin(time.monotonic())
+        if orphans:
+            more |= self._reap()
+        return more or self._retirement.pending or self._garbage.has_work(member)
+
+    def _reap(self) -> bool:
+        """Free some orphans; whether there may be more to free."""
+        try:
+            return self._orphans.reap_piece()
+        except UnderRepair:
+            raise
+        except Busy:  # another peer commits: soon again, lest orphans fill the region
+            return True
 
     def _work_piece(self, member: Membership) -> None:
         if self._retirement.pending:

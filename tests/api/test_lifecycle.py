@@ -480,6 +480,26 @@ def test_upkeep_tells_what_is_wrong_once_and_goes_on(
     caplog.clear()
 
 
+def test_long_upkeep_work_is_no_silence(fs: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Work without end leaves time for the beat, and for calls."""
+    beats: list[int] = []
+    worked: list[int] = []
+
+    def tick(_engine: Filesystem) -> bool:
+        beats.append(len(worked))
+        return True
+
+    def work(_engine: Filesystem) -> bool:
+        worked.append(1)
+        return True
+
+    monkeypatch.setattr(Filesystem, "tick", tick)
+    monkeypatch.setattr(Filesystem, "work", work)
+    assert eventually(lambda: len(beats) > 2)
+    assert beats[-1] > beats[0], "it works between two beats"
+    fs.write_bytes("/file", b"x")
+
+
 # --- waiting ----------------------------------------------------------------------------------
 
 

@@ -94,11 +94,12 @@ class Storm:
                 stopped.remove((at, process))
             process = self.chance.choice(self.alive)
             fate = self.chance.random()
-            if fate < 0.35 and not any(process is p for _, p in stopped):
-                process.signal(signal.SIGSTOP)
-                stopped.append((now + self.chance.random() ** 3 * 1.5, process))
-                self.stops += 1
-            elif fate < 0.37:
+            if fate < 0.35:
+                if not any(process is p for _, p in stopped):
+                    process.signal(signal.SIGSTOP)
+                    stopped.append((now + self.chance.random() ** 3 * 1.5, process))
+                    self.stops += 1
+            elif fate < 0.37:  # stopped or not; the others must live long enough to miss it
                 process.kill()
                 self.kills += 1
                 stopped = [entry for entry in stopped if entry[1] is not process]

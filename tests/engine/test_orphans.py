@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Callable
+from contextlib import suppress
 
 import pytest
 
 from ivshmemfs.engine import ROOT_INO, Filesystem, Handle
 from ivshmemfs.engine.lifetimes import PINS
-from ivshmemfs.errors import Busy, StaleHandle
+from ivshmemfs.engine.orphans import CHECKED_AT_ONCE
+from ivshmemfs.errors import Busy, NoSpace, StaleHandle, Unfinished
 from ivshmemfs.format.open_filter import index_of
 from tests.engine.asking import fails
 from tests.support.checks import assert_adds_up, assert_empty
-from tests.support.regions import ROOT, TestRegion, put
+from tests.support.regions import ROOT, TestRegion, get, put
 
 
 def orphans(fs: Filesystem) -> int:
@@ -139,6 +142,87 @@ def test_files_of_one_filter_bit(fs: Filesystem, other: Filesystem) -> None:
     assert orphans(fs) == 0
 
 
+def leave_orphans(fs: Filesystem, other: Filesystem, sizes: list[int]) -> None:
+    """Make orphans that nobody holds: at the last close of each, the region is busy."""
+    handles = []
+    for number, size in enumerate(sizes):
+        attr = put(fs, ROOT_INO, b"f%d" % number, b"x" * size)
+        handles.append(other.open(attr.ino, os.O_RDONLY, ROOT))
+        fs.unlink(ROOT_INO, b"f%d" % number, ROOT)
+    assert fs._committer.hint.take(fs.peer_id[0])
+    for handle in handles:
+        other.release(handle)
+    fs._committer.hint.give()
+    assert orphans(fs) == len(sizes)
+
+
+def in_turns(action: Callable[[], object], most: int = 100) -> None:
+    """Call it again while it is unfinished, as every caller of the engine does."""
+    for _ in range(most):
+        with suppress(Unfinished):
+            action()
+            return
+    pytest.fail("it never ends")
+
+
+def test_a_change_frees_orphans_before_it_finds_no_space(fs: Filesystem, other: Filesystem) -> None:
+    """Without the upkeep of any mount: files that nobody can reach fill no region."""
+    room = fs.statfs().blocks_avail
+    size = room // 12 * fs.block_size
+    leave_orphans(fs, other, [size] * 10)
+    content = os.urandom(size * 8)
+    in_turns(lambda: put(fs, ROOT_INO, b"new", content))
+    assert get(fs, ROOT_INO, b"new") == content
+    ticks(fs)
+    assert orphans(fs) == 0
+    assert_adds_up(fs)
+
+
+def test_space_is_promised_although_orphans_have_it(fs: Filesystem, other: Filesystem) -> None:
+    size = fs.statfs().blocks_avail // 4 * fs.block_size
+    leave_orphans(fs, other, [size] * 3)
+    handle, _ = fs.create(ROOT_INO, b"new", 0o644, os.O_WRONLY, ROOT)
+    in_turns(lambda: fs.fallocate(handle, 0, 0, 2 * size))
+    fs.release(handle)
+    assert orphans(fs) < 3
+
+
+def test_orphans_that_somebody_holds_do_fill_the_region(fs: Filesystem, other: Filesystem) -> None:
+    size = fs.statfs().blocks_avail // 12 * fs.block_size
+    attr = put(fs, ROOT_INO, b"held", b"x" * size * 10)
+    handle = other.open(attr.ino, os.O_RDONLY, ROOT)
+    fs.unlink(ROOT_INO, b"held", ROOT)
+    with pytest.raises(NoSpace):
+        in_turns(lambda: put(fs, ROOT_INO, b"new", b"y" * size * 4))
+    assert bytes(other.read(handle, 0, 1)) == b"x"
+    other.release(handle)
+    in_turns(lambda: put(fs, ROOT_INO, b"new", b"y" * size * 4))
+
+
+def test_one_tick_and_its_work_reach_every_orphan(roomy: TestRegion) -> None:
+    """Also one behind hundreds that somebody holds, and in spite of another peer's commit."""
+    fs, other = roomy.mount(), roomy.mount()
+    for number in range(2 * CHECKED_AT_ONCE):
+        other.create(ROOT_INO, b"held%d" % number, 0o644, os.O_RDWR, ROOT)
+        fs.unlink(ROOT_INO, b"held%d" % number, ROOT)
+    before = orphans(fs)
+    attrs = [put(fs, ROOT_INO, b"f%d" % n, b"x") for n in range(40)]
+    handles = [other.open(attr.ino, os.O_RDONLY, ROOT) for attr in attrs]
+    for number in range(40):
+        fs.unlink(ROOT_INO, b"f%d" % number, ROOT)
+    assert fs._committer.hint.take(fs.peer_id[0])
+    for handle in handles:
+        other.release(handle)
+    assert orphans(fs) == before + 40
+    assert other.tick(), "another peer commits: the work is left"
+    fs._committer.hint.give()
+    pieces = 0
+    while other.work():
+        pieces += 1
+        assert pieces < 100
+    assert orphans(fs) == before
+
+
 def test_opening_and_unlinking_at_once(made: TestRegion) -> None:
     """At every point where the opener pauses: it gets ESTALE, or the file stays readable."""
     opened = refused = 0
@@ -200,6 +284,24 @@ def test_unlinking_and_opening_at_once(made: TestRegion) -> None:
         pytest.fail("unlinking never ended without a stop")
     assert opened
     assert refused
+
+
+def test_a_pin_ends_when_the_file_is_open(fs: Filesystem, other: Filesystem) -> None:
+    """Careful look-ups of files that are opened and closed keep nothing from being freed."""
+    gone = put(fs, ROOT_INO, b"gone", b"")
+    fs.unlink(ROOT_INO, b"gone", ROOT)
+    fails(errno.ESTALE, lambda: other.open(gone.ino, os.O_RDONLY, ROOT))
+    for _ in range(10):
+        put(fs, ROOT_INO, b"new", b"content")
+        fs.rename(ROOT_INO, b"new", ROOT_INO, b"file", 0, ROOT)
+        attr = other.lookup(ROOT_INO, b"file")
+        assert attr.ino in other._lifetimes.pins
+        handle = other.open(attr.ino, os.O_RDONLY, ROOT)
+        assert not other._lifetimes.pins
+        fs.unlink(ROOT_INO, b"file", ROOT)
+        assert bytes(other.read(handle, 0, 100)) == b"content"
+        other.release(handle)
+        assert orphans(fs) == 0
 
 
 @pytest.mark.parametrize("size", [300, 20_000])
