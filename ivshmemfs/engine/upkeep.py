@@ -32,7 +32,7 @@ from ivshmemfs.engine.lifetimes import Lifetimes
 from ivshmemfs.engine.openfiles import OpenFiles
 from ivshmemfs.engine.orphans import Orphans
 from ivshmemfs.engine.volume import DAMAGE, Volume
-from ivshmemfs.errors import Busy, Fenced, FsError, IvshmemfsError, UnderRepair
+from ivshmemfs.errors import Busy, Fenced, IvshmemfsError, UnderRepair
 from ivshmemfs.shm.coherence import Coherence
 from ivshmemfs.shm.membership import Membership
 from ivshmemfs.shm.peers import Retirement
