@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable
-from contextlib import suppress
 
 import pytest
 
 from ivshmemfs.engine import ROOT_INO, Filesystem, Handle
 from ivshmemfs.engine.lifetimes import PINS
 from ivshmemfs.engine.orphans import CHECKED_AT_ONCE
-from ivshmemfs.errors import Busy, NoSpace, StaleHandle, Unfinished
+from ivshmemfs.errors import Busy, NoSpace, StaleHandle
 from ivshmemfs.format.open_filter import index_of
 from tests.engine.asking import fails
 from tests.support.checks import assert_adds_up, assert_empty
-from tests.support.regions import ROOT, TestRegion, get, put
+from tests.support.regions import ROOT, TestRegion, get, in_turns, put
 
 
 def orphans(fs: Filesystem) -> int:
@@ -156,22 +154,13 @@ def leave_orphans(fs: Filesystem, other: Filesystem, sizes: list[int]) -> None:
     assert orphans(fs) == len(sizes)
 
 
-def in_turns(action: Callable[[], object], most: int = 100) -> None:
-    """Call it again while it is unfinished, as every caller of the engine does."""
-    for _ in range(most):
-        with suppress(Unfinished):
-            action()
-            return
-    pytest.fail("it never ends")
-
-
 def test_a_change_frees_orphans_before_it_finds_no_space(fs: Filesystem, other: Filesystem) -> None:
     """Without the upkeep of any mount: files that nobody can reach fill no region."""
     room = fs.statfs().blocks_avail
     size = room // 12 * fs.block_size
     leave_orphans(fs, other, [size] * 10)
     content = os.urandom(size * 8)
-    in_turns(lambda: put(fs, ROOT_INO, b"new", content))
+    put(fs, ROOT_INO, b"new", content)
     assert get(fs, ROOT_INO, b"new") == content
     ticks(fs)
     assert orphans(fs) == 0
@@ -193,10 +182,10 @@ def test_orphans_that_somebody_holds_do_fill_the_region(fs: Filesystem, other: F
     handle = other.open(attr.ino, os.O_RDONLY, ROOT)
     fs.unlink(ROOT_INO, b"held", ROOT)
     with pytest.raises(NoSpace):
-        in_turns(lambda: put(fs, ROOT_INO, b"new", b"y" * size * 4))
+        put(fs, ROOT_INO, b"new", b"y" * size * 4)
     assert bytes(other.read(handle, 0, 1)) == b"x"
     other.release(handle)
-    in_turns(lambda: put(fs, ROOT_INO, b"new", b"y" * size * 4))
+    put(fs, ROOT_INO, b"new", b"y" * size * 4)
 
 
 def test_one_tick_and_its_work_reach_every_orphan(roomy: TestRegion) -> None:

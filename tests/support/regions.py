@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import cast
+from typing import TypeVar, cast
 
 from ivshmemfs.engine import Attr, Context, Filesystem, Handle
 from ivshmemfs.errors import Unfinished
@@ -16,6 +16,8 @@ from ivshmemfs.format import geometry
 from ivshmemfs.region import Region, create_file, open_region
 from mkfs.initial import Parameters
 from mkfs.writer import format_region
+
+T = TypeVar("T")
 
 ROOT = Context(0, 0)
 SMALL = 256 << 10
@@ -66,7 +68,8 @@ def new_region(size: int = SMALL, **plan: int) -> Iterator[TestRegion]:
 
 def put(fs: Filesystem, parent: int, name: bytes, content: bytes) -> Attr:
     """Create or overwrite a file with `content`."""
-    handle, _ = fs.create(parent, name, 0o644, os.O_WRONLY | os.O_TRUNC, ROOT)
+    flags = os.O_WRONLY | os.O_TRUNC
+    handle, _ = in_turns(lambda: fs.create(parent, name, 0o644, flags, ROOT))
     try:
         done = 0
         while done < len(content):
@@ -77,13 +80,17 @@ def put(fs: Filesystem, parent: int, name: bytes, content: bytes) -> Attr:
 
 
 def _written(fs: Filesystem, handle: Handle, at: int, piece: bytes) -> int:
-    """Write a piece, in several turns if space is short."""
-    attempt: Callable[[], int] = lambda: fs.write(handle, at, piece)  # noqa: E731
-    while True:
+    return in_turns(lambda: fs.write(handle, at, piece))
+
+
+def in_turns(action: Callable[[], T], most: int = 10_000) -> T:
+    """What an operation returns that may need several turns, as when space is short."""
+    for _ in range(most):
         try:
-            return attempt()
+            return action()
         except Unfinished as turn:
-            attempt = cast("Callable[[], int]", turn.go_on or attempt)
+            action = cast("Callable[[], T]", turn.go_on or action)
+    raise AssertionError("an operation never ends")
 
 
 def get(fs: Filesystem, parent: int, name: bytes) -> bytes:
