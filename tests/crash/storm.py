@@ -9,9 +9,11 @@ closed.
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import random
 import select
+import signal
 import sys
 import time
 import zlib
@@ -64,10 +66,20 @@ class Worker:
         self.chance = random.Random(seed)
         self.number = 0
         self.longest = 0.0
+        self.waits_for = "nothing yet"
         self._journal = journal
 
     def note(self, text: str) -> None:
         os.write(self._journal, text.encode() + b"\n")
+
+    def complain(self) -> None:
+        """Say what it does, for somebody who waits for its end."""
+        root = self.fs.view().root
+        print(
+            f"{self.name} waited last for: {self.waits_for}; used {root.used}, "
+            f"orphans {root.orphans}, peers {[hex(word) for word in self.fs.table.states()]}",
+            file=sys.stderr,
+        )
 
     def patiently(self, action: Callable[[], T]) -> T:
         """Do it again while the region is busy, or full of what the dead hold.
@@ -78,13 +90,15 @@ class Worker:
         while True:
             try:
                 result = action()
-            except NoSpace:
+            except NoSpace as full:
+                self.waits_for = str(full)
                 if time.monotonic() - began > MISSED:
                     raise
                 time.sleep(0.05)
                 with suppress(Busy):
                     self.fs.tick()
             except Busy as busy:
+                self.waits_for = str(busy)
                 if isinstance(busy, Unfinished):
                     action = cast("Callable[[], T]", busy.go_on or action)
                 time.sleep(0.0005)
@@ -174,6 +188,8 @@ def main() -> None:
     with open_region(region_path, readonly=readonly == "1") as region:
         fs = Filesystem.mount(region)
         worker = Worker(fs, journal, name, int(seed))
+        signal.signal(signal.SIGUSR1, lambda *_: worker.complain())
+        faulthandler.register(signal.SIGUSR1, chain=True)  # also in an endless loop of C
         if fs.readonly:
             while not told_to_end():
                 worker.look()

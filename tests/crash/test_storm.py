@@ -48,7 +48,13 @@ class Process:
         """Let it finish what it does; fails when it does not, or failed itself."""
         self._process.send_signal(signal.SIGCONT)
         self._close()
-        assert self._process.wait(timeout=60) == 0
+        try:
+            assert self._process.wait(timeout=60) == 0
+        except subprocess.TimeoutExpired:
+            for _ in range(3):
+                self._process.send_signal(signal.SIGUSR1)
+                time.sleep(0.5)
+            raise
 
     def _close(self) -> None:
         assert self._process.stdin is not None
