@@ -12,9 +12,6 @@ A plan is a function of a `Transaction`.  `Committer.change` runs it in this ord
     give the hint
     ring                 the doorbells of peers that wait (see `shm/bells.py`)
 
-A change that finds no space makes room (`Garbage.make_room`).  If that frees too little, it frees
-orphans that nobody holds open (`make_way`), and fails only when none is left.
-
 Nothing here waits: `Busy` means that nothing was changed and that the caller can try again.  Each
 change is one turn of bounded work (see `shm/published.py`).  A longer change raises Unfinished at
 the end of its turn.  Its progress is in the node cache (nodes read), in `Garbage` (blocks to
@@ -71,8 +68,6 @@ class Committer:
         self._rings: Final = volume.bells is not None
         self._load: Final = volume.region.memory.load
         self._unrung = False  # a commit of this peer is not told to waiters yet
-        # Frees files that nobody holds open; whether there may be more.  `Filesystem` sets it.
-        self.make_way: Callable[[], bool] = bool
 
     def change(self, plan: Callable[[Transaction], T], *, removal: bool = False) -> T:
         """Run `plan` in a transaction and return its result; a `removal` may use the reserve.
@@ -91,8 +86,10 @@ class Committer:
                     raise
                 return self._transact_again(member, plan, removal, releasing)
             finally:
-                member.withdraw()
-                self.hint.give()
+                try:
+                    member.withdraw()
+                finally:
+                    self.hint.give()
                 if self._unrung:
                     self._unrung = False
                     if self._load(BELLS_OFFSET):
@@ -102,10 +99,6 @@ class Committer:
             raise Busy(str(error)) from error
         except DAMAGE as error:
             raise self._volume.contained(error) from error
-        except NoSpace:
-            if removal or not self.make_way():  # what frees orphans is a removal
-                raise
-            raise Unfinished("files that nobody holds open are being freed") from None
         except FsError as error:  # the copy from a file into blocks failed
             if error.errno != errno.EIO:
                 raise

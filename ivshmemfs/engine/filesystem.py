@@ -11,6 +11,7 @@
     Committer    changes: one plan, one commit
     Orphans      frees inodes without links
     Lifetimes    ghosts and pins: what callers name after it is gone
+    Changes      changes that callers ask for: space that nobody needs is found for them
     Upkeep       what a mount does without a request
 """
 
@@ -24,6 +25,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
 
 from ivshmemfs.engine import acl, contents, data, directory, holes, names, privileges, xattr
+from ivshmemfs.engine.changes import Changes
 from ivshmemfs.engine.committer import Committer
 from ivshmemfs.engine.credentials import Credentials
 from ivshmemfs.engine.directory import Dirent
@@ -83,11 +85,11 @@ class Filesystem:
         self._committer: Final = Committer(volume, self._openfiles, self._garbage)
         self._orphans: Final = Orphans(volume, self._openfiles, self._committer)
         self._lifetimes: Final = Lifetimes(volume, self._openfiles, self._orphans)
-        self._committer.make_way = self._lifetimes.make_way
+        self._changes: Final = Changes(self._committer, self._lifetimes)
         self._upkeep: Final = Upkeep(
             volume, self._openfiles, self._garbage, self._orphans, self._lifetimes
         )
-        self.locks: Final = Locks(volume, self._committer)
+        self.locks: Final = Locks(volume, self._changes)
         self.region: Final = volume.region
         self.superblock: Final = volume.superblock
         self.readonly: Final = volume.readonly
@@ -179,7 +181,7 @@ class Filesystem:
 
     def change(self, plan: Callable[[Transaction], T], *, removal: bool = False) -> T:
         """Commit what `plan` changes and return its result; see `Committer.change`."""
-        return self._committer.change(plan, removal=removal)
+        return self._changes.change(plan, removal=removal)
 
     def condition(self) -> Condition:
         """Return how the region has changed since the mount.  Never raises for what it reads."""
@@ -364,7 +366,7 @@ class Filesystem:
             shrinking = size is None or self._volume.look(
                 lambda view: view.inode(ino).record.size >= size
             )
-            return self._committer.change(plan, removal=shrinking)
+            return self._changes.change(plan, removal=shrinking)
         except StaleHandle as stale:
             ghost = _changed(self._lifetimes.ghost(ino, stale), changes, self.clock.now())
             self._lifetimes.replace(ghost)
@@ -398,7 +400,7 @@ class Filesystem:
     def mkdir(self, parent: int, name: bytes, mode: int, ctx: Context) -> Attr:
         """Make a directory; returns its attributes.  Raises EEXIST."""
         return self._found(
-            self._committer.change(lambda tx: names.mkdir(tx, parent, name, mode, ctx))
+            self._changes.change(lambda tx: names.mkdir(tx, parent, name, mode, ctx))
         )
 
     def symlink(self, parent: int, name: bytes, target: bytes, ctx: Context) -> Attr:
@@ -417,7 +419,7 @@ class Filesystem:
         return attr
 
     def _made(self, plan: Callable[[Transaction], Inode]) -> Attr:
-        return self._committer.change(lambda tx: self._attr(plan(tx)))
+        return self._changes.change(lambda tx: self._attr(plan(tx)))
 
     def unlink(self, parent: int, name: bytes, ctx: Context) -> None:
         """Remove a name; raises ENOENT, EISDIR for a directory."""
@@ -447,7 +449,7 @@ class Filesystem:
         def run(tx: Transaction) -> tuple[T, Transaction]:
             return plan(tx), tx
 
-        result, tx = self._committer.change(run, removal=removal)
+        result, tx = self._changes.change(run, removal=removal)
         for inode in tx.removed:
             self._lifetimes.remember(inode, tx.now)
         return result
@@ -509,7 +511,7 @@ class Filesystem:
             return self._attr(inode)
 
         try:
-            attr = self._committer.change(plan)
+            attr = self._changes.change(plan)
         except BaseException:
             self._openfiles.drop_new(0)
             raise
@@ -551,7 +553,7 @@ class Filesystem:
             return self._attr(inode)
 
         try:
-            attr = self._committer.change(plan)
+            attr = self._changes.change(plan)
         except BaseException:
             self._openfiles.drop_new(0)
             raise
@@ -615,7 +617,7 @@ class Filesystem:
                 inode = data.write(tx, inode, inode.record.size if at_end else at, piece)
                 tx.put(self._credentials.after_write(tx, inode, handle, ctx))
 
-            self._committer.change(plan)
+            self._changes.change(plan)
             self._volume.bytes_written += len(piece)
 
         try:
@@ -654,7 +656,7 @@ class Filesystem:
                 tx.put(self._credentials.after_write(tx, inode, handle))
             return done
 
-        done = self._committer.change(plan)
+        done = self._changes.change(plan)
         self._volume.bytes_written += done
         return done
 
@@ -696,7 +698,7 @@ class Filesystem:
                 inode = data.truncate(tx, inode, offset + length)
             tx.put(self._credentials.after_write(tx, data.modified(tx, inode), handle))
 
-        self._committer.change(plan, removal=True)
+        self._changes.change(plan, removal=True)
 
     def _fill(self, handle: Handle, offset: int, end: int, *, grow: bool) -> None:
         def plan(tx: Transaction) -> int:
@@ -706,7 +708,7 @@ class Filesystem:
             tx.put(self._credentials.after_write(tx, data.modified(tx, filled), handle))
             return following if following < upto else end
 
-        at = self._committer.change(plan)
+        at = self._changes.change(plan)
         if at < end:
             raise Unfinished("a part is filled", lambda: self._fill(handle, at, end, grow=grow))
 
@@ -852,12 +854,12 @@ class Filesystem:
                 clears = self._credentials.loses_set_group_id(inode, ctx)
             tx.put(acl.set_list(tx, inode, name, bytes(value), clears_set_group_id=clears))
 
-        self._committer.change(plan)
+        self._changes.change(plan)
 
     def removexattr(self, ino: int, name: bytes, ctx: Context) -> None:
         """Remove an attribute; raises ENODATA, but not for an access list."""
         remove = acl.remove if name in xattr.LISTS else xattr.remove_value
-        self._committer.change(lambda tx: tx.put(remove(tx, tx.inode(ino), name)), removal=True)
+        self._changes.change(lambda tx: tx.put(remove(tx, tx.inode(ino), name)), removal=True)
 
 
 def _file(view: View, handle: Handle) -> Inode:

@@ -35,7 +35,7 @@ from collections.abc import Callable, Collection
 from contextlib import suppress
 from typing import Final
 
-from ivshmemfs.engine.committer import Committer
+from ivshmemfs.engine.changes import Changes
 from ivshmemfs.engine.deadlock import closes_ring
 from ivshmemfs.engine.inode import Inode
 from ivshmemfs.engine.lock_table import (
@@ -207,9 +207,9 @@ class Wait:
 class Locks:
     """The locks of all inodes as one mount sees them.  Not thread-safe."""
 
-    def __init__(self, volume: Volume, committer: Committer) -> None:
+    def __init__(self, volume: Volume, changes: Changes) -> None:
         self._volume: Final = volume
-        self._committer: Final = committer
+        self._changes: Final = changes
         self._held: dict[Key, Held] = {}
         self._owed: dict[Key, list[tuple[int, int]]] = {}  # given back, as soon as it succeeds
         self._withdrawn: list[tuple[int, int, Place]] = []  # the same of tickets
@@ -328,7 +328,7 @@ class Locks:
         if not self._volume.look(lambda view: self._worth_trying(view, wait, now)):
             return False
         try:
-            return self._committer.change(lambda tx: self._attempt(tx, wait, now))()
+            return self._changes.change(lambda tx: self._attempt(tx, wait, now))()
         except FsError as error:
             if error.errno != errno.ENOSPC:
                 raise
@@ -484,7 +484,7 @@ class Locks:
         if place != self._volume.peer_id:
             return
         try:
-            self._committer.change(plan, removal=True)
+            self._changes.change(plan, removal=True)
         except Corrupt:
             pass
         except (IvshmemfsError, OSError):
@@ -537,7 +537,7 @@ class Locks:
         if (start, end) not in owed:
             owed.append((start, end))
         try:
-            self._committer.change(lambda tx: self._reduce(tx, held, after), removal=True)
+            self._changes.change(lambda tx: self._reduce(tx, held, after), removal=True)
         except (Corrupt, StaleHandle):  # neither has a lock
             pass
         except NoSpace:  # not even of the reserve: a later tick finds some

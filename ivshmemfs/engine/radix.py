@@ -155,8 +155,10 @@ def _next(
     if top >= count:
         return -1 if present else max(count * span, first)
     pointer = slots[top * SIZE : top * SIZE + SIZE]
-    if height == 0 or pointer == NULL:
+    if pointer == NULL or (height == 0 and present):
         return top * span
+    if height == 0:  # as a hole it would be filled for ever
+        raise Corrupt(f"inode {owner}: the pointer to a block has weight {_weight_of(pointer)}")
     below = slots_at(nodes, pointer, height - 1, owner)
     found = _next(nodes, below, height - 1, owner, 0, present)
     if not 0 <= found < span:

@@ -1,0 +1,35 @@
+"""Changes that callers ask for: none fails for lack of space that nobody needs.
+
+A change that finds no space makes room first (`Garbage.make_room`).  If that is too little, files
+go that nobody needs: orphans that no peer holds open, and pins.  Freeing them is a change, too, but
+one that makes no way for itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Final, TypeVar
+
+from ivshmemfs.engine.committer import Committer
+from ivshmemfs.engine.lifetimes import Lifetimes
+from ivshmemfs.engine.transaction import Transaction
+from ivshmemfs.errors import NoSpace, Unfinished
+
+T = TypeVar("T")
+
+
+class Changes:
+    """The changes of one mount that its callers ask for."""
+
+    def __init__(self, committer: Committer, lifetimes: Lifetimes) -> None:
+        self._committer: Final = committer
+        self._lifetimes: Final = lifetimes
+
+    def change(self, plan: Callable[[Transaction], T], *, removal: bool = False) -> T:
+        """Do what `Committer.change` does; raises Unfinished instead of NoSpace while files go."""
+        try:
+            return self._committer.change(plan, removal=removal)
+        except NoSpace:
+            if not self._lifetimes.make_way():
+                raise
+            raise Unfinished("files that nobody holds open are being freed") from None
