@@ -667,12 +667,15 @@ class Filesystem:
         find = holes.next_data if whence == os.SEEK_DATA else holes.next_hole
         return self._volume.look(lambda view: find(view, view.inode(handle.ino), offset))
 
-    def fallocate(self, handle: Handle, mode: int, offset: int, length: int) -> None:
+    def fallocate(
+        self, handle: Handle, mode: int, offset: int, length: int, ctx: Context | None = None
+    ) -> None:
         """Make or fill holes, as fallocate(2); allocates no blocks beyond the end of the file.
 
         A later write may still find no space, because it replaces blocks by new ones.  Making holes
         is one change.  Filling them takes a commit and a turn per FILLED_AT_ONCE bytes; after each
-        it raises Unfinished, and `go_on` continues.  Raises NoSpace, EOPNOTSUPP, EFBIG, ENODEV.
+        it raises Unfinished, and `go_on` continues.  `ctx` defaults to its value at open time.
+        Raises NoSpace, EOPNOTSUPP, EFBIG, ENODEV.
         """
         if mode not in (0, KEEP_SIZE, PUNCH_HOLE | KEEP_SIZE, ZERO_RANGE, ZERO_RANGE | KEEP_SIZE):
             raise FsError(errno.EOPNOTSUPP)
@@ -681,7 +684,7 @@ class Filesystem:
             raise FsError(errno.EFBIG)
         grow = not mode & KEEP_SIZE
         if mode & (PUNCH_HOLE | ZERO_RANGE):
-            self._punch(handle, offset, length, grow=grow)
+            self._punch(handle, offset, length, ctx, grow=grow)
             return
         record = self._volume.look(lambda view: _file(view, handle).record)
         missing = (end - offset) // self.block_size - record.blocks
@@ -689,28 +692,33 @@ class Filesystem:
             if self._lifetimes.make_way():
                 raise Unfinished("files that nobody holds open are being freed")
             raise NoSpace("the region has fewer free blocks than that")
-        self._fill(handle, offset, end, grow=grow)
+        self._fill(handle, offset, end, ctx, grow=grow)
 
-    def _punch(self, handle: Handle, offset: int, length: int, *, grow: bool) -> None:
+    def _punch(
+        self, handle: Handle, offset: int, length: int, ctx: Context | None, *, grow: bool
+    ) -> None:
         def plan(tx: Transaction) -> None:
             inode = holes.punch(tx, _guarded(tx, handle), offset, length)
             if grow and offset + length > inode.record.size:
                 inode = data.truncate(tx, inode, offset + length)
-            tx.put(self._credentials.after_write(tx, data.modified(tx, inode), handle))
+            tx.put(self._credentials.after_write(tx, data.modified(tx, inode), handle, ctx))
 
         self._changes.change(plan, removal=True)
 
-    def _fill(self, handle: Handle, offset: int, end: int, *, grow: bool) -> None:
+    def _fill(
+        self, handle: Handle, offset: int, end: int, ctx: Context | None, *, grow: bool
+    ) -> None:
         def plan(tx: Transaction) -> int:
             inode = _guarded(tx, handle)
             upto = end if grow else min(end, inode.record.size)
             filled, following = holes.fill(tx, inode, offset, upto, FILLED_AT_ONCE)
-            tx.put(self._credentials.after_write(tx, data.modified(tx, filled), handle))
+            tx.put(self._credentials.after_write(tx, data.modified(tx, filled), handle, ctx))
             return following if following < upto else end
 
         at = self._changes.change(plan)
         if at < end:
-            raise Unfinished("a part is filled", lambda: self._fill(handle, at, end, grow=grow))
+            go_on = lambda: self._fill(handle, at, end, ctx, grow=grow)  # noqa: E731
+            raise Unfinished("a part is filled", go_on)
 
     def fsync(self, handle: Handle) -> None:
         """Do nothing: each write is in the region before it returns."""

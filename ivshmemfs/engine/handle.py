@@ -11,8 +11,9 @@ from ivshmemfs.engine.locks import Guard
 class Handle:
     """An open file or directory.  Its attributes keep their values at open time.
 
-    `unprivileged`: a user other than root opened it.  `outsider`: the opener does not belong to the
-    file's group.
+    `unprivileged`: a user other than root opened it, or one whom the request does not name.
+    `outsider`: the opener does not belong to the file's group.  Both count for writes of which
+    nobody says who makes them.
     """
 
     __slots__ = ("append", "guard", "ino", "outsider", "readable", "unprivileged", "writable")

@@ -565,9 +565,9 @@ class KernelFrontEnd:
             self._operations.lseek(*protocol.LSEEK_IN.unpack_from(request, _BODY))
         )
 
-    def _fallocate(self, _node: int, _ctx: Context, request: Buffer, _end: int) -> Answer:
+    def _fallocate(self, _node: int, ctx: Context, request: Buffer, _end: int) -> Answer:
         fh, offset, length, mode = protocol.FALLOCATE_IN.unpack_from(request, _BODY)
-        self._operations.fallocate(fh, mode, offset, length)
+        self._operations.fallocate(fh, mode, offset, length, ctx)
         return None
 
     def _flush(self, _node: int, _ctx: Context, request: Buffer, _end: int) -> Answer:

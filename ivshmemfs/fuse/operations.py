@@ -461,11 +461,11 @@ class Operations:
         """Return the offset of the next data (SEEK_DATA) or hole (SEEK_HOLE)."""
         return self._fs.seek(self._handles[fh], offset, whence)
 
-    def fallocate(self, fh: int, mode: int, offset: int, size: int) -> None:
+    def fallocate(self, fh: int, mode: int, offset: int, size: int, ctx: Context) -> None:
         """Make or fill holes; raise Unfinished after each piece."""
         if self.own is not None:
             self.own.inodes.add(self._handles[fh].ino)
-        self._fs.fallocate(self._handles[fh], mode, offset, size)
+        self._fs.fallocate(self._handles[fh], mode, offset, size, ctx)
 
     def flush(self, fh: int, owner: int = 0) -> None:
         """End the fcntl(2) locks of *owner* at a close(2).  All writes are published already.

@@ -289,6 +289,29 @@ def test_outsiders_shed_the_group_of_any_file(
         assert mode_of(path) == left | 0o020
 
 
+@pytest.mark.parametrize("mode", SHED, ids=oct)
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda fd: os.pwrite(fd, b"changed", 2),
+        lambda fd: os.ftruncate(fd, 3),
+        lambda fd: os.posix_fallocate(fd, 0, 5000),
+    ],
+    ids=["write", "truncate", "allocate"],
+)
+def test_root_keeps_privileges_that_came_after_its_open(
+    here: Path, mode: int, change: Callable[[int], object]
+) -> None:
+    path = privileged(here, 0o644)
+    fd = os.open(path, os.O_RDWR)
+    try:
+        os.fchmod(fd, mode)
+        change(fd)
+    finally:
+        os.close(fd)
+    assert mode_of(path) == mode
+
+
 @each_mode
 def test_root_writes_without_shedding(here: Path, root: Actor, mode: int, left: int) -> None:
     path = privileged(here, mode)
