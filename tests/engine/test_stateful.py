@@ -350,6 +350,7 @@ class Machine(RuleBasedStateMachine):
             if self.peers:
                 self._check_everything()
         finally:
+            self.laboratory.close()
             self.laboratory.made.close()
             shutil.rmtree(self._folder)
             self._patch.undo()

@@ -211,11 +211,15 @@ class Laboratory:
         """The bytes of the region."""
         return self.memory.read(0, self.memory.length)
 
-    def restore(self, state: bytes) -> None:
-        """Put the region back; all peers of before are over."""
+    def close(self) -> None:
+        """Close what the peers have mapped, which holds descriptors; they are over."""
         for region in self._open:
             region.close()
         self._open.clear()
+
+    def restore(self, state: bytes) -> None:
+        """Put the region back; all peers of before are over."""
+        self.close()
         self.fates.dead.clear()
         self.fates.clock.readings.clear()
         self.memory.write(0, state)
