@@ -26,7 +26,10 @@ class Changes:
         self._lifetimes: Final = lifetimes
 
     def change(self, plan: Callable[[Transaction], T], *, removal: bool = False) -> T:
-        """Do what `Committer.change` does; raises Unfinished instead of NoSpace while files go."""
+        """Do what `Committer.change` does.
+
+        Raises Unfinished in place of NoSpace if the next try may find space: files were freed.
+        """
         try:
             return self._committer.change(plan, removal=removal)
         except NoSpace:

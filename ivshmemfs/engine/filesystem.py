@@ -180,7 +180,7 @@ class Filesystem:
         return self._volume.look(reader)
 
     def change(self, plan: Callable[[Transaction], T], *, removal: bool = False) -> T:
-        """Commit what `plan` changes and return its result; see `Committer.change`."""
+        """Commit what `plan` changes and return its result; see `Changes.change`."""
         return self._changes.change(plan, removal=removal)
 
     def condition(self) -> Condition:

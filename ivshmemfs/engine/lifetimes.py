@@ -38,7 +38,7 @@ from typing import Final
 from ivshmemfs.engine.inode import Inode
 from ivshmemfs.engine.openfiles import OpenFiles
 from ivshmemfs.engine.orphans import Orphans
-from ivshmemfs.engine.volume import ATTEMPTS, Volume
+from ivshmemfs.engine.volume import ATTEMPTS, DAMAGE, Volume
 from ivshmemfs.errors import Busy, StaleHandle
 
 # Tests set these three, so they are not Final: the compiler would inline them.
@@ -183,13 +183,17 @@ class Lifetimes:
             self._openfiles.let_go(ino)
 
     def make_way(self) -> bool:
-        """Free some files that nobody needs, for a change that found no space; whether any is left.
+        """Free some files that nobody needs, for a change that found no space.
 
-        Raises Busy.
+        Returns whether the change may find space now, or after another call.  Raises Busy, Corrupt,
+        EIO, ESTALE.
         """
-        if self.unpin(time.monotonic()):
-            return True
-        return bool(self._volume.view().root.orphans) and self._orphans.reap_piece()
+        try:
+            if self.unpin(time.monotonic()):
+                return True
+            return bool(self._volume.view().root.orphans) and self._orphans.reap_piece()
+        except DAMAGE as error:
+            raise self._volume.contained(error) from error
 
     def _pinnable(self) -> int:
         """Return the number of blocks that all pins together may keep."""
