@@ -368,7 +368,9 @@ class FakeFilesystem:
             raise FsError(errno.ENXIO)
         return offset if whence == os.SEEK_DATA else size
 
-    def fallocate(self, handle: FakeHandle, mode: int, offset: int, length: int) -> None:
+    def fallocate(
+        self, handle: FakeHandle, mode: int, offset: int, length: int, ctx: Context
+    ) -> None:
         data = self._inode(handle.ino).data
         data.extend(bytes(max(offset + length - len(data), 0)))
 
