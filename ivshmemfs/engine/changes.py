@@ -1,7 +1,7 @@
-"""Changes that callers ask for: none fails for lack of space that nobody needs.
+"""Changes that callers ask for: none fails for lack of space that unused files take.
 
-A change that finds no space makes room first (`Garbage.make_room`).  If that is too little, files
-go that nobody needs: orphans that no peer holds open, and pins.  Freeing them is a change, too, but
+A change that finds no space makes room first (`Garbage.make_room`).  If that is too little, it
+frees unused files: orphans that no peer holds open, and pins.  Freeing them is a change, too, but
 one that makes no way for itself.
 """
 
@@ -35,4 +35,4 @@ class Changes:
         except NoSpace:
             if not self._lifetimes.make_way():
                 raise
-            raise Unfinished("files that nobody holds open are being freed") from None
+            raise Unfinished("files that were removed are being freed") from None

@@ -11,7 +11,7 @@
     Committer    changes: one plan, one commit
     Orphans      frees inodes without links
     Lifetimes    ghosts and pins: what callers name after it is gone
-    Changes      changes that callers ask for: space that nobody needs is found for them
+    Changes      changes that callers ask for; finds space for them
     Upkeep       what a mount does without a request
 """
 
@@ -690,7 +690,7 @@ class Filesystem:
         missing = (end - offset) // self.block_size - record.blocks
         if missing > self.statfs().blocks_avail:
             if self._lifetimes.make_way():
-                raise Unfinished("files that nobody holds open are being freed")
+                raise Unfinished("files that were removed are being freed")
             raise NoSpace("the region has fewer free blocks than that")
         self._fill(handle, offset, end, ctx, grow=grow)
 

@@ -11,9 +11,9 @@ from ivshmemfs.engine.locks import Guard
 class Handle:
     """An open file or directory.  Its attributes keep their values at open time.
 
-    `unprivileged`: a user other than root opened it, or one whom the request does not name.
-    `outsider`: the opener does not belong to the file's group.  Both count for writes of which
-    nobody says who makes them.
+    `unprivileged`: a user other than root opened it, or a user that the request does not name.
+    `outsider`: the opener does not belong to the file's group.  Both count for writes whose caller
+    is unknown.
     """
 
     __slots__ = ("append", "guard", "ino", "outsider", "readable", "unprivileged", "writable")

@@ -183,7 +183,7 @@ class Lifetimes:
             self._openfiles.let_go(ino)
 
     def make_way(self) -> bool:
-        """Free some files that nobody needs, for a change that found no space.
+        """Free some unused files, for a change that found no space.
 
         Returns whether the change may find space now, or after another call.  Raises Busy, Corrupt,
         EIO, ESTALE.

@@ -15,7 +15,7 @@ Each `work` does one piece of the most urgent kind, then one piece of each of th
     collect      what leaked
 
     unpin        some expired pins
-    reap         orphans that nobody holds open
+    reap         orphans that no peer holds open
 
 A repair shuts the mount out (UnderRepair): it still beats, and does no work until the repair ends.
 """

@@ -73,7 +73,7 @@ class Worker:
         os.write(self._journal, text.encode() + b"\n")
 
     def complain(self) -> None:
-        """Say what it does, for somebody who waits for its end."""
+        """Say what it does, for a test that waits for its end."""
         root = self.fs.view().root
         print(
             f"{self.name} waited last for: {self.waits_for}; used {root.used}, "

@@ -161,7 +161,7 @@ def test_files_of_one_filter_bit(fs: Filesystem, other: Filesystem) -> None:
 
 
 def leave_orphans(fs: Filesystem, other: Filesystem, sizes: list[int], name: bytes = b"f") -> None:
-    """Make orphans that nobody holds: at the last close of each, the region is busy."""
+    """Make orphans that no mount holds: at the last close of each, the region is busy."""
     handles = []
     for number, size in enumerate(sizes):
         attr = put(fs, ROOT_INO, name + b"%d" % number, b"x" * size)
@@ -173,14 +173,14 @@ def leave_orphans(fs: Filesystem, other: Filesystem, sizes: list[int], name: byt
 
 
 def release_meanwhile(fs: Filesystem, other: Filesystem, handle: Handle) -> None:
-    """Close a file of `other` while `fs` commits: one hint each, which nobody takes over."""
+    """Close a file of `other` while `fs` commits: one hint each, too short to be taken over."""
     assert fs._committer.hint.take(fs.peer_id[0])
     other.release(handle)
     fs._committer.hint.give()
 
 
 def test_a_change_frees_orphans_before_it_finds_no_space(fs: Filesystem, other: Filesystem) -> None:
-    """Without the upkeep of any mount: files that nobody can reach fill no region."""
+    """Without the upkeep of any mount: files that cannot be reached fill no region."""
     room = fs.statfs().blocks_avail
     size = room // 12 * fs.block_size
     leave_orphans(fs, other, [size] * 10)
@@ -214,7 +214,7 @@ def test_orphans_that_somebody_holds_do_fill_the_region(fs: Filesystem, other: F
 
 
 def test_one_tick_and_its_work_reach_every_orphan(roomy: TestRegion) -> None:
-    """Also one behind hundreds that somebody holds, and in spite of another peer's commit."""
+    """Also one behind hundreds that are open, and in spite of another peer's commit."""
     fs, other = roomy.mount(), roomy.mount()
     for number in range(2 * CHECKED_AT_ONCE):
         other.create(ROOT_INO, b"held%d" % number, 0o644, os.O_RDWR, ROOT)

@@ -10,7 +10,8 @@ import pytest
 from ivshmemfs.engine import __file__ as package
 
 PARTS = (
-    "volume", "openfiles", "garbage", "committer", "orphans", "lifetimes", "upkeep", "filesystem"
+    "volume", "openfiles", "garbage", "committer", "orphans", "lifetimes", "changes", "upkeep",
+    "filesystem",
 )  # fmt: skip
 
 
@@ -36,4 +37,4 @@ def test_what_the_parts_are_made_of_uses_none_of_them(name: str) -> None:
 
 
 def test_locks_look_and_change_and_use_nothing_else() -> None:
-    assert parts_in("locks") == {"volume", "committer"}
+    assert parts_in("locks") == {"volume", "changes"}
