@@ -13,8 +13,9 @@ from typing import Final, TypeVar
 from ivshmemfs.engine.committer import Committer
 from ivshmemfs.engine.lifetimes import Lifetimes
 from ivshmemfs.engine.transaction import Transaction
-from ivshmemfs.errors import NoSpace, Unfinished
+from ivshmemfs.errors import Busy, FsError, NoSpace
 
+TRIES: Final = 8  # of one change; each frees FREED_FOR_SPACE orphans at most
 T = TypeVar("T")
 
 
@@ -26,13 +27,23 @@ class Changes:
         self._lifetimes: Final = lifetimes
 
     def change(self, plan: Callable[[Transaction], T], *, removal: bool = False) -> T:
-        """Do what `Committer.change` does.
+        """Do what `Committer.change` does, again while it finds no space and files are freed.
 
-        Raises Unfinished in place of NoSpace if the next try may find space: files were freed.
+        It ends after TRIES: peers at work leave new orphans all the time.
         """
+        for _ in range(TRIES):
+            try:
+                return self._committer.change(plan, removal=removal)
+            except NoSpace as full:
+                if not self._freed(full):
+                    raise
+        return self._committer.change(plan, removal=removal)
+
+    def _freed(self, full: NoSpace) -> bool:
+        """Free some unused files; whether there were any.  Raises Busy, Corrupt, EIO."""
         try:
-            return self._committer.change(plan, removal=removal)
-        except NoSpace:
-            if not self._lifetimes.make_way():
-                raise
-            raise Unfinished("files that were removed are being freed") from None
+            return self._lifetimes.make_way()
+        except Busy:
+            raise
+        except FsError:  # the upkeep meets it, too, and tells of it
+            raise full from None

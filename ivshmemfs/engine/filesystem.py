@@ -25,7 +25,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
 
 from ivshmemfs.engine import acl, contents, data, directory, holes, names, privileges, xattr
-from ivshmemfs.engine.changes import Changes
+from ivshmemfs.engine.changes import TRIES, Changes
 from ivshmemfs.engine.committer import Committer
 from ivshmemfs.engine.credentials import Credentials
 from ivshmemfs.engine.directory import Dirent
@@ -688,9 +688,10 @@ class Filesystem:
             return
         record = self._volume.look(lambda view: _file(view, handle).record)
         missing = (end - offset) // self.block_size - record.blocks
+        for _ in range(TRIES):
+            if missing <= self.statfs().blocks_avail or not self._lifetimes.make_way():
+                break
         if missing > self.statfs().blocks_avail:
-            if self._lifetimes.make_way():
-                raise Unfinished("files that were removed are being freed")
             raise NoSpace("the region has fewer free blocks than that")
         self._fill(handle, offset, end, ctx, grow=grow)
 

@@ -64,6 +64,7 @@ class Lifetimes:
         self._folders: Final[dict[int, Inode]] = {}  # in the order of their last look-up
         # The end of the pin's time and the inode's blocks; by number, in the order of pinning.
         self.pins: Final[dict[int, tuple[float, int]]] = {}
+        self._shared: Final[set[int]] = set()  # pins of several look-ups, for several callers
         self._pinned_blocks = 0
         self.careful_until = 0.0  # 0.0: look-ups pin nothing
         self.unattended = False  # whether the present call has no caller
@@ -149,6 +150,7 @@ class Lifetimes:
         if before is not None:
             self._openfiles.let_go(ino)
             self._pinned_blocks -= before[1]
+            self._shared.add(ino)
         blocks = inode.record.blocks
         self.pins[ino] = now + PINNED, blocks
         self._pinned_blocks += blocks
@@ -163,37 +165,39 @@ class Lifetimes:
         for _ in range(UNPINNED_AT_ONCE):
             if not self.pins:
                 return False
-            ino, (until, blocks) = next(iter(self.pins.items()))
+            ino, (until, _) = next(iter(self.pins.items()))
             many = len(self.pins) > PINS or self._pinned_blocks > self._pinnable()
             if until >= now and not (many and len(self.pins) > 1):
                 return False
-            del self.pins[ino]
-            self._pinned_blocks -= blocks
-            self._orphans.close(ino)
+            self._let_go(ino)
         return True
 
     def opened(self, ino: int) -> None:
-        """Let go the pin of an inode that the caller has opened; nothing without one.
+        """Let go the pin of an inode that its only caller has opened; nothing without one.
 
         Pins of dead peers keep every file of the same filter bits, so few should be left behind.
         """
-        pin = self.pins.pop(ino, None)
-        if pin is not None:
-            self._pinned_blocks -= pin[1]
+        if ino in self.pins and ino not in self._shared:
+            self._pinned_blocks -= self.pins.pop(ino)[1]
             self._openfiles.let_go(ino)
 
     def make_way(self) -> bool:
         """Free some unused files, for a change that found no space.
 
-        Returns whether the change may find space now, or after another call.  Raises Busy, Corrupt,
-        EIO, ESTALE.
+        All pins go.  Returns whether anything went.  Raises Busy, Corrupt, EIO, ESTALE.
         """
+        pinned = bool(self.pins)
         try:
-            if self.unpin(time.monotonic()):
-                return True
-            return bool(self._volume.view().root.orphans) and self._orphans.reap_piece()
+            while self.pins:
+                self._let_go(next(iter(self.pins)))
+            return bool(self._volume.view().root.orphans and self._orphans.free_some()) or pinned
         except DAMAGE as error:
             raise self._volume.contained(error) from error
+
+    def _let_go(self, ino: int) -> None:
+        self._pinned_blocks -= self.pins.pop(ino)[1]
+        self._shared.discard(ino)
+        self._orphans.close(ino)
 
     def _pinnable(self) -> int:
         """Return the number of blocks that all pins together may keep."""

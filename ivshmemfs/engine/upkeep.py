@@ -8,13 +8,14 @@ Each `tick`, about once a second, does in this order:
     decide       at every RETIRE_TICKS-th tick, or when space is short: begin to judge silent peers
     work         one piece, as below
 
-Each `work` does one piece of the most urgent kind, then one piece of each of the last two:
+Each `work` lets pins go, does one piece of the most urgent of three kinds, then reaps:
+
+    unpin        some expired pins
 
     retire       peers that are gone, which leaves garbage
     release      what commits of this mount cut off
     collect      what leaked
 
-    unpin        some expired pins
     reap         orphans that no peer holds open
 
 A repair shuts the mount out (UnderRepair): it still beats, and does no work until the repair ends.
@@ -32,7 +33,7 @@ from ivshmemfs.engine.lifetimes import Lifetimes
 from ivshmemfs.engine.openfiles import OpenFiles
 from ivshmemfs.engine.orphans import Orphans
 from ivshmemfs.engine.volume import DAMAGE, Volume
-from ivshmemfs.errors import Busy, Fenced, IvshmemfsError, UnderRepair
+from ivshmemfs.errors import Busy, Fenced, FsError, IvshmemfsError, UnderRepair
 from ivshmemfs.shm.coherence import Coherence
 from ivshmemfs.shm.membership import Membership
 from ivshmemfs.shm.peers import Retirement
@@ -82,16 +83,17 @@ class Upkeep:
 
     def work(self) -> bool:
         """Do one piece of work; whether there is more.  Raises as `tick` does."""
-        volume, member = self._volume, self._volume.member
+        volume, member, more = self._volume, self._volume.member, False
+        with suppress(Busy, FsError):  # a mount that may not write keeps pins, too
+            more = self._lifetimes.unpin(time.monotonic())
         if member is None or member.unfit:
-            return False
+            return more
         try:
             self._work_piece(member)
             orphans = volume.view().root.orphans
         except DAMAGE as error:
             self._garbage.collector = None
             raise volume.contained(error) from error
-        more = self._lifetimes.unpin(time.monotonic())
         if orphans:
             more |= self._reap()
         return more or self._retirement.pending or self._garbage.has_work(member)
