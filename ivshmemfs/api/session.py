@@ -236,12 +236,13 @@ class Session:
     def _beat(self) -> None:
         """Beat until the end; the upkeep thread runs it."""
         told = ""
-        while not self._ended.wait(BEAT):
+        due = time.monotonic() + BEAT
+        while not self._ended.wait(max(due - time.monotonic(), 0.0)):
+            due = time.monotonic() + BEAT
             try:
                 self._upkeep(self._look_at_maps)
                 more = self._upkeep(lambda fs: fs.tick())
-                until = time.monotonic() + BEAT
-                while more and time.monotonic() < until and not self._ended.wait(WORK_PAUSE):
+                while more and time.monotonic() < due and not self._ended.wait(WORK_PAUSE):
                     more = self._upkeep(lambda fs: fs.work())
                 told = ""
             except Busy:
