@@ -13,9 +13,11 @@ from typing import Final, TypeVar
 from ivshmemfs.engine.committer import Committer
 from ivshmemfs.engine.lifetimes import Lifetimes
 from ivshmemfs.engine.transaction import Transaction
-from ivshmemfs.errors import Busy, FsError, NoSpace
+from ivshmemfs.errors import FsError, NoSpace
 
-TRIES: Final = 8  # of one change; each frees FREED_FOR_SPACE orphans at most
+WAYS: Final = (
+    8  # most times that one change makes way: peers at work leave new orphans all the time
+)
 T = TypeVar("T")
 
 
@@ -27,23 +29,22 @@ class Changes:
         self._lifetimes: Final = lifetimes
 
     def change(self, plan: Callable[[Transaction], T], *, removal: bool = False) -> T:
-        """Do what `Committer.change` does, again while it finds no space and files are freed.
-
-        It ends after TRIES: peers at work leave new orphans all the time.
-        """
-        for _ in range(TRIES):
+        """Do what `Committer.change` does; while it finds no space, make way and do it again."""
+        ways = WAYS
+        while True:
             try:
                 return self._committer.change(plan, removal=removal)
-            except NoSpace as full:
-                if not self._freed(full):
+            except NoSpace:
+                ways -= 1
+                if ways < 0 or not self.make_way():
                     raise
-        return self._committer.change(plan, removal=removal)
 
-    def _freed(self, full: NoSpace) -> bool:
-        """Free some unused files; whether there were any.  Raises Busy, Corrupt, EIO."""
+    def make_way(self) -> bool:
+        """Free some unused files; whether any went.  Raises Busy.
+
+        Damage that it meets is left to the upkeep, which meets it too.
+        """
         try:
             return self._lifetimes.make_way()
-        except Busy:
-            raise
-        except FsError:  # the upkeep meets it, too, and tells of it
-            raise full from None
+        except FsError:
+            return False

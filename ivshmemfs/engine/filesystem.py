@@ -22,10 +22,11 @@ import os
 import stat
 from collections.abc import Callable, Collection, Iterator
 from contextlib import suppress
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
 
 from ivshmemfs.engine import acl, contents, data, directory, holes, names, privileges, xattr
-from ivshmemfs.engine.changes import TRIES, Changes
+from ivshmemfs.engine.changes import WAYS, Changes
 from ivshmemfs.engine.committer import Committer
 from ivshmemfs.engine.credentials import Credentials
 from ivshmemfs.engine.directory import Dirent
@@ -688,11 +689,11 @@ class Filesystem:
             return
         record = self._volume.look(lambda view: _file(view, handle).record)
         missing = (end - offset) // self.block_size - record.blocks
-        for _ in range(TRIES):
-            if missing <= self.statfs().blocks_avail or not self._lifetimes.make_way():
-                break
-        if missing > self.statfs().blocks_avail:
-            raise NoSpace("the region has fewer free blocks than that")
+        ways = WAYS
+        while missing > self.statfs().blocks_avail:
+            ways -= 1
+            if ways < 0 or not self._changes.make_way():
+                raise NoSpace("the region has fewer free blocks than that")
         self._fill(handle, offset, end, ctx, grow=grow)
 
     def _punch(
@@ -718,7 +719,7 @@ class Filesystem:
 
         at = self._changes.change(plan)
         if at < end:
-            go_on = lambda: self._fill(handle, at, end, ctx, grow=grow)  # noqa: E731
+            go_on = partial(self._fill, handle, at, end, ctx, grow=grow)
             raise Unfinished("a part is filled", go_on)
 
     def fsync(self, handle: Handle) -> None:

@@ -24,8 +24,8 @@ The states of a pin:
 
     pinned       `_secure` listed the inode as open
     expired      its time is over, or newer pins exceed PINS or the share of free blocks
-    let go       `unpin` closed it, UNPINNED_AT_ONCE at most per call; or `opened` did, because a
-                 handle holds the file now
+    let go       `unpin` closed it, UNPINNED_AT_ONCE at most per call.  Or `opened` did, because a
+                 handle holds the file now.  Or `make_way` did, with all others
 """
 
 from __future__ import annotations
@@ -175,7 +175,7 @@ class Lifetimes:
     def opened(self, ino: int) -> None:
         """Let go the pin of an inode that its only caller has opened; nothing without one.
 
-        Pins of dead peers keep every file of the same filter bits, so few should be left behind.
+        A mount that dies leaves its pins in its open filter, where they keep other files, too.
         """
         if ino in self.pins and ino not in self._shared:
             self._pinned_blocks -= self.pins.pop(ino)[1]

@@ -6,8 +6,8 @@
                the holder died or found the region busy (`reap_piece`): in its upkeep, or because it
                needed the space
 
-A pass goes through the orphan directory in the order of its keys, in pieces.  `_last_key` is where
-the present pass continues; 0 starts a new pass.
+A pass goes through the orphan directory in the order of its keys, in pieces.  The upkeep has one
+pass under way; each change that needs space makes its own.
 """
 
 from __future__ import annotations
@@ -30,6 +30,13 @@ CHECKED_FOR_SPACE: Final = 1 << 14  # orphans that a change without space looks 
 FREED_FOR_SPACE: Final = 256  # orphans that it frees before it tries again
 
 
+class _Pass:
+    """Where a pass continues: behind `last_key`.  At 0, a new pass starts."""
+
+    def __init__(self) -> None:
+        self.last_key = 0
+
+
 class Orphans:
     """Frees inodes without links, for one mount."""
 
@@ -37,7 +44,7 @@ class Orphans:
         self._volume: Final = volume
         self._openfiles: Final = openfiles
         self._committer: Final = committer
-        self._last_key = 0
+        self._pass: Final = _Pass()
 
     def close(self, ino: int) -> None:
         """Drop a handle of `ino`, and free the inode if it has no links and no other handle."""
@@ -58,10 +65,10 @@ class Orphans:
         the present orphans need: it does not last as long as others work.
         """
         count = self._volume.view().root.orphans
-        self._last_key = 0
+        self._pass.last_key = 0
         for _ in range(count // FREED_AT_ONCE + count // CHECKED_AT_ONCE + 2):
             self.reap_piece()
-            if not self._last_key:
+            if not self._pass.last_key:
                 break
 
     def reap_piece(self) -> bool:
@@ -69,50 +76,39 @@ class Orphans:
 
         Returns False when the pass is over and this piece freed nothing.  Raises Busy.
         """
+        freed = self._free_next(self._pass, CHECKED_AT_ONCE, FREED_AT_ONCE)
+        return freed > 0 or self._pass.last_key != 0
+
+    def free_some(self) -> int:
+        """Free orphans that no peer holds open, for a change that found no space; how many.
+
+        It makes a pass of its own, which begins with the first orphan.  Raises Busy.
+        """
+        return self._free_next(_Pass(), CHECKED_FOR_SPACE, FREED_FOR_SPACE)
+
+    def _free_next(self, at: _Pass, checked: int, most: int) -> int:
+        """Look at about `checked` of the next orphans and free `most` at most; returns how many."""
 
         def read(view: View) -> list[Dirent]:
-            return directory.leaf_after(view, view.inode(ORPHANS_INO), self._last_key)
+            return directory.leaf_after(view, view.inode(ORPHANS_INO), at.last_key)
 
         member, freed, seen = self._volume.joined(), 0, 0
-        while seen < CHECKED_AT_ONCE:
+        while seen < checked:
             found = self._volume.look(read)
             if not found:
-                self._last_key = 0
+                at.last_key = 0
                 break
             for entry in found:
-                if freed == FREED_AT_ONCE:
-                    return True
-                before, self._last_key = self._last_key, entry.key
+                if freed == most:
+                    return freed
+                before, at.last_key = at.last_key, entry.key
                 ino = entry.ino
                 if ino not in self._openfiles.counts and not member.listed_elsewhere(ino):
                     try:
                         freed += self._free(ino)
                     except Busy:  # the next piece tries it again
-                        self._last_key = before
+                        at.last_key = before
                         raise
-            seen += len(found)
-        return freed > 0 or self._last_key != 0
-
-    def free_some(self) -> int:
-        """Free orphans that no peer holds open, for a change that found no space; how many.
-
-        It begins with the first orphan, and leaves the present pass as it is.  It frees
-        FREED_FOR_SPACE and looks at CHECKED_FOR_SPACE of them at most.  Raises Busy.
-        """
-        member, freed, seen, last_key = self._volume.joined(), 0, 0, 0
-        while seen < CHECKED_FOR_SPACE:
-            key = last_key
-            found = self._volume.look(
-                lambda view: directory.leaf_after(view, view.inode(ORPHANS_INO), key)  # noqa: B023
-            )
-            if not found:
-                break
-            for entry in found:
-                if freed == FREED_FOR_SPACE:
-                    return freed
-                last_key, ino = entry.key, entry.ino
-                if ino not in self._openfiles.counts and not member.listed_elsewhere(ino):
-                    freed += self._free(ino)
             seen += len(found)
         return freed
 

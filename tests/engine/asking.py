@@ -1,16 +1,17 @@
-"""Helpers of the engine's tests: expect an errno, list names, empty a directory."""
+"""Helpers of the engine's tests: expect an errno, list names, empty a directory, leave orphans."""
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from collections.abc import Callable
 
 import pytest
 
-from ivshmemfs.engine import ROOT_INO, Filesystem
+from ivshmemfs.engine import ROOT_INO, Filesystem, Handle
 from ivshmemfs.errors import FsError
-from tests.support.regions import ROOT
+from tests.support.regions import ROOT, put
 
 
 def fails(code: int, call: Callable[[], object]) -> None:
@@ -37,3 +38,17 @@ def remove_all(fs: Filesystem, ino: int) -> None:
             fs.rmdir(ino, name, ROOT)
         else:
             fs.unlink(ino, name, ROOT)
+
+
+def release_meanwhile(fs: Filesystem, other: Filesystem, handle: Handle) -> None:
+    """Close a file of `other` while `fs` commits: one hint each, too short to be taken over."""
+    assert fs._committer.hint.take(fs.peer_id[0])
+    other.release(handle)
+    fs._committer.hint.give()
+
+
+def make_careful(fs: Filesystem, other: Filesystem) -> None:
+    """Have `other` look up carefully: it meets a file that is gone."""
+    gone = put(fs, ROOT_INO, b"gone", b"")
+    fs.unlink(ROOT_INO, b"gone", ROOT)
+    fails(errno.ESTALE, lambda: other.open(gone.ino, os.O_RDONLY, ROOT))

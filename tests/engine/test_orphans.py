@@ -13,7 +13,7 @@ from ivshmemfs.engine.lifetimes import PINS
 from ivshmemfs.engine.orphans import CHECKED_AT_ONCE
 from ivshmemfs.errors import Busy, NoSpace, StaleHandle
 from ivshmemfs.format.open_filter import index_of
-from tests.engine.asking import fails
+from tests.engine.asking import fails, make_careful, release_meanwhile
 from tests.support.checks import assert_adds_up, assert_empty
 from tests.support.regions import ROOT, TestRegion, get, in_turns, put
 
@@ -172,13 +172,6 @@ def leave_orphans(fs: Filesystem, other: Filesystem, sizes: list[int], name: byt
     assert orphans(fs) >= len(sizes)
 
 
-def release_meanwhile(fs: Filesystem, other: Filesystem, handle: Handle) -> None:
-    """Close a file of `other` while `fs` commits: one hint each, too short to be taken over."""
-    assert fs._committer.hint.take(fs.peer_id[0])
-    other.release(handle)
-    fs._committer.hint.give()
-
-
 def test_a_change_frees_orphans_before_it_finds_no_space(fs: Filesystem, other: Filesystem) -> None:
     """Without the upkeep of any mount: files that cannot be reached fill no region."""
     room = fs.statfs().blocks_avail
@@ -302,9 +295,7 @@ def test_unlinking_and_opening_at_once(made: TestRegion) -> None:
 
 def test_a_pin_ends_when_the_file_is_open(fs: Filesystem, other: Filesystem) -> None:
     """Careful look-ups of files that are opened and closed keep nothing from being freed."""
-    gone = put(fs, ROOT_INO, b"gone", b"")
-    fs.unlink(ROOT_INO, b"gone", ROOT)
-    fails(errno.ESTALE, lambda: other.open(gone.ino, os.O_RDONLY, ROOT))
+    make_careful(fs, other)
     for _ in range(10):
         put(fs, ROOT_INO, b"new", b"content")
         fs.rename(ROOT_INO, b"new", ROOT_INO, b"file", 0, ROOT)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 from collections.abc import Callable
 
@@ -12,7 +11,7 @@ from ivshmemfs.engine import ROOT_INO, Filesystem, Handle, directory
 from ivshmemfs.engine.transaction import Transaction
 from ivshmemfs.errors import NoSpace
 from ivshmemfs.format.inode import ORPHANS_INO
-from tests.engine.asking import fails
+from tests.engine.asking import make_careful, release_meanwhile
 from tests.support.regions import ROOT, TestRegion, in_turns, new_region, put
 
 TARGET = b"t" * 900  # of a symbolic link, which takes a block of its own
@@ -55,20 +54,6 @@ def hold(fs: Filesystem, holder: Filesystem, count: int) -> list[Handle]:
     return handles
 
 
-def forsake(fs: Filesystem, holder: Filesystem, handle: Handle) -> None:
-    """Close an orphan while the region is busy, so that it stays."""
-    assert fs._committer.hint.take(fs.peer_id[0])
-    holder.release(handle)
-    fs._committer.hint.give()
-
-
-def look_up_carefully(fs: Filesystem, other: Filesystem) -> None:
-    """Have `other` meet a file that is gone."""
-    gone = put(fs, ROOT_INO, b"gone", b"")
-    fs.unlink(ROOT_INO, b"gone", ROOT)
-    fails(errno.ESTALE, lambda: other.open(gone.ino, os.O_RDONLY, ROOT))
-
-
 def links(fs: Filesystem) -> None:
     for number in range(3):
         in_turns(lambda: fs.symlink(ROOT_INO, b"link%d" % number, TARGET, ROOT))  # noqa: B023
@@ -93,7 +78,7 @@ def test_a_write_ends_beside_peers_that_leave_orphans_all_the_time(
 
     def attempt() -> int:
         [left] = hold(two, third, 1)
-        forsake(two, third, left)
+        release_meanwhile(two, third, left)
         return one.write(handle, 0, b"y" * (1 << 20))
 
     assert in_turns(attempt, 100)
@@ -102,7 +87,7 @@ def test_a_write_ends_beside_peers_that_leave_orphans_all_the_time(
 @pytest.mark.parametrize("remover", ["the mount itself", "another"])
 def test_pins_go_for_space(one: Filesystem, two: Filesystem, remover: str) -> None:
     """Also the last one, although its time is not over."""
-    look_up_carefully(one, two)
+    make_careful(one, two)
     put(one, ROOT_INO, b"big", b"x" * (one.statfs().blocks_avail // 2 * one.block_size))
     two.lookup(ROOT_INO, b"big")
     assert two._lifetimes.pins
@@ -120,7 +105,7 @@ def test_a_pass_of_the_upkeep_hides_no_orphan(one: Filesystem, two: Filesystem) 
     in_turns(lambda: two.fallocate(handles[0], 0, 0, size))
     fill(one)
     one._orphans.reap_piece()
-    forsake(one, two, handles[0])
+    release_meanwhile(one, two, handles[0])
     links(one)
 
 
@@ -128,7 +113,7 @@ def test_a_commit_of_another_peer_makes_the_upkeep_skip_nothing(
     one: Filesystem, two: Filesystem
 ) -> None:
     [handle] = hold(one, two, 1)
-    forsake(one, two, handle)
+    release_meanwhile(one, two, handle)
     assert two._committer.hint.take(two.peer_id[0])
     more = one.tick()
     two._committer.hint.give()
@@ -138,7 +123,7 @@ def test_a_commit_of_another_peer_makes_the_upkeep_skip_nothing(
 
 
 def test_a_pin_of_two_callers_outlives_the_opening_of_one(one: Filesystem, two: Filesystem) -> None:
-    look_up_carefully(one, two)
+    make_careful(one, two)
     put(one, ROOT_INO, b"file", b"content")
     first, second = two.lookup(ROOT_INO, b"file"), two.lookup(ROOT_INO, b"file")
     two.release(two.open(first.ino, os.O_RDONLY, ROOT))
@@ -149,7 +134,7 @@ def test_a_pin_of_two_callers_outlives_the_opening_of_one(one: Filesystem, two: 
 
 
 def test_pins_end_on_a_mount_that_may_not_write(one: Filesystem, two: Filesystem) -> None:
-    look_up_carefully(one, two)
+    make_careful(one, two)
     put(one, ROOT_INO, b"file", b"content")
     pinned = two.lookup(ROOT_INO, b"file")
     two._lifetimes.pins[pinned.ino] = 0.0, 1
@@ -180,10 +165,13 @@ def test_damaged_orphans_leave_the_error_as_it_is(damage: str) -> None:
     with new_region(2 << 20) as made:  # no fsck looks at it
         fs = made.mount()
         attr = put(fs, ROOT_INO, b"victim", b"x" * 3000)
+        handle, _ = fs.create(ROOT_INO, b"new", 0o644, os.O_WRONLY, ROOT)
         fill(fs)
         fs.change(misname(attr.ino) if damage == "a name" else lose_the_directory, removal=True)
         with pytest.raises(NoSpace):
             put_many(fs)
+        with pytest.raises(NoSpace):
+            fs.fallocate(handle, 0, 0, 1 << 30)
 
 
 def put_many(fs: Filesystem) -> None:
