@@ -351,18 +351,29 @@ def test_exactly_one_claims_by_renaming(
         if to == "over":
             (places[0] / "new" / f"over{number}").touch()
 
+    def named(number: int, who: int) -> str:
+        return f"{to}{number}{who if to == 'own' else ''}"
+
+    def clear(number: int) -> None:
+        for who in range(len(claimers)):
+            with suppress(FileNotFoundError):
+                (Path.rmdir if kind == "directory" else Path.unlink)(
+                    places[0] / "new" / named(number, who)
+                )
+        (places[0] / "other" / f"x{number}").unlink(missing_ok=True)
+
     def claim(place: Path, who: int) -> None:
         end = time.monotonic() + seconds
         new = place / "new"
         for number in itertools.count(1):
             if who == 0:
+                clear(number - 2)  # a round that both have left, or the region becomes full
                 make(number)
                 over = time.monotonic() > end or (number + 2) * len(claimers) > len(won)
                 last[:] = (number if over else 0).to_bytes(8, "little")
-            target = new / f"{to}{number}{who if to == 'own' else ''}"
             start.wait(who, number)
             with suppress(FileNotFoundError):
-                os.rename(new / f"x{number}", target)
+                os.rename(new / f"x{number}", new / named(number, who))
                 won[number * len(claimers) + who] = 1
             if int.from_bytes(last[:], "little") == number:
                 return
