@@ -18,7 +18,7 @@ def ivshmemfs() -> None:
     command.begin("ivshmemfs", interrupted=8)
     with command.loading("ivshmemfs", failed=2):
         from ivshmemfs.cli.main import main
-    main()
+    command.conclude(main)
 
 
 def mkfs() -> None:
@@ -26,7 +26,7 @@ def mkfs() -> None:
     command.begin("mkfs.ivshmemfs", interrupted=1)
     with command.loading("mkfs.ivshmemfs", failed=1):
         from mkfs.main import main
-    main()
+    command.conclude(main)
 
 
 def fsck() -> None:
@@ -34,7 +34,7 @@ def fsck() -> None:
     command.begin("fsck.ivshmemfs", interrupted=32)
     with command.loading("fsck.ivshmemfs", failed=8):
         from ivshmemfs.fsck.main import main
-    main()
+    command.conclude(main)
 
 
 if __name__ == "__main__":

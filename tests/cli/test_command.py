@@ -127,6 +127,60 @@ def test_a_signal_that_was_ignored_stays_ignored() -> None:
     assert (result.returncode, result.stderr) == (0, "")
 
 
+ENDING = """
+import atexit, os, signal, sys, threading, time
+from ivshmemfs import command
+
+class Kept:
+    def __del__(self):
+        os.write(1, b"freed ")
+
+def work():
+    {work}
+
+def main():
+    code = command.run("name", work, command.Exits(1, 2, 3, 4))
+    {after}
+    sys.exit(code)
+
+kept = Kept()
+atexit.register(print, "exit functions ran")
+command.begin("name", interrupted=9)
+command.conclude(main)
+"""
+
+
+@pytest.mark.parametrize(
+    ("work", "after", "code", "out", "err"),
+    [
+        ("return 5", "", 5, "exit functions ran\n", ""),
+        ("raise OSError(5, 'broken')", "", 2, "exit functions ran\n", "name: broken\n"),
+        ("pass", "sys.exit('text')", 1, "exit functions ran\nfreed ", "text\n"),
+        (
+            "threading.Thread(target=lambda: (time.sleep(0.3), print('late'))).start()", "",
+            0, "late\nexit functions ran\nfreed ", "",
+        ),
+        ("return 5", "os.kill(os.getpid(), signal.SIGTERM)", 5, "exit functions ran\n", ""),
+        (
+            "os.kill(os.getpid(), signal.SIGINT)", "", 3, "exit functions ran\n",
+            "name: interrupted\n",
+        ),
+    ],
+    ids=["code", "error", "text", "thread", "signal after the end", "signal"],
+)  # fmt: skip
+def test_the_end_keeps_the_code_and_calls_the_exit_functions(
+    work: str, after: str, code: int, out: str, err: str
+) -> None:
+    result = run(sys.executable, "-c", ENDING.format(work=work, after=after))
+    assert (result.returncode, result.stdout, result.stderr) == (code, out, err)
+
+
+def test_what_cannot_be_printed_in_the_end_changes_no_exit_code() -> None:
+    script = ENDING.format(work="return 5", after="sys.stdout = open('/dev/full', 'w')")
+    result = run(sys.executable, "-c", script)
+    assert (result.returncode, result.stdout, result.stderr) == (5, "", "")
+
+
 @needs_fuse
 def test_a_signal_while_the_daemon_starts(formatted: TestRegion, place: Path) -> None:
     script = STARTED.format(
