@@ -295,11 +295,11 @@ def test_listing_looks_at_no_mount_among_the_regions(
 
 def test_the_column_of_options_can_be_given_back(formatted: TestRegion, place: Path) -> None:
     mounted("-o", "allow_other,noexec", formatted.path, place)
-    lines = Path("/proc/mounts").read_text().splitlines()
+    lines = Path("/proc/mounts").read_text(errors="surrogateescape").splitlines()
     shown = next(line.split()[3] for line in lines if line.split()[1] == str(place))
     unmounted(place)
     mounted("-o", shown, formatted.path, place)
-    assert shown in Path("/proc/mounts").read_text()
+    assert shown in Path("/proc/mounts").read_text(errors="surrogateescape")
     unmounted(place)
 
 

@@ -18,7 +18,7 @@ def leftovers() -> list[str]:
     """Regions, mounts and QEMUs of a demonstration."""
     found = [str(path) for path in Path("/dev/shm").glob("ivshmemfs-demo*")]
     found += [str(path) for path in Path("/tmp").glob("ivshmemfs-demo*")]
-    mounts = Path("/proc/mounts").read_text().splitlines()
+    mounts = Path("/proc/mounts").read_text(errors="surrogateescape").splitlines()
     found += [line for line in mounts if "/ivshmemfs-demo" in line]
     for command in Path("/proc").glob("[0-9]*/cmdline"):
         try:

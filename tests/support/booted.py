@@ -79,7 +79,10 @@ def missing_for_systemd() -> str:
 @contextlib.contextmanager
 def _control_group() -> Iterator[Path]:
     """A control group (version 2) with nothing in it, removed at the end."""
-    mounts = (line.split() for line in Path("/proc/mounts").read_text().splitlines())
+    mounts = (
+        line.split()
+        for line in Path("/proc/mounts").read_text(errors="surrogateescape").splitlines()
+    )
     top = next((Path(place) for _, place, kind, *_ in mounts if kind == "cgroup2"), None)
     if top is None:
         raise OSError("none of version 2 is mounted")

@@ -59,7 +59,7 @@ class Mount:
     @property
     def mounted(self) -> bool:
         """Whether something is mounted on our mount point; touches nothing."""
-        lines = Path("/proc/self/mountinfo").read_text().splitlines()
+        lines = Path("/proc/self/mountinfo").read_text(errors="surrogateescape").splitlines()
         return any(line.split()[4] == str(self.path) for line in lines)
 
     @property

@@ -27,7 +27,7 @@ def mount_lines(path: Path) -> list[str]:
     """The lines of mountinfo for *path*; never touches the path itself."""
     return [
         line
-        for line in Path("/proc/self/mountinfo").read_text().splitlines()
+        for line in Path("/proc/self/mountinfo").read_text(errors="surrogateescape").splitlines()
         if line.split()[4] == str(path)
     ]
 
