@@ -6,6 +6,8 @@
              or the region formatted anew: each of them raises OSError ESTALE
     CLOSED   after `close`, or the end of the client: each of them raises ValueError
 
+While the client may not write because its machine does not share the memory (`shm/coherence.py`),
+an OPEN file can be read only.
 A peer that was evicted, or whose slot another peer took while it was silent, lists nothing.  So the
 file may be released while that peer sleeps.  When it wakes up, it may still store for up to BEAT
 seconds (`api/session.py`).
@@ -81,6 +83,7 @@ class MappedFile(Closing):
             raise
         self.place: Final = place
         self._lost = ""  # why the file is lost, or ""
+        self._unfit = ""  # why this machine may not store, or ""
         self._seen = 0  # the commit word at the last look; 0 before it
         self._session.maps.add(self)
         self.offset: Final[int] = place.offset
@@ -119,7 +122,11 @@ class MappedFile(Closing):
         self._lost = why
 
     def look_again(self, fs: Filesystem) -> None:
-        """Look whether the file is lost; at most once for each commit word.  Raises Busy."""
+        """Look whether this machine may store, and whether the file is lost.  Raises Busy.
+
+        The file is looked at once for each commit word.
+        """
+        self._unfit = fs.unfit
         word = fs.commit_word()
         if word == self._seen:
             return
@@ -138,23 +145,32 @@ class MappedFile(Closing):
             raise ValueError(f"byte {at} is not a multiple of {WORD}")
         return place
 
+    def _refuse_unfit(self) -> None:
+        if self._unfit:
+            raise OSError(errno.EROFS, self._unfit, self.path)
+
     # --- words ----------------------------------------------------------------------------------
 
     def load(self, at: int) -> int:
         """Return the word of 64 bits at byte `at`, a multiple of 8 (acquire).
 
         All methods raise ValueError for a place outside the file, and OSError when the region is
-        gone.  Those that store raise OSError EROFS if the client only reads.
+        gone.  Those that store raise OSError EROFS if the client only reads, or once it is known
+        that its machine does not share the memory.
         """
         return self._memory.load(self._word(at))
 
     def store(self, at: int, value: int) -> None:
         """Store a word; all that this thread stored before is visible before it (release)."""
-        self._memory.store(self._word(at), value)
+        place = self._word(at)
+        self._refuse_unfit()
+        self._memory.store(place, value)
 
     def cas(self, at: int, expected: int, new: int) -> int:
         """Store `new` if the word is `expected`; returns the word as it was before."""
-        return self._memory.cas(self._word(at), expected, new)
+        place = self._word(at)
+        self._refuse_unfit()
+        return self._memory.cas(place, expected, new)
 
     def fence(self) -> None:
         """Order all loads and stores before it and after it."""
@@ -183,7 +199,9 @@ class MappedFile(Closing):
     def write(self, at: int, data: ReadableBuffer) -> None:
         """Store bytes from byte `at` on."""
         content = memoryview(data).cast("B")
-        self._memory.write(self._at(at, len(content)), content)
+        place = self._at(at, len(content))
+        self._refuse_unfit()
+        self._memory.write(place, content)
 
     def mmap(self) -> mmap.mmap:
         """Return the file as memory of the module mmap, for numpy and the like.
@@ -195,7 +213,8 @@ class MappedFile(Closing):
         self._at(0, 0)
         self._session.refuse_closed()
         region = self._session.region
-        access = mmap.ACCESS_READ if region.readonly else mmap.ACCESS_WRITE
+        reads = region.readonly or self._unfit
+        access = mmap.ACCESS_READ if reads else mmap.ACCESS_WRITE
         fd = region.descriptor()
         try:
             start = (region.start or 0) + self.offset

@@ -133,6 +133,12 @@ class Filesystem:
         return self._volume.peer_id
 
     @property
+    def unfit(self) -> str:
+        """Why this mount may not write, because its machine does not share the memory; else ""."""
+        member = self._volume.member
+        return "" if member is None else member.unfit
+
+    @property
     def is_committing(self) -> bool:
         """Whether a peer holds the hint word now, so that a change would raise Busy."""
         return self._committer.hint.held

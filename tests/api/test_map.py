@@ -98,6 +98,27 @@ def test_a_file_that_was_released_meanwhile_is_lost(fs: Client, other: Client) -
         one.close()
 
 
+def test_a_machine_without_one_memory_stores_nothing(fs: Client) -> None:
+    """What it stored others might never see, and its swaps exclude no other's."""
+    with fs.map("/shared", create=4096) as shared:
+        shared.store(0, 7)
+        member = fs.session._fs._volume.joined()
+        member.unfit = "this machine does not share the memory"
+        fs.session.call(shared.look_again)
+        for call in (
+            lambda: shared.store(0, 1), lambda: shared.cas(0, 7, 1), lambda: shared.write(0, b"x"),
+        ):  # fmt: skip
+            with pytest.raises(OSError, match="does not share") as caught:
+                call()
+            assert (caught.value.errno, caught.value.filename) == (errno.EROFS, "/shared")
+        assert (shared.load(0), shared.read(0, 1)) == (7, b"\x07")
+        with shared.mmap() as memory, pytest.raises(TypeError):
+            memory[0] = 1
+        member.unfit = ""
+        fs.session.call(shared.look_again)
+        shared.store(0, 8)
+
+
 def test_a_region_formatted_anew_is_lost(fs: Client, made: TestRegion) -> None:
     one = fs.map("/shared", create=4096)
     with new_region(made.region().size) as fresh:
