@@ -15,9 +15,8 @@ from ivshmemfs.engine.lifetimes import Lifetimes
 from ivshmemfs.engine.transaction import Transaction
 from ivshmemfs.errors import FsError, NoSpace
 
-WAYS: Final = (
-    8  # most times that one change makes way: peers at work leave new orphans all the time
-)
+#: Most times that one change makes way: peers at work leave new orphans all the time.
+WAYS: Final = 8
 T = TypeVar("T")
 
 
