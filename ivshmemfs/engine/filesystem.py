@@ -190,9 +190,9 @@ class Filesystem:
         """Commit what `plan` changes and return its result; see `Changes.change`."""
         return self._changes.change(plan, removal=removal)
 
-    def condition(self) -> Condition:
-        """Return how the region has changed since the mount.  Never raises for what it reads."""
-        return self._volume.condition()
+    def condition(self, found: Condition | None = None) -> Condition:
+        """Return how the region has changed since the mount; see `Volume.condition`."""
+        return self._volume.condition(found)
 
     def tick(self) -> bool:
         """Beat and do one piece of upkeep, about once a second; see `Upkeep.tick`."""

@@ -276,9 +276,12 @@ class Volume:
         except OSError as error:
             raise FsError(errno.EIO, f"the region cannot be accessed any more: {error}") from None
 
-    def condition(self) -> Condition:
-        """Return how the region has changed since the mount.  Never raises for what it reads."""
-        found = self.region.condition()
+    def condition(self, found: Condition | None = None) -> Condition:
+        """Return how the region has changed since the mount.  Never raises for what it reads.
+
+        `found` is what a look at the region's path has shown; without it, the path is looked at.
+        """
+        found = found or self.region.condition()
         if found is not Condition.SOUND:
             return found
         try:

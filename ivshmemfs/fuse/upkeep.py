@@ -10,7 +10,9 @@ States, the values of `Condition`:
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from ivshmemfs.errors import Busy
@@ -23,11 +25,39 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
+class PathWatch:
+    """Looks at the region's path, in a thread.
+
+    The path may lead through this very mount, which lies above it, or through a mount whose server
+    hangs.  A daemon that looked by itself would wait for itself.
+    """
+
+    def __init__(self, look: Callable[[], Condition]) -> None:
+        self._look = look
+        self._found = Condition.SOUND
+        self._thread: threading.Thread | None = None
+
+    def found(self) -> Condition:
+        """Return what the last look that ended has shown, and begin another one."""
+        if self._thread is None or not self._thread.is_alive():
+            self._thread = threading.Thread(target=self._run, name="path", daemon=True)
+            try:
+                self._thread.start()
+            except RuntimeError:  # a limit on threads or memory; the next tick tries again
+                self._thread = None
+        return self._found
+
+    def _run(self) -> None:
+        with suppress(OSError):  # the region was closed meanwhile
+            self._found = self._look()
+
+
 class MountUpkeep:
     """The upkeep of one mounted engine.  Nothing here raises; errors are logged."""
 
     def __init__(self, fs: Filesystem) -> None:
         self._fs = fs
+        self._path = PathWatch(fs.region.condition)
         #: The state of the region at the last check.
         self.condition = Condition.SOUND
         #: Called with each new state.
@@ -56,7 +86,7 @@ class MountUpkeep:
         return False
 
     def _watch_region(self) -> bool:
-        before, self.condition = self.condition, self._fs.condition()
+        before, self.condition = self.condition, self._fs.condition(self._path.found())
         if self.condition is before:
             return False
         if self.condition is Condition.SOUND:

@@ -84,6 +84,10 @@ class Anchor:
         """
         return os.dup(self._descriptor)
 
+    def room(self) -> tuple[int, os.statvfs_result]:
+        """Return the size of the file, and the state of its file system; raises OSError."""
+        return os.fstat(self._descriptor).st_size, os.fstatvfs(self._descriptor)
+
     def condition(self, path: Path) -> Condition:
         """Compare with the file at `path` now; an unreadable path counts as sound."""
         held = os.fstat(self._descriptor)

@@ -64,19 +64,18 @@ class Region:
         A sparse file gets its memory at the first access.  On a full file system that access ends
         in SIGBUS.
         """
-        if self.kind != "file":
+        if self.kind != "file" or self.anchor is None:
             return ""
         try:
-            there, behind = os.stat(self.path), os.statvfs(self.path)
+            size, behind = self.anchor.room()
         except OSError:
             return ""
         total, free = (n * behind.f_frsize for n in (behind.f_blocks, behind.f_bfree))
-        if there.st_size < self.size or not total or free >= SHORT:
+        if size < self.size or not total or free >= SHORT:
             return ""
-        place = next(p for p in self.path.parents if os.path.ismount(p))
         return (
-            f"the file system at {shown(place)} is full ({readable_size(total)} in all), so "
-            f"{shown(self.path)} gets no more memory: make room there"
+            f"the file system of {shown(self.path)} is full ({readable_size(total)} in all), so "
+            "the file gets no more memory: make room there"
         )
 
     def descriptor(self) -> int:

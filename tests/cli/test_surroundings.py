@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -91,3 +92,26 @@ def test_the_current_directory_was_removed(formatted: TestRegion, tmp_path: Path
     for words in ('mount "$1" m', "umount m", 'mount -o log=l "$1" "$2"', "mount -o remount,ro m"):
         script = f'mkdir "$2/here" && cd "$2/here" && rmdir "$2/here"; ivshmemfs {words}'
         complains(shell(script, formatted.path, tmp_path), 32, "was removed", "the whole path")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("above", ["folder", "."])
+def test_a_mount_above_its_own_region(tmp_path: Path, above: str) -> None:
+    """The daemon looks at the region's path, which now leads through its own mount."""
+    top = tmp_path / "top"
+    (top / "folder").mkdir(parents=True)
+    region, place = top / "folder" / "region", top / above
+    assert run(sys.executable, "-m", "mkfs", "--size", "1M", region).returncode == 0
+    assert ivshmemfs("mount", f"-olog={tmp_path}/log", region, place).returncode == 0
+    try:
+        end = time.monotonic() + 20
+        while "another mount hides it" not in (tmp_path / "log").read_text():
+            assert run("ls", place, timeout=10).returncode == 0
+            assert time.monotonic() < end
+            time.sleep(0.1)
+        (place / "f").write_text("served")
+        assert (place / "f").read_text() == "served"
+        assert ivshmemfs("umount", place).returncode == 0
+    finally:
+        release(place)
+    assert region.exists()

@@ -22,6 +22,8 @@ import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from types import SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 from ivshmemfs.engine import NOW, ROOT_INO, Attr, Context, StatFs, acl
@@ -90,6 +92,7 @@ class FakeFilesystem:
     bells = None
     is_committing = False
     shares_locks = False
+    region = SimpleNamespace(condition=lambda: Condition.SOUND)
 
     def __init__(self, faults: str | None = None, *, readonly: bool = False) -> None:
         self._faults = faults
@@ -416,8 +419,8 @@ class FakeFilesystem:
     def look(self, _reader: Callable[[Any], dict[int, Any]]) -> dict[int, Any]:
         return {}  # nothing of an inode block: its files are never watched
 
-    def condition(self) -> Condition:
-        return Condition.SOUND
+    def condition(self, found: Condition | None = None) -> Condition:
+        return found or Condition.SOUND
 
     def name_mount_point(self, path: bytes) -> None:
         pass

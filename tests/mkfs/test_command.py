@@ -339,7 +339,7 @@ def test_mkfs_on_a_full_file_system(small: Path, capsys: pytest.CaptureFixture[s
     create_file(path, 2 * SIZE)
     (small / "ballast").write_bytes(bytes(4 << 20))
     message = refused(capsys, "--sparse", path)
-    assert f"the file system at {small} is full (4 MiB in all)" in message
+    assert f"the file system of {path} is full (4 MiB in all)" in message
 
 
 def test_a_mount_whose_file_system_is_full(small: Path, caplog: pytest.LogCaptureFixture) -> None:
