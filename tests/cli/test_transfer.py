@@ -106,6 +106,47 @@ def test_nothing_is_overwritten_without_force(region: TestRegion, tmp_path: Path
     fs.unmount()
 
 
+@pytest.mark.parametrize("forced", [(), ("--force",)], ids=["", "forced"])
+def test_get_replaces_no_device_or_fifo(
+    region: TestRegion, tmp_path: Path, forced: tuple[str, ...]
+) -> None:
+    """A forced copy to /dev/null or /dev/stdout would break the machine."""
+    fs = region.mount()
+    put(fs, ROOT_INO, b"a", b"content")
+    there = tmp_path / "there"
+    os.mkfifo(there)
+    (tmp_path / "link").symlink_to("there")
+    for name in ("there", "link"):
+        refused = ivshmemfs("get", *forced, region.path, "/a", tmp_path / name)
+        complains(refused, 1, "which is not replaced; '-' is the standard output")
+        assert stat.S_ISFIFO((tmp_path / name).stat().st_mode)
+    assert (tmp_path / "link").is_symlink()
+
+
+def test_a_tree_with_a_fifo_and_links_replaces_its_earlier_copy(
+    region: TestRegion, tmp_path: Path
+) -> None:
+    tree = tmp_path / "tree"
+    tree.mkdir()
+    os.mkfifo(tree / "fifo")
+    (tree / "null").symlink_to("/dev/null")
+    done(ivshmemfs("put", "-r", region.path, tree, "/tree"))
+    for _ in range(2):
+        done(ivshmemfs("get", "-rf", "--devices", region.path, "/tree", tmp_path / "copy"))
+    assert os.readlink(tmp_path / "copy" / "null") == "/dev/null"
+    assert stat.S_ISFIFO((tmp_path / "copy" / "fifo").stat().st_mode)
+
+
+def test_put_ends_where_its_source_does(region: TestRegion, tmp_path: Path) -> None:
+    """Files of /sys say that they have a page, and have less."""
+    source = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    if not source.exists() or source.stat().st_size == len(source.read_bytes()):
+        pytest.skip("no file here has less than it says")
+    done(ivshmemfs("put", region.path, source, "/enabled"))
+    done(ivshmemfs("get", region.path, "/enabled", tmp_path / "copy"))
+    assert (tmp_path / "copy").read_bytes() == source.read_bytes()
+
+
 def test_refusals(region: TestRegion, tmp_path: Path) -> None:
     (tmp_path / "dir").mkdir()
     (tmp_path / "file").write_text("x")

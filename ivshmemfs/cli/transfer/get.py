@@ -18,11 +18,11 @@ from ivshmemfs.cli.attach.paths import PIECE, about, contents, listing, twice
 from ivshmemfs.cli.attach.peer import patiently
 from ivshmemfs.cli.transfer.local import (
     Folder,
-    exists,
     kind_name,
     omitted,
     own_mounts,
     publish,
+    refuse_taken,
     unfinished,
 )
 from ivshmemfs.errors import Corrupt, FsError, OutputError, StaleHandle, UsageError
@@ -170,8 +170,7 @@ class Getter:
     # --- everything else ----------------------------------------------------------------------
 
     def _single(self, attr: Attr, folder: Folder, name: bytes) -> None:
-        if not self._wishes.force and folder.status(name) is not None:
-            raise exists(folder.path(name))
+        refuse_taken(folder, name, stat.S_IFMT(attr.mode), force=self._wishes.force)
         with unfinished(folder) as fresh:
             if not self._linked(attr, folder, fresh):
                 self._make(attr, folder, fresh, name)

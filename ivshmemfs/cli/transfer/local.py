@@ -115,6 +115,27 @@ class Folder:
         return fd
 
 
+def refuse_taken(folder: Folder, name: bytes, kind: int, *, force: bool) -> None:
+    """Raise UsageError when `name` exists, unless `force` lets a file of `kind` replace it.
+
+    A device node, a fifo or a socket, also behind a link, is replaced by its like alone: programs
+    would no longer find it.
+    """
+    there = folder.status(name)
+    if there is None:
+        return
+    if stat.S_IFMT(there.st_mode) != kind:
+        with suppress(OSError):  # a link that leads nowhere
+            mode = os.stat(name, dir_fd=folder.fd).st_mode
+            if stat.S_IFMT(mode) not in (stat.S_IFREG, stat.S_IFDIR):
+                raise UsageError(
+                    f"{os.fsdecode(folder.path(name))} is {kind_name(mode)}, which is not "
+                    "replaced; '-' is the standard output"
+                )
+    if not force:
+        raise exists(folder.path(name))
+
+
 @contextmanager
 def unfinished(folder: Folder) -> Iterator[bytes]:
     """Give a name for an unfinished file; a file that still has it in the end is removed."""

@@ -250,20 +250,25 @@ class Putter:
             self._stream(fd, handle, place)
         else:
             for start, end in _extents(fd, status, self._fs.block_size):
-                self._pour(fd, handle, start, end, place, status.st_size)
+                copied = self._pour(fd, handle, start, end, place, status.st_size)
+                if copied < end:  # it has less than its size says, or became shorter meanwhile
+                    size = copied
+                    break
         self._dress(handle.ino, status, size=size)
 
-    def _pour(self, fd: int, handle: Handle, start: int, end: int, place: Place, size: int) -> None:
+    def _pour(self, fd: int, handle: Handle, start: int, end: int, place: Place, size: int) -> int:
+        """Copy the bytes from `start` to `end`; returns where the source ended, or `end`."""
         fs = self._fs
         while start < end:
             at, most = start, min(self._most, end - start)
             _fetch(fd, at, most)
             got = patiently(lambda at=at, most=most: fs.write_from(handle, at, most, fd))  # type: ignore[misc]
             if not got:
-                return  # it became shorter meanwhile
+                break
             start += got
             self._meter.add(place.name, start, size)
             self._pulse.beat()
+        return start
 
     def _stream(self, fd: int, handle: Handle, place: Place) -> None:
         """Copy what comes until it ends."""
