@@ -5,7 +5,8 @@ Every entry point calls `begin` before it imports anything else, then `run`, and
     state       SIGINT, SIGTERM or SIGHUP                       who changes it
     loading     one line, and the process ends at once          `begin`
     running     Interrupted is raised: the command cleans up    `run`
-    done        ignored: the exit code is known                 `run`, once the command returned
+    cleaning    ignored for CLEANING seconds, then it ends      the first signal
+    done        ignored: the exit code is known                 `run`, once the command has ended
 
 `run` turns every exception into one line on standard error and an exit code.  This module imports
 next to nothing, so that the time before `begin` is as short as it can be.
@@ -19,6 +20,7 @@ import io
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
@@ -31,6 +33,8 @@ _ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 #: New objects until the first collection of garbage.  What modules make stays.  With Python's 700
 #: the collector looks through it again and again, for 5 % of a short command's time.
 _COLLECTED = 20_000
+#: Seconds that a command has to clean up after a signal, before another one ends it at once.
+CLEANING = 1.0
 
 
 class Exits(NamedTuple):
@@ -75,47 +79,63 @@ def loading(name: str, failed: int) -> Iterator[None]:
         sys.exit(failed)
 
 
-def _handle_signals(handler: Callable[[int, FrameType | None], NoReturn]) -> None:
+def _handle_signals(handler: Callable[[int, FrameType | None], None]) -> None:
     for number in _ENDING:
         if signal.getsignal(number) != signal.SIG_IGN:  # as nohup(1) and a shell's & leave it
             signal.signal(number, handler)
 
 
-def _interrupt(_number: int, _frame: FrameType | None) -> NoReturn:
-    raise Interrupted
+class _Interruption:
+    """What a signal does to a running command.
+
+    timeout(1) sends each signal twice, and users press Ctrl-C again.  So the first signal alone
+    raises Interrupted; it must not be raised again in the midst of cleaning up.
+    """
+
+    def __init__(self, code: int) -> None:
+        self._code = code
+        self._first = 0.0
+
+    def __call__(self, _number: int, _frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if not self._first:
+            self._first = now
+            raise Interrupted
+        if now - self._first > CLEANING:
+            os._exit(self._code)
 
 
 def _ignore_signals() -> None:
     for number in _ENDING:
-        if signal.getsignal(number) is _interrupt:
+        if isinstance(signal.getsignal(number), _Interruption):
             signal.signal(number, signal.SIG_IGN)
 
 
 def open_streams() -> None:
-    """Open /dev/null for each standard descriptor that is closed.
+    """Open the wrong end of a pipe for each standard descriptor that is closed.
 
     Otherwise the region or the FUSE connection would get its number, and what is printed would go
-    there.
+    there.  The wrong end can be neither read nor written, as a closed descriptor.
     """
     for number in range(3):
         try:
             os.fstat(number)
         except OSError:
-            _open_null(number)
+            _occupy(number)
+    if sys.stdin is None:
+        sys.stdin = open(0, closefd=False)  # noqa: SIM115
     if sys.stdout is None:
-        sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
+        sys.stdout = sys.__stdout__ = open(1, "w", closefd=False)  # type: ignore[misc]  # noqa: SIM115
     if sys.stderr is None:
         sys.stderr = open(2, "w", closefd=False, errors="backslashreplace")  # noqa: SIM115
 
 
-def _open_null(number: int) -> None:
-    try:
-        got = os.open(os.devnull, os.O_RDWR)
-    except OSError:  # a container without devices
-        got = os.memfd_create("null")
-    if got != number:
-        os.dup2(got, number)
-        os.close(got)
+def _occupy(number: int) -> None:
+    """Open `number`, the lowest free descriptor; 0 cannot be read, and the others not written."""
+    _reading, writing = os.pipe()  # the first one gets the lowest number
+    if number == 0:
+        os.dup2(writing, number)
+    os.close(writing)
     os.set_inheritable(number, True)
 
 
@@ -162,15 +182,19 @@ def run(name: str, command: Callable[[], int | None], exits: Exits) -> int:
     """Run `command`; returns the exit code: what it returns, or the error's."""
     with suppress(ValueError):  # not in the main thread
         if signal.getsignal(signal.SIGTERM) not in (signal.SIG_DFL, signal.SIG_IGN, None):
-            _handle_signals(_interrupt)
+            _handle_signals(_Interruption(exits.interrupted))
     try:
-        _name_output_errors()
-        result = command()
-        sys.stdout.flush()
-        _ignore_signals()
-        return result if isinstance(result, int) else 0
-    except BaseException as error:
-        return _failed(name, error, exits)
+        try:
+            _name_output_errors()
+            result = command()
+            sys.stdout.flush()
+            _ignore_signals()
+            return result if isinstance(result, int) else 0
+        except BaseException as error:
+            _ignore_signals()
+            return _failed(name, error, exits)
+    except Interrupted as late:  # by a signal just before they were ignored
+        return _failed(name, late, exits)
 
 
 def conclude(main: Callable[[], None]) -> NoReturn:

@@ -22,6 +22,7 @@ from ivshmemfs.cli.attach.complete import complete_path
 from ivshmemfs.cli.attach.peer import patiently, peer
 from ivshmemfs.cli.commits import DOORBELL_HELP
 from ivshmemfs.cli.exits import exits
+from ivshmemfs.cli.seconds import Seconds
 from ivshmemfs.errors import Busy, LockLost, RegionMissing, UnsupportedVersion, UsageError
 from ivshmemfs.fuse.mountpoint import FSTYPE, enclosing, mounted, refuse_hung
 from ivshmemfs.manual import Command, Example, Manual
@@ -69,13 +70,12 @@ MANUAL = Manual(
 @click.argument("file", shell_complete=complete_path)  # click.Path would look at it
 @click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
 @click.option("-n", "--nonblock", is_flag=True, help="Fail at once when it is held.")
-@click.option(
-    "-w", "--wait", "seconds", type=float, metavar="SECONDS", help="Wait at most so many seconds."
-)
+@click.option("-w", "--wait", "seconds", type=Seconds(), metavar="SECONDS",
+              help="Wait at most so many seconds.")  # fmt: skip
 @click.option("--doorbell", metavar="SOCKET", help=DOORBELL_HELP)
 @click.option(
-    "-E", "--conflict-exit-code", "conflict", type=int, default=1, metavar="N", show_default=True,
-    help="Exit code when another process keeps the lock.",
+    "-E", "--conflict-exit-code", "conflict", type=click.IntRange(0, 255), default=1, metavar="N",
+    show_default=True, help="Exit code when another process keeps the lock.",
 )  # fmt: skip
 def lock_command(
     file: str,

@@ -221,4 +221,5 @@ def umount_command(mountpoint: str, lazy: bool) -> None:
     region.
     """
     _refuse_nameless(mountpoint)
-    daemon.umount(mount_point_of(mountpoint), lazy=lazy)
+    if notice := daemon.umount(mount_point_of(mountpoint), lazy=lazy):
+        say(f"ivshmemfs: {notice}", err=True)

@@ -7,6 +7,7 @@ A command that waits is a peer all the time, so it beats.  `shm/queue.py` says w
 from __future__ import annotations
 
 import os
+import select
 import sys
 import time
 from collections.abc import Iterator
@@ -21,6 +22,7 @@ from ivshmemfs.cli.attach.names import region_of
 from ivshmemfs.cli.attach.paths import about, attributes, target_of
 from ivshmemfs.cli.attach.peer import Pulse, patiently, peer
 from ivshmemfs.cli.exits import exits
+from ivshmemfs.cli.seconds import Seconds
 from ivshmemfs.errors import RegionMissing, UsageError
 from ivshmemfs.manual import Command, Example, Manual
 from ivshmemfs.region import Condition, open_region, parse_size
@@ -68,7 +70,7 @@ RECEIVE = Manual(
               metavar="N", help="A queue that is made holds so many.")  # fmt: skip
 @click.option("--record-size", default="4K", show_default=True, metavar="SIZE",
               help="Its records have so many bytes at most.")  # fmt: skip
-@click.option("-t", "--timeout", type=click.FloatRange(min=0), metavar="SECONDS",
+@click.option("-t", "--timeout", type=Seconds(), metavar="SECONDS",
               help=f"Give up on a full queue then, with exit code {TIMED_OUT}.")  # fmt: skip
 def send_command(
     file: str,
@@ -105,11 +107,15 @@ def send_command(
 def _records(text: tuple[str, ...], *, whole: bool) -> Iterator[bytes]:
     if text:
         yield from (os.fsencode(one) for one in text)
-    elif whole:
-        yield sys.stdin.buffer.read()
-    else:
-        for line in sys.stdin.buffer:
-            yield line.rstrip(b"\n")
+        return
+    try:
+        if whole:
+            yield sys.stdin.buffer.read()
+        else:
+            for line in sys.stdin.buffer:
+                yield line.rstrip(b"\n")
+    except OSError as error:
+        raise UsageError(f"standard input: {error.strerror}") from None
 
 
 @click.command("receive", cls=Command, manual=RECEIVE)
@@ -119,7 +125,7 @@ def _records(text: tuple[str, ...], *, whole: bool) -> Iterator[bytes]:
 @click.option("-f", "--follow", is_flag=True, help="Go on for ever.")
 @click.option("--replay", is_flag=True, help="Of a broadcast: begin with what is there.")
 @click.option("--broadcast", is_flag=True, help="A queue that is made shows records to all.")
-@click.option("-t", "--timeout", type=click.FloatRange(min=0), metavar="SECONDS",
+@click.option("-t", "--timeout", type=Seconds(), metavar="SECONDS",
               help=f"Give up after so long, with exit code {TIMED_OUT}.")  # fmt: skip
 @click.option("-0", "--null", is_flag=True, help="End each record with NUL, not with a line end.")
 def receive_command(
@@ -134,17 +140,18 @@ def receive_command(
     """Wait for records in the queue FILE, and print them.
 
     FILE is on a mount, or REGION:/path.  It is made if there is none.  A record of a work queue
-    is taken: no other reader gets it.
+    is taken: no other reader gets it.  One that cannot be printed is put back, behind the others.
     """
     from ivshmemfs.shm.queue import Reader
 
-    out, end_mark = sys.stdout.buffer, b"\0" if null else b"\n"
+    end_mark = b"\0" if null else b"\n"
     with _opened(file, (256, 4096, broadcast)) as (fs, queue):
         pulse, reader = _Waiting(fs), Reader(queue.ring, replay=replay)
         done = 0
         while follow or done < count:
             end = _end_of(timeout)
             while True:
+                _refuse_lost_output()
                 at = queue.ring.cell_at(reader.number)
                 word = fs.region.memory.load(at)
                 if (record := patiently(lambda: reader.next(queue))) is not None:
@@ -152,10 +159,28 @@ def receive_command(
                 if not pulse.wait(at, word, end):
                     return TIMED_OUT
             pulse.rest()
-            out.write(record + end_mark)
-            out.flush()
+            try:
+                _print(record + end_mark)
+            except BaseException:
+                if not queue.ring.is_broadcast:
+                    patiently(lambda: queue.put(record))
+                raise
             done += 1
     return 0
+
+
+def _refuse_lost_output() -> None:
+    """Raise BrokenPipeError when nothing reads the standard output any more."""
+    looked = select.poll()
+    looked.register(1, 0)  # POLLERR comes unasked
+    if any(events & select.POLLERR for _, events in looked.poll(0)):
+        raise BrokenPipeError
+
+
+def _print(record: bytes) -> None:
+    out = sys.stdout.buffer
+    out.write(record)
+    out.flush()
 
 
 class _Waiting:

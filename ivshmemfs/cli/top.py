@@ -14,6 +14,7 @@ from ivshmemfs.cli.attach.names import region_of
 from ivshmemfs.cli.exits import exits
 from ivshmemfs.cli.output import show_json, table
 from ivshmemfs.cli.readings import Reading, Readings, commits
+from ivshmemfs.cli.seconds import Seconds
 from ivshmemfs.errors import Interrupted, UsageError
 from ivshmemfs.format import words
 from ivshmemfs.format.peer import Occupant
@@ -42,7 +43,7 @@ MANUAL = Manual(
 @click.command("top", cls=Command, manual=MANUAL)
 @click.argument("region", required=False, shell_complete=complete_any_region)
 @click.option("-n", "frames", type=click.IntRange(min=1), metavar="N", help="End after N frames.")
-@click.option("-d", "delay", type=click.FloatRange(min=0.1), default=DELAY, metavar="SECONDS",
+@click.option("-d", "delay", type=Seconds(0.1), default=DELAY, metavar="SECONDS",
               show_default=True, help="Seconds between two frames.")  # fmt: skip
 @click.option("-b", "--batch", is_flag=True,
               help="One frame below the other, as where the output is no terminal.")  # fmt: skip

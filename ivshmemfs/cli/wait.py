@@ -11,6 +11,7 @@ from ivshmemfs.cli.attach.complete import complete_path
 from ivshmemfs.cli.attach.paths import Target, found, reached, target_of
 from ivshmemfs.cli.commits import DOORBELL_HELP, commits
 from ivshmemfs.cli.exits import exits
+from ivshmemfs.cli.seconds import Seconds
 from ivshmemfs.errors import Busy
 from ivshmemfs.manual import Command, Example, Manual
 
@@ -42,7 +43,7 @@ MANUAL = Manual(
 @click.option("--gone", "condition", flag_value="gone", help="Until the name does not exist.")
 @click.option("--changed", "condition", flag_value="changed",
               help="Until contents, attributes or existence differ from now.")  # fmt: skip
-@click.option("-t", "--timeout", type=click.FloatRange(min=0), metavar="SECONDS",
+@click.option("-t", "--timeout", type=Seconds(), metavar="SECONDS",
               help=f"Give up after so many seconds, with exit code {TIMED_OUT}.")  # fmt: skip
 @click.option("--doorbell", metavar="SOCKET", help=DOORBELL_HELP)
 def wait_command(path: str, condition: str, timeout: float | None, doorbell: str | None) -> int:

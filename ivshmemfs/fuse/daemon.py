@@ -277,6 +277,11 @@ def _ours(path: str) -> mountpoint.MountEntry:
     return entry
 
 
+def _also_at(device: str) -> str | None:
+    """Return where a filesystem is mounted; None if nowhere."""
+    return next((entry.path for entry in mountpoint.mounted() if entry.device == device), None)
+
+
 def _unmount(path: str, *, lazy: bool) -> None:
     """Unmount; retry if the mount is in use: a user's replayer (`-o notify`) uses it briefly."""
     for _ in range(BUSY_RETRIES):
@@ -288,10 +293,11 @@ def _unmount(path: str, *, lazy: bool) -> None:
     mountpoint.unmount(path, lazy=lazy)
 
 
-def umount(path: str, *, lazy: bool = False, seconds: float = 30.0) -> None:
+def umount(path: str, *, lazy: bool = False, seconds: float = 30.0) -> str:
     """Unmount *path* and wait until its daemon has left the region.
 
-    Detaches a mount with a dead or stopped daemon.  Raises MountError.
+    Detaches a mount with a dead or stopped daemon.  Returns a notice for the user, or "".  Raises
+    MountError.
     """
     entry = _ours(path)
     grip = lifeline.grasp(entry.device)
@@ -306,7 +312,9 @@ def umount(path: str, *, lazy: bool = False, seconds: float = 30.0) -> None:
                 f"or detach it now with 'ivshmemfs umount --lazy {path}'"
             ) from None
         if grip is None or lazy:
-            return
+            return ""
+        if (other := _also_at(entry.device)) is not None:  # a bind mount; so the daemon goes on
+            return f"{path} is unmounted; the filesystem is still mounted at {other}"
         if server is not None and stopped:
             raise MountError(
                 f"{path} is unmounted, but its daemon (process {server.pid}) is stopped and still "
@@ -318,3 +326,4 @@ def umount(path: str, *, lazy: bool = False, seconds: float = 30.0) -> None:
                 "that was started meanwhile may still have it mounted; "
                 f"'ivshmemfs peers {entry.source}' shows when it has left"
             )
+    return ""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import resource
 import stat
 from pathlib import Path
 
@@ -156,7 +157,10 @@ def _set_size(descriptor: int, target: Path, size: int) -> None:
                 f"{readable_size(unit)}"
             ) from None
         if error.errno in (errno.EFBIG, errno.ENOSPC, errno.EDQUOT):
+            limit, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
+            raised = ", or raise 'ulimit -f'" if 0 <= limit < size else ""
             raise RegionSize(
                 f"{shown(target)}: {readable_size(size)} do not fit there; use a smaller size"
+                + raised
             ) from None
         raise translate(error, target) from None

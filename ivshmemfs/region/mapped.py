@@ -127,7 +127,9 @@ def translate(error: OSError, path: str | os.PathLike[str]) -> RegionError:
                 f"{name}: permission denied; run as root, or give this user access to it"
             )
         case errno.EROFS:
-            return RegionDenied(f"{name}: cannot be written here; mount it with -o ro")
+            return RegionDenied(
+                f"{name}: its file system is read-only; mounted with -o ro, the region can be read"
+            )
         case errno.EBUSY | errno.ETXTBSY:
             return RegionError(f"{name}: in use by a driver or program; release it first")
         case errno.EISDIR:
@@ -188,7 +190,10 @@ def _may_read(path: Path) -> bool:
 def _unwritable(error: OSError, path: Path) -> str:
     """Return the message for a file that this user may only read."""
     if error.errno == errno.EPERM:
-        return f"{shown(path)}: must not be written (lsattr shows 'i' or 'a'?); mount it with -o ro"
+        return (
+            f"{shown(path)}: must not be written (lsattr shows 'i' or 'a'? 'chattr -i -a' takes "
+            "them away); mounted with -o ro, the region can be read"
+        )
     return (
         f"{shown(path)}: this user may only read it; mount it with -o ro, run as root, or give "
         "this user access to it"
@@ -246,8 +251,8 @@ def _cannot_map(error: OSError, path: Path, length: int) -> RegionError:
             return RegionUnfit(f"{name}: cannot be mapped into memory; use a file in /dev/shm")
         case errno.ENOMEM:
             return RegionError(
-                f"{name}: not enough memory for {readable_size(length)}; use a "
-                "smaller region, or for hugetlbfs raise /proc/sys/vm/nr_hugepages"
+                f"{name}: not enough memory for {readable_size(length)}; use a smaller region, "
+                "raise 'ulimit -v', or for hugetlbfs /proc/sys/vm/nr_hugepages"
             )
         case errno.EINVAL | errno.EOVERFLOW:
             return RegionSize(

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from ivshmemfs.engine import ROOT_INO
 from tests.cli.conftest import complains, ivshmemfs
 from tests.support.mounts import ENVIRONMENT, TOP, mount_lines, needs_fuse, release, run
-from tests.support.regions import TestRegion
+from tests.support.regions import TestRegion, put
 
 COMMANDS = {
     "ivshmemfs": ["-m", "ivshmemfs", "info"],
@@ -55,10 +56,65 @@ def test_a_reader_that_goes_away_is_no_error_to_tell(formatted: TestRegion, name
 
 
 @EVERY
-@pytest.mark.parametrize("closed", ["1>&-", "2>&-", "0<&-", "0<&- 1>&- 2>&-"])
+@pytest.mark.parametrize("closed", ["2>&-", "0<&-", "0<&- 2>&-"])
 def test_closed_streams(formatted: TestRegion, name: str, closed: str) -> None:
     result = through_shell(name, formatted.path, closed)
-    assert (result.returncode, result.stderr) == (0, "")
+    assert (result.returncode, result.stderr, result.stdout != "") == (0, "", True)
+
+
+@EVERY
+@pytest.mark.parametrize("closed", ["1>&-", "0<&- 1>&-", "0<&- 1>&- 2>&-"])
+def test_what_prints_to_a_closed_stream_fails(
+    formatted: TestRegion, name: str, closed: str
+) -> None:
+    result = through_shell(name, formatted.path, closed)
+    said = f"{name}: write error: standard output: Bad file descriptor\n"
+    assert result.returncode in (1, 2, 8)
+    assert result.stderr == ("" if "2>&-" in closed else said)
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "reason"),
+    [
+        (("put", "--force", "{}", "-", "/there"), 2, "Bad file descriptor"),
+        (("send", "--records", "4", "{}:/queue"), 1, "standard input: Bad file descriptor"),
+        (
+            ("send", "--records", "4", "--whole", "{}:/queue"),
+            1,
+            "standard input: Bad file descriptor",
+        ),
+    ],
+)
+def test_a_closed_standard_input_is_not_empty(
+    formatted: TestRegion, words: tuple[str, ...], code: int, reason: str
+) -> None:
+    fs = formatted.mount()
+    put(fs, ROOT_INO, b"there", b"content")
+    here = [word.format(formatted.path) for word in words]
+    result = run("sh", "-c", '"$0" "$@" 0<&-', sys.executable, "-m", "ivshmemfs", *here)
+    complains(result, code, reason)
+    assert fs.lookup(ROOT_INO, b"there").size == len(b"content")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("wait", "-t", "nan"), ("send", "-t", "nan"), ("receive", "-t", "inf"),
+        ("lock", "-w", "nan"), ("lock", "-w", "-1"), ("lock", "-E", "256"), ("lock", "-E", "-1"),
+        ("top", "-d", "nan"), ("top", "-d", "1e300"),
+    ],
+    ids=" ".join,
+)  # fmt: skip
+def test_numbers_that_mean_nothing_are_refused(formatted: TestRegion, words: list[str]) -> None:
+    place = f"{formatted.path}" if words[0] == "top" else f"{formatted.path}:/file"
+    complains(ivshmemfs(*words, place, "true"), 1, f"Invalid value for '{words[1]}'")
+
+
+def test_a_closed_standard_output_takes_no_file(formatted: TestRegion) -> None:
+    put(formatted.mount(), ROOT_INO, b"there", b"content")
+    for words in (("cat", f"{formatted.path}:/there"), ("get", formatted.path, "/there", "-")):
+        result = run("sh", "-c", '"$0" "$@" 1>&-', sys.executable, "-m", "ivshmemfs", *words)
+        complains(result, 2, "Bad file descriptor")
 
 
 @needs_fuse
@@ -165,8 +221,20 @@ command.conclude(main)
             "os.kill(os.getpid(), signal.SIGINT)", "", 3, "exit functions ran\n",
             "name: interrupted\n",
         ),
+        (
+            """
+    try: os.kill(os.getpid(), signal.SIGTERM)
+    finally: os.kill(os.getpid(), signal.SIGTERM); print("cleaned", flush=True)""", "",
+            3, "cleaned\nexit functions ran\n", "name: interrupted\n",
+        ),
+        (
+            """
+    try: os.kill(os.getpid(), signal.SIGTERM)
+    finally: time.sleep(1.1); os.kill(os.getpid(), signal.SIGTERM); print("cleaned")""", "",
+            3, "", "",
+        ),
     ],
-    ids=["code", "error", "text", "thread", "signal after the end", "signal"],
+    ids=["code", "error", "text", "thread", "signal after the end", "signal", "twice", "at last"],
 )  # fmt: skip
 def test_the_end_keeps_the_code_and_calls_the_exit_functions(
     work: str, after: str, code: int, out: str, err: str

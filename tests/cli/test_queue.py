@@ -68,6 +68,40 @@ def test_a_full_queue(made: TestRegion) -> None:
     assert sender.returncode == 0
 
 
+@pytest.mark.parametrize(
+    ("redirected", "code", "said"),
+    [
+        (">/dev/full", 2, b"write error: standard output: No space left on device"),
+        (">&-", 2, b"write error: standard output: Bad file descriptor"),
+    ],
+)
+def test_what_cannot_be_printed_is_put_back(
+    made: TestRegion, redirected: str, code: int, said: bytes
+) -> None:
+    queue = f"{made.path}:/jobs"
+    assert run("send", queue, "first", "second")[0] == 0
+    script = f'"$0" -m ivshmemfs receive -t 0 "$1" {redirected}'
+    failed = subprocess.run(
+        ["sh", "-c", script, sys.executable, queue],
+        check=False, capture_output=True, env=ENVIRONMENT, timeout=PATIENCE,
+    )  # fmt: skip
+    assert (failed.returncode, failed.stderr) == (code, b"ivshmemfs: " + said + b"\n")
+    assert run("receive", "-n", 2, "-t", 0, queue) == (0, b"second\nfirst\n", b"")
+
+
+def test_a_receiver_whose_reader_is_gone_takes_nothing(made: TestRegion) -> None:
+    """As `head -n 1` behind a pipe: it ends, though nothing comes that it could fail to print."""
+    queue = f"{made.path}:/jobs"
+    with begin("receive", "-f", queue) as receiver:
+        assert run("send", queue, "one")[0] == 0
+        assert receiver.stdout is not None
+        assert receiver.stdout.readline() == b"one\n"
+        receiver.stdout.close()
+        assert receiver.wait(timeout=PATIENCE) == 2
+    assert run("send", queue, "two")[0] == 0
+    assert run("receive", "-t", 0, queue) == (0, b"two\n", b"")
+
+
 def test_a_broadcast_goes_to_all(made: TestRegion) -> None:
     queue = f"{made.path}:/news"
     assert run("send", "--broadcast", queue, "before")[0] == 0

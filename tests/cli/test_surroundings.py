@@ -115,3 +115,27 @@ def test_a_mount_above_its_own_region(tmp_path: Path, above: str) -> None:
     finally:
         release(place)
     assert region.exists()
+
+
+@needs_root
+@pytest.mark.parametrize("first", ["bound", "mounted"])
+def test_a_bind_mount_keeps_the_filesystem(
+    formatted: TestRegion, places: list[Path], first: str
+) -> None:
+    script = """
+        mount --make-rprivate / && ivshmemfs mount "$1" "$2" && mount --bind "$2" "$3" || exit 99
+        ivshmemfs umount "$4" && echo hi >"$5/f" && cat "$5/f" && ivshmemfs umount "$5"
+    """
+    mounted, bound, _ = places
+    order = (bound, mounted) if first == "bound" else (mounted, bound)
+    result = shell(script, formatted.path, mounted, bound, *order, namespace=True)
+    said = f"ivshmemfs: {order[0]} is unmounted; the filesystem is still mounted at {order[1]}\n"
+    assert (result.returncode, result.stdout, result.stderr) == (0, "hi\n", said)
+
+
+@needs_root
+def test_a_limit_on_the_size_of_files_is_named(tmp_path: Path) -> None:
+    script = 'ulimit -f 1000; "$PYTHON" -m mkfs --size 4M "$1"'
+    result = shell(script, tmp_path / "region")
+    assert result.returncode == 1
+    assert "raise 'ulimit -f'" in result.stderr

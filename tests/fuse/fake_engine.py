@@ -23,7 +23,6 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import SimpleNamespace
-from types import SimpleNamespace
 from typing import Any
 
 from ivshmemfs.engine import NOW, ROOT_INO, Attr, Context, StatFs, acl
