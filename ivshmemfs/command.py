@@ -230,12 +230,9 @@ def _failed(name: str, error: BaseException, exits: Exits) -> int:
         return exits.system
     if isinstance(error, OutputError):
         _abandon_output()
-    if isinstance(error, IvshmemfsError):
-        complain(name, str(error) or type(error).__name__)
-        return exits.of(error)
-    if isinstance(error, OSError):
-        complain(name, _plain(error))
-        return exits.system
+    if isinstance(error, (IvshmemfsError, OSError)):
+        complain(name, reason(error))
+        return exits.of(error) if isinstance(error, IvshmemfsError) else exits.system
     if isinstance(error, MemoryError):
         complain(name, "out of memory")
         return exits.system
@@ -268,8 +265,10 @@ def _refused(name: str, error: BaseException, exits: Exits) -> int:
     return exits.internal
 
 
-def _plain(error: OSError) -> str:
-    """What an OSError says, without its number."""
+def reason(error: IvshmemfsError | OSError) -> str:
+    """What an error says, without a number."""
+    if isinstance(error, IvshmemfsError):
+        return str(error) or type(error).__name__
     if error.strerror is None:
         return str(error)
     if error.filename is None:

@@ -58,6 +58,43 @@ def objects(*words: object) -> list[dict[str, object]]:
     return [json.loads(line) for line in shows(*words, "--json")]
 
 
+# --- several operands ---------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("there")
+@pytest.mark.parametrize(
+    ("words", "code", "reason", "shown"),
+    [
+        (("cat", "none", "file"), 2, "none: No such file or directory", "contents\n"),
+        (("cat", "inbox", "file"), 1, "it is a directory, not a file", "contents\n"),
+        (("ls", "none", "inbox/below"), 2, "none: No such file or directory", "deep"),
+        (("du", "-s", "none", "inbox/below"), 2, "none: No such file or directory", "below"),
+        (("mkdir", "inbox", "new"), 2, "inbox: File exists", ""),
+        (("rm", "none", "file"), 2, "none: No such file or directory", ""),
+        (("rm", "inbox", "file"), 1, "the directory is not empty", ""),
+        (("mv", "none", "file", "inbox"), 2, "none: No such file or directory", ""),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
+def test_they_go_on_after_an_operand_that_fails(
+    region: TestRegion, words: tuple[str, ...], code: int, reason: str, shown: str
+) -> None:
+    """As those of the same name for local files do; the exit code tells of the failure."""
+    command, *rest = words
+    here = [word if word.startswith("-") else f"{region.path}:/{word}" for word in rest]
+    result = ivshmemfs(command, *here)
+    complains(result, code, reason)
+    assert shown in result.stdout
+    left = shows("ls", f"{region.path}:/")
+    assert ("file" in left) == (command not in ("rm", "mv"))
+    assert ("new" in left) == (command == "mkdir")
+
+
+def test_the_largest_exit_code_tells_of_all(region: TestRegion) -> None:
+    result = ivshmemfs("cat", "/dev/shm/no-region:/file", f"{region.path}:/none")
+    assert (result.returncode, result.stderr.count("\n")) == (32, 2)
+
+
 # --- ls -----------------------------------------------------------------------------------------
 
 

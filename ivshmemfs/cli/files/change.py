@@ -26,6 +26,7 @@ from ivshmemfs.cli.attach.paths import (
 from ivshmemfs.cli.attach.peer import Pulse, patiently
 from ivshmemfs.cli.exits import exits
 from ivshmemfs.cli.files.walk import below_first, is_directory
+from ivshmemfs.cli.operands import for_each
 from ivshmemfs.errors import FsError, UsageError
 from ivshmemfs.manual import Command, Example, Manual
 
@@ -74,17 +75,21 @@ def _mode(_: click.Context, __: click.Parameter, value: str | None) -> int | Non
               help="Make directories above PATH as well; PATH may exist.")  # fmt: skip
 @click.option("-m", "--mode", callback=_mode, metavar="MODE",
               help="Permissions in octal.  Default: 777 less the umask.")  # fmt: skip
-def mkdir_command(paths: tuple[str, ...], parents: bool, mode: int | None) -> None:
+def mkdir_command(paths: tuple[str, ...], parents: bool, mode: int | None) -> int:
     """Make the directories PATH.
 
     PATH is REGION:/path, or a path on a mount.
     """
-    for target in map(target_of, paths):
+
+    def make(path: str) -> None:
+        target = target_of(path)
         with reached(target, readonly=False) as fs:
             if parents:
                 _make_above(fs, target)
             if not (parents and _is_there(fs, target)):
                 _make(fs, place_of(fs, target), mode)
+
+    return for_each(paths, make)
 
 
 def _make_above(fs: Filesystem, target: Target) -> None:
@@ -119,7 +124,7 @@ def _make(fs: Filesystem, place: Place, mode: int | None) -> None:
 @click.argument("sources", nargs=-1, metavar="SOURCE...", shell_complete=complete_path)
 @click.argument("destination", shell_complete=complete_path)
 @click.option("-f", "--force", is_flag=True, help="Replace a file that exists.")
-def mv_command(sources: tuple[str, ...], destination: str, force: bool) -> None:
+def mv_command(sources: tuple[str, ...], destination: str, force: bool) -> int:
     """Move SOURCE to DESTINATION, or into the directory DESTINATION.
 
     Each is REGION:/path, or a path on a mount; all are in one region.  A move is one commit: other
@@ -141,7 +146,8 @@ def mv_command(sources: tuple[str, ...], destination: str, force: bool) -> None:
         folder = attr is not None and is_directory(attr)
         if not folder and (len(moved) > 1 or destination.endswith("/")):
             raise UsageError(f"{destination} is not a directory")
-        for source in moved:
+
+        def move(source: Target) -> None:
             old = place_of(fs, source)
             if folder:
                 assert attr is not None
@@ -149,6 +155,8 @@ def mv_command(sources: tuple[str, ...], destination: str, force: bool) -> None:
             else:
                 new = place_of(fs, into)
             _move(fs, old, new, flags, mover)
+
+        return for_each(moved, move)
 
 
 def _move(fs: Filesystem, old: Place, new: Place, flags: int, mover: Context) -> None:
@@ -169,26 +177,30 @@ def _move(fs: Filesystem, old: Place, new: Place, flags: int, mover: Context) ->
 @click.argument("paths", nargs=-1, required=True, metavar="PATH...", shell_complete=complete_path)
 @click.option("-r", "-R", "--recursive", is_flag=True, help="Remove what is in a directory first.")
 @click.option("-f", "--force", is_flag=True, help="Ignore a PATH that does not exist.")
-def rm_command(paths: tuple[str, ...], recursive: bool, force: bool) -> None:
+def rm_command(paths: tuple[str, ...], recursive: bool, force: bool) -> int:
     """Remove the files, links and empty directories PATH.
 
     PATH is REGION:/path, or a path on a mount.  A file that is open on any machine stays readable
     there.  Each name is removed by a commit of its own.
     """
-    for target in map(target_of, paths):
+
+    def remove(path: str) -> None:
+        target = target_of(path)
         with reached(target, readonly=False) as fs:
             remover = Remover(fs, recursive=recursive)
             try:
                 place = place_of(fs, target)
-                with about(lambda place=place: place.path):  # type: ignore[misc]
+                with about(lambda: place.path):
                     attr = child(fs, place.folder, place.name)
             except FileNotFoundError:
                 if force:
-                    continue
+                    return
                 raise
             if recursive and is_directory(attr):
                 remover.empty(attr, target.shown)
             remover.remove(place, attr)
+
+    return for_each(paths, remove)
 
 
 class Remover:

@@ -24,6 +24,7 @@ from ivshmemfs.cli.attach.paths import (
 from ivshmemfs.cli.attach.peer import patiently
 from ivshmemfs.cli.exits import exits
 from ivshmemfs.cli.files.walk import Directory, above_first, below_first, is_directory, joined
+from ivshmemfs.cli.operands import for_each
 from ivshmemfs.cli.output import JSON_HELP, show, show_json, table
 from ivshmemfs.errors import UsageError
 from ivshmemfs.manual import Command, Example, Manual
@@ -79,19 +80,21 @@ DF = Manual(
 @click.option("-l", "--long", "details", is_flag=True, help="Show attributes as well.")
 @click.option("-R", "--recursive", is_flag=True, help="List directories below as well.")
 @click.option("--json", "as_json", is_flag=True, help=JSON_HELP)
-def ls_command(paths: tuple[str, ...], details: bool, recursive: bool, as_json: bool) -> None:
+def ls_command(paths: tuple[str, ...], details: bool, recursive: bool, as_json: bool) -> int:
     """List the files at PATH, or in the directory PATH.
 
     PATH is REGION:/path, or a path on a mount.  Names that begin with a dot are listed as well.
     Symbolic links are not followed.
     """
     titled = recursive or len(paths) > 1
-    for number, target in enumerate(map(target_of, paths)):
+
+    def show_one(numbered: tuple[int, str]) -> None:
+        number, target = numbered[0], target_of(numbered[1])
         with reached(target, readonly=True) as fs:
             attr = attributes(fs, target)
             if not is_directory(attr):
                 _print_entries(fs, [(target.shown, target.shown, attr)], details, as_json)
-                continue
+                return
             walk = above_first(fs, attr, target.shown)
             for count, directory in enumerate(walk):
                 if titled and not as_json:
@@ -104,6 +107,8 @@ def ls_command(paths: tuple[str, ...], details: bool, recursive: bool, as_json: 
                 _print_entries(fs, rows, details, as_json)
                 if not recursive:
                     break
+
+    return for_each(enumerate(paths), show_one)
 
 
 def _print_entries(
@@ -176,12 +181,14 @@ def _described(fs: Filesystem, path: bytes, attr: Attr) -> dict[str, object]:
 
 @click.command("cat", cls=Command, manual=CAT)
 @click.argument("paths", nargs=-1, required=True, metavar="PATH...", shell_complete=complete_path)
-def cat_command(paths: tuple[str, ...]) -> None:
+def cat_command(paths: tuple[str, ...]) -> int:
     """Print the contents of the files PATH, one after the other.
 
     PATH is REGION:/path, or a path on a mount.  Symbolic links are not followed.
     """
-    for target in map(target_of, paths):
+
+    def show_one(path: str) -> None:
+        target = target_of(path)
         with reached(target, readonly=True) as fs:
             attr = attributes(fs, target)
             if not stat.S_ISREG(attr.mode):
@@ -189,7 +196,9 @@ def cat_command(paths: tuple[str, ...]) -> None:
                 raise UsageError(f"{os.fsdecode(target.shown)}: it is a {kind}, not a file")
             for piece in _pieces(fs, target, attr):
                 sys.stdout.buffer.write(piece)
-    sys.stdout.buffer.flush()
+        sys.stdout.buffer.flush()
+
+    return for_each(paths, show_one)
 
 
 def _pieces(fs: Filesystem, target: Target, attr: Attr) -> Iterator[memoryview]:
@@ -210,21 +219,25 @@ def _pieces(fs: Filesystem, target: Target, attr: Attr) -> Iterator[memoryview]:
 @click.argument("paths", nargs=-1, required=True, metavar="PATH...", shell_complete=complete_path)
 @click.option("-s", "--summarize", is_flag=True, help="Show the total of each PATH only.")
 @click.option("--json", "as_json", is_flag=True, help=JSON_HELP)
-def du_command(paths: tuple[str, ...], summarize: bool, as_json: bool) -> None:
+def du_command(paths: tuple[str, ...], summarize: bool, as_json: bool) -> int:
     """Show how much room PATH, and each directory below it, takes in the region.
 
     PATH is REGION:/path, or a path on a mount.  A file with several names counts once.  Holes take
     no room.
     """
-    for target in map(target_of, paths):
+
+    def show_one(path: str) -> None:
+        target = target_of(path)
         with reached(target, readonly=True) as fs:
             attr = attributes(fs, target)
             if not is_directory(attr):
                 _print_size(target.shown, attr.blocks * SECTOR, as_json)
-                continue
+                return
             for directory, size in _sizes(fs, attr, target.shown):
                 if not summarize or directory.attr.ino == attr.ino:
                     _print_size(directory.path, size, as_json)
+
+    return for_each(paths, show_one)
 
 
 def _print_size(path: bytes, size: int, as_json: bool) -> None:
