@@ -368,6 +368,8 @@ UNASKED |= {"commit_word", "is_open", "look", "name_mount_point", "only_own_comm
 UNASKED |= {"unattended"}
 #: What `wakeups` waits for.
 UNASKED |= {"bells"}
+#: What `upkeep` looks at; its failures are shown in tests/cli/test_condition.py.
+UNASKED |= {"region"}
 #: How an operation ends on the test double where that is not success.
 ENDS = {"tmpfile": errno.EOPNOTSUPP}
 

@@ -355,7 +355,7 @@ def test_a_mount_whose_file_system_is_full(small: Path, caplog: pytest.LogCaptur
                 put(fs, 1, b"after", b"x" * 1_000_000)
             assert caught.value.errno == errno.ENOSPC
         assert [r.message for r in caplog.records] == [str(caught.value)]
-        assert f"the file system at {small} is full" in caplog.records[0].message
+        assert f"the file system of {path} is full" in caplog.records[0].message
         assert get(fs, 1, b"before") == b"there"
         (small / "ballast").unlink()
         put(fs, 1, b"after", b"x" * 1_000_000)
