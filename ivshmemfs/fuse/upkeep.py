@@ -86,7 +86,10 @@ class MountUpkeep:
         return False
 
     def _watch_region(self) -> bool:
-        before, self.condition = self.condition, self._fs.condition(self._path.found())
+        found = self._path.found()
+        if found is Condition.SOUND and self._fs.region.is_cut:  # known before an access fails
+            found = Condition.CUT
+        before, self.condition = self.condition, self._fs.condition(found)
         if self.condition is before:
             return False
         if self.condition is Condition.SOUND:

@@ -88,6 +88,11 @@ class Anchor:
         """Return the size of the file, and the state of its file system; raises OSError."""
         return os.fstat(self._descriptor).st_size, os.fstatvfs(self._descriptor)
 
+    @property
+    def is_cut(self) -> bool:
+        """Whether the file is shorter than what is mapped; looks at no path."""
+        return self._is_file and os.fstat(self._descriptor).st_size < self._length
+
     def condition(self, path: Path) -> Condition:
         """Compare with the file at `path` now; an unreadable path counts as sound."""
         held = os.fstat(self._descriptor)

@@ -91,6 +91,11 @@ class Region:
         access = os.O_RDONLY if self.readonly else os.O_RDWR
         return os.open(self.path, access | os.O_CLOEXEC)
 
+    @property
+    def is_cut(self) -> bool:
+        """Whether the file is shorter than it was when it was opened; looks at no path."""
+        return self.anchor is not None and self.anchor.is_cut
+
     def condition(self) -> Condition:
         """Return what happened to the file or device since it was opened."""
         return Condition.SOUND if self.anchor is None else self.anchor.condition(self.path)

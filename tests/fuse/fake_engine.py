@@ -91,7 +91,7 @@ class FakeFilesystem:
     bells = None
     is_committing = False
     shares_locks = False
-    region = SimpleNamespace(condition=lambda: Condition.SOUND)
+    region = SimpleNamespace(condition=lambda: Condition.SOUND, is_cut=False)
 
     def __init__(self, faults: str | None = None, *, readonly: bool = False) -> None:
         self._faults = faults
