@@ -24,7 +24,7 @@ from ivshmemfs.cli.commits import DOORBELL_HELP
 from ivshmemfs.cli.exits import exits
 from ivshmemfs.cli.seconds import Seconds
 from ivshmemfs.errors import Busy, LockLost, RegionMissing, UnsupportedVersion, UsageError
-from ivshmemfs.fuse.mountpoint import FSTYPE, enclosing, mounted, refuse_hung
+from ivshmemfs.fuse.mountpoint import enclosing, of_device, refuse_hung
 from ivshmemfs.manual import Command, Example, Manual
 from ivshmemfs.shm.watch import LOOK, SILENCE
 
@@ -133,9 +133,7 @@ def _region_of(file: str) -> Iterator[Region]:
     from ivshmemfs.region import open_region
 
     number = _device_of(file)
-    device = f"{os.major(number)}:{os.minor(number)}"
-    found = (entry for entry in mounted() if entry.device == device and entry.fstype == FSTYPE)
-    entry = next(found, None)
+    entry = of_device(f"{os.major(number)}:{os.minor(number)}")
     if entry is None:
         raise UsageError(f"{file} is not on an ivshmemfs mount")
     try:

@@ -277,11 +277,6 @@ def _ours(path: str) -> mountpoint.MountEntry:
     return entry
 
 
-def _also_at(device: str) -> str | None:
-    """Return where a filesystem is mounted; None if nowhere."""
-    return next((entry.path for entry in mountpoint.mounted() if entry.device == device), None)
-
-
 def _unmount(path: str, *, lazy: bool) -> None:
     """Unmount; retry if the mount is in use: a user's replayer (`-o notify`) uses it briefly."""
     for _ in range(BUSY_RETRIES):
@@ -313,8 +308,8 @@ def umount(path: str, *, lazy: bool = False, seconds: float = 30.0) -> str:
             ) from None
         if grip is None or lazy:
             return ""
-        if (other := _also_at(entry.device)) is not None:  # a bind mount; so the daemon goes on
-            return f"{path} is unmounted; the filesystem is still mounted at {other}"
+        if (other := mountpoint.of_device(entry.device)) is not None:  # so the daemon goes on
+            return f"{path} is unmounted; the filesystem is still mounted at {other.path}"
         if server is not None and stopped:
             raise MountError(
                 f"{path} is unmounted, but its daemon (process {server.pid}) is stopped and still "

@@ -105,6 +105,11 @@ def ours() -> list[MountEntry]:
     return [entry for entry in mounted() if entry.fstype == FSTYPE]
 
 
+def of_device(device: str) -> MountEntry | None:
+    """Return the first ivshmemfs mount with this device number; None without one."""
+    return next((entry for entry in ours() if entry.device == device), None)
+
+
 def resolve(path: str) -> str:
     """Return the absolute path of *path* without symbolic links.
 

@@ -84,9 +84,9 @@ class Anchor:
         """
         return os.dup(self._descriptor)
 
-    def room(self) -> tuple[int, os.statvfs_result]:
-        """Return the size of the file, and the state of its file system; raises OSError."""
-        return os.fstat(self._descriptor).st_size, os.fstatvfs(self._descriptor)
+    def file_system(self) -> os.statvfs_result:
+        """Return the state of the file system behind the file; raises OSError."""
+        return os.fstatvfs(self._descriptor)
 
     @property
     def is_cut(self) -> bool:
@@ -106,9 +106,7 @@ class Anchor:
             return Condition.SOUND
         if _identity(there) != _identity(held):
             return Condition.REPLACED
-        if self._is_file and held.st_size < self._length:
-            return Condition.CUT
-        return Condition.SOUND
+        return Condition.CUT if self.is_cut else Condition.SOUND
 
 
 def _identity(status: os.stat_result) -> tuple[int, ...]:

@@ -67,11 +67,11 @@ class Region:
         if self.kind != "file" or self.anchor is None:
             return ""
         try:
-            size, behind = self.anchor.room()
+            cut, behind = self.anchor.is_cut, self.anchor.file_system()
         except OSError:
             return ""
         total, free = (n * behind.f_frsize for n in (behind.f_blocks, behind.f_bfree))
-        if size < self.size or not total or free >= SHORT:
+        if cut or not total or free >= SHORT:
             return ""
         return (
             f"the file system of {shown(self.path)} is full ({readable_size(total)} in all), so "

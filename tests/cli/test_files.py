@@ -90,6 +90,13 @@ def test_they_go_on_after_an_operand_that_fails(
     assert ("new" in left) == (command == "mkdir")
 
 
+def test_df_shows_the_others(region: TestRegion) -> None:
+    result = ivshmemfs("df", "/dev/shm/no-region", region.path)
+    complains(result, 32, "no-region: there is no such region")
+    assert str(region.path) in result.stdout
+    assert ivshmemfs("df", "/dev/shm/no-region").stdout == ""
+
+
 def test_the_largest_exit_code_tells_of_all(region: TestRegion) -> None:
     result = ivshmemfs("cat", "/dev/shm/no-region:/file", f"{region.path}:/none")
     assert (result.returncode, result.stderr.count("\n")) == (32, 2)

@@ -268,14 +268,15 @@ def _sizes(fs: Filesystem, attr: Attr, path: bytes) -> Iterator[tuple[Directory,
     "regions", nargs=-1, required=True, metavar="REGION...", shell_complete=complete_any_region
 )
 @click.option("--json", "as_json", is_flag=True, help=JSON_HELP)
-def df_command(regions: tuple[str, ...], as_json: bool) -> None:
+def df_command(regions: tuple[str, ...], as_json: bool) -> int:
     """Show how full each REGION is.
 
     REGION is a region, its mount point, REGION:/path or a path on a mount.  What is available is
     less than what is free: a reserve lets a full region still remove files.
     """
     rows: list[tuple[str, ...]] = [("REGION", "SIZE", "USED", "AVAILABLE", "USE", "INODES")]
-    for region in regions:
+
+    def add(region: str) -> None:
         with reached(region_target_of(region), readonly=True) as fs:
             stats, spec = patiently(fs.statfs), fs.region.spec
         unit = stats.block_size
@@ -288,5 +289,8 @@ def df_command(regions: tuple[str, ...], as_json: bool) -> None:
         share = f"{used / (used + available):.0%}" if used + available else "-"
         sizes = map(readable_size, (size, used, available))
         rows.append((spec, *sizes, share, str(inodes)))
-    if not as_json:
+
+    code = for_each(regions, add)
+    if len(rows) > 1 and not as_json:
         show(rows)
+    return code
